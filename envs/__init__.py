@@ -1,0 +1,1 @@
+"""Environments that come with Fuchsia-PL; a config names them by class path."""

@@ -1,0 +1,82 @@
+"""Addition of two numbers: the smallest thing worth learning, and a minute shows whether it is learned.
+
+item    {"a": 27, "b": 45}
+prompt  What is 27 plus 45? Answer with a number.
+gold    72
+"""
+
+import random
+import re
+from typing import Any
+
+from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, RolloutStatus, SingleTurnEnvironment
+
+NUMBER = re.compile(r"-?[0-9]+")
+
+
+def correct(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
+    """1.0 where the last integer of the answer is the sum."""
+    return [1.0 if last_integer(r.completion) == r.item["a"] + r.item["b"] else 0.0 for r in rollouts]
+
+
+def ended(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
+    """1.0 where a right answer ended by itself rather than at the token limit.
+
+    Ending is worth nothing without the right answer: siblings are compared with each other, and where none is right a reward
+    for ending is the whole advantage. The policy then learns to say nothing long before it learns to add.
+    """
+    finished = (r.status is not RolloutStatus.TRUNCATED for r in rollouts)
+    return [right if done else 0.0 for right, done in zip(correct(rollouts), finished, strict=True)]
+
+
+def last_integer(text: str) -> int | None:
+    """The last integer in a text, None where there is none or it is too long to be one.
+
+    >>> last_integer("27 plus 45 is 72."), last_integer("no idea")
+    (72, None)
+    """
+    found = NUMBER.findall(text)
+    return int(found[-1]) if found and len(found[-1]) < 20 else None
+
+
+class Arithmetic(SingleTurnEnvironment):
+    """Questions of the form "What is A plus B?".
+
+    Pairs (A, B) and (B, A) are on the same side of the split, so that no held-out sum was seen the other way round.
+
+    Args:
+        largest: Numbers go from 1 to this.
+        num_validation: Held-out questions.
+        ended_weight: Weight of a right answer's ending by itself, beside 1.0 for being right.
+
+    Raises:
+        ConfigError: There are not enough pairs to hold that many out.
+    """
+
+    def __init__(self, largest: int = 99, num_validation: int = 64, ended_weight: float = 0.2) -> None:
+        super().__init__()
+        self.reward_functions = [correct, ended]
+        self.reward_weights = {"ended": ended_weight}
+        pairs = [(a, b) for a in range(1, largest + 1) for b in range(a, largest + 1)]
+        if not 0 < num_validation < len(pairs):
+            raise ConfigError(
+                f"num_validation must be above 0 and below {len(pairs)}, the pairs up to {largest}, got {num_validation}"
+            )
+        rng = random.Random(0)  # the split is the same in every run, whatever its seed
+        rng.shuffle(pairs)
+        held_out, rest = pairs[:num_validation], pairs[num_validation:]
+        self._validation: list[Item] = [{"a": a, "b": b} for a, b in (rng.sample(pair, 2) for pair in held_out)]
+        both_ways = sorted({ordered for a, b in rest for ordered in ((a, b), (b, a))})
+        self._train: list[Item] = [{"a": a, "b": b} for a, b in both_ways]
+
+    def train_items(self) -> list[Item]:
+        """Every ordered pair that is not held out."""
+        return self._train
+
+    def validation_items(self) -> list[Item]:
+        """The held-out pairs, each in one order."""
+        return self._validation
+
+    def messages(self, item: Item) -> list[Message]:
+        """The question."""
+        return [{"role": "user", "content": f"What is {item['a']} plus {item['b']}? Answer with a number."}]

@@ -1,0 +1,165 @@
+"""Keeps the engine on the trainer's weights, and stops the run where it is not."""
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from fuchsia_pl.engines.base import VERSION_FILE, EngineOwner
+from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.types import Batch, ConfigError
+
+RAM_BACKED = Path("/dev/shm")
+GAP_METRIC = "train/logprob_gap"
+MAX_PROBES = 20
+
+logger = logging.getLogger(__name__)
+
+
+class SyncError(RuntimeError):
+    """The engine does not sample from the weights that are trained."""
+
+
+class SyncedModule(Protocol):
+    """What this callback knows of the module."""
+
+    policy: Policy
+    step_metrics: dict[str, Tensor]
+    loaded_step: int
+
+
+class AdapterSync(Callback):
+    """Gives the engine the newest weights once per optimizer step, and before any sampling starts.
+
+    The order for step k: batch k is sampled with version k, its micro-batches run backward, `optimizer.step` makes version
+    k + 1, this callback writes and loads version k + 1, and only then does the data loader ask for batch k + 1.
+
+    Agreement is checked in two ways. Before every update, the mean |policy logprob - sampling logprob| of the step's
+    tokens must stay within `tolerance`. And on the first rollouts that were sampled with trained weights (also after a
+    resume), what the engine did to the logprobs is compared with what the adapter does to them in the trainer: a bad scale
+    or an adapter that never arrived shows there, long before the gap grows. That probe needs a reference, so it is not made
+    where all weights are trained with `beta: 0`.
+
+    Args:
+        tolerance: Largest mean gap in nats. On a CPU in bfloat16, 0.03 to 0.08 is rounding.
+
+    Raises:
+        ConfigError: The tolerance is not above 0.
+    """
+
+    def __init__(self, tolerance: float = 0.2) -> None:
+        if tolerance <= 0:
+            raise ConfigError(f"adapter_sync.tolerance must be above 0, got {tolerance}")
+        self.tolerance = tolerance
+        self.agreement: Agreement | None = None
+        self._num_probes = 0
+        self._root: tempfile.TemporaryDirectory[str] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step 0, or the first after a resume, is sampled with the weights it trains."""
+        self._ensure_synced(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Held-out figures are of the weights at hand: before training, or those of `fuchsia validate`'s checkpoint."""
+        self._ensure_synced(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """`fuchsia test` samples with the checkpoint's weights."""
+        self._ensure_synced(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """`fuchsia predict` samples with the checkpoint's weights."""
+        self._ensure_synced(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Probes the first rollouts of trained weights, on later steps too while the effect is lost in the rounding.
+
+        Raises:
+            SyncError: The engine does not do to logprobs what the adapter does.
+        """
+        policy = cast(SyncedModule, pl_module).policy
+        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0
+        if self.agreement is not None or not (first_of_step and policy.has_reference and batch.policy_version > 0):
+            return
+        if self._num_probes == MAX_PROBES:
+            return
+        self._num_probes += 1
+        mask = batch.loss_mask
+        logprobs, reference = policy.evaluated_logprobs(batch)[mask], policy.reference_logprobs(batch)[mask]
+        agreement = adapter_agreement(logprobs, reference, batch.sampling_logprobs[mask])
+        if not agreement.is_conclusive:
+            if self._num_probes == MAX_PROBES:
+                logger.warning(
+                    "%d probes saw no effect of the adapter beside the rounding: it hardly learns", MAX_PROBES
+                )
+            return
+        self.agreement = agreement
+        if not agreement.holds:
+            raise SyncError(
+                f"the engine applies {agreement.slope:.2f} of the adapter (±{agreement.error:.2f}; 1 is right, 0 means that it "
+                f"samples from the base model) to rollouts of policy version {batch.policy_version}. Check that engine and "
+                "trainer load the same model, and that sync_mode suits the engine"
+            )
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Refuses to train on samples of another policy.
+
+        Raises:
+            SyncError: The step's mean gap is above the tolerance, or not a number.
+        """
+        share = cast(SyncedModule, pl_module).step_metrics[GAP_METRIC]
+        gap = float(trainer.strategy.reduce(share.clone(), reduce_op="sum"))
+        if not gap <= self.tolerance:
+            raise SyncError(
+                f"engine and trainer disagree at step {trainer.global_step}: the mean |policy logprob - sampling logprob| is "
+                f"{gap:.3f}, and adapter_sync.tolerance allows {self.tolerance}. The engine may sample from other weights "
+                "(was the adapter loaded? is it the same model and dtype?) or from another distribution. Nothing was "
+                "updated in this step. If the gap is rounding of a low precision, raise --adapter_sync.tolerance"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Syncs where this micro-batch completed an optimizer step."""
+        seconds = self._ensure_synced(trainer, pl_module)
+        if seconds is not None:
+            pl_module.log("sync/seconds", seconds)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Removes the folder; that of a run that failed goes with the interpreter."""
+        if self._root is not None:
+            self._root.cleanup()
+            self._root = None
+
+    def _ensure_synced(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """Loads the current weights into the engine unless it has them; returns the seconds that took."""
+        module = cast(SyncedModule, pl_module)
+        version = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else module.loaded_step
+        engine = cast(EngineOwner, trainer.datamodule).engine  # type: ignore[attr-defined]
+        if engine.policy_version == version:
+            return None
+        start = time.perf_counter()
+        if self._root is None:
+            ram_backed = RAM_BACKED if RAM_BACKED.is_dir() else None
+            self._root = tempfile.TemporaryDirectory(prefix="fuchsia-sync-", dir=ram_backed)
+        folder = Path(self._root.name) / f"version-{version}"
+        partial = folder.with_name(f".version-{version}")
+        module.policy.save_trained(partial)
+        (partial / VERSION_FILE).write_text(str(version))
+        partial.rename(folder)
+        try:
+            asyncio.run(engine.load_adapter(folder, version))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return time.perf_counter() - start

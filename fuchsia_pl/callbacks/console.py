@@ -1,0 +1,181 @@
+"""What a person sees: what will run, how it goes, and now and then what the policy writes."""
+
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.types import Batch, ConfigError, Sample, ServedModel
+
+# Label and format of the metrics that a step's line shows, in order.
+SHOWN = {
+    "reward/mean": ("reward", ".3f"),
+    "rollout/accuracy": ("accuracy", ".3f"),
+    "train/kl": ("kl", ".4f"),
+    "rollout/completion_tokens": ("length", ".1f"),
+    "train/logprob_gap": ("gap", ".3f"),
+    "perf/rollout_tokens_per_s": ("sampled tok/s", ".0f"),
+    "perf/train_tokens_per_s": ("trained tok/s", ".0f"),
+    "perf/step_seconds": ("s/step", ".1f"),
+}
+
+
+class RunData(Protocol):
+    """What this callback knows of the data module."""
+
+    engine: Engine
+    served_model: ServedModel
+    rows_per_step: int
+
+
+class RunModule(Protocol):
+    """What this callback knows of the module."""
+
+    policy: Policy
+
+
+class ConsoleReport(ProgressBar):
+    """Prints what will run, then a line per optimizer step with a bar under it, and a completion now and then.
+
+    Args:
+        every_n_steps: Steps between two shown completions; 0 shows none.
+
+    Raises:
+        ConfigError: `every_n_steps` is below 0.
+    """
+
+    def __init__(self, every_n_steps: int = 5) -> None:
+        super().__init__()
+        if every_n_steps < 0:
+            raise ConfigError(f"console.every_n_steps must be 0 or more, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.console = Console(highlight=False)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._last_step = 0
+        self._samples: list[Sample] = []
+
+    def disable(self) -> None:
+        """Lightning calls it on all ranks but the first."""
+        self.console.quiet = True
+
+    def announce(self, model: str, engine: str, run_folder: str) -> None:
+        """Says what is about to start; an engine takes its time."""
+        self.console.print(f"{run_folder}: starting {engine} with {model} …", soft_wrap=True, markup=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what will run and shows the bar, where there is a terminal to show it on."""
+        self._last_step = trainer.global_step
+        self.console.print(run_table(trainer, pl_module))
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+        )
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._task = self._progress.add_task("", total=total, completed=trainer.global_step)
+        self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Prints a line where this micro-batch completed an optimizer step."""
+        self._samples += batch.samples
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = step = trainer.global_step
+        line = step_line({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.console.print(f"step {step:>4}  {line}", soft_wrap=True)
+        if self.every_n_steps and step % self.every_n_steps == 0 and self._samples:
+            self.console.print(completion_panel(self._samples[step % len(self._samples)]))
+        self._samples = []
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the held-out figures before training."""
+        self._print_evaluation(trainer, "before training")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the held-out figures."""
+        if not trainer.sanity_checking:
+            step = cast(RunData, trainer.datamodule).engine.policy_version  # type: ignore[attr-defined]
+            self._print_evaluation(trainer, f"after step {step}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the held-out figures."""
+        self._print_evaluation(trainer, "test")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the bar away and says where everything lies."""
+        self._stop()
+        self.console.print(f"done: {trainer.default_root_dir}", soft_wrap=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the terminal back."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _print_evaluation(self, trainer: Trainer, when: str) -> None:
+        held_out = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("validation/", "test/"))
+        }
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in sorted(held_out.items()))
+        self.console.print(f"held out, {when}: {figures}", soft_wrap=True)
+
+
+def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
+    """What will run, as a table."""
+    data = cast(RunData, trainer.datamodule)  # type: ignore[attr-defined]
+    policy = cast(RunModule, pl_module).policy
+    trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    adapter = f"LoRA r={data.served_model.lora_rank}" if data.served_model.lora_rank else "all weights"
+    table = Table(show_header=False, box=None)
+    split = f"{trainer.accumulate_grad_batches} micro-batches on {trainer.world_size} rank(s)"
+    for name, value in {
+        "model": data.served_model.name,
+        "trained": f"{trained:,} of {total:,} parameters ({adapter})",
+        "rows per step": f"{data.rows_per_step} in {split}",
+        "engine": type(data.engine).__name__,
+        "run folder": trainer.default_root_dir,
+    }.items():
+        table.add_row(name, value)
+    return table
+
+
+def step_line(metrics: dict[str, float]) -> str:
+    """The shown metrics of a step, in order; one that was not logged is left out.
+
+    >>> step_line({"train/kl": 0.01234, "reward/mean": 0.5})
+    'reward 0.500  kl 0.0123'
+    """
+    shown = ((label, form, metrics[name]) for name, (label, form) in SHOWN.items() if name in metrics)
+    return "  ".join(f"{label} {value:{form}}" for label, form, value in shown)
+
+
+def completion_panel(sample: Sample) -> Panel:
+    """One completion with its rewards."""
+    rollout = sample.rollout
+    rewards = ", ".join(f"{name} {value:g}" for name, value in rollout.rewards.items())
+    title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.advantage:+.2f}"
+    # Text, not markup: what a model writes must not be read as formatting.
+    return Panel(Text(f"{rollout.prompt}{rollout.completion}"), title=Text(title))

@@ -1,0 +1,75 @@
+"""Every rollout, readable."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+
+from fuchsia_pl.types import Batch, Evaluation, Rollout
+
+TRAIN_FILE = "rollouts.jsonl"
+SPLITS = {
+    RunningStage.SANITY_CHECKING: "validation",
+    RunningStage.VALIDATING: "validation",
+    RunningStage.TESTING: "test",
+    RunningStage.PREDICTING: "predict",
+}
+
+
+class RolloutLog(Callback):
+    """Appends a line per rollout to `rollouts.jsonl`, those of held-out splits to `rollouts-<split>.jsonl`.
+
+    With several ranks each writes its own rollouts, to files that end in its rank.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Writes the rows of a micro-batch before they are trained, so that those a run stops at can be read too."""
+        lines = [rollout_line(sample.rollout, batch.policy_version, sample.advantage) for sample in batch.samples]
+        self._append(trainer, TRAIN_FILE, lines)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Evaluation,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the rollouts of a held-out split."""
+        assert trainer.state.stage is not None
+        lines = [rollout_line(rollout, rollout.policy_version, None) for rollout in batch.rollouts]
+        self._append(trainer, f"rollouts-{SPLITS[trainer.state.stage]}.jsonl", lines)
+
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
+
+    def _append(self, trainer: Trainer, name: str, lines: list[dict[str, Any]]) -> None:
+        suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        file = Path(trainer.default_root_dir) / (name + suffix)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+
+def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[str, Any]:
+    """What a log line says of a rollout; a held-out one has no advantage."""
+    num_prompt_tokens = rollout.loss_mask.index(True) if True in rollout.loss_mask else len(rollout.token_ids)
+    return {
+        "step": step,
+        "item_index": rollout.item_index,
+        "item": dict(rollout.item),
+        "sibling": rollout.sibling,
+        "prompt": rollout.prompt,
+        "completion": rollout.completion,
+        "prompt_ids": rollout.token_ids[:num_prompt_tokens],
+        "completion_ids": rollout.token_ids[num_prompt_tokens:],
+        "rewards": rollout.rewards,
+        "reward": rollout.reward,
+        "advantage": advantage,
+        "status": rollout.status,
+        "policy_version": rollout.policy_version,
+    }

@@ -1,0 +1,144 @@
+"""LightningCLI with this project's parts wired in."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from fuchsia_pl.callbacks.adapter_export import AdapterExport
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
+from fuchsia_pl.callbacks.console import ConsoleReport
+from fuchsia_pl.callbacks.rollout_log import RolloutLog
+from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.callbacks.step_timer import StepTimer
+from fuchsia_pl.cli.chatter import chatter_to
+from fuchsia_pl.cli.parser import SuggestingParser
+from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, find_configs, new_run_folder, run_name
+from fuchsia_pl.datamodule import RolloutDataModule
+from fuchsia_pl.module import GRPOModule
+from fuchsia_pl.types import ConfigError
+
+DEFAULT_SEED = 0
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the resolved config to the run folder, whatever the loggers are."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called once, on the first rank."""
+        file = Path(trainer.default_root_dir) / "config.yaml"
+        self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
+
+
+class FuchsiaCLI(LightningCLI):
+    """`fuchsia fit | validate | test | predict`, see `fuchsia fit --help`."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        self.arguments: list[str] = []
+        self.run_folder = Path()
+        super().__init__(
+            GRPOModule,
+            RolloutDataModule,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=DEFAULT_SEED,
+            trainer_defaults={
+                "accelerator": "auto",
+                "devices": 1,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+            },
+            parser_class=SuggestingParser,
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks that every run has, and links what two parts share."""
+        parser.add_lightning_class_args(StepTimer, "step_timer")
+        parser.add_lightning_class_args(AdapterSync, "adapter_sync")
+        parser.add_lightning_class_args(BaselineValidation, "baseline_validation")
+        parser.add_lightning_class_args(RolloutLog, "rollout_log")
+        parser.add_lightning_class_args(ConsoleReport, "console")
+        parser.add_lightning_class_args(AdapterExport, "adapter_export")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        # Item order and sampling seeds come from the run's one seed.
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_run_seed)
+        # Model folder, dtype and adapter rank: the engine serves what the trainer trains.
+        parser.link_arguments("model.served_model", "data.served_model", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Looks configs up by name before anything is parsed."""
+        given = sys.argv[1:] if args is None else args
+        assert isinstance(given, list), "a command line is a list of words"
+        try:
+            self.arguments = find_configs(given)
+        except ValueError as error:
+            parser.error(str(error))
+        self.config = parser.parse_args(self.arguments)
+
+    def instantiate_classes(self) -> None:
+        """Makes the run folder and all parts; what a part refuses is told like any other mistake in a config."""
+        root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
+        self.run_folder = new_run_folder(root, run_name(self.arguments))
+        chatter_to(self.run_folder)
+        try:
+            super().instantiate_classes()
+            self._announce()
+            # Last, since it may download or convert: every setting has been accepted by now.
+            _ = self.model.served_model.folder
+        except ConfigError as error:
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                shutil.rmtree(self.run_folder)  # nothing ran
+            self._parser(self.subcommand).error(str(error))
+
+    def _announce(self) -> None:
+        bar = self.trainer.progress_bar_callback
+        if isinstance(bar, ConsoleReport):
+            bar.announce(self.model.served_model.name, type(self.datamodule.engine).__name__, str(self.run_folder))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the run folder as its root, and a CSV log in it beside any logger of the config.
+
+        Callbacks that every run has are left out where the trainer's own flags say so.
+        """
+        trainer = self._get(self.config_init, "trainer")
+        needless = {
+            "console": trainer.enable_progress_bar is False,
+            "checkpoint": trainer.enable_checkpointing is False,
+        }
+        keys = self._parser(self.subcommand).callback_keys
+        keys[:] = [key for key in keys if not needless.get(key)]
+        given = trainer.logger
+        csv = CSVLogger(
+            save_dir=self.run_folder.parent.parent, name=self.run_folder.parent.name, version=self.run_folder.name
+        )
+        loggers: list[Logger] = [] if given is False else [csv]
+        if isinstance(given, Logger):
+            loggers.append(given)
+        elif isinstance(given, list):
+            loggers.extend(given)
+        return super().instantiate_trainer(default_root_dir=str(self.run_folder), logger=loggers, **kwargs)
+
+
+def _run_seed(seed_everything: bool | int) -> int:
+    if isinstance(seed_everything, bool):
+        raise ConfigError(
+            f"seed_everything must be a number, got {seed_everything}: rollouts are addressed by the run's seed"
+        )
+    return seed_everything
+
+
+def main() -> None:
+    """The console script. Environments are found in the current folder too, as with `python -m`."""
+    sys.path.append(os.getcwd())
+    FuchsiaCLI()

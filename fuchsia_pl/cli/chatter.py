@@ -1,0 +1,23 @@
+"""Sends what libraries say to a file, so that the console shows the run."""
+
+import logging
+from pathlib import Path
+
+LOG_FILE = "run.log"
+LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "peft", "huggingface_hub", "httpx", "py.warnings")
+
+
+def chatter_to(run_folder: Path) -> None:
+    """Points the libraries' loggers, warnings included, at `run.log` and switches their progress bars off."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    logging.captureWarnings(True)
+    handler = logging.FileHandler(run_folder / LOG_FILE)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()

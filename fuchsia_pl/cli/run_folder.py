@@ -1,0 +1,89 @@
+"""Where configs are found and where a run's files go."""
+
+import os
+from pathlib import Path
+
+import fuchsia_pl
+from fuchsia_pl.types import ConfigError
+
+CONFIG_FOLDER = Path(fuchsia_pl.__file__).parents[1] / "configs"
+DEFAULT_ROOT = "runs"
+RUN_FOLDER_VARIABLE = "FUCHSIA_RUN_FOLDER"
+CONFIG_OPTIONS = ("-c", "--config")
+
+
+class ConfigNotFoundError(ConfigError):
+    """A config is neither a file nor one of those that come with Fuchsia-PL."""
+
+
+def find_config(name: str) -> str:
+    """Finds a config: the path itself, else the same name in the packaged `configs` folder, `.yaml` added if need be.
+
+    Raises:
+        ConfigNotFoundError: Neither exists. The message lists what does.
+    """
+    candidates = [Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    packaged = sorted(str(file.relative_to(CONFIG_FOLDER)) for file in CONFIG_FOLDER.rglob("*.yaml"))
+    raise ConfigNotFoundError(f"the config {name!r} is no file, and the packaged configs are: {', '.join(packaged)}")
+
+
+def find_configs(arguments: list[str]) -> list[str]:
+    """Replaces every `--config NAME` of a command line by the file it names.
+
+    >>> find_configs(["fit", "--trainer.max_steps", "3"])
+    ['fit', '--trainer.max_steps', '3']
+    """
+    found: list[str] = []
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if equals and option in CONFIG_OPTIONS:
+            found.append(f"{option}={find_config(value)}")
+        elif position > 0 and arguments[position - 1] in CONFIG_OPTIONS:
+            found.append(find_config(argument))
+        else:
+            found.append(argument)
+    return found
+
+
+def run_name(arguments: list[str]) -> str:
+    """The name of a run: its first config's, or that of the run whose saved `config.yaml` it is.
+
+    >>> run_name(["fit", "--config", "my/gsm8k.yaml", "--config", "fsdp.yaml"])
+    'gsm8k'
+    >>> run_name(["fit", "--config=runs/quickstart/0/config.yaml"])
+    'quickstart'
+    >>> run_name(["fit"])
+    'default'
+    """
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option not in CONFIG_OPTIONS or (not equals and position + 1 == len(arguments)):
+            continue
+        file = Path(value if equals else arguments[position + 1])
+        is_saved = file.stem == "config" and file.parent.name.isdigit()
+        return file.parent.parent.name if is_saved else file.stem
+    return "default"
+
+
+def new_run_folder(root: str | Path, name: str) -> Path:
+    """Makes `<root>/<name>/<n>` with the first free number n.
+
+    A rank that Lightning launched gets the folder of the rank that launched it.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and RUN_FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[RUN_FOLDER_VARIABLE])
+    parent = Path(root) / name
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((int(entry.name) for entry in parent.iterdir() if entry.name.isdigit()), default=-1) + 1
+    while True:
+        folder = parent / str(number)
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run took the number in between
+            number += 1
+            continue
+        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+        return folder

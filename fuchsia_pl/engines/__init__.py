@@ -1,0 +1,1 @@
+"""Who samples: the protocol, and vLLM behind it."""

@@ -1,0 +1,99 @@
+"""Checkpoint-format weights with an adapter merged in, always from the pristine files, never merged onto merged."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter; else it holds whole weights."""
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def adapter_rank(folder: Path) -> int:
+    """The rank of a PEFT adapter folder."""
+    return int(json.loads((folder / ADAPTER_CONFIG).read_text())["r"])
+
+
+def adapter_scale(folder: Path) -> float:
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Raises:
+        ValueError: The adapted layers keep their weights transposed (GPT-2's Conv1D).
+    """
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    if config.get("fan_in_fan_out"):
+        raise ValueError(
+            'the adapter is for layers with transposed weights (fan_in_fan_out), which "merge" cannot serve'
+        )
+    divisor = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    return config["lora_alpha"] / divisor
+
+
+def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a model folder's safetensors files, by its checkpoint name.
+
+    Raises:
+        FileNotFoundError: The folder has none.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists():
+        # Some repositories keep a second copy of the weights under other names beside those that the index lists.
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif (folder / SAFE_WEIGHTS_NAME).exists():
+        files = [folder / SAFE_WEIGHTS_NAME]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"the model folder {folder} has no .safetensors files")
+    for file in files:
+        with safe_open(str(file), framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - a file handle, not a mapping
+                yield name, stream.get_tensor(name)
+
+
+def merged_weights(model_folder: Path, trained_folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """W + scale * B A for every adapted weight, W for the others; whole weights pass as they are.
+
+    The sum is taken in float32 and rounded once to W's type.
+
+    Args:
+        model_folder: The base model.
+        trained_folder: A PEFT adapter folder, or a whole model folder.
+
+    Yields:
+        Checkpoint name and tensor.
+
+    Raises:
+        ValueError: The adapter has weights for layers that the checkpoint lacks.
+    """
+    if not is_adapter(trained_folder):
+        yield from checkpoint_weights(trained_folder)
+        return
+    scale = adapter_scale(trained_folder)
+    factors = load_file(str(trained_folder / ADAPTER_WEIGHTS))
+    unused = set(factors)
+    for name, weight in checkpoint_weights(model_folder):
+        layer = PEFT_PREFIX + name.removesuffix(".weight")
+        a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        if a not in factors:
+            yield name, weight
+            continue
+        unused -= {a, b}
+        delta = factors[b].float() @ factors[a].float()
+        yield name, torch.add(weight.float(), delta, alpha=scale).to(weight.dtype)
+    if unused:
+        raise ValueError(
+            f"the checkpoint {model_folder} has no weights for these parts of the adapter: {sorted(unused)[:4]}"
+        )

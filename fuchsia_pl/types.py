@@ -1,0 +1,325 @@
+"""The nouns of a run, in the order in which data passes through them.
+
+item -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch -> LossOutput
+
+Shape letters: B rows of a micro-batch, T label positions, G siblings of a group.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Item = Mapping[str, Any]
+Message = dict[str, str]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: what is wrong, the value got, what is allowed, what to do. The command prints it alone."""
+
+
+class RolloutStatus(StrEnum):
+    """How a rollout ended. A wrong answer is COMPLETED: only its reward says that it is wrong."""
+
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    TOOL_ERROR = "tool_error"
+    ENV_ERROR = "env_error"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What trainer and engine must agree on before either starts.
+
+    Attributes:
+        name: The model as the config names it.
+        dtype: Name of the floating-point type of the weights that are sampled from.
+        lora_rank: Rank of the adapter, 0 where all weights are trained.
+        resolve: Finds the folder of a name. It may download or convert, so it is called when the folder is first needed.
+
+    >>> ServedModel("smollm2", dtype="bfloat16", lora_rank=16, resolve=lambda name: Path("/models") / name).folder
+    '/models/smollm2'
+    """
+
+    name: str
+    dtype: Literal["bfloat16", "float16", "float32"]
+    lora_rank: int
+    resolve: Callable[[str], Path]
+
+    @cached_property
+    def folder(self) -> str:
+        """The model folder that both load."""
+        return str(self.resolve(self.name))
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one completion is sampled. What is not named here is always sent as its neutral value.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        max_tokens: Upper bound of the completion's length.
+        seed: Seed of this one request.
+        stop: Strings after which sampling ends. The tokens that spell them stay in the completion.
+        stop_token_ids: Ids after which sampling ends, the end-of-turn tokens of the model.
+
+    >>> SamplingParams(temperature=1.0, max_tokens=32, seed=7, stop_token_ids=(2,)).stop
+    ()
+    """
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine returned for one turn.
+
+    Attributes:
+        token_ids: The sampled ids, the end-of-turn token included. Length [L].
+        logprobs: Natural log of the probability with which each id was sampled, at the sampling temperature. Length [L].
+        finish_reason: "stop" where the model or a stop string ended it, "length" where `max_tokens` did.
+        stop_reason: The stop string or the id that ended it, None for the model's own end-of-turn token.
+        policy_version: The optimizer step whose weights sampled it.
+
+    >>> Completion((52, 2), (-0.1, -0.02), "stop", None, policy_version=3).token_ids
+    (52, 2)
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: what was sampled, and the same without special tokens for people and reward functions.
+
+    >>> Turn(Completion((52, 2), (-0.1, -0.02), "stop", None, 3), text="7").text
+    '7'
+    """
+
+    completion: Completion
+    text: str
+
+
+@dataclass
+class Rollout:
+    """One whole interaction. It grows while it is sampled and is left alone once it has a status.
+
+    The ids are the truth; `prompt` and `completion` are their texts for people and reward functions. Prompt tokens P and
+    sampled tokens A of a single turn line up like this, and the three lists always have one length [L]:
+
+        token_ids           P0    P1    A0    A1
+        loss_mask           False False True  True      (True: the policy sampled this token)
+        sampling_logprobs   0.0   0.0   -0.4  -0.1      (0.0 where loss_mask is False)
+
+    Attributes:
+        item: The dataset row.
+        item_index: Position of the row in its split.
+        sibling: Position in its group, 0 to G-1.
+        temperature: Temperature with which every token of it was sampled.
+        prompt: Text of the prompt, special tokens included.
+        turns: The completions so far.
+        state: Free for the environment's own notes.
+        status: How it ended, None while it runs.
+        rewards: Value of each reward function by name.
+        reward: The weighted sum of `rewards`.
+
+    >>> rollout = Rollout({"a": 3, "b": 4}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
+    >>> rollout.start([11, 12])
+    >>> rollout.append(Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), text="7"))
+    >>> rollout.token_ids, rollout.loss_mask, rollout.completion, rollout.policy_version
+    ([11, 12, 52, 2], [False, False, True, True], '7', 3)
+    """
+
+    item: Item
+    item_index: int
+    sibling: int
+    temperature: float
+    prompt: str
+    token_ids: list[int] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    status: RolloutStatus | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    reward: float = 0.0
+
+    @property
+    def completion(self) -> str:
+        """Everything the policy wrote, without special tokens."""
+        return "".join(turn.text for turn in self.turns)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Number of tokens that the policy sampled."""
+        return sum(self.loss_mask)
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest policy version among its turns."""
+        return min(turn.completion.policy_version for turn in self.turns)
+
+    def start(self, prompt_ids: list[int]) -> None:
+        """Sets the prompt's ids, none of which is trained on."""
+        assert not self.token_ids, "a rollout is started once"
+        self._extend(prompt_ids, [False] * len(prompt_ids), [0.0] * len(prompt_ids))
+
+    def append(self, turn: Turn) -> None:
+        """Adds what the engine sampled in one turn."""
+        completion = turn.completion
+        self.turns.append(turn)
+        self._extend(list(completion.token_ids), [True] * len(completion.token_ids), list(completion.logprobs))
+
+    def finish(self, status: RolloutStatus = RolloutStatus.COMPLETED) -> None:
+        """Ends the interaction."""
+        self.status = status
+
+    def _extend(self, token_ids: list[int], loss_mask: list[bool], logprobs: list[float]) -> None:
+        assert len(token_ids) == len(loss_mask) == len(logprobs), "ids, mask and logprobs have one length"
+        self.token_ids += token_ids
+        self.loss_mask += loss_mask
+        self.sampling_logprobs += logprobs
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G siblings of one item with the advantage of each.
+
+    Attributes:
+        rollouts: The siblings, in order. Length [G].
+        advantages: One per sibling; they sum to 0. Length [G].
+        has_spread: Whether the siblings' rewards differ, so that there is something to learn from.
+
+    >>> RolloutGroup(rollouts=(), advantages=(), has_spread=False).has_spread
+    False
+    """
+
+    rollouts: tuple[Rollout, ...]
+    advantages: tuple[float, ...]
+    has_spread: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One trainable row: a rollout with its advantage.
+
+    >>> rollout = Rollout({}, item_index=0, sibling=1, temperature=1.0, prompt="")
+    >>> Sample(rollout, advantage=-0.7).advantage
+    -0.7
+    """
+
+    rollout: Rollout
+    advantage: float
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """What a loss is divided by, counted over one optimizer step and all ranks, never over one micro-batch.
+
+    Attributes:
+        num_tokens: Tokens with `loss_mask` True.
+        num_rows: Rows with at least one such token.
+        max_completion_tokens: The configured bound of a completion's length.
+
+    >>> Denominators(num_tokens=1500, num_rows=64, max_completion_tokens=32).num_rows
+    64
+    """
+
+    num_tokens: int
+    num_rows: int
+    max_completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one micro-batch. Labels are shifted already: position t predicts `labels[:, t]`.
+
+    Rows are padded on the right. For a prompt P0 P1 and a completion A0 A1, padded to T = 4:
+
+        input_ids           P0    P1    A0    pad
+        labels              P1    A0    A1    pad
+        loss_mask           False True  True  False     (True: this label contributes to the loss)
+        sampling_logprobs   0.0   -0.4  -0.1  0.0
+
+    Attributes:
+        input_ids: int64 [B, T].
+        labels: int64 [B, T].
+        loss_mask: bool [B, T].
+        sampling_logprobs: float32 [B, T].
+        advantages: float32 [B].
+        temperatures: float32 [B], the temperature each row was sampled with.
+        denominators: Of the whole optimizer step.
+        policy_version: The optimizer step whose weights sampled these rows.
+        samples: What the rows were made of, for logs. A row without a sample is padding.
+        metrics: Figures of the whole step's rollouts, the same in each of its micro-batches.
+
+    >>> zeros = torch.zeros(1, 4)
+    >>> batch = Batch(
+    ...     zeros.long(), zeros.long(), zeros.bool(), zeros, zeros[:, 0], zeros[:, 0] + 1,
+    ...     Denominators(1, 1, 1), policy_version=0, samples=(), metrics={})
+    >>> batch.to("cpu").labels.shape
+    torch.Size([1, 4])
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    sampling_logprobs: Tensor
+    advantages: Tensor
+    temperatures: Tensor
+    denominators: Denominators
+    policy_version: int
+    samples: tuple[Sample, ...]
+    metrics: Mapping[str, float]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Returns the batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            loss_mask=self.loss_mask.to(device, non_blocking=non_blocking),
+            sampling_logprobs=self.sampling_logprobs.to(device, non_blocking=non_blocking),
+            advantages=self.advantages.to(device, non_blocking=non_blocking),
+            temperatures=self.temperatures.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rollouts of one pass over a held-out split and their figures.
+
+    >>> Evaluation(rollouts=(), metrics={"accuracy": 0.5}).metrics["accuracy"]
+    0.5
+    """
+
+    rollouts: tuple[Rollout, ...]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A micro-batch's share of the step's loss and of its metrics.
+
+    Shares are divided by the whole step's denominators, so those of all micro-batches and ranks add up to the step's value.
+
+    >>> LossOutput(torch.tensor(0.5), {"train/kl": torch.tensor(0.01)}).loss.item()
+    0.5
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]

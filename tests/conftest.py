@@ -1,0 +1,32 @@
+"""Fixtures that many tests share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.doubles import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def no_run_of_weights_and_biases_goes_on() -> Iterator[None]:
+    """A run that one test leaves open would be taken up by the next logger of this process."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs a GPU as skipped where there is none, and runs what starts engines last."""
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)

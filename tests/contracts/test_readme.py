@@ -1,0 +1,116 @@
+"""The README keeps its word: its commands run, its environment trains, its map and its metrics are those of the tree."""
+
+import csv
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fuchsia_pl.cli import FuchsiaCLI
+from fuchsia_pl.cli.run_folder import RUN_FOLDER_VARIABLE
+from tests.contracts.test_structure import ROOT, tracked_files
+from tests.unit.test_cli import TINY
+
+README = (ROOT / "README.md").read_text()
+SECTIONS = {section.split("\n")[0]: section for section in README.split("\n## ")}
+COMMANDS = re.findall(r"^(fuchsia .*)$", README, flags=re.MULTILINE)
+MAKE_TARGETS = re.findall(r"^make (\w+)", README, flags=re.MULTILINE) + re.findall(r"`make (\w+)`", README)
+
+
+def code_block(section: str, language: str) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", SECTIONS[section], flags=re.DOTALL)[0]
+
+
+@pytest.fixture
+def tiny_config(tiny_model, tmp_path, monkeypatch) -> Path:
+    """The overrides that make a command of the README run in a second: a tiny model, a tiny engine, two steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuchsia"])
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
+    settings = yaml.safe_load(TINY % tiny_model)
+    settings["data"]["sampling"]["max_length"] = 80
+    settings["trainer"] |= {"limit_val_batches": 1.0, "max_epochs": -1}
+    del settings["data"]["environment"]
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def run(command: str, tiny_config: Path) -> None:
+    """Runs a command of the README with the tiny overrides after its own configs."""
+    words = shlex.split(command)[1:]
+    last = max(index for index, word in enumerate(words) if word == "--config") + 2
+    FuchsiaCLI([*words[:last], "--config", str(tiny_config), *words[last:]])
+
+
+def test_every_command_under_use_runs(tiny_config):
+    listed = [command for command in COMMANDS if "my_envs" not in command]
+    assert len(listed) >= 8
+    for command in listed:
+        if "--print_config" in command:
+            with pytest.raises(SystemExit) as caught:
+                run(command, tiny_config)
+            assert caught.value.code == 0
+        else:
+            run(command, tiny_config)
+    for number, steps in enumerate([2, 3, 48]):
+        with Path(f"runs/quickstart/{number}/metrics.csv").open() as stream:
+            assert len([row for row in csv.DictReader(stream) if row["train/loss"]]) == steps
+    for number, split in {3: "validation", 4: "test", 5: "predict"}.items():
+        assert Path(f"runs/quickstart/{number}/rollouts-{split}.jsonl").exists()
+
+
+def test_no_gap_is_left_to_fill():
+    assert "@@" not in README
+
+
+def test_the_environment_has_twenty_lines_and_trains(tiny_config, monkeypatch):
+    code = code_block("Write your own environment", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    Path("my_envs.py").write_text(code)
+    monkeypatch.syspath_prepend(".")
+    (command,) = [command for command in COMMANDS if "my_envs" in command]
+    run(command, tiny_config)
+    with Path("runs/quickstart/0/metrics.csv").open() as stream:
+        assert len([row for row in csv.DictReader(stream) if row["reward/names_it"]]) == 2
+
+
+def test_the_command_finds_environments_in_the_current_folder(tmp_path):
+    (tmp_path / "my_envs.py").write_text(code_block("Write your own environment", "python"))
+    (command,) = [command for command in COMMANDS if "my_envs" in command]
+    words = [str(Path(sys.executable).parent / "fuchsia"), *shlex.split(command)[1:], "--print_config"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["data"]["environment"]["class_path"] == "my_envs.Mention"
+
+
+def test_the_make_targets_exist():
+    defined = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {"quickstart", "test", "setup"} <= set(MAKE_TARGETS) <= defined
+
+
+def test_the_file_map_is_the_tree():
+    mapped = {line.split()[0] for line in code_block("File map", "text").splitlines() if line.strip()}
+    files = {name for name in tracked_files() if name.startswith(("fuchsia_pl/", "envs/", "configs/"))}
+    tree = {name.removesuffix("__init__.py") for name in files if not name.endswith("py.typed")}
+    assert {name for name in mapped if not name.startswith("tests/")} == tree
+    assert all((ROOT / name).exists() for name in mapped)
+
+
+def test_the_metrics_table_lists_what_is_logged_and_nothing_else(tiny_config):
+    listed = set(re.findall(r"^\| `([\w/<>]+)` \|", SECTIONS["Metrics"], flags=re.MULTILINE))
+    run("fuchsia fit --config quickstart.yaml", tiny_config)
+    with Path("runs/quickstart/0/metrics.csv").open() as stream:
+        columns = set(next(csv.reader(stream))) - {"epoch", "step"}
+    train = {name for name in columns if not name.startswith("validation/")}
+    assert columns - train
+    named = {re.sub(r"^reward/(?!mean$).*", "reward/<name>", name) for name in train}
+    assert named == listed
+    held_out = {re.sub(r"^validation/reward/(?!mean$).*", "validation/reward/<name>", name) for name in columns - train}
+    assert {name.removeprefix("validation/") for name in held_out} <= listed

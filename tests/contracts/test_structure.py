@@ -1,0 +1,127 @@
+"""The shape of the project: who imports whom, how long files are, and what stands at the top."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fuchsia_pl.cli import FuchsiaCLI
+from fuchsia_pl.cli.run_folder import CONFIG_FOLDER
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted([*ROOT.glob("fuchsia_pl/**/*.py"), *ROOT.glob("envs/**/*.py")])
+
+# DESIGN: a room may import rooms of a lower rank and itself. `engines.base` and `engines.vllm_*` are rooms of their own.
+RANKS = {
+    "types": 0,
+    "objectives": 1,
+    "engines.base": 1,
+    "envs": 1,
+    "rollouts": 2,
+    "policy": 2,
+    "engines": 2,
+    "module": 3,
+    "datamodule": 3,
+    "callbacks": 3,
+    "cli": 4,
+    "__main__": 5,
+}
+# Narrower than the ranks: what these rooms may see of the others, and the third parties that the lowest rooms may use.
+ONLY_FROM = {
+    "module": {"policy", "objectives", "types"},
+    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types"},
+    "objectives": {"types"},
+    "engines.base": {"types"},
+    "envs": {"types"},
+}
+THIRD_PARTIES: dict[str, set[str]] = {"types": {"torch"}, "objectives": {"torch"}, "engines.base": set(), "envs": set()}
+ONLY_IN = {"vllm": "engines/vllm_", "peft": "policy/", "fastmcp": "envs/tools"}
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")[1:]
+    if parts[:2] == ["engines", "base"]:
+        return "engines.base"
+    return parts[0] if parts else "__init__"
+
+
+def imports_of(file: Path) -> set[str]:
+    """Every module that a file imports, wherever in it; relative imports would hide the room and are not used."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            found.add(str(node.module))
+    return found
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=module_name)
+def test_imports_go_one_way(file):
+    name = module_name(file)
+    ours = {module for module in imports_of(file) if module.split(".")[0] in ("fuchsia_pl", "envs")}
+    if name.startswith("envs"):
+        assert all(module.startswith(("fuchsia_pl.envs", "fuchsia_pl.types")) for module in ours)
+        return
+    assert not {module for module in ours if module.split(".")[0] == "envs"}, "environments arrive by class path"
+    room = room_of(name)
+    for module in ours - {"fuchsia_pl"}:
+        other = room_of(module)
+        if other != room:
+            assert RANKS[other] < RANKS[room], f"{name} (rank {RANKS[room]}) imports {module} (rank {RANKS[other]})"
+            assert not (room == "rollouts" and other == "engines"), "rollouts see the protocol only"
+            assert other in ONLY_FROM.get(room, RANKS), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=module_name)
+def test_libraries_stay_in_their_rooms(file):
+    path = str(file.relative_to(ROOT / "fuchsia_pl")) if file.is_relative_to(ROOT / "fuchsia_pl") else str(file)
+    for module in imports_of(file):
+        place = ONLY_IN.get(module.split(".")[0])
+        assert place is None or path.startswith(place), f"{path} imports {module}"
+    room = room_of(module_name(file))
+    if room in THIRD_PARTIES and file.is_relative_to(ROOT / "fuchsia_pl"):
+        outside = {module.split(".")[0] for module in imports_of(file)} - sys.stdlib_module_names - {"fuchsia_pl"}
+        assert outside <= THIRD_PARTIES[room]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=module_name)
+def test_files_and_functions_stay_small(file):
+    text = file.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 70, node.name
+            arguments = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
+            assert len([a for a in arguments if a not in ("self", "cls")]) <= 7, node.name
+
+
+def tracked_files() -> list[str]:
+    out = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [name for name in out.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def test_the_top_level_holds_what_it_should():
+    allowed = {"fuchsia_pl", "configs", "envs", "tests", "pyproject.toml", "README.md", "LICENSE", "Makefile"}
+    top = {name.split("/")[0] for name in tracked_files()}
+    assert {name for name in top if not name.startswith(".")} == allowed
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG_FOLDER.rglob("*.yaml")), ids=lambda file: file.name)
+def test_every_config_parses_and_names_only_keys_that_exist(file, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fuchsia"])
+    base = [] if file.parent == CONFIG_FOLDER else ["--config", str(CONFIG_FOLDER / "quickstart.yaml")]
+    with pytest.raises(SystemExit) as caught:
+        FuchsiaCLI(["fit", *base, "--config", str(file), "--print_config"])
+    assert caught.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["policy"]["name"]

@@ -1,0 +1,179 @@
+"""The doubles of the unit tests, all of them: a tiny model folder, an engine that samples from it, and an environment."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.datamodule import RolloutDataModule
+from fuchsia_pl.engines.base import Engine, EngineSpec, check_version_file
+from fuchsia_pl.engines.merge import merged_weights
+from fuchsia_pl.envs import SingleTurnEnvironment
+from fuchsia_pl.module import GRPOModule
+from fuchsia_pl.objectives.loss import LossConfig
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.types import Completion, Denominators, Rollout, RolloutStatus, Sample, SamplingParams, Turn
+
+ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz:?\n"
+EOS = 2
+ADAM = partial(torch.optim.AdamW, lr=1e-2)
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A two-layer Llama over single characters, with a tokenizer and a chat template."""
+    torch.manual_seed(0)
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=EOS,
+        bos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+class TinyEngine(Engine):
+    """Samples from a transformers model in this process. `applied` scales what it makes of an adapter: 1 is right."""
+
+    def __init__(self, applied: float = 1.0) -> None:
+        self.applied = applied
+        self.calls: list[tuple[str, int]] = []
+        self._version = -1
+        self._model: LlamaForCausalLM | None = None
+
+    @property
+    def policy_version(self) -> int:
+        return self._version
+
+    def start(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self._model = LlamaForCausalLM.from_pretrained(spec.model.folder, dtype=getattr(torch, spec.model.dtype)).eval()
+        self._base = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+
+    @torch.no_grad()
+    async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
+        self.calls.append(("generate", self._version))
+        generator = torch.Generator().manual_seed(sampling.seed)
+        ids, logprobs = list(prompt_ids), []
+        while len(logprobs) < sampling.max_tokens:
+            logits = self._model(torch.tensor([ids])).logits[0, -1].float()
+            distribution = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+            greedy = sampling.temperature == 0
+            token = int(
+                distribution.argmax() if greedy else torch.multinomial(distribution.exp(), 1, generator=generator)
+            )
+            ids.append(token)
+            logprobs.append(float(distribution[token]))
+            if token in sampling.stop_token_ids:
+                break
+        ended = ids[-1] in sampling.stop_token_ids
+        return Completion(
+            tuple(ids[len(prompt_ids) :]), tuple(logprobs), "stop" if ended else "length", None, self._version
+        )
+
+    async def load_adapter(self, path: Path, version: int) -> None:
+        self.calls.append(("load", version))
+        check_version_file(path, version)
+        for name, tensor in merged_weights(Path(self.spec.model.folder), path):
+            base = self._base[name]
+            self._model.get_parameter(name).data.copy_(base + self.applied * (tensor - base))
+        self._version = version
+
+    def close(self) -> None:
+        self._model, self._version = None, -1
+
+
+def even(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
+    """The share of even ids among the sampled: every group has a spread, and it can be learned."""
+    return [sum(t % 2 == 0 for t in r.turns[0].completion.token_ids) / r.num_sampled_tokens for r in rollouts]
+
+
+def ended(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
+    return [float(r.status is RolloutStatus.COMPLETED) for r in rollouts]
+
+
+class TinyEnvironment(SingleTurnEnvironment):
+    def __init__(self, num_items: int = 20) -> None:
+        super().__init__()
+        self.reward_functions = [even, ended]
+        self.reward_weights = {"ended": 0.5}
+        self.num_items = num_items
+
+    def train_items(self):
+        return [{"n": n} for n in range(self.num_items)]
+
+    def validation_items(self):
+        return [{"n": 100 + n} for n in range(4)]
+
+    def messages(self, item):
+        return [{"role": "user", "content": f"{item['n']}?"}]
+
+
+def make_module(folder: Path, loss: LossConfig | None = None, optimizer=ADAM, **lora) -> GRPOModule:
+    policy = PolicyConfig(name=str(folder), dtype="float32", lora=LoRASettings(**{"r": 4, "alpha": 8, **lora}))
+    return GRPOModule(policy, loss or LossConfig(), optimizer)
+
+
+def make_data(module: GRPOModule, engine: Engine | None = None, environment=None, **settings) -> RolloutDataModule:
+    sampling = SamplingConfig(
+        **{"group_size": 4, "max_completion_tokens": 6, "max_length": 40, **settings.pop("sampling", {})}
+    )
+    return RolloutDataModule(
+        environment or TinyEnvironment(),
+        engine or TinyEngine(),
+        module.served_model,
+        sampling,
+        **{"batch_size": 5, "steps_per_epoch": 3, **settings},
+    )
+
+
+def make_trainer(root: Path, *callbacks: Callback, sync: AdapterSync | None = None, **settings) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return Trainer(
+        accelerator="cpu",
+        default_root_dir=root,
+        callbacks=[*callbacks, sync or AdapterSync(tolerance=1e-3)],
+        **{"devices": 1, "max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0, **quiet, **settings},
+    )
+
+
+def make_sample(prompt_ids: list[int], token_ids: list[int], advantage: float, logprob: float = -1.0) -> Sample:
+    """A finished single-turn rollout as a trainable row."""
+    rollout = Rollout({"n": 0}, item_index=0, sibling=0, temperature=1.0, prompt="")
+    rollout.start(prompt_ids)
+    completion = Completion(tuple(token_ids), (logprob,) * len(token_ids), "stop", None, policy_version=0)
+    rollout.append(Turn(completion, text=""))
+    rollout.finish()
+    return Sample(rollout, advantage)
+
+
+def denominators(num_tokens: int, num_rows: int = 1, max_completion_tokens: int = 8) -> Denominators:
+    return Denominators(num_tokens, num_rows, max_completion_tokens)

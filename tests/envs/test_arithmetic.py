@@ -1,0 +1,69 @@
+import pytest
+
+from envs.arithmetic import Arithmetic, correct, ended, last_integer
+from fuchsia_pl.envs import Rollout, RolloutStatus
+from fuchsia_pl.types import Completion, Turn
+
+
+def answered(text: str, a: int = 27, b: int = 45, status: RolloutStatus = RolloutStatus.COMPLETED) -> Rollout:
+    rollout = Rollout({"a": a, "b": b}, item_index=0, sibling=0, temperature=1.0, prompt="")
+    rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text))
+    rollout.finish(status)
+    return rollout
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("72", 1.0),
+        ("27 + 45 = 72.", 1.0),
+        ("The answer is **72**", 1.0),
+        ("72, or maybe 73", 0.0),
+        ("-72", 0.0),
+        ("7 2", 0.0),
+        ("", 0.0),
+        ("no number", 0.0),
+        ("9" * 10_000, 0.0),
+        ("\u0667\u0662", 0.0),
+    ],
+)
+def test_only_the_last_integer_counts(text, reward):
+    assert correct([answered(text)]) == [reward]
+
+
+def test_ending_by_itself_is_worth_something_only_with_the_right_answer():
+    truncated = RolloutStatus.TRUNCATED
+    rollouts = [answered("72"), answered("72", status=truncated), answered("7"), answered("7", status=truncated)]
+    assert ended(rollouts) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_training_never_draws_a_held_out_pair_in_either_order():
+    environment = Arithmetic()
+    train = {(item["a"], item["b"]) for item in environment.train_items()}
+    held_out = {(item["a"], item["b"]) for item in environment.validation_items()}
+    assert len(held_out) == 64
+    assert not train & (held_out | {(b, a) for a, b in held_out})
+    assert len(train) + len(held_out | {(b, a) for a, b in held_out}) == 99 * 99
+
+
+def test_the_split_and_the_settings(monkeypatch):
+    assert Arithmetic().validation_items() == Arithmetic().validation_items()
+    assert len(Arithmetic(num_validation=10).validation_items()) == 10
+    assert max(item["a"] for item in Arithmetic(largest=5, num_validation=2).train_items()) == 5
+    assert Arithmetic(ended_weight=0.7).reward_weights == {"ended": 0.7}
+    with pytest.raises(ValueError, match="above 0 and below 15, the pairs up to 5, got 15"):
+        Arithmetic(largest=5, num_validation=15)
+
+
+def test_the_gold_answer_is_right_for_every_held_out_question():
+    for item in Arithmetic().validation_items():
+        assert correct([answered(str(item["a"] + item["b"]), **item)]) == [1.0]
+
+
+def test_the_question():
+    message = Arithmetic().messages({"a": 3, "b": 4})
+    assert message == [{"role": "user", "content": "What is 3 plus 4? Answer with a number."}]
+
+
+def test_no_integer_is_none():
+    assert last_integer("twelve") is None

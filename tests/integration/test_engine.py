@@ -1,0 +1,271 @@
+"""Real vLLM with the real model, in both sync modes: what it samples, and that it follows the trainer.
+
+Two engines are started, one per mode; a test that ends its engine comes last.
+"""
+
+import asyncio
+import hashlib
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec
+from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.policy.agreement import adapter_agreement
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.rollouts.chat import Chat
+from fuchsia_pl.types import Rollout, Sample, SamplingParams, ServedModel, Turn
+
+pytestmark = pytest.mark.engine
+QUESTIONS = ["What is 27 plus 45?", "Name a colour.", "Where is Paris?", "Write a short poem about rain."]
+
+
+class Pair:
+    """An engine and the policy that it follows."""
+
+    def __init__(self, folder, mode: str, log_file) -> None:
+        self.chat = Chat(folder)
+        self.policy = make_policy(folder, r=8)
+        self.engine = VLLMColocatedEngine(sync_mode=mode, kv_cache_gb=0.5, enforce_eager=True, request_timeout_s=120)
+        served = ServedModel(str(folder), "bfloat16", 8, resolve=Path)
+        self.engine.start(EngineSpec(served, max_length=320, seed=0, log_file=log_file))
+        self.prompts = [self.chat.render([{"role": "user", "content": question}]) for question in QUESTIONS]
+
+    def sync(self, folder, version: int, policy: Policy | None = None) -> None:
+        (policy or self.policy).save_trained(folder)
+        (folder / VERSION_FILE).write_text(str(version))
+        asyncio.run(self.engine.load_adapter(folder, version))
+
+    def sample(self, temperature: float = 1.0, max_tokens: int = 12, order: int = 1, stop=()):
+        async def gather():
+            requests = [
+                self.engine.generate(
+                    ids,
+                    SamplingParams(
+                        temperature, max_tokens, seed=seed, stop=stop, stop_token_ids=self.chat.stop_token_ids
+                    ),
+                )
+                for seed, ids in enumerate(self.prompts)
+            ]
+            return await asyncio.gather(*requests[::order])
+
+        return asyncio.run(gather())[::order]
+
+    def reset_prefix_cache(self) -> None:
+        asyncio.run(self.engine._call(self.engine._llm.reset_prefix_cache(), "a reset"))
+
+    def batch_of(self, completions, temperature: float = 1.0):
+        samples = []
+        for ids, completion in zip(self.prompts, completions, strict=True):
+            rollout = Rollout({}, item_index=0, sibling=0, temperature=temperature, prompt="")
+            rollout.start(list(ids))
+            rollout.append(Turn(completion, ""))
+            samples.append(Sample(rollout, advantage=0.0))
+        return make_batches(samples, 1, count_denominators(samples, 12), 0, {})[0]
+
+
+def make_policy(folder, **lora) -> Policy:
+    torch.manual_seed(0)
+    config = PolicyConfig(name=str(folder), lora=LoRASettings(**{"alpha": 16, **lora}))
+    return Policy(config, folder, with_reference=False).eval()
+
+
+def perturb(policy: Policy, seed: int, scale: float = 0.03) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def logprob_gap(policy: Policy, batch) -> float:
+    return (policy.evaluated_logprobs(batch) - batch.sampling_logprobs)[batch.loss_mask].abs().mean().item()
+
+
+@pytest.fixture(scope="module", params=["merge", "lora"])
+def pair(request, model_folder, tmp_path_factory):
+    made = Pair(model_folder, request.param, tmp_path_factory.mktemp("log") / "engine.log")
+    yield made
+    made.engine.close()
+
+
+def test_requests_give_the_same_ids_and_logprobs_in_any_order(pair):
+    """At once too: vLLM schedules a burst together, so that no batch depends on the moment a request arrives."""
+    if pair.engine.serves_lora:  # vLLM's LoRA kernels round differently with the order of the rows
+        first, turned = pair.sample(), pair.sample(order=-1)
+        assert [c.token_ids for c in first] == [c.token_ids for c in turned]
+        assert turned[0].logprobs == pytest.approx(first[0].logprobs, abs=0.05)
+        return
+    first = pair.sample()
+    for repeat in range(10):
+        assert pair.sample(order=-1 if repeat % 2 else 1) == first
+
+
+def test_the_logprobs_are_those_of_the_sampling_temperature_and_of_no_generation_config(pair, tmp_path):
+    perturb(pair.policy, seed=0)
+    pair.sync(tmp_path / "v0", 0)
+    for temperature in (1.0, 0.6):
+        completions = pair.sample(temperature)
+        assert logprob_gap(pair.policy, pair.batch_of(completions, temperature)) < 0.1
+    # scored at temperature 1, samples drawn at 0.6 stand far from the sampler: the first check can fail
+    assert logprob_gap(pair.policy, pair.batch_of(completions, 1.0)) > 0.15
+
+
+def test_logprobs_move_with_each_sync_and_match_the_trainers(pair, tmp_path):
+    seen = set()
+    for version in (1, 2, 3):
+        perturb(pair.policy, seed=version)
+        pair.sync(tmp_path / f"v{version}", version)
+        assert pair.engine.policy_version == version
+        completions = pair.sample()
+        assert {completion.policy_version for completion in completions} == {version}
+        seen.add(tuple(completion.logprobs for completion in completions))
+        batch = pair.batch_of(completions)
+        mask = batch.loss_mask
+        policy, reference = pair.policy.evaluated_logprobs(batch)[mask], pair.policy.reference_logprobs(batch)[mask]
+        agreement = adapter_agreement(policy, reference, batch.sampling_logprobs[mask])
+        assert agreement.is_conclusive
+        assert agreement.holds
+        assert logprob_gap(pair.policy, batch) < 0.1 < (policy - reference).abs().mean()
+    assert len(seen) == 3
+
+
+def test_keys_and_values_of_older_weights_are_not_used_again(pair, tmp_path, monkeypatch):
+    """The cache works in blocks of 128 tokens here, so only a prompt longer than that can hit it."""
+    story = "Once upon a time there was a small town by the sea. " * 20
+    monkeypatch.setattr(pair, "prompts", [pair.chat.render([{"role": "user", "content": story}])])
+    assert len(pair.prompts[0]) > 256
+    for version in (1, 2):
+        perturb(pair.policy, seed=10 * version, scale=0.1)
+        pair.sync(tmp_path / f"v{version}", version)
+        sampled = pair.sample(temperature=0.0, max_tokens=30)
+    pair.reset_prefix_cache()
+    assert pair.sample(temperature=0.0, max_tokens=30) == sampled
+
+
+def test_base_weights_are_the_same_after_many_syncs(pair, tmp_path, model_folder):
+    def base_hash() -> str:
+        digest = hashlib.sha256()
+        for name, parameter in pair.policy.named_parameters():
+            if "lora_" not in name:
+                digest.update(parameter.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+    def file_hash() -> str:
+        return hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
+
+    def untrained():
+        perturb(pair.policy, seed=0, scale=0.0)
+        pair.sync(tmp_path / "zero", 100)
+        return [(completion.token_ids, completion.logprobs) for completion in pair.sample()]
+
+    before = base_hash(), file_hash(), untrained()
+    for version in range(1, 51):
+        perturb(pair.policy, seed=version, scale=0.1)
+        pair.sync(tmp_path / "v", version)
+    trained = [(completion.token_ids, completion.logprobs) for completion in pair.sample()]
+    assert trained != before[2]
+    assert (base_hash(), file_hash(), untrained()) == before
+
+
+def test_stop_strings_end_a_completion_with_the_tokens_that_spell_them(pair, tmp_path):
+    perturb(pair.policy, seed=0, scale=0.0)
+    pair.sync(tmp_path / "v", 1)
+    free = pair.sample(temperature=0.0, max_tokens=24)[0]
+    stop = pair.chat.text(free.token_ids).split()[2]
+    stopped = pair.sample(temperature=0.0, max_tokens=24, stop=(stop,))[0]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert len(stopped.token_ids) == len(stopped.logprobs) < len(free.token_ids)
+    assert stop in pair.chat.text(stopped.token_ids)
+
+
+def test_truncated_and_ended_completions_are_told_apart(pair):
+    truncated = pair.sample(max_tokens=2)
+    assert {completion.finish_reason for completion in truncated} == {"length"}
+    ended = pair.sample(temperature=0.0, max_tokens=60)[1]
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids[-1] in pair.chat.stop_token_ids
+
+
+def test_weights_change_only_between_requests(pair, tmp_path):
+    folder = tmp_path / "v"
+    pair.policy.save_trained(folder)
+    (folder / VERSION_FILE).write_text("7")
+
+    async def both():
+        request = asyncio.create_task(
+            pair.engine.generate(pair.prompts[3], SamplingParams(1.0, 40, seed=0, stop_token_ids=()))
+        )
+        await asyncio.sleep(0.3)
+        with pytest.raises(EngineError, match="1 requests are in flight"):
+            await pair.engine.load_adapter(folder, 7)
+        return await request
+
+    assert asyncio.run(both()).token_ids
+
+
+def test_an_adapter_of_a_higher_rank_than_the_engine_was_started_with(pair, tmp_path, model_folder):
+    policy = make_policy(model_folder, r=16)
+    if pair.engine.serves_lora:
+        with pytest.raises(
+            EngineError, match=r"adapter has r=16, and the engine was started for r up to 8.*max_lora_rank"
+        ):
+            pair.sync(tmp_path / "v", 1, policy)
+    else:  # merged weights have no rank
+        perturb(policy, seed=5)
+        pair.sync(tmp_path / "v", 1, policy)
+        assert logprob_gap(policy, pair.batch_of(pair.sample())) < 0.1
+
+
+def test_whole_weights_go_the_way_of_merge(pair, tmp_path, model_folder):
+    policy = make_policy(model_folder, enabled=False)
+    with torch.no_grad():
+        for index, parameter in enumerate(policy.trainable_parameters()):
+            parameter.mul_(1.0 + 0.02 * (index % 3 - 1))
+    if pair.engine.serves_lora:
+        with pytest.raises(EngineError, match='is no adapter, and sync_mode is "lora"'):
+            pair.sync(tmp_path / "v", 2, policy)
+        return
+    pair.sync(tmp_path / "v", 2, policy)
+    batch = pair.batch_of(pair.sample())
+    assert logprob_gap(policy, batch) < 0.1
+    perturb(pair.policy, seed=0, scale=0.0)
+    assert logprob_gap(pair.policy, batch) > logprob_gap(policy, batch)
+
+
+def test_a_request_that_takes_too_long_is_an_error_and_the_engine_goes_on(pair):
+    pair.engine.request_timeout_s = 0.05
+    with pytest.raises(EngineError, match=r"a completion took longer than 0\.05 s\. The end of .*engine.log"):
+        pair.sample(max_tokens=40)
+    pair.engine.request_timeout_s = 120
+    assert pair.sample(max_tokens=2)
+
+
+def test_a_dead_engine_is_an_error_with_its_own_words_within_a_bound(pair):
+    for process in psutil.Process().children(recursive=True):
+        if "VLLM" in process.name() or "VLLM" in " ".join(process.cmdline()):
+            process.kill()
+
+    def sample_until_it_fails() -> None:
+        for _ in range(20):
+            pair.sample(max_tokens=2)
+            time.sleep(0.5)
+
+    start = time.perf_counter()
+    with pytest.raises(EngineError, match=r"(?s)vLLM failed at a completion .*The end of .*engine\.log"):
+        sample_until_it_fails()
+    assert time.perf_counter() - start < 60
+
+
+def test_a_model_that_vllm_cannot_start_is_an_error_with_its_own_words(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    engine = VLLMColocatedEngine(enforce_eager=True)
+    with pytest.raises(EngineError, match=r"(?s)vLLM did not start \(.*The end of .*engine\.log"):
+        engine.start(EngineSpec(ServedModel(str(tmp_path), "bfloat16", 0, Path), 64, 0, tmp_path / "engine.log"))
+    engine.close()

@@ -1,0 +1,191 @@
+"""What a run leaves behind, and what it says on the way."""
+
+import csv
+import io
+import json
+
+import peft
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from fuchsia_pl.callbacks.adapter_export import AdapterExport
+from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
+from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel
+from fuchsia_pl.callbacks.rollout_log import RolloutLog
+from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.callbacks.step_timer import StepTimer
+from fuchsia_pl.objectives.loss import LossConfig
+from tests.doubles import make_data, make_module, make_sample, make_trainer
+
+EXPECTED_METRICS = {
+    "reward/mean",
+    "reward/even",
+    "rollout/completion_tokens",
+    "rollout/truncated_fraction",
+    "rollout/zero_variance_groups",
+    "train/loss",
+    "train/kl",
+    "train/clip_fraction",
+    "train/grad_norm",
+    "train/logprob_gap",
+    "sync/seconds",
+    "perf/rollout_tokens_per_s",
+    "perf/train_tokens_per_s",
+    "perf/step_seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """A run of 3 steps with 2 micro-batches each and everything that the command adds to it."""
+    root = tmp_path_factory.mktemp("run")
+    report = ConsoleReport(every_n_steps=2)
+    report.console = Console(file=io.StringIO(), width=200)
+    module = make_module(tiny_model, LossConfig(beta=0.01))
+    callbacks = [
+        StepTimer(),
+        BaselineValidation(),
+        RolloutLog(),
+        report,
+        AdapterExport(),
+        RunCheckpoint(every_n_steps=2),
+    ]
+    trainer = make_trainer(
+        root,
+        *callbacks,
+        accumulate_grad_batches=2,
+        num_sanity_val_steps=-1,
+        limit_val_batches=1.0,
+        log_every_n_steps=1,
+        logger=CSVLogger(root, name="", version=""),
+        enable_checkpointing=True,
+        enable_progress_bar=True,
+    )
+    trainer.fit(module, datamodule=make_data(module))
+    return root, module, report.console.file.getvalue()
+
+
+def metric_rows(root) -> list[dict[str, str]]:
+    with (root / "metrics.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_metric_is_logged_once_per_optimizer_step(run):
+    rows = [row for row in metric_rows(run[0]) if row["reward/mean"]]
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert set(rows[0]) >= EXPECTED_METRICS
+    for row in rows:
+        assert all(float(row[name]) >= 0 for name in EXPECTED_METRICS - {"train/loss"})
+
+
+def test_held_out_figures_are_logged_before_and_after(run):
+    rows = [row for row in metric_rows(run[0]) if row["validation/reward/even"]]
+    assert [row["step"] for row in rows] == ["0", "2"]  # Lightning counts steps from 0, and 2 is the third
+    assert rows[0]["validation/reward/even"] != rows[1]["validation/reward/even"]
+
+
+def test_every_rollout_is_a_line(run):
+    root = run[0]
+    lines = [json.loads(line) for line in (root / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 5 * 4
+    assert [line["step"] for line in lines] == [0] * 20 + [1] * 20 + [2] * 20
+    assert all(line["policy_version"] == line["step"] for line in lines)
+    line = lines[0]
+    assert line["prompt"] == f"user:{line['item']['n']}?\na:"
+    assert len(line["prompt_ids"]) == len(line["prompt"])
+    assert 1 <= len(line["completion_ids"]) <= 6
+    assert set(line["rewards"]) == {"even", "ended"}
+    assert line["reward"] == pytest.approx(line["rewards"]["even"] + 0.5 * line["rewards"]["ended"])
+    assert line["status"] in ("completed", "truncated")
+    for step in range(3):
+        for item in {line["item_index"] for line in lines if line["step"] == step}:
+            siblings = [line for line in lines if (line["step"], line["item_index"]) == (step, item)]
+            assert sorted(line["sibling"] for line in siblings) == [0, 1, 2, 3]
+            assert sum(line["advantage"] for line in siblings) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_held_out_rollouts_have_a_file_of_their_own(run):
+    lines = [json.loads(line) for line in (run[0] / "rollouts-validation.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 4
+    assert {line["advantage"] for line in lines} == {None}
+
+
+def test_the_exported_adapter_is_the_trained_one(run, tiny_model):
+    root, module, _ = run
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(root / "adapter"))
+    expected = dict(module.policy.model.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, expected[name])
+    assert not (root / ".adapter").exists()
+
+
+def test_the_last_checkpoint_is_of_the_last_step(run):
+    checkpoints = list((run[0] / "checkpoints").iterdir())
+    assert [file.name for file in checkpoints] == ["last.ckpt"]
+    assert torch.load(checkpoints[0], weights_only=True)["global_step"] == 3
+
+
+def test_a_checkpoint_is_saved_every_n_steps(tiny_model, tmp_path):
+    saved = []
+
+    class Record(RunCheckpoint):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            saved.append(checkpoint["global_step"])
+
+        def on_train_end(self, trainer, pl_module):
+            pass
+
+    module = make_module(tiny_model)
+    trainer = make_trainer(tmp_path, Record(every_n_steps=2), enable_checkpointing=True, accumulate_grad_batches=2)
+    trainer.fit(module, datamodule=make_data(module, steps_per_epoch=5))
+    assert [step for step in saved if step] == [2, 4]
+
+
+def test_the_console_says_what_runs_how_it_goes_and_what_is_written(run):
+    root, _, printed = run
+    lines = printed.splitlines()
+    table = {line.split("  ")[0].strip(): line for line in lines}
+    assert "of" in table["trained"]
+    assert "LoRA r=4" in table["trained"]
+    assert "20 in 2 micro-batches on 1 rank(s)" in table["rows per step"]
+    assert "TinyEngine" in table["engine"]
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["1", "2", "3"]
+    for label in ("reward", "accuracy", "kl", "length", "sampled tok/s", "trained tok/s", "s/step"):
+        assert all(f"{label} " in line for line in steps)
+    assert printed.count("advantage") == 1  # every second step of three shows a completion
+    assert [line for line in lines if line.startswith("held out, before training: validation/")]
+    assert [line for line in lines if line.startswith("held out, after step 3: validation/")]
+    assert lines[-1] == f"done: {root}"
+
+
+def test_what_a_model_writes_is_never_read_as_markup():
+    sample = make_sample([1], [2], 1.0)
+    sample.rollout.prompt = "[bold]not bold[/bold] [/red]"
+    console = Console(file=io.StringIO(), width=80)
+    console.print(completion_panel(sample))
+    assert "[bold]not bold[/bold] [/red]" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ConsoleReport(every_n_steps=-1), "every_n_steps must be 0 or more, got -1"),
+        (lambda: RunCheckpoint(every_n_steps=0), "every_n_steps must be 1 or more, got 0"),
+    ],
+)
+def test_wrong_intervals_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_no_completion_is_shown_with_an_interval_of_zero(tiny_model, tmp_path):
+    report = ConsoleReport(every_n_steps=0)
+    report.console = Console(file=io.StringIO(), width=200)
+    module = make_module(tiny_model)
+    make_trainer(tmp_path, report, enable_progress_bar=True).fit(module, datamodule=make_data(module))
+    assert "advantage" not in report.console.file.getvalue()

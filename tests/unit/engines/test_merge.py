@@ -1,0 +1,75 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fuchsia_pl.engines.merge import checkpoint_weights, merged_weights
+
+# W = identity, A = (1 2), B = (3, 4)^T: BA = [[3, 6], [4, 8]]
+WEIGHT = torch.eye(2)
+FACTORS = {"lora_A.weight": torch.tensor([[1.0, 2.0]]), "lora_B.weight": torch.tensor([[3.0], [4.0]])}
+
+
+def write(tmp_path, layer: str = "model.layers.0.q_proj", **config):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    save_file(
+        {"model.layers.0.q_proj.weight": WEIGHT.bfloat16(), "model.norm.weight": torch.ones(2)}, base / "m.safetensors"
+    )
+    factors = {f"base_model.model.{layer}.{name}": tensor for name, tensor in FACTORS.items()}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    settings = {"r": 4, "lora_alpha": 2, "use_rslora": False, **config}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    return base, adapter
+
+
+@pytest.mark.parametrize(
+    ("use_rslora", "scale"),
+    [(False, 0.5), (True, 1.0)],  # 2 / 4, and 2 / sqrt(4)
+)
+def test_merged_by_hand(tmp_path, use_rslora, scale):
+    merged = dict(merged_weights(*write(tmp_path, use_rslora=use_rslora)))
+    expected = torch.tensor([[1 + 3 * scale, 6 * scale], [4 * scale, 1 + 8 * scale]])
+    assert merged["model.layers.0.q_proj.weight"].dtype == torch.bfloat16
+    assert torch.equal(merged["model.layers.0.q_proj.weight"].float(), expected)
+    assert torch.equal(merged["model.norm.weight"], torch.ones(2))
+
+
+def test_the_checkpoint_is_left_as_it_is(tmp_path):
+    base, adapter = write(tmp_path)
+    for _ in range(2):
+        merged = dict(merged_weights(base, adapter))
+    assert torch.equal(dict(checkpoint_weights(base))["model.layers.0.q_proj.weight"], WEIGHT.bfloat16())
+    assert merged["model.layers.0.q_proj.weight"][0, 1] == 3.0  # once merged, not twice
+
+
+def test_an_adapter_for_a_layer_that_the_checkpoint_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no weights for these parts of the adapter.*k_proj"):
+        list(merged_weights(*write(tmp_path, layer="model.layers.0.k_proj")))
+
+
+def test_whole_weights_pass_as_they_are(tmp_path):
+    base, _ = write(tmp_path)
+    merged = dict(merged_weights(tmp_path / "unused", base))
+    assert torch.equal(merged["model.layers.0.q_proj.weight"], WEIGHT.bfloat16())
+
+
+def test_files_that_the_index_does_not_list_are_left_alone(tmp_path):
+    base, _ = write(tmp_path)
+    save_file({"tok_embeddings.weight": torch.ones(1)}, base / "consolidated.safetensors")
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "m.safetensors"}})
+    )
+    assert "tok_embeddings.weight" not in dict(checkpoint_weights(base))
+
+
+def test_transposed_layers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="fan_in_fan_out"):
+        list(merged_weights(*write(tmp_path, fan_in_fan_out=True)))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \.safetensors"):
+        list(checkpoint_weights(tmp_path))

@@ -1,0 +1,113 @@
+import asyncio
+import os
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, check_version_file
+from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.types import ConfigError, SamplingParams, ServedModel
+
+
+@pytest.mark.parametrize("name", ["kv_cache_gb", "max_num_seqs", "start_timeout_s", "request_timeout_s"])
+def test_sizes_and_bounds_are_above_zero(name):
+    with pytest.raises(ValueError, match=rf"{name} must be above 0, got 0"):
+        VLLMColocatedEngine(**{name: 0})
+
+
+def test_lora_mode_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r'sync_mode is "lora", but model.policy.lora.enabled is false'):
+        VLLMColocatedEngine(sync_mode="lora").start(make_spec(tmp_path, lora_rank=0))
+
+
+def test_a_rank_above_the_engines_is_refused_before_it_starts(tmp_path):
+    with pytest.raises(ConfigError, match=r"max_lora_rank=8 is below model.policy.lora.r=16"):
+        VLLMColocatedEngine(sync_mode="lora", max_lora_rank=8).start(make_spec(tmp_path, lora_rank=16))
+
+
+def make_spec(root, lora_rank: int = 5, max_length: int = 64) -> EngineSpec:
+    return EngineSpec(ServedModel("/m", "float16", lora_rank, Path), max_length, seed=3, log_file=root / "engine.log")
+
+
+class StoppedStartError(Exception):
+    """Raised in place of a start, once the arguments are known."""
+
+
+def started_with(monkeypatch, root, spec=None, **settings):
+    """The arguments that vLLM would be started with."""
+    seen = {}
+
+    def capture(args):
+        seen.update(vars(args))
+        raise StoppedStartError
+
+    monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", capture)
+    with pytest.raises(EngineError, match="StoppedStartError"):
+        VLLMColocatedEngine(**settings).start(spec or make_spec(root))
+    return seen
+
+
+def test_what_the_run_says_reaches_vllm_and_nothing_of_the_models_own(monkeypatch, tmp_path):
+    args = started_with(monkeypatch, tmp_path)
+    assert (args["model"], args["dtype"], args["max_model_len"], args["seed"]) == ("/m", "float16", 64, 3)
+    assert args["max_lora_rank"] == 8  # the adapter has 5, and vLLM has buffers for 8
+    assert args["generation_config"] == "vllm"
+    assert args["logprobs_mode"] == "processed_logprobs"
+    assert not args["enable_chunked_prefill"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "value"),
+    [
+        ({"kv_cache_gb": 0.5}, "kv_cache_memory_bytes", 2**29),
+        ({"max_num_seqs": 7}, "max_num_seqs", 7),
+        ({"enforce_eager": True}, "enforce_eager", True),
+        ({"sync_mode": "lora"}, "enable_lora", True),
+        ({"sync_mode": "lora", "max_lora_rank": 20}, "max_lora_rank", 32),
+    ],
+    ids=str,
+)
+def test_every_setting_reaches_vllm(monkeypatch, tmp_path, setting, name, value):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "9")
+    assert started_with(monkeypatch, tmp_path)[name] != value
+    assert started_with(monkeypatch, tmp_path, **setting)[name] == value
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+
+
+def test_merge_is_the_way_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not started_with(monkeypatch, tmp_path)["enable_lora"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert started_with(monkeypatch, tmp_path)["enable_lora"]
+    assert not started_with(monkeypatch, tmp_path, make_spec(tmp_path, lora_rank=0))["enable_lora"]
+
+
+def test_a_start_that_takes_too_long_is_an_error_and_what_comes_up_late_is_shut_down(monkeypatch, tmp_path):
+    late = threading.Event()
+
+    def slow(args):
+        time.sleep(0.5)
+        return SimpleNamespace(shutdown=late.set)
+
+    monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", slow)
+    start = time.perf_counter()
+    with pytest.raises(EngineError, match=r"vLLM did not start within 0\.1 s"):
+        VLLMColocatedEngine(start_timeout_s=0.1).start(make_spec(tmp_path))
+    assert time.perf_counter() - start < 0.4
+    assert late.wait(10)
+
+
+def test_an_engine_that_was_not_started_says_so():
+    with pytest.raises(EngineError, match="does not run: call start first"):
+        asyncio.run(VLLMColocatedEngine().generate([1], SamplingParams(1.0, 4, seed=0)))
+
+
+def test_an_adapter_folder_of_another_version_is_refused(tmp_path):
+    with pytest.raises(EngineError, match="holds version none, version 3 was asked for"):
+        check_version_file(tmp_path, 3)
+    (tmp_path / VERSION_FILE).write_text("2")
+    with pytest.raises(EngineError, match="holds version 2, version 3 was asked for"):
+        check_version_file(tmp_path, 3)

@@ -1,0 +1,39 @@
+from types import SimpleNamespace
+
+import pytest
+
+from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
+from fuchsia_pl.types import SamplingParams
+
+
+def test_every_sampling_value_is_said_and_neutral_where_it_is_not_ours():
+    params = to_vllm(SamplingParams(0.7, max_tokens=9, seed=5, stop=("</a>",), stop_token_ids=(2, 3)))
+    assert (params.temperature, params.max_tokens, params.seed) == (0.7, 9, 5)
+    assert (params.stop, params.stop_token_ids, params.detokenize) == (["</a>"], [2, 3], True)
+    assert (params.top_p, params.top_k, params.min_p) == (1.0, 0, 0.0)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert not to_vllm(SamplingParams(1.0, max_tokens=9, seed=5)).detokenize
+
+
+def output(**changes):
+    logprobs = [{5: SimpleNamespace(logprob=-0.5)}, {2: SimpleNamespace(logprob=-0.1)}]
+    fields = {"token_ids": [5, 2], "logprobs": logprobs, "finish_reason": "stop", "stop_reason": None}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def test_the_logprob_taken_is_the_sampled_ids():
+    extra = [{9: SimpleNamespace(logprob=-0.01), 5: SimpleNamespace(logprob=-0.5)}, {2: SimpleNamespace(logprob=-0.1)}]
+    completion = to_completion(output(logprobs=extra), version=3)
+    assert (completion.token_ids, completion.logprobs, completion.policy_version) == ((5, 2), (-0.5, -0.1), 3)
+
+
+@pytest.mark.parametrize("logprobs", [None, [], [{5: SimpleNamespace(logprob=-0.5)}]])
+def test_a_missing_logprob_is_an_error_and_never_zero(logprobs):
+    with pytest.raises(EngineError, match=r"logprobs for 2 sampled ids"):
+        to_completion(output(logprobs=logprobs), version=0)
+
+
+def test_an_aborted_completion_is_an_error():
+    with pytest.raises(EngineError, match="ended a completion with 'abort'"):
+        to_completion(output(finish_reason="abort"), version=0)

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from fuchsia_pl.objectives.reductions import constant, reduce, sequence_mean, token_mean
+from tests.doubles import denominators
+
+# Row 0 keeps 1 and 3, row 1 keeps 8.
+VALUES = torch.tensor([[1.0, 3.0, 100.0], [8.0, 100.0, 100.0]])
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def test_token_mean_by_hand():
+    # (1 + 3 + 8) / 3
+    assert token_mean(VALUES, MASK, num_tokens=3).item() == 4.0
+
+
+def test_sequence_mean_by_hand():
+    # ((1 + 3) / 2 + 8 / 1) / 2
+    assert sequence_mean(VALUES, MASK, num_rows=2).item() == 5.0
+
+
+def test_constant_by_hand_ignores_lengths():
+    # (1 + 3 + 8) / (2 rows * 4 tokens), and the same when the rows are padded to twice the length
+    assert constant(VALUES, MASK, num_rows=2, max_completion_tokens=4).item() == 1.5
+    values, mask = torch.cat([VALUES, VALUES], dim=1), torch.cat([MASK, torch.zeros_like(MASK)], dim=1)
+    assert constant(values, mask, num_rows=2, max_completion_tokens=4).item() == 1.5
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
+def test_shares_of_micro_batches_add_up(reduction):
+    whole = denominators(num_tokens=3, num_rows=2)
+    parts = [reduce(VALUES[row : row + 1], MASK[row : row + 1], reduction, whole) for row in range(2)]
+    torch.testing.assert_close(sum(parts), reduce(VALUES, MASK, reduction, whole))
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
+def test_what_the_mask_hides_has_no_value_and_no_gradient(reduction):
+    values = torch.where(MASK, VALUES, float("nan")).requires_grad_()
+    loss = reduce(values, MASK, reduction, denominators(num_tokens=3, num_rows=2))
+    loss.backward()
+    assert loss.isfinite()
+    assert (values.grad[~MASK] == 0).all()
+    assert (values.grad[MASK] > 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
+def test_no_kept_token_is_zero_with_a_graph(reduction):
+    values = VALUES.clone().requires_grad_()
+    loss = reduce(values, torch.zeros_like(MASK), reduction, denominators(num_tokens=0, num_rows=0))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (values.grad == 0).all()

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from fuchsia_pl.policy.agreement import adapter_agreement
+
+REFERENCE = torch.tensor([-1.0, -2.0, -3.0])
+EFFECT = torch.tensor([0.1, -0.2, 0.2])
+
+
+@pytest.mark.parametrize("applied", [0.0, 1.0, 2.0])
+def test_the_slope_is_the_share_that_the_engine_applies(applied):
+    agreement = adapter_agreement(REFERENCE + EFFECT, REFERENCE, REFERENCE + applied * EFFECT)
+    assert agreement.slope == pytest.approx(applied, abs=1e-6)
+    assert agreement.is_conclusive
+    assert agreement.holds == (applied == 1.0)
+
+
+def test_error_by_hand():
+    # sum x^2 = 0.01 + 0.04 + 0.04 = 0.09; noise (0.2, 0.1, 0) gives sum x y = 0.09 + 0.02 - 0.02 = 0.09, slope 1;
+    # residual mean (0.04 + 0.01 + 0) / 3 = 0.0166667; error sqrt(0.0166667 / 0.09) = 0.43033148
+    sampled = REFERENCE + EFFECT + torch.tensor([0.2, 0.1, 0.0])
+    agreement = adapter_agreement(REFERENCE + EFFECT, REFERENCE, sampled)
+    assert agreement.slope == pytest.approx(1.0, abs=1e-6)
+    assert agreement.error == pytest.approx(0.43033148, abs=1e-5)
+    assert not agreement.is_conclusive
+
+
+def test_an_adapter_without_effect_says_nothing():
+    assert not adapter_agreement(REFERENCE, REFERENCE, REFERENCE + EFFECT).is_conclusive

@@ -1,0 +1,27 @@
+import pytest
+
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, r"target_modules has \['lm_head'\], which vLLM cannot serve"),
+        ({"target_modules": ["model.embed_tokens"]}, r"has \['model.embed_tokens'\]"),
+        ({"target_modules": "lm_head"}, r"has \['lm_head'\]"),
+        ({"target_modules": ".*(lm_head|q_proj)"}, r"has \['lm_head'\]"),
+        ({"use_dora": True}, "vLLM cannot serve DoRA"),
+        ({"modules_to_save": ["norm"]}, r"modules_to_save is \['norm'\], and vLLM cannot serve"),
+        ({"r": 0}, "lora.r must be 1 or more, got 0"),
+        ({"alpha": 0}, "lora.alpha must be above 0, got 0"),
+        ({"dropout": 1.0}, "lora.dropout must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_what_cannot_be_trained_or_served_is_refused(setting, words):
+    with pytest.raises(ValueError, match=words):
+        LoRASettings(**setting)
+
+
+def test_a_chunk_needs_a_token():
+    with pytest.raises(ValueError, match="logprob_chunk_tokens must be 1 or more, got 0"):
+        PolicyConfig(name="m", logprob_chunk_tokens=0)

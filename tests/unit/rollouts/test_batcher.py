@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, make_groups, make_samples, split_balanced
+from fuchsia_pl.types import Rollout
+from tests.doubles import denominators, make_sample
+
+P0, P1, A0, A1, EOS = 11, 12, 21, 22, 2
+
+
+def test_the_shift_the_mask_and_the_padding_drawn_with_letters():
+    # row 0: P0 P1 A0 A1 EOS      row 1: P0 A0
+    long, short = make_sample([P0, P1], [A0, A1, EOS], 1.5), make_sample([P0], [A0], -0.5, logprob=-2.0)
+    batch = make_batches([long, short], 1, denominators(4, 2), policy_version=7, metrics={"x": 1.0})[0]
+    assert batch.input_ids.tolist() == [[P0, P1, A0, A1], [P0, A0, 0, 0]]
+    assert batch.labels.tolist() == [[P1, A0, A1, EOS], [A0, 0, 0, 0]]
+    assert batch.loss_mask.tolist() == [[False, True, True, True], [True, False, False, False]]
+    assert batch.sampling_logprobs.tolist() == [[0.0, -1.0, -1.0, -1.0], [-2.0, 0.0, 0.0, 0.0]]
+    assert batch.advantages.tolist() == [1.5, -0.5]
+    assert batch.temperatures.tolist() == [1.0, 1.0]
+    assert (batch.policy_version, batch.samples, batch.metrics) == (7, (long, short), {"x": 1.0})
+
+
+def test_an_end_of_turn_id_that_is_the_padding_id_keeps_its_loss():
+    batch = make_batches(
+        [make_sample([P0], [A0, 0], 1.0), make_sample([P0], [A0, A1, A1], 1.0)], 1, denominators(5), 0, {}
+    )[0]
+    row = [sample.rollout.token_ids for sample in batch.samples].index([P0, A0, 0])
+    assert batch.loss_mask[row].tolist() == [True, True, False]
+
+
+def test_rows_are_split_into_exactly_that_many_parts_balanced_by_tokens():
+    # lengths 10, 6, 5, 4, 3, 2: the rule puts 10 | 6 | 5, then 4 to 5, 3 to 6, 2 to the first of 9 and 9 after 10
+    samples = [make_sample([1], [5] * (length - 1), 0.0) for length in (3, 10, 5, 2, 6, 4)]
+    parts = split_balanced(samples, 3)
+    assert [[len(sample.rollout.token_ids) for sample in part] for part in parts] == [[10], [6, 3, 2], [5, 4]]
+
+
+def test_a_part_without_rows_becomes_padding_that_trains_nothing():
+    batches = make_batches([make_sample([P0], [A0], 1.0)], 3, denominators(1), policy_version=0, metrics={})
+    assert len(batches) == 3
+    assert [int(batch.loss_mask.sum()) for batch in batches] == [1, 0, 0]
+    assert all(batch.input_ids.shape == (1, 1) for batch in batches)
+
+
+def test_denominators_count_sampled_tokens_and_rows_that_have_some():
+    samples = [make_sample([1, 2], [3, 4, 5], 0.0), make_sample([1], [3], 0.0), make_sample([1], [], 0.0)]
+    counted = count_denominators(samples, max_completion_tokens=9)
+    assert (counted.num_tokens, counted.num_rows, counted.max_completion_tokens) == (4, 2, 9)
+
+
+def test_groups_get_the_advantages_of_their_own_siblings():
+    def rollout(reward: float) -> Rollout:
+        return Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="", reward=reward)
+
+    groups = make_groups([[rollout(0.0), rollout(1.0)], [rollout(5.0), rollout(5.0)]])
+    # 0.5 / (0.70710678 + 0.0001)
+    assert groups[0].advantages == pytest.approx((-0.70700679, 0.70700679))
+    assert groups[1].advantages == (0.0, 0.0)
+    assert [group.has_spread for group in groups] == [True, False]
+    assert [sample.advantage for sample in make_samples(groups)] == [*groups[0].advantages, 0.0, 0.0]
+
+
+def test_a_batch_moves_with_all_its_tensors():
+    batch = make_batches([make_sample([P0], [A0], 1.0)], 1, denominators(1), 0, {})[0].to("meta")
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6
+    assert all(tensor.device.type == "meta" for tensor in tensors)

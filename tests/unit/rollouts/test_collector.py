@@ -1,0 +1,134 @@
+import asyncio
+import time
+
+import pytest
+
+from fuchsia_pl.engines.base import Engine, EngineSpec
+from fuchsia_pl.rollouts.addressing import derived_seed
+from fuchsia_pl.rollouts.batcher import make_groups
+from fuchsia_pl.rollouts.chat import Chat
+from fuchsia_pl.rollouts.collector import Collector, Draw, EnvironmentStepError, PromptTooLongError
+from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.rollouts.metrics import reward_metrics, step_metrics
+from fuchsia_pl.types import Completion, RolloutStatus
+from tests.doubles import EOS, TinyEnvironment
+
+
+class ScriptedEngine(Engine):
+    """Sibling 0 answers "7" and stops, the others run into the length limit."""
+
+    policy_version = 4
+
+    def __init__(self) -> None:
+        self.requests = []
+
+    def start(self, spec: EngineSpec) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def load_adapter(self, path, version) -> None: ...
+
+    async def generate(self, prompt_ids, sampling):
+        self.requests.append((list(prompt_ids), sampling))
+        seeds = [derived_seed("run", 5, item, 0) for item in range(20)]
+        if sampling.seed in seeds:
+            return Completion((11, EOS), (-0.5, -0.25), "stop", None, self.policy_version)
+        await asyncio.sleep(0.001)
+        return Completion((12, 13, 14), (-1.0, -2.0, -3.0), "length", None, self.policy_version)
+
+
+def collect(tiny_model, max_length=40, environment=None):
+    engine, environment = ScriptedEngine(), environment or TinyEnvironment()
+    config = SamplingConfig(group_size=3, temperature=0.7, max_completion_tokens=3, max_length=max_length)
+    collector = Collector(engine, environment, Chat(tiny_model), config)
+    draw = Draw(environment.train_items(), [4, 11], siblings=3, temperature=0.7, address=("run", 5))
+    return asyncio.run(collector.collect(draw)), engine, collector
+
+
+def test_what_was_sampled_is_what_is_kept(tiny_model):
+    groups, engine, collector = collect(tiny_model)
+    prompt_ids = collector.chat.render([{"role": "user", "content": "11?"}])
+    rollout = groups[1][0]
+    assert rollout.token_ids == [*prompt_ids, 11, EOS]
+    assert rollout.loss_mask == [False] * len(prompt_ids) + [True, True]
+    assert rollout.sampling_logprobs == [0.0] * len(prompt_ids) + [-0.5, -0.25]
+    assert rollout.completion == "7"
+    assert (rollout.item, rollout.item_index, rollout.policy_version) == ({"n": 11}, 11, 4)
+    assert [[r.status for r in group] for group in groups] == [
+        [RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED, RolloutStatus.TRUNCATED]
+    ] * 2
+    assert engine.requests[3][0] == prompt_ids
+
+
+def test_every_request_has_its_own_seed_and_the_configured_sampling(tiny_model):
+    _, engine, _ = collect(tiny_model)
+    samplings = [sampling for _, sampling in engine.requests]
+    expected = [derived_seed("run", 5, item, sibling) for item in (4, 11) for sibling in range(3)]
+    assert [sampling.seed for sampling in samplings] == expected
+    assert {(s.temperature, s.max_tokens, s.stop, s.stop_token_ids) for s in samplings} == {(0.7, 3, (), (EOS,))}
+
+
+def test_a_prompt_without_room_for_its_completion_is_told(tiny_model):
+    # "user:4?\n" and "a:" are 10 characters, one token each; 12 - 3 leaves 9
+    with pytest.raises(PromptTooLongError, match=r"prompt of item 4 has 10 tokens.*max_length=12 leaves 9"):
+        collect(tiny_model, max_length=12)
+
+
+def test_the_environments_stop_strings_reach_every_request(tiny_model):
+    environment = TinyEnvironment()
+    environment.stop = ["</answer>"]
+    _, engine, _ = collect(tiny_model, environment=environment)
+    assert {sampling.stop for _, sampling in engine.requests} == {("</answer>",)}
+
+
+class Stepping(TinyEnvironment):
+    """An environment whose step is given."""
+
+    def __init__(self, step) -> None:
+        super().__init__()
+        self.step, self.timeout_s = step, 0.2
+
+    def step_rollout(self, rollout):
+        return self.step(rollout)
+
+
+def broken(rollout):
+    raise KeyError("tool")
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (broken, "Stepping.step_rollout on item 4 raised KeyError: 'tool'"),
+        (lambda rollout: time.sleep(1), "on item 4 took longer than 0.2 s"),
+        (lambda rollout: None, r"on item 4 did not call rollout\.finish\(\)"),
+    ],
+)
+def test_a_step_that_fails_hangs_or_never_ends_is_told_with_its_item(tiny_model, step, words):
+    with pytest.raises(EnvironmentStepError, match=words):
+        collect(tiny_model, environment=Stepping(step))
+
+
+def test_an_async_step_is_awaited(tiny_model):
+    async def step(rollout):
+        await asyncio.sleep(0.01)
+        rollout.finish()
+
+    groups, *_ = collect(tiny_model, environment=Stepping(step))
+    assert groups[0][0].status is RolloutStatus.COMPLETED
+
+
+def test_metrics_by_hand(tiny_model):
+    groups, _, collector = collect(tiny_model)
+    # Per group: completions (11, 2), (12, 13, 14), (12, 13, 14); even ids 1/2, 2/3, 2/3; ended 1, 0, 0 with weight 0.5
+    rollouts = [rollout for group in groups for rollout in group]
+    metrics = reward_metrics(rollouts, collector.environment)
+    assert metrics["reward/even"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3)
+    assert metrics["reward/ended"] == pytest.approx(1 / 3)
+    assert metrics["reward/mean"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3 + 0.5 / 3)
+    assert metrics["rollout/completion_tokens"] == pytest.approx(8 / 3)
+    assert metrics["rollout/truncated_fraction"] == pytest.approx(2 / 3)
+    assert metrics["rollout/accuracy"] == 0.0
+    step = step_metrics(make_groups(groups), collector.environment, seconds=2.0)
+    assert step["rollout/zero_variance_groups"] == 0.0
+    assert step["perf/rollout_tokens_per_s"] == 8.0  # 16 tokens in 2 s

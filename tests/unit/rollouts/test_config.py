@@ -1,0 +1,18 @@
+import pytest
+
+from fuchsia_pl.rollouts.config import SamplingConfig
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"group_size": 1}, "group_size must be 2 or more, got 1"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"validation_temperature": -1.0}, "validation_temperature must be 0 or more, got -1.0"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens must be above 0 and below max_length=1024, got 0"),
+        ({"max_completion_tokens": 64, "max_length": 64}, "below max_length=64, got 64"),
+    ],
+)
+def test_what_cannot_be_sampled_or_learned_from_is_refused(setting, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingConfig(**setting)

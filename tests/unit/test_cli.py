@@ -1,0 +1,267 @@
+"""The command line, in this process: what it takes, what it refuses and how it says so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from fuchsia_pl.cli import FuchsiaCLI
+from fuchsia_pl.cli.run_folder import CONFIG_FOLDER, RUN_FOLDER_VARIABLE, find_configs, new_run_folder, run_name
+
+TINY = """
+seed_everything: 3
+trainer: {accelerator: cpu, max_epochs: 1, max_steps: 2, limit_val_batches: 0}
+model:
+  policy: {name: %s, dtype: float32, lora: {r: 4, alpha: 8}}
+  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+data:
+  batch_size: 5
+  steps_per_epoch: 2
+  sampling: {group_size: 2, max_completion_tokens: 4, max_length: 40}
+  environment: {class_path: tests.doubles.TinyEnvironment}
+  engine: {class_path: tests.doubles.TinyEngine}
+"""
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuchsia"])
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY % tiny_model)
+    return file
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        FuchsiaCLI(list(arguments))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_run_has_a_folder_with_everything_in_it(config, tmp_path):
+    for number in range(2):
+        cli = FuchsiaCLI(["fit", "--config", str(config)])
+        assert cli.trainer.global_step == 2
+        folder = tmp_path / "runs" / "tiny" / str(number)
+        assert {f.name for f in folder.iterdir()} >= {
+            "config.yaml",
+            "metrics.csv",
+            "rollouts.jsonl",
+            "checkpoints",
+            "adapter",
+        }
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["seed_everything"] == 3
+    assert saved["model"]["loss"]["clip_high"] == 0.28  # defaults are written out
+
+
+def test_the_root_folder_is_the_trainers_setting(config, tmp_path):
+    FuchsiaCLI(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "elsewhere" / "tiny" / "0" / "metrics.csv").exists()
+
+
+def test_the_saved_config_runs_again_under_the_same_name_with_the_same_rollouts(config, tmp_path):
+    FuchsiaCLI(["fit", "--config", str(config)])
+    FuchsiaCLI(["fit", "--config", str(tmp_path / "runs/tiny/0/config.yaml")])
+    first, second = ((tmp_path / f"runs/tiny/{n}/rollouts.jsonl").read_text() for n in (0, 1))
+    assert first == second
+
+
+def test_validate_test_and_predict_run_from_a_checkpoint(config, tmp_path):
+    FuchsiaCLI(["fit", "--config", str(config)])
+    checkpoint = str(tmp_path / "runs/tiny/0/checkpoints/last.ckpt")
+    every = ["--trainer.limit_val_batches", "1.0"]
+    validated = FuchsiaCLI(["validate", "--config", str(config), "--ckpt_path", checkpoint, *every])
+    tested = FuchsiaCLI(["test", "--config", str(config), "--ckpt_path", checkpoint])
+    untrained = FuchsiaCLI(["test", "--config", str(config)])
+    metrics = [
+        float(cli.trainer.callback_metrics[f"{split}/reward/mean"])
+        for cli, split in [(validated, "validation"), (tested, "test"), (untrained, "test")]
+    ]
+    assert metrics[0] == metrics[1] != metrics[2]
+    held_out = [
+        json.loads(line) for line in (tmp_path / "runs/tiny/1/rollouts-validation.jsonl").read_text().splitlines()
+    ]
+    assert {(line["step"], line["policy_version"]) for line in held_out} == {(2, 2)}
+    FuchsiaCLI(["predict", "--config", str(config), "--ckpt_path", checkpoint])
+    assert len((tmp_path / "runs/tiny/4/rollouts-predict.jsonl").read_text().splitlines()) == 4
+
+
+def test_several_configs_merge_from_left_to_right(config, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("data: {batch_size: 3}\nmodel: {loss: {beta: 0.5}}\n")
+    cli = FuchsiaCLI(["fit", "--config", str(config), "--config", str(overlay), "--model.loss.beta", "0.25"])
+    assert cli.datamodule.batch_size == 3
+    assert cli.model.loss_config.beta == 0.25
+    assert cli.run_folder.parent.name == "tiny"
+
+
+def test_what_two_parts_share_is_given_once(config):
+    cli = FuchsiaCLI(["fit", "--config", str(config), "--model.policy.lora.r", "2", "--seed_everything", "11"])
+    assert cli.datamodule.served_model == cli.model.served_model
+    assert cli.datamodule.engine.spec.model.lora_rank == 2
+    assert cli.datamodule.engine.spec.max_length == cli.datamodule.sampling.max_length == 40
+    assert cli.datamodule.seed == 11
+
+
+def test_a_model_is_looked_for_only_when_every_setting_was_accepted(config, capsys, monkeypatch):
+    monkeypatch.setattr("fuchsia_pl.module.resolve_model", lambda name: pytest.fail("looked for a model"))
+    for setting in (
+        "data.sampling.group_size",
+        "data.batch_size",
+        "adapter_sync.tolerance",
+        "checkpoint.every_n_steps",
+    ):
+        assert "got 0" in refused(capsys, "fit", "--config", str(config), f"--{setting}", "0")
+
+
+def test_the_trainers_own_switches_leave_the_commands_callbacks_out(config):
+    cli = FuchsiaCLI(
+        [
+            "fit",
+            "--config",
+            str(config),
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.enable_checkpointing",
+            "false",
+        ]
+    )
+    assert not list(cli.run_folder.glob("checkpoints/*"))
+    assert cli.trainer.progress_bar_callback is None
+
+
+def test_print_config_shows_a_config_that_can_be_used(config, capsys):
+    with pytest.raises(SystemExit) as caught:
+        FuchsiaCLI(["fit", "--config", str(config), "--print_config"])
+    assert caught.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["batch_size"] == 5
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.polcy.name", "x"], ["model.polcy.name", "Did you mean 'model.policy.name'?"]),
+        (["--trainer.max_step", "3"], ["trainer.max_step", "Did you mean 'trainer.max_steps'?"]),
+        (["--data.sampling.group_sise", "3"], ["Did you mean 'data.sampling.group_size'?"]),
+        (["--data.environment.init_args.num_item", "3"], ["'num_item' is not accepted", "Did you mean"]),
+        (["--data.sampling.group_size", "1"], ["group_size must be 2 or more, got 1"]),
+        (["--model.policy.lora.use_dora", "true"], ["vLLM cannot serve DoRA"]),
+        (["--model.policy.lora.target_modules", "[lm_head]"], ["vLLM cannot serve"]),
+        (["--model.policy.name", "./nowhere"], ["the model './nowhere' does not exist"]),
+        (["--model.loss.reduction", "sum"], ["model.loss.reduction", "token_mean"]),
+        (["--seed_everything", "true"], ["seed_everything must be a number, got True"]),
+        (["--data.environment.class_path", "envs.arithmetic.Arithmetik"], ["Arithmetik"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_are_told_with_what_to_do(config, capsys, arguments, words):
+    printed = refused(capsys, "fit", "--config", str(config), *arguments)
+    for word in words:
+        assert word in printed
+    assert "Traceback" not in printed
+    assert not list(Path("runs").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("model: {policy: {nam: x}}", "Did you mean 'model.policy.name'?"),
+        ("modle: {policy: {name: x}}", "modle"),
+        ("data: {sampling: {temprature: 1.0}}", "Did you mean 'data.sampling.temperature'?"),
+    ],
+)
+def test_unknown_keys_in_a_file_are_told_with_the_nearest_right_one(config, capsys, tmp_path, text, word):
+    (tmp_path / "bad.yaml").write_text(text)
+    printed = refused(capsys, "fit", "--config", str(config), "--config", "bad.yaml")
+    assert word in printed
+
+
+def test_a_missing_config_is_told_with_those_that_exist(config, capsys):
+    assert "'quikstart.yaml' is no file, and the packaged configs are:" in refused(
+        capsys, "fit", "--config", "quikstart.yaml"
+    )
+    assert "quickstart.yaml" in refused(capsys, "fit", "--config=quikstart.yaml")
+
+
+def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = str(CONFIG_FOLDER / "quickstart.yaml")
+    assert find_configs(["fit", "--config", "quickstart.yaml", "-c=quickstart"]) == [
+        "fit",
+        "--config",
+        packaged,
+        f"-c={packaged}",
+    ]
+    Path("quickstart.yaml").touch()
+    assert find_configs(["fit", "--config", "quickstart.yaml"]) == ["fit", "--config", "quickstart.yaml"]
+
+
+def test_run_names_and_numbers(tmp_path, monkeypatch):
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+    assert run_name(["fit", "-c", "a/b.yaml"]) == "b"
+    assert [new_run_folder(tmp_path, "b").name for _ in range(3)] == ["0", "1", "2"]
+    (tmp_path / "b" / "7").mkdir()
+    assert new_run_folder(tmp_path, "b").name == "8"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert new_run_folder(tmp_path, "b") == tmp_path / "b" / "8"  # the folder of the rank that launched this one
+
+
+def test_what_libraries_say_goes_to_a_file(tmp_path):
+    code = (
+        "import logging, warnings; from pathlib import Path; from fuchsia_pl.cli.chatter import chatter_to;"
+        "import lightning.pytorch, transformers; chatter_to(Path('.')); warnings.warn('careful');"
+        "logging.getLogger('lightning.pytorch.x').warning('loud'); logging.getLogger('transformers').warning('also')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+    logged = (tmp_path / "run.log").read_text()
+    assert all(word in logged for word in ("careful", "loud", "also"))
+
+
+def test_weights_and_biases_runs_offline_beside_the_csv_log(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = f"{{offline: true, save_dir: {tmp_path}}}"
+    logger = f"{{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {settings}}}"
+    FuchsiaCLI(["fit", "--config", str(config), "--trainer.logger", logger])
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert (tmp_path / "runs/tiny/0/metrics.csv").exists()
+
+
+def test_tensorboard_runs_beside_the_csv_log(config, tmp_path):
+    logger = f"{{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {{save_dir: {tmp_path}}}}}"
+    FuchsiaCLI(["fit", "--config", str(config), "--trainer.logger", logger])
+    assert list((tmp_path / "lightning_logs").glob("version_0/events*"))
+
+
+def test_the_logger_can_be_switched_off(config):
+    cli = FuchsiaCLI(["fit", "--config", str(config), "--trainer.logger", "false"])
+    assert not [logger for logger in cli.trainer.loggers if isinstance(logger, CSVLogger)]
+    assert isinstance(cli.trainer, Trainer)
+
+
+def test_nothing_heavy_is_imported_before_it_is_chosen():
+    code = "import sys, {}; print([m for m in ('wandb', 'vllm', 'peft', 'fastmcp') if m in sys.modules])"
+    for module, expected in {"fuchsia_pl": "[]", "fuchsia_pl.cli": "['peft']"}.items():
+        out = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == expected
+
+
+def test_the_package_is_a_command():
+    environment = {**os.environ, "COLUMNS": "120"}
+    out = subprocess.run(
+        [sys.executable, "-m", "fuchsia_pl", "--help"], capture_output=True, text=True, env=environment
+    )
+    assert out.returncode == 0
+    for command in ("fit", "validate", "test", "predict"):
+        assert command in out.stdout

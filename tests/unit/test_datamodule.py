@@ -1,0 +1,170 @@
+from itertools import groupby
+
+import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from fuchsia_pl import datamodule
+from fuchsia_pl.datamodule import PhaseDataset
+from fuchsia_pl.module import StaleBatchError
+from fuchsia_pl.rollouts.collector import PromptTooLongError
+from fuchsia_pl.types import ConfigError
+from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
+
+
+def fit(tiny_model, root, **settings):
+    module, engine = make_module(tiny_model), TinyEngine()
+    trainer = make_trainer(root, **settings)
+    trainer.fit(module, datamodule=make_data(module, engine))
+    return engine
+
+
+def test_step_k_is_sampled_after_the_sync_of_the_step_before_it(tiny_model, tmp_path):
+    engine = fit(tiny_model, tmp_path, accumulate_grad_batches=2)
+    # 5 items with 4 siblings are 20 requests a step; version 0 is loaded before the first.
+    order = [call for call, _ in groupby(engine.calls)]
+    assert order == [
+        ("load", 0),
+        ("generate", 0),
+        ("load", 1),
+        ("generate", 1),
+        ("load", 2),
+        ("generate", 2),
+        ("load", 3),
+    ]
+    assert engine.calls.count(("generate", 1)) == 20
+
+
+def test_the_length_of_the_dataset_is_what_keeps_that_order(tiny_model, tmp_path, monkeypatch):
+    class WithoutLength(PhaseDataset):
+        __len__ = None
+
+    monkeypatch.setattr(datamodule, "PhaseDataset", WithoutLength)
+    with pytest.raises(StaleBatchError, match="step 0 got rollouts of policy version -1: the data loader ran ahead"):
+        fit(tiny_model, tmp_path)
+
+
+def test_a_phase_is_produced_when_its_first_batch_is_asked_for():
+    produced = []
+
+    def produce():
+        produced.append(len(produced))
+        return ["a", "b"]
+
+    dataset = PhaseDataset(produce, num_phases=2, batches_per_phase=2)
+    batches = iter(dataset)
+    assert produced == []
+    assert [next(batches), next(batches)] == ["a", "b"]
+    assert produced == [0]
+    next(batches)
+    assert produced == [0, 1]
+    assert len(dataset) == 4
+
+
+def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(tiny_model, tmp_path):
+    def rollouts(seed):
+        module, seen = make_module(tiny_model), []
+        data = make_data(module, seed=seed)
+        original = data._train_step
+
+        def record():
+            batches = original()
+            seen.append([sample.rollout.token_ids for batch in batches for sample in batch.samples])
+            return batches
+
+        data._train_step = record
+        make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+        return seen
+
+    assert rollouts(0) == rollouts(0) != rollouts(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be 1 or more, got 0"),
+        ({"steps_per_epoch": 0}, "data.steps_per_epoch must be 1 or more, got 0"),
+    ],
+)
+def test_sizes_below_one_are_refused(tiny_model, settings, words):
+    with pytest.raises(ValueError, match=words):
+        make_data(make_module(tiny_model), **settings)
+
+
+def test_more_items_than_there_are_is_refused_before_the_engine_starts(tiny_model, tmp_path):
+    module, engine = make_module(tiny_model), TinyEngine()
+    data = make_data(module, engine, TinyEnvironment(num_items=3))
+    with pytest.raises(ValueError, match=r"has 3 training items, fewer than data\.batch_size=5"):
+        make_trainer(tmp_path).fit(module, datamodule=data)
+    assert not hasattr(engine, "spec")
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_engine_starts(tiny_model, tmp_path):
+    class Wordy(TinyEnvironment):
+        def messages(self, item):
+            return [{"role": "user", "content": "x" * (50 if item["n"] == 13 else 5)}]
+
+    module, engine = make_module(tiny_model), TinyEngine()
+    with pytest.raises(PromptTooLongError, match="prompt of item 13 has 58 tokens"):
+        make_trainer(tmp_path).fit(module, datamodule=make_data(module, engine, Wordy()))
+    assert not hasattr(engine, "spec")
+
+
+def test_limits_that_would_cut_an_optimizer_step_are_refused(tiny_model, tmp_path):
+    words = r"limit_train_batches=3 would cut an optimizer step: it has 2 micro-batches"
+    with pytest.raises(ConfigError, match=words):
+        fit(tiny_model, tmp_path, accumulate_grad_batches=2, limit_train_batches=3)
+    fit(tiny_model, tmp_path, accumulate_grad_batches=2, limit_train_batches=4)
+    module = make_module(tiny_model)
+    trainer = make_trainer(tmp_path, GradientAccumulationScheduler({0: 2}))
+    with pytest.raises(ConfigError, match="GradientAccumulationScheduler would cut"):
+        trainer.fit(module, datamodule=make_data(module))
+
+
+def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
+    class Unchecked(TinyEnvironment):
+        def validation_items(self):
+            return []
+
+    module = make_module(tiny_model)
+    with pytest.raises(ConfigError, match=r"Unchecked.validation_items has 0 items.*limit_val_batches to 0"):
+        make_trainer(tmp_path, limit_val_batches=1.0).validate(
+            module, datamodule=make_data(module, environment=Unchecked())
+        )
+
+
+def test_the_engine_is_closed_at_the_end_and_after_a_failure(tiny_model, tmp_path):
+    class Failing(TinyEnvironment):
+        def messages(self, item):
+            raise LookupError("no question")
+
+    for environment in (TinyEnvironment(), Failing()):
+        module, engine = make_module(tiny_model), TinyEngine()
+        data = make_data(module, engine, environment)
+        trainer = make_trainer(tmp_path, max_steps=1)
+        if isinstance(environment, Failing):
+            with pytest.raises(LookupError, match="no question"):
+                trainer.fit(module, datamodule=data)
+        else:
+            trainer.fit(module, datamodule=data)
+        assert engine._model is None
+
+
+def test_what_the_engine_is_told(tiny_model, tmp_path):
+    module, engine = make_module(tiny_model), TinyEngine()
+    data = make_data(module, engine, seed=5, sampling={"max_length": 33})
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+    spec = engine.spec
+    assert (spec.model.lora_rank, spec.model.dtype, spec.max_length, spec.seed) == (4, "float32", 33, 5)
+    assert spec.log_file == tmp_path / "engine.log"
+
+
+def test_validation_draws_every_held_out_item_once_and_greedily(tiny_model, tmp_path):
+    module, engine = make_module(tiny_model), TinyEngine()
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    first = trainer.validate(module, datamodule=make_data(module, engine, seed=0), verbose=False)
+    second = trainer.validate(module, datamodule=make_data(module, engine, seed=1), verbose=False)
+    assert first == second  # greedy: the seed does not matter
+    assert engine.calls.count(("generate", 0)) == 2 * 4
+    assert "validation/reward/even" in first[0]
+    sampled = make_data(module, engine, seed=1, sampling={"validation_temperature": 2.0})
+    assert trainer.validate(module, datamodule=sampled, verbose=False) != first

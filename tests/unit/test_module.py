@@ -1,0 +1,254 @@
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
+
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.module import StaleBatchError
+from fuchsia_pl.objectives.loss import LossConfig, policy_loss
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from tests.doubles import TinyEngine, make_data, make_module, make_sample, make_trainer
+
+# Ten rows of different lengths and advantages, so that 1, 2 and 5 micro-batches are all possible.
+SAMPLES = [
+    make_sample([5] * (1 + row % 4), [6 + (row * token) % 30 for token in range(1, 2 + row % 5)], row / 4 - 1.0)
+    for row in range(10)
+]
+
+
+def step_gradient(module, samples, num_micro_batches: int) -> list[torch.Tensor]:
+    """The gradient that one optimizer step sees: the sum over its micro-batches."""
+    module.zero_grad()
+    for batch in make_batches(samples, num_micro_batches, count_denominators(samples, 8), 0, {}):
+        reference = module.policy.reference_logprobs(batch)
+        policy_loss(module.loss_config, batch, module.policy.logprobs(batch), reference).loss.backward()
+    return [parameter.grad.clone() for parameter in module.policy.trainable_parameters()]
+
+
+def randomised_module(tiny_model, loss: LossConfig):
+    module = make_module(tiny_model, loss)
+    module.configure_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.policy.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("old_logprobs", ["trainer", "sampler"])
+def test_the_gradient_is_the_same_for_1_2_and_5_micro_batches_and_any_row_order(tiny_model, reduction, old_logprobs):
+    module = randomised_module(tiny_model, LossConfig(reduction=reduction, old_logprobs=old_logprobs, beta=0.1))
+    whole = step_gradient(module, SAMPLES, 1)
+    assert max(gradient.abs().max() for gradient in whole) > 1e-3
+    shuffled = [SAMPLES[index] for index in (3, 9, 1, 0, 7, 5, 2, 8, 6, 4)]
+    for samples, parts in [(SAMPLES, 2), (SAMPLES, 5), (shuffled, 1), (shuffled, 5)]:
+        for got, expected in zip(step_gradient(module, samples, parts), whole, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_truncated_row_without_trained_tokens_leaves_the_gradient_as_it_was(tiny_model):
+    module = randomised_module(tiny_model, LossConfig())
+    before = step_gradient(module, SAMPLES, 2)
+    for got, expected in zip(step_gradient(module, [*SAMPLES, make_sample([5, 6], [], 3.0)], 2), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def train(tiny_model, root, accumulate: int, **settings) -> tuple:
+    """Three steps of plain gradient descent: unlike Adam's, its steps are as long as its gradients."""
+    torch.manual_seed(0)
+    module = make_module(tiny_model, optimizer=partial(torch.optim.SGD, lr=0.3))
+    module.configure_model()
+    data = make_data(module, TinyEngine(), batch_size=4, steps_per_epoch=3)
+    trainer = make_trainer(root, accumulate_grad_batches=accumulate, **settings)
+    trainer.fit(module, datamodule=data)
+    return module, trainer
+
+
+def test_a_trainer_run_ends_with_the_same_weights_for_any_accumulation(tiny_model, tmp_path):
+    one, first = train(tiny_model, tmp_path / "1", accumulate=1)
+    assert max(p.abs().max() for name, p in one.named_parameters() if "lora_B" in name) > 1e-2
+    for accumulate in (2, 4):
+        other, trainer = train(tiny_model, tmp_path / str(accumulate), accumulate)
+        assert trainer.global_step == 3
+        for name in ("train/grad_norm", "train/loss", "train/logprob_gap"):
+            assert float(trainer.callback_metrics[name]) == pytest.approx(
+                float(first.callback_metrics[name]), rel=1e-3, abs=1e-5
+            )
+        for got, expected in zip(other.policy.trainable_parameters(), one.policy.trainable_parameters(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_two_ranks_end_with_the_weights_and_figures_of_one(tiny_model, tmp_path):
+    """Two processes over gloo, each with its own engine and half of the items."""
+    script = f"""
+from functools import partial
+from pathlib import Path
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from tests.unit.test_module import train
+train(Path({str(tiny_model)!r}), Path({str(tmp_path)!r}), accumulate=2, devices=2, strategy="ddp", log_every_n_steps=1,
+      logger=CSVLogger({str(tmp_path)!r}, name="", version=""))[0].policy.save_trained(Path({str(tmp_path / "adapter")!r}))
+"""
+    (tmp_path / "two.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "two.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logger = CSVLogger(tmp_path / "one", name="", version="")
+    one, _ = train(tiny_model, tmp_path / "one", accumulate=2, logger=logger, log_every_n_steps=1)
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = {name: p for name, p in one.policy.model.state_dict().items() if "lora_" in name}
+    assert len(found) == len(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name.replace(".default", "")], tensor, rtol=1e-3, atol=1e-5)
+    rows = [list(csv.DictReader((tmp_path / place / "metrics.csv").open())) for place in (".", "one")]
+    for two_ranks, one_rank in zip(*rows, strict=True):
+        assert two_ranks.keys() == one_rank.keys()
+        for metric in two_ranks.keys() - {"epoch", "step", "sync/seconds", "perf/rollout_tokens_per_s"}:
+            assert float(two_ranks[metric]) == pytest.approx(float(one_rank[metric]), rel=1e-3, abs=1e-4), metric
+
+
+def test_a_run_learns(tiny_model, tmp_path):
+    """The sign of everything from reward to optimizer at once: more of what is rewarded, 20 steps on."""
+    torch.manual_seed(0)
+    module = make_module(tiny_model)
+    data = make_data(module, TinyEngine(), batch_size=5, steps_per_epoch=20)
+    rewards = []
+
+    class Record(AdapterSync):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            rewards.append(batch.metrics["reward/even"])
+
+    make_trainer(tmp_path, sync=Record(tolerance=1e-3)).fit(module, datamodule=data)
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.25
+
+
+def test_beta_zero_never_runs_the_reference(tiny_model, tmp_path, monkeypatch):
+    def refuse(*args):
+        pytest.fail("the reference ran")
+
+    class WithoutProbe(AdapterSync):
+        def on_train_batch_start(self, *args):
+            pass
+
+    monkeypatch.setattr("fuchsia_pl.policy.policy.Policy.reference_logprobs", refuse)
+    module = make_module(tiny_model, LossConfig(beta=0.0))
+    make_trainer(tmp_path, sync=WithoutProbe(), max_steps=2).fit(module, datamodule=make_data(module))
+    assert "train/kl" not in module.trainer.callback_metrics
+
+
+def test_the_kl_grows_from_zero_once_the_policy_moves(tiny_model, tmp_path):
+    module = make_module(tiny_model, LossConfig(beta=0.01))
+    values = []
+
+    class Record(AdapterSync):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+            values.append(pl_module.step_metrics["train/kl"].item())
+
+    make_trainer(tmp_path, sync=Record(tolerance=1e-3)).fit(module, datamodule=make_data(module))
+    assert values[0] == 0.0
+    assert values[1] > 0
+
+
+def test_rollouts_of_other_weights_are_refused(tiny_model):
+    module = make_module(tiny_model)
+    batch = make_batches(SAMPLES, 1, count_denominators(SAMPLES, 8), policy_version=3, metrics={})[0]
+    with pytest.raises(StaleBatchError, match="step 0 got rollouts of policy version 3"):
+        module.training_step(batch, 0)
+
+
+def test_a_precision_that_rounds_the_trained_weights_is_refused(tiny_model, tmp_path):
+    module = make_module(tiny_model)
+    with pytest.raises(ValueError, match=r"trained weights are \['torch.bfloat16'\].*trainer.precision is 'bf16-true'"):
+        make_trainer(tmp_path, precision="bf16-true").fit(module, datamodule=make_data(module))
+
+
+def test_without_lora_all_weights_train_and_are_synced(tiny_model, tmp_path):
+    module = make_module(tiny_model, LossConfig(beta=0.01), enabled=False)
+    assert module.served_model.lora_rank == 0
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, datamodule=make_data(module))  # the sync's tolerance of 1e-3 holds at both steps
+    assert trainer.global_step == 2
+
+
+class RecordRows(AdapterSync):
+    """Keeps the ids of every micro-batch that was trained. Its tolerance holds with dropout, which no engine has."""
+
+    def __init__(self):
+        super().__init__(tolerance=1e-3)
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.rows.append([sample.rollout.token_ids for sample in batch.samples])
+
+
+class CopyCheckpoint(RunCheckpoint):
+    """Keeps a copy of the checkpoint of step 2, as a run killed later would have left it."""
+
+    def on_train_batch_end(self, trainer, *args):
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == 2:
+            shutil.copy(f"{self.dirpath}/last.ckpt", trainer.default_root_dir)
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed in mid-epoch", "ended after two steps"])
+def test_five_steps_are_two_steps_saved_loaded_and_three_more(tiny_model, tmp_path, killed):
+    """Bit for bit, with dropout drawing from torch's generator and validation on the way."""
+
+    def run(name, max_steps, ckpt_path=None):
+        torch.manual_seed(0)
+        module, sync = make_module(tiny_model, dropout=0.1), RecordRows()
+        settings = {"max_epochs": -1, "max_steps": max_steps, "accumulate_grad_batches": 2, "limit_val_batches": 1.0}
+        checkpoint = CopyCheckpoint(every_n_steps=2)
+        trainer = make_trainer(tmp_path / name, checkpoint, sync=sync, enable_checkpointing=True, **settings)
+        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4), ckpt_path=ckpt_path)
+        return module, sync.rows
+
+    straight, rows = run("straight", 5)
+    if not killed:
+        run("first", 2)
+    saved = tmp_path / "straight/last.ckpt" if killed else tmp_path / "first/checkpoints/last.ckpt"
+    resumed, rows_after = run("second", 5, ckpt_path=saved)
+    assert len(rows) == 10
+    assert rows_after == rows[4:]
+    for got, expected in zip(
+        resumed.policy.trainable_parameters(), straight.policy.trainable_parameters(), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_a_checkpoint_holds_the_adapter_and_never_the_base(tiny_model, tmp_path):
+    _, trainer = train(tiny_model, tmp_path, accumulate=1, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
+    _, trainer = train(tiny_model, tmp_path, accumulate=1, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    module = make_module(tiny_model, r=2)
+    with pytest.raises(ValueError, match=r"names or shapes differ, first at policy.*config.yaml of the run"):
+        make_trainer(tmp_path, max_steps=2).fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_a_scheduler_steps_once_per_optimizer_step(tiny_model, tmp_path):
+    module = make_module(tiny_model)
+    module.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=5)
+    trainer.fit(module, datamodule=make_data(module))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**3)  # 3 steps of 5 micro-batches
