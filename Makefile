@@ -1,4 +1,5 @@
-# `make quickstart` trains a real model, `make test` passes the tests, `make setup` only installs.
+# `make quickstart` trains a real model, `make test` passes the tests, `make mutants` checks that the tests of the objectives
+# notice every mistake, `make setup` only installs.
 # Variables: EXTRA=cpu|gpu (default: gpu where nvidia-smi answers), PYTHON, VENV, ARGS (added to the quickstart's command).
 
 SHELL := /bin/bash
@@ -12,7 +13,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready-$(EXTRA)
 READY_DEV := $(VENV)/.ready-$(EXTRA)-dev
 
-.PHONY: quickstart test setup check clean
+.PHONY: quickstart test setup check mutants clean
 
 quickstart: $(READY)
 	$(BIN)/fuchsia fit --config quickstart.yaml $(ARGS)
@@ -26,6 +27,9 @@ check: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: $(READY_DEV)
+	$(BIN)/python -m tests.mutants
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -2,26 +2,41 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fuchsia_pl.engines.base import Engine, EngineSpec
-from fuchsia_pl.envs.base import Environment, check_environment
-from fuchsia_pl.rollouts.addressing import item_indices
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, make_groups, make_samples
+from fuchsia_pl.envs.base import Environment, check_environment, reward_name
+from fuchsia_pl.objectives.config import Learner
+from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
+from fuchsia_pl.rollouts.addressing import item_indices, refill_indices
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.rollouts.metrics import SUMMED_METRICS, reward_metrics, step_metrics
-from fuchsia_pl.types import Batch, ConfigError, Denominators, Evaluation, ServedModel
+from fuchsia_pl.rollouts.credit import OVERLONG, make_samples, penalise_overlong, scores_by_rollout
+from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
+from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
+from fuchsia_pl.types import Batch, ConfigError, Denominators, Evaluation, RolloutGroup, RolloutScores, Sample
 
 ENGINE_LOG = "engine.log"
+NO_ROWS = "none of the step's rollouts can be trained on: not scored, masked, or in groups without spread"
+NO_ADVANTAGE = "every advantage of the step is 0: the rewards do not differ"
+
+
+class Scorer(Protocol):
+    """What the data module knows of the module: it says of rollouts what only the model can."""
+
+    def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
+        """KL and values of the tokens of some micro-batches."""
 
 
 class PhaseDataset(IterableDataset[Any]):
@@ -57,21 +72,22 @@ class RolloutDataModule(LightningDataModule):
     Args:
         environment: What is asked and how answers are scored.
         engine: Who samples.
-        served_model: What trainer and engine share; the CLI takes it from the model.
+        learner: The model that is sampled from and the objective that is learned; the CLI takes it from the module.
         sampling: How rollouts are sampled.
-        batch_size: Items of one optimizer step, over all ranks; each becomes `sampling.group_size` rollouts.
+        batch_size: Items of one phase of rollouts, over all ranks; each becomes `sampling.group_size` rollouts. A phase is
+            one optimizer step, or `num_policy_updates` of them.
         steps_per_epoch: Optimizer steps between two validations.
         seed: The run's seed; the CLI takes it from `seed_everything`.
 
     Raises:
-        ConfigError: A size is below 1, or the environment could not be trained on.
+        ConfigError: A size is below 1 or does not fit the objective, or the environment could not be trained on.
     """
 
     def __init__(
         self,
         environment: Environment,
         engine: Engine,
-        served_model: ServedModel,
+        learner: Learner,
         sampling: SamplingConfig,
         batch_size: int = 8,
         steps_per_epoch: int = 100,
@@ -81,10 +97,24 @@ class RolloutDataModule(LightningDataModule):
         for name, value in {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}.items():
             if value < 1:
                 raise ConfigError(f"data.{name} must be 1 or more, got {value}")
+        loss = learner.loss
+        if steps_per_epoch % loss.num_policy_updates:
+            raise ConfigError(
+                f"data.steps_per_epoch={steps_per_epoch} is no multiple of model.loss.num_policy_updates="
+                f"{loss.num_policy_updates}: an epoch would end within a phase"
+            )
+        if sampling.group_size < 2 and loss.parts.advantage in GROUP_ADVANTAGES:
+            raise ConfigError(
+                f"data.sampling.group_size must be 2 or more, got {sampling.group_size}: advantage "
+                f'"{loss.parts.advantage}" compares siblings of one item'
+            )
         check_environment(environment)
+        if OVERLONG in [reward_name(function) for function in environment.reward_functions]:
+            raise ConfigError(f"{type(environment).__name__} has a reward function {OVERLONG!r}: the name is taken")
         self.environment = environment
         self.engine = engine
-        self.served_model = served_model
+        self.served_model = learner.served_model
+        self.loss = loss
         self.sampling = sampling
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
@@ -129,9 +159,10 @@ class RolloutDataModule(LightningDataModule):
         return batch.to(device) if isinstance(batch, Batch) else batch
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """One phase per optimizer step, of exactly `accumulate_grad_batches` micro-batches."""
-        num_micro_batches = self._trainer.accumulate_grad_batches
-        return _loader(PhaseDataset(self._train_step, self.steps_per_epoch, num_micro_batches))
+        """Phases of `accumulate_grad_batches` micro-batches for each of their `num_policy_updates` optimizer steps."""
+        num_updates = self.loss.num_policy_updates
+        batches_per_phase = self._trainer.accumulate_grad_batches * num_updates
+        return _loader(PhaseDataset(self._train_phase, self.steps_per_epoch // num_updates, batches_per_phase))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out split, sampled all at once."""
@@ -148,15 +179,21 @@ class RolloutDataModule(LightningDataModule):
     def _check_training(self) -> None:
         """Refuses, before the engine starts, what would fail or silently drop rows later."""
         assert self._collector is not None
-        trainer, items = self._trainer, self.environment.train_items()
+        trainer, items, num_updates = self._trainer, self.environment.train_items(), self.loss.num_policy_updates
         item_indices(self.seed, 0, len(items), self.batch_size)
         self._collector.check_prompts(items)
         limit, num_micro_batches = trainer.limit_train_batches, trainer.accumulate_grad_batches
+        batches_per_phase = num_micro_batches * num_updates
         num_batches = limit if isinstance(limit, int) else int(self.steps_per_epoch * num_micro_batches * limit)
-        if num_batches % num_micro_batches:
+        if num_batches % batches_per_phase:
             raise ConfigError(
-                f"trainer.limit_train_batches={limit} would cut an optimizer step: it has {num_micro_batches} micro-batches "
-                "(trainer.accumulate_grad_batches); use data.steps_per_epoch or trainer.max_steps"
+                f"trainer.limit_train_batches={limit} would cut a phase: it has {batches_per_phase} micro-batches "
+                "(trainer.accumulate_grad_batches x model.loss.num_policy_updates); use data.steps_per_epoch or trainer.max_steps"
+            )
+        if trainer.max_steps > 0 and trainer.max_steps % num_updates:
+            raise ConfigError(
+                f"trainer.max_steps={trainer.max_steps} is no multiple of model.loss.num_policy_updates={num_updates}: the run "
+                "would end within a phase"
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigError(
@@ -166,32 +203,72 @@ class RolloutDataModule(LightningDataModule):
     def _share(self, indices: list[int]) -> list[int]:
         return indices[self._trainer.global_rank :: self._trainer.world_size]
 
-    def _train_step(self) -> list[Batch]:
+    def _train_phase(self) -> list[Batch]:
         assert self._collector is not None, "setup comes first"
-        step = self._trainer.global_step
-        items = self.environment.train_items()
-        indices = self._share(item_indices(self.seed, step, len(items), self.batch_size))
-        draw = Draw(items, indices, self.sampling.group_size, self.sampling.temperature, (self.seed, "train", step))
+        num_updates, num_micro_batches = self.loss.num_policy_updates, self._trainer.accumulate_grad_batches
         start = time.perf_counter()
-        groups = make_groups(asyncio.run(self._collector.collect(draw)))
-        metrics = self._metrics_over_ranks(step_metrics(groups, self.environment, time.perf_counter() - start))
-        samples = make_samples(groups)
-        denominators = self._over_ranks(count_denominators(samples, self.sampling.max_completion_tokens))
-        version = min(sample.rollout.policy_version for sample in samples)
-        return make_batches(samples, self._trainer.accumulate_grad_batches, denominators, version, metrics)
+        sampled = self._sample(phase=self._trainer.global_step // num_updates)
+        seconds = time.perf_counter() - start
+        rollouts = [rollout for group in [*sampled.kept, *sampled.dropped] for rollout in group.rollouts]
+        version = min(rollout.policy_version for rollout in rollouts)
+        penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
+        scores = self._scores(sampled.kept, version)
+        samples = make_samples(self.loss, sampled.kept, self.environment.reward_weights, scores, self._add_up)
+        kl = [of_rollout.kl for of_rollout in scores.values() if of_rollout.kl is not None]
+        kl_total = (float(sum(row.sum() for row in kl)), float(sum(row.numel() for row in kl)))
+        record = StepRecord(
+            sampled.kept,
+            sampled.dropped,
+            sampled.num_refills,
+            len(samples),
+            seconds,
+            kl_total if self.loss.kl_in_reward else None,
+        )
+        world_size = self._trainer.world_size
+        metrics = over_ranks(step_fractions(record, self.environment, world_size), self._add_up)
+        denominators, skip_reason = self._count(samples)
+        batches = make_batches(samples, num_micro_batches, denominators, version, metrics)
+        trained = {id(sample.rollout) for sample in samples}
+        unused = tuple(rollout for rollout in rollouts if id(rollout) not in trained)
+        batches[0] = replace(batches[0], unused=unused)
+        batches = [replace(batch, skip_reason=skip_reason) for batch in batches]
+        return [replace(batch, policy_update=update) for update in range(num_updates) for batch in batches]
 
-    def _over_ranks(self, local: Denominators) -> Denominators:
-        counts = torch.tensor([local.num_tokens, local.num_rows], dtype=torch.int64)
-        counts = self._trainer.strategy.reduce(counts.to(self._trainer.strategy.root_device), reduce_op="sum")
-        num_tokens, num_rows = counts.tolist()
-        return Denominators(num_tokens, num_rows, local.max_completion_tokens)
+    def _sample(self, phase: int) -> Sampled:
+        assert self._collector is not None
+        items = self.environment.train_items()
+        drawn = item_indices(self.seed, phase, len(items), self.batch_size)
+        address = (self.seed, "train", phase)
+        draw = Draw(items, self._share(drawn), self.sampling.group_size, self.sampling.temperature, address)
+        max_refills = self.loss.parts.max_refills
+        spare = self._share(refill_indices(self.seed, phase, len(items), set(drawn))) if max_refills else []
+        return asyncio.run(sample_groups(self._collector, draw, spare, max_refills))
 
-    def _metrics_over_ranks(self, local: dict[str, float]) -> dict[str, float]:
-        """Means over ranks, which all have as many rollouts; counts and rates are added up."""
-        strategy, num_ranks = self._trainer.strategy, self._trainer.world_size
-        values = torch.tensor(list(local.values()), dtype=torch.float64, device=strategy.root_device)
-        means = dict(zip(local, (strategy.reduce(values, reduce_op="sum") / num_ranks).tolist(), strict=True))
-        return {name: mean * num_ranks if name in SUMMED_METRICS else mean for name, mean in means.items()}
+    def _scores(self, groups: Sequence[RolloutGroup], version: int) -> dict[int, RolloutScores]:
+        """The trainer's word on the rollouts, where advantages need it."""
+        if not self.loss.needs_scores:
+            return {}
+        samples = [
+            Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for group in groups for rollout in group.rollouts
+        ]
+        device = self._trainer.strategy.root_device
+        number = self._trainer.accumulate_grad_batches
+        batches = [batch.to(device) for batch in make_batches(samples, number, Denominators(1, 1, 1), version, {})]
+        scorer = cast(Scorer, self._trainer.lightning_module)
+        return scores_by_rollout(batches, scorer.score_rollouts(batches))
+
+    def _count(self, samples: Sequence[Sample]) -> tuple[Denominators, str | None]:
+        """The step's denominators over all ranks, and why there is nothing to learn from it, if so."""
+        local = count_denominators(samples, self.sampling.max_completion_tokens)
+        num_learnable = sum(any(sample.advantages) or sample.old_values != sample.value_targets for sample in samples)
+        counts = torch.tensor([local.num_tokens, local.num_rows, num_learnable], dtype=torch.int64)
+        num_tokens, num_rows, num_learnable = self._add_up(counts).tolist()
+        reason = NO_ROWS if num_rows == 0 else NO_ADVANTAGE if num_learnable == 0 else None
+        return Denominators(num_tokens, num_rows, local.max_completion_tokens), reason
+
+    def _add_up(self, values: Tensor) -> Tensor:
+        strategy = self._trainer.strategy  # its reduce works in place on some strategies
+        return strategy.reduce(values.clone().to(strategy.root_device), reduce_op="sum").cpu()
 
     def _evaluate(self) -> list[Evaluation]:
         assert self._collector is not None, "setup comes first"
@@ -205,7 +282,8 @@ class RolloutDataModule(LightningDataModule):
         draw = Draw(items, indices, 1, self.sampling.validation_temperature, (self.seed, "validation"))
         siblings = asyncio.run(self._collector.collect(draw))
         rollouts = tuple(rollout for group in siblings for rollout in group)
-        return [Evaluation(rollouts, reward_metrics(rollouts, self.environment))]
+        fractions = reward_fractions(rollouts, self.environment)
+        return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]
 
 
 def _loader(dataset: PhaseDataset) -> DataLoader[Any]:

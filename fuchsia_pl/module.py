@@ -1,20 +1,26 @@
 """The LightningModule: a micro-batch becomes logprobs, logprobs a loss, and losses the metrics of an optimizer step."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fuchsia_pl.objectives.loss import LossConfig, logprob_gap, policy_loss
+from fuchsia_pl.objectives.config import Learner, LossConfig
+from fuchsia_pl.objectives.kl import kl_estimate
+from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sources import resolve_model
-from fuchsia_pl.types import Batch, ConfigError, Evaluation, ServedModel
+from fuchsia_pl.types import Batch, ConfigError, Evaluation, RolloutScores, ServedModel
 
 RNG_KEY = "torch_rng_state"
+
+logger = logging.getLogger(__name__)
 
 
 class StaleBatchError(RuntimeError):
@@ -22,7 +28,7 @@ class StaleBatchError(RuntimeError):
 
 
 class GRPOModule(LightningModule):
-    """Trains a policy on batches of rollouts (GRPO, arXiv:2402.03300).
+    """Trains a policy on batches of rollouts, by GRPO or one of its relatives.
 
     Optimisation is Lightning's own: gradient clipping, accumulation, precision and schedulers are set on the trainer and
     mean what they always mean.
@@ -48,18 +54,26 @@ class GRPOModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         lora_rank = policy.lora.r if policy.lora.enabled else 0
-        self.served_model = ServedModel(policy.name, policy.dtype, lora_rank, resolve_model)
+        self.learner = Learner(ServedModel(policy.name, policy.dtype, lora_rank, resolve_model), loss)
         self.policy: Policy | None = None
         self.step_metrics: dict[str, Tensor] = {}
         self.rollout_metrics: Mapping[str, float] = {}
         self.loaded_step = 0
+        self.skip_reason: str | None = None
+        # The trainer's logprobs of each micro-batch before the first update of a phase.
+        self._behaviour: list[Tensor] = []
         # A checkpoint holds what was trained and never the base weights.
         self.strict_loading = False
 
     def configure_model(self) -> None:
         """Loads the model, once per process, where Lightning's strategies want it loaded."""
         if self.policy is None:
-            self.policy = Policy(self.policy_config, self.served_model.folder, with_reference=self.loss_config.beta > 0)
+            self.policy = Policy(
+                self.policy_config,
+                self.learner.served_model.folder,
+                with_reference=self.loss_config.beta > 0,
+                with_critic=self.loss_config.parts.advantage == "gae",
+            )
             self.policy.train()
 
     def configure_optimizers(self) -> Any:
@@ -82,35 +96,68 @@ class GRPOModule(LightningModule):
                 f"{self.trainer.precision!r}, use 32-true or bf16-mixed (frozen weights have model.policy.dtype either way)"
             )
 
+    @torch.no_grad()
+    def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
+        """KL and values of the tokens of some micro-batches, where advantages need them; without dropout."""
+        # The data loader calls this outside of a step, where Lightning's precision is not in force.
+        with self.trainer.precision_plugin.forward_context():
+            return [self._score(batch) for batch in batches]
+
+    def _score(self, batch: Batch) -> RolloutScores:
+        scores = self._policy.evaluated_scores(batch)
+        if not self.loss_config.kl_in_reward:
+            return RolloutScores(None, scores.values)
+        reference = self._policy.reference_logprobs(batch)
+        kl = kl_estimate(self.loss_config.parts.kl_estimator, scores.logprobs, reference, scores.logprobs)
+        return RolloutScores(kl, scores.values)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that Lightning's and DDP's averages make it the whole step's.
 
         Raises:
             StaleBatchError: The batch was sampled with other weights.
         """
-        if batch.policy_version != self.global_step:
+        if batch.policy_version != self.global_step - batch.policy_update:
             raise StaleBatchError(
-                f"step {self.global_step} got rollouts of policy version {batch.policy_version}: the data loader ran ahead of "
-                "the trainer, or the engine was not synced"
+                f"step {self.global_step} got rollouts of policy version {batch.policy_version} for update "
+                f"{batch.policy_update} of their phase: the data loader ran ahead of the trainer, or the engine was not synced"
             )
-        ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.beta > 0 else None
-        policy_logprobs = self._policy.logprobs(batch)
-        output = policy_loss(self.loss_config, batch, policy_logprobs, ref_logprobs)
-        # The engine drops nothing out, so it is compared with a forward that does not either.
-        compared = self._policy.evaluated_logprobs(batch) if self._policy.has_dropout else policy_logprobs
-        for name, value in {**output.metrics, "train/logprob_gap": logprob_gap(batch, compared)}.items():
-            self.step_metrics[name] = self.step_metrics.get(name, torch.zeros_like(value)) + value
-        self.rollout_metrics = batch.metrics
+        ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
+        scores = self._policy.scores(batch)
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        if batch.policy_update == 0:
+            # What sampled drops nothing out, so what is compared with it must not either.
+            evaluated = self._policy.evaluated_scores(batch) if self._policy.has_dropout else scores
+            self._behaviour = [*self._behaviour[:micro_batch], evaluated.logprobs.detach()]
+        behaviour = self._behaviour[micro_batch]
+        # At the first update both sides of the ratio are one forward: it is exactly 1, and dropout clips no token.
+        old_logprobs = scores.logprobs.detach() if batch.policy_update == 0 else behaviour
+        output = policy_loss(self.loss_config, batch, scores, old_logprobs, behaviour, ref_logprobs)
+        gap = logprob_gap(batch, behaviour)
+        for name, value in {**output.metrics, "train/logprob_gap": gap}.items():
+            combine = torch.maximum if name.endswith("_max") else torch.add
+            self.step_metrics[name] = combine(self.step_metrics.get(name, torch.zeros_like(value)), value)
+        self.rollout_metrics, self.skip_reason = batch.metrics, batch.skip_reason
         # The loss is divided by the whole step's counts already; Lightning divides by the number of micro-batches once
         # more, and DDP and FSDP by the number of ranks.
         return output.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the step's metrics: sums of the micro-batches' shares, and the gradient's norm before clipping."""
+        """Logs the step's metrics: sums of the micro-batches' shares, and the gradient's norm before clipping.
+
+        A step to be skipped loses its gradients: without one, an optimizer leaves a weight and its own state as they are.
+        """
         reduce = self.trainer.strategy.reduce  # in place on some strategies, hence the copies
-        shares = {name: reduce(value.clone(), reduce_op="sum") for name, value in self.step_metrics.items()}
+        shares = {
+            name: reduce(value.clone(), reduce_op="max" if name.endswith("_max") else "sum")
+            for name, value in self.step_metrics.items()
+        }
         gradients = [p.grad for p in self._policy.trainable_parameters() if p.grad is not None]
         shares["train/grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+        shares["train/skipped"] = torch.tensor(float(self.skip_reason is not None))
+        if self.skip_reason is not None:
+            logger.warning("step %d is skipped, the weights stay as they are: %s", self.global_step, self.skip_reason)
+            optimizer.zero_grad(set_to_none=True)
         self.log_dict({**shares, **self.rollout_metrics})
         self.step_metrics.clear()
 
@@ -133,11 +180,17 @@ class GRPOModule(LightningModule):
         checkpoint[RNG_KEY] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the generator, and refuses a checkpoint of another adapter.
+        """Restores the generator, and refuses a checkpoint of another adapter or from within a phase.
 
         Raises:
-            ConfigError: The checkpoint's weights are not those that this config trains.
+            ConfigError: The checkpoint's weights are not those that this config trains, or it cannot be gone on from.
         """
+        step, num_updates = checkpoint["global_step"], self.loss_config.num_policy_updates
+        if self.trainer.state.fn == TrainerFn.FITTING and step % num_updates:
+            raise ConfigError(
+                f"the checkpoint is of step {step}, which is no multiple of model.loss.num_policy_updates={num_updates}: the "
+                "rollouts of a phase are not saved, so a run goes on only from where one ends, as checkpoints/last.ckpt does"
+            )
         trained = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
         found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
         if trained != found:

@@ -134,8 +134,8 @@ class Rollout:
         turns: The completions so far.
         state: Free for the environment's own notes.
         status: How it ended, None while it runs.
-        rewards: Value of each reward function by name.
-        reward: The weighted sum of `rewards`.
+        rewards: Value of each reward function by name, None where it did not score.
+        reward: The weighted sum of those that did, None where none did: then nothing is learned from it.
 
     >>> rollout = Rollout({"a": 3, "b": 4}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
     >>> rollout.start([11, 12])
@@ -155,8 +155,8 @@ class Rollout:
     turns: list[Turn] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     status: RolloutStatus | None = None
-    rewards: dict[str, float] = field(default_factory=dict)
-    reward: float = 0.0
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
 
     @property
     def completion(self) -> str:
@@ -197,33 +197,44 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The G siblings of one item with the advantage of each.
+    """The G siblings of one item.
 
     Attributes:
         rollouts: The siblings, in order. Length [G].
-        advantages: One per sibling; they sum to 0. Length [G].
-        has_spread: Whether the siblings' rewards differ, so that there is something to learn from.
+        has_spread: Whether the siblings' rewards differ, so that they can be compared.
 
-    >>> RolloutGroup(rollouts=(), advantages=(), has_spread=False).has_spread
+    >>> RolloutGroup(rollouts=(), has_spread=False).has_spread
     False
     """
 
     rollouts: tuple[Rollout, ...]
-    advantages: tuple[float, ...]
     has_spread: bool
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One trainable row: a rollout with its advantage.
+    """One trainable row: a rollout with the advantage of each of its sampled tokens.
+
+    Attributes:
+        rollout: The rollout.
+        advantages: One per sampled token. Length [A].
+        old_values: With a critic, its value at each of them before the update. Length [A].
+        value_targets: With a critic, what its values should have been. Length [A].
 
     >>> rollout = Rollout({}, item_index=0, sibling=1, temperature=1.0, prompt="")
-    >>> Sample(rollout, advantage=-0.7).advantage
+    >>> Sample(rollout, advantages=(-0.5, -0.9)).mean_advantage
     -0.7
     """
 
     rollout: Rollout
-    advantage: float
+    advantages: tuple[float, ...]
+    old_values: tuple[float, ...] | None = None
+    value_targets: tuple[float, ...] | None = None
+
+    @property
+    def mean_advantage(self) -> float:
+        """Mean over its tokens, for people."""
+        return sum(self.advantages) / max(len(self.advantages), 1)
 
 
 @dataclass(frozen=True)
@@ -260,16 +271,21 @@ class Batch:
         labels: int64 [B, T].
         loss_mask: bool [B, T].
         sampling_logprobs: float32 [B, T].
-        advantages: float32 [B].
+        advantages: float32 [B, T], 0 where loss_mask is False.
         temperatures: float32 [B], the temperature each row was sampled with.
         denominators: Of the whole optimizer step.
         policy_version: The optimizer step whose weights sampled these rows.
         samples: What the rows were made of, for logs. A row without a sample is padding.
         metrics: Figures of the whole step's rollouts, the same in each of its micro-batches.
+        unused: Rollouts of the step that are not trained on, for logs; in its first micro-batch.
+        old_values: With a critic, its values before the update; float32 [B, T].
+        value_targets: With a critic, what its values should have been; float32 [B, T].
+        policy_update: How many optimizer steps were made with these rows already.
+        skip_reason: Why the optimizer step is to be skipped, None where it is not.
 
     >>> zeros = torch.zeros(1, 4)
     >>> batch = Batch(
-    ...     zeros.long(), zeros.long(), zeros.bool(), zeros, zeros[:, 0], zeros[:, 0] + 1,
+    ...     zeros.long(), zeros.long(), zeros.bool(), zeros, zeros, zeros[:, 0] + 1,
     ...     Denominators(1, 1, 1), policy_version=0, samples=(), metrics={})
     >>> batch.to("cpu").labels.shape
     torch.Size([1, 4])
@@ -285,18 +301,54 @@ class Batch:
     policy_version: int
     samples: tuple[Sample, ...]
     metrics: Mapping[str, float]
+    unused: tuple[Rollout, ...] = ()
+    old_values: Tensor | None = None
+    value_targets: Tensor | None = None
+    policy_update: int = 0
+    skip_reason: str | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Returns the batch with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            loss_mask=self.loss_mask.to(device, non_blocking=non_blocking),
-            sampling_logprobs=self.sampling_logprobs.to(device, non_blocking=non_blocking),
-            advantages=self.advantages.to(device, non_blocking=non_blocking),
-            temperatures=self.temperatures.to(device, non_blocking=non_blocking),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the policy says of the tokens of a batch, all [B, T] and meaningless where `loss_mask` is False.
+
+    Attributes:
+        logprobs: Of the labels, at the temperature they were sampled with.
+        entropies: Of the distributions they were drawn from, in nats.
+        values: The critic's, None without one.
+
+    >>> TokenScores(torch.zeros(1, 2), torch.zeros(1, 2), None).logprobs.shape
+    torch.Size([1, 2])
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor | None
+
+
+@dataclass(frozen=True)
+class RolloutScores:
+    """What the trainer says of the tokens of a batch before there are advantages, all [B, T].
+
+    Attributes:
+        kl: An estimate of KL(policy || reference) per token, None where the reward does not need it.
+        values: The critic's, None without one.
+
+    >>> RolloutScores(None, torch.zeros(1, 2)).values.shape
+    torch.Size([1, 2])
+    """
+
+    kl: Tensor | None
+    values: Tensor | None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fuchsia_pl.engines.base import Engine, EngineSpec, check_version_file
 from fuchsia_pl.engines.merge import merged_weights
 from fuchsia_pl.envs import SingleTurnEnvironment
 from fuchsia_pl.module import GRPOModule
-from fuchsia_pl.objectives.loss import LossConfig
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import Completion, Denominators, Rollout, RolloutStatus, Sample, SamplingParams, Turn
@@ -132,6 +132,30 @@ class TinyEnvironment(SingleTurnEnvironment):
         return [{"role": "user", "content": f"{item['n']}?"}]
 
 
+def constant(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
+    return [0.3 for _ in rollouts]
+
+
+class Constant(TinyEnvironment):
+    """No group ever has siblings that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reward_functions, self.reward_weights = [constant], {}
+
+
+def even_items(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
+    return [float(r.sibling if r.item["n"] % 2 == 0 else 0) for r in rollouts]
+
+
+class Spread(TinyEnvironment):
+    """Siblings differ for items with an even number, the others never."""
+
+    def __init__(self, num_items: int = 20) -> None:
+        super().__init__(num_items)
+        self.reward_functions, self.reward_weights = [even_items], {}
+
+
 def make_module(folder: Path, loss: LossConfig | None = None, optimizer=ADAM, **lora) -> GRPOModule:
     policy = PolicyConfig(name=str(folder), dtype="float32", lora=LoRASettings(**{"r": 4, "alpha": 8, **lora}))
     return GRPOModule(policy, loss or LossConfig(), optimizer)
@@ -144,7 +168,7 @@ def make_data(module: GRPOModule, engine: Engine | None = None, environment=None
     return RolloutDataModule(
         environment or TinyEnvironment(),
         engine or TinyEngine(),
-        module.served_model,
+        module.learner,
         sampling,
         **{"batch_size": 5, "steps_per_epoch": 3, **settings},
     )
@@ -172,7 +196,7 @@ def make_sample(prompt_ids: list[int], token_ids: list[int], advantage: float, l
     completion = Completion(tuple(token_ids), (logprob,) * len(token_ids), "stop", None, policy_version=0)
     rollout.append(Turn(completion, text=""))
     rollout.finish()
-    return Sample(rollout, advantage)
+    return Sample(rollout, (advantage,) * len(token_ids))
 
 
 def denominators(num_tokens: int, num_rows: int = 1, max_completion_tokens: int = 8) -> Denominators:

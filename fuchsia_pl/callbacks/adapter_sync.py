@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fuchsia_pl.engines.base import VERSION_FILE, EngineOwner
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.types import Batch, ConfigError
@@ -33,12 +34,13 @@ class SyncedModule(Protocol):
     """What this callback knows of the module."""
 
     policy: Policy
+    loss_config: LossConfig
     step_metrics: dict[str, Tensor]
     loaded_step: int
 
 
 class AdapterSync(Callback):
-    """Gives the engine the newest weights once per optimizer step, and before any sampling starts.
+    """Gives the engine the newest weights once per optimizer step (or phase of them), and before any sampling starts.
 
     The order for step k: batch k is sampled with version k, its micro-batches run backward, `optimizer.step` makes version
     k + 1, this callback writes and loads version k + 1, and only then does the data loader ask for batch k + 1.
@@ -87,14 +89,14 @@ class AdapterSync(Callback):
             SyncError: The engine does not do to logprobs what the adapter does.
         """
         policy = cast(SyncedModule, pl_module).policy
-        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0
+        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0 and batch.policy_update == 0
         if self.agreement is not None or not (first_of_step and policy.has_reference and batch.policy_version > 0):
             return
         if self._num_probes == MAX_PROBES:
             return
         self._num_probes += 1
         mask = batch.loss_mask
-        logprobs, reference = policy.evaluated_logprobs(batch)[mask], policy.reference_logprobs(batch)[mask]
+        logprobs, reference = policy.evaluated_scores(batch).logprobs[mask], policy.reference_logprobs(batch)[mask]
         agreement = adapter_agreement(logprobs, reference, batch.sampling_logprobs[mask])
         if not agreement.is_conclusive:
             if self._num_probes == MAX_PROBES:
@@ -131,7 +133,9 @@ class AdapterSync(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Syncs where this micro-batch completed an optimizer step."""
+        """Syncs where this micro-batch completed the last optimizer step of a phase: only then are rollouts sampled again."""
+        if trainer.global_step % cast(SyncedModule, pl_module).loss_config.num_policy_updates:
+            return
         seconds = self._ensure_synced(trainer, pl_module)
         if seconds is not None:
             pl_module.log("sync/seconds", seconds)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.types import Batch, ConfigError, Sample, ServedModel
 
@@ -39,6 +40,7 @@ class RunModule(Protocol):
     """What this callback knows of the module."""
 
     policy: Policy
+    loss_config: LossConfig
 
 
 class ConsoleReport(ProgressBar):
@@ -154,12 +156,39 @@ def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
     for name, value in {
         "model": data.served_model.name,
         "trained": f"{trained:,} of {total:,} parameters ({adapter})",
+        "objective": objective_text(cast(RunModule, pl_module).loss_config),
         "rows per step": f"{data.rows_per_step} in {split}",
         "engine": type(data.engine).__name__,
         "run folder": trainer.default_root_dir,
     }.items():
         table.add_row(name, value)
     return table
+
+
+def objective_text(config: LossConfig) -> str:
+    """The algorithm and its settings, without those of parts that it does not have.
+
+    >>> objective_text(LossConfig("rloo"))[:70]
+    'rloo: advantage leave_one_out, surrogate reinforce, reduction constant'
+    """
+    settings, parts = config.resolved(), config.parts
+    name, correction, critic = (settings.pop(key) for key in ("loss_type", "sampler_correction", "critic"))
+    idle = {
+        "kl_": config.beta == 0.0,
+        "sapo_": parts.surrogate != "sapo",
+        "old_logprobs": parts.surrogate == "reinforce",
+        "overlong_": parts.truncated != "penalise",
+    }
+    for prefix in (prefix for prefix, is_idle in idle.items() if is_idle):
+        settings = {key: value for key, value in settings.items() if not key.startswith(prefix)}
+    shown = [f"{key} {value}" for key, value in settings.items() if value is not None]
+    bounds = f"{correction['level']} [{correction['low']:g}, {correction['high']:g}]"
+    shown.append(
+        f"sampler_correction {correction['mode']}" + (f" {bounds}" if correction["mode"] != "disabled" else "")
+    )
+    if parts.advantage == "gae":
+        shown += [f"critic.{key} {value}" for key, value in critic.items()]
+    return f"{name}: {', '.join(shown)}"
 
 
 def step_line(metrics: dict[str, float]) -> str:
@@ -175,7 +204,9 @@ def step_line(metrics: dict[str, float]) -> str:
 def completion_panel(sample: Sample) -> Panel:
     """One completion with its rewards."""
     rollout = sample.rollout
-    rewards = ", ".join(f"{name} {value:g}" for name, value in rollout.rewards.items())
-    title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.advantage:+.2f}"
+    rewards = ", ".join(
+        f"{name} {'none' if value is None else f'{value:g}'}" for name, value in rollout.rewards.items()
+    )
+    title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.mean_advantage:+.2f}"
     # Text, not markup: what a model writes must not be read as formatting.
     return Panel(Text(f"{rollout.prompt}{rollout.completion}"), title=Text(title))

@@ -26,7 +26,10 @@ class RolloutLog(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Writes the rows of a micro-batch before they are trained, so that those a run stops at can be read too."""
-        lines = [rollout_line(sample.rollout, batch.policy_version, sample.advantage) for sample in batch.samples]
+        if batch.policy_update > 0:
+            return
+        lines = [rollout_line(sample.rollout, batch.policy_version, sample.mean_advantage) for sample in batch.samples]
+        lines += [rollout_line(rollout, batch.policy_version, None) for rollout in batch.unused]
         self._append(trainer, TRAIN_FILE, lines)
 
     def on_validation_batch_end(
@@ -56,7 +59,7 @@ class RolloutLog(Callback):
 
 
 def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[str, Any]:
-    """What a log line says of a rollout; a held-out one has no advantage."""
+    """What a log line says of a rollout; one that is not trained on has no advantage."""
     num_prompt_tokens = rollout.loss_mask.index(True) if True in rollout.loss_mask else len(rollout.token_ids)
     return {
         "step": step,

@@ -4,8 +4,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -34,6 +35,10 @@ class SaveRunConfig(SaveConfigCallback):
         """Called once, on the first rank."""
         file = Path(trainer.default_root_dir) / "config.yaml"
         self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
+        # What the preset made of it; given as one more --config, it pins every part.
+        loss = cast(GRPOModule, pl_module).loss_config.resolved()
+        objective = Path(trainer.default_root_dir) / "objective.yaml"
+        objective.write_text(yaml.safe_dump({"model": {"loss": loss}}, sort_keys=False))
 
 
 class FuchsiaCLI(LightningCLI):
@@ -73,8 +78,8 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         # Item order and sampling seeds come from the run's one seed.
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_run_seed)
-        # Model folder, dtype and adapter rank: the engine serves what the trainer trains.
-        parser.link_arguments("model.served_model", "data.served_model", apply_on="instantiate")
+        # Model folder, dtype, adapter rank and objective: the engine serves what the trainer trains, and how.
+        parser.link_arguments("model.learner", "data.learner", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Looks configs up by name before anything is parsed."""
@@ -95,7 +100,7 @@ class FuchsiaCLI(LightningCLI):
             super().instantiate_classes()
             self._announce()
             # Last, since it may download or convert: every setting has been accepted by now.
-            _ = self.model.served_model.folder
+            _ = self.model.learner.served_model.folder
         except ConfigError as error:
             if int(os.environ.get("LOCAL_RANK", "0")) == 0:
                 shutil.rmtree(self.run_folder)  # nothing ran
@@ -104,7 +109,9 @@ class FuchsiaCLI(LightningCLI):
     def _announce(self) -> None:
         bar = self.trainer.progress_bar_callback
         if isinstance(bar, ConsoleReport):
-            bar.announce(self.model.served_model.name, type(self.datamodule.engine).__name__, str(self.run_folder))
+            bar.announce(
+                self.model.learner.served_model.name, type(self.datamodule.engine).__name__, str(self.run_folder)
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the run folder as its root, and a CSV log in it beside any logger of the config.

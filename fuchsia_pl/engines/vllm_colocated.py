@@ -292,6 +292,7 @@ class VLLMColocatedEngine(Engine):
         if not self._thread.is_alive():
             self._loop.close()
         self._llm, self._loop, self._lora_request, self._version = None, None, None, -1
+        self._pause, self._resume, self._num_in_flight = None, None, 0
 
     def _words(self, what: str) -> str:
         assert self._spec is not None

@@ -1,5 +1,6 @@
 """Between our nouns and vLLM's."""
 
+import math
 from typing import Any
 
 from fuchsia_pl.engines.base import EngineError
@@ -40,7 +41,7 @@ def to_completion(output: Any, version: int) -> Completion:
         version: The policy version that sampled it.
 
     Raises:
-        EngineError: It was aborted, or an id has no logprob.
+        EngineError: It was aborted, or an id has no logprob, or one that is no number.
     """
     token_ids = tuple(output.token_ids)
     if output.finish_reason not in ("stop", "length"):
@@ -48,4 +49,6 @@ def to_completion(output: Any, version: int) -> Completion:
     if output.logprobs is None or len(output.logprobs) != len(token_ids):
         raise EngineError(f"vLLM returned {len(output.logprobs or ())} logprobs for {len(token_ids)} sampled ids")
     logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
+    if not all(math.isfinite(logprob) for logprob in logprobs):
+        raise EngineError(f"vLLM returned logprobs that are no numbers for ids that it sampled: {logprobs}")
     return Completion(token_ids, logprobs, output.finish_reason, output.stop_reason, version)

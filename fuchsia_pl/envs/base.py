@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
-RewardFunction = Callable[..., list[float] | Awaitable[list[float]]]
+Rewards = list[float] | list[float | None]
+RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 
 
 class Environment(ABC):
@@ -13,7 +14,7 @@ class Environment(ABC):
 
     Attributes:
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
-            siblings. Its name in logs is its `__name__`.
+            siblings; None in place of a number means that it does not score that rollout. Its name in logs is its `__name__`.
         reward_weights: Weight of each reward function by name in the total, 1.0 where not given.
         stop: Strings after which the policy stops writing.
         timeout_s: Bound of each call of a reward function and of `step_rollout`.
@@ -43,7 +44,8 @@ class Environment(ABC):
 
     def is_correct(self, rollout: Rollout) -> bool:
         """Whether a scored rollout counts as right in `accuracy`: by default, 1.0 or more from the first reward function."""
-        return rollout.rewards[reward_name(self.reward_functions[0])] >= 1.0
+        reward = rollout.rewards[reward_name(self.reward_functions[0])]
+        return reward is not None and reward >= 1.0
 
 
 class SingleTurnEnvironment(Environment):
@@ -89,10 +91,13 @@ def check_environment(environment: Environment) -> None:
         raise ConfigError(f"{kind}.reward_weights has {unknown}; the reward functions are {names}")
 
 
-def total_reward(rewards: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum of the rewards by name.
+def total_reward(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """The weighted sum of the rewards by name, None where no function scored.
 
-    >>> total_reward({"correct": 1.0, "short": 0.5}, {"short": 0.2})
+    >>> total_reward({"correct": 1.0, "short": 0.5, "judge": None}, {"short": 0.2})
     1.1
     """
-    return sum(weights.get(name, 1.0) * value for name, value in rewards.items())
+    scored = {name: value for name, value in rewards.items() if value is not None}
+    if not scored:
+        return None
+    return sum(weights.get(name, 1.0) * value for name, value in scored.items())

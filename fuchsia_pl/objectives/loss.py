@@ -1,88 +1,109 @@
-"""The objective of a step: surrogate plus weighted KL, reduced."""
-
-from dataclasses import dataclass
-from typing import Literal
+"""The objective of a step: corrected surrogate, KL, entropy bonus and critic's loss, reduced and added up."""
 
 import torch
 from torch import Tensor
 
-from fuchsia_pl.objectives.kl import KLEstimator, kl_estimate
-from fuchsia_pl.objectives.reductions import Reduction, reduce, token_mean
-from fuchsia_pl.objectives.surrogates import clipped_surrogate
-from fuchsia_pl.types import Batch, ConfigError, LossOutput
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.objectives.corrections import bounded_weights, sampler_ratio
+from fuchsia_pl.objectives.kl import kl_estimate
+from fuchsia_pl.objectives.reductions import reduce, token_mean
+from fuchsia_pl.objectives.returns import value_loss
+from fuchsia_pl.objectives.surrogates import cispo, clipped_surrogate, ratio_log, reinforce, sapo
+from fuchsia_pl.types import Batch, LossOutput, TokenScores
 
 
-@dataclass
-class LossConfig:
-    """What is optimised.
-
-    Attributes:
-        clip_low: A token whose probability ratio fell below 1 - clip_low is pushed down no further.
-        clip_high: A token whose probability ratio rose above 1 + clip_high is pushed up no further.
-        old_logprobs: Denominator of that ratio. "trainer": the policy's own logprobs before the update, so with one update
-            per batch the ratio is exactly 1 and the bounds never act. "sampler": the engine's logprobs, so the bounds also
-            catch tokens on which engine and trainer disagree.
-        beta: Weight of the KL to the reference; 0 skips the reference forward.
-        kl_estimator: Which estimator of that KL.
-        reduction: "token_mean" weighs tokens alike, "sequence_mean" completions alike, "constant" divides by the longest
-            completion allowed.
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    old_logprobs: Literal["trainer", "sampler"] = "trainer"
-    beta: float = 0.0
-    kl_estimator: KLEstimator = "k3"
-    reduction: Reduction = "token_mean"
-
-    def __post_init__(self) -> None:
-        """Refuses bounds and weights that turn the objective around."""
-        if not 0.0 < self.clip_low <= 1.0:
-            raise ConfigError(f"model.loss.clip_low must be above 0 and at most 1, got {self.clip_low}")
-        if self.clip_high <= 0.0:
-            raise ConfigError(f"model.loss.clip_high must be above 0, got {self.clip_high}")
-        if self.beta < 0.0:
-            raise ConfigError(
-                f"model.loss.beta must be 0 or more, got {self.beta}: a negative weight rewards drifting away"
-            )
-
-
-def policy_loss(config: LossConfig, batch: Batch, policy_logprobs: Tensor, ref_logprobs: Tensor | None) -> LossOutput:
+def policy_loss(
+    config: LossConfig,
+    batch: Batch,
+    scores: TokenScores,
+    old_logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+) -> LossOutput:
     """The objective's share of one micro-batch, with its metrics.
 
-    loss = reduce(L_clip + beta * kl), see `clipped_surrogate`, `kl_estimate` and `reduce`.
+    loss = reduce(w_t L_t + beta kl_t) - entropy_weight mean_t(H_t) + value_weight mean_t(L^V_t), where w_t corrects the mismatch
+    between sampler and trainer; see `LossConfig` and the functions it names.
 
     Args:
         config: The objective.
         batch: The micro-batch with the whole step's denominators.
-        policy_logprobs: float32 [B, T], with gradient.
-        ref_logprobs: float32 [B, T] without gradient; needed where beta is not 0.
+        scores: What the policy says of the batch's tokens, with gradient.
+        old_logprobs: float32 [B, T], the trainer's before the first update of these rollouts: the ratio's denominator.
+        behaviour_logprobs: float32 [B, T], the same as an engine would compute them, without dropout: what the sampling
+            logprobs are compared with.
+        ref_logprobs: float32 [B, T] without gradient; needed where the KL is in the loss.
 
     Returns:
-        Loss and metrics; the metrics are means over the step's tokens.
+        Loss and metrics; the metrics are means over the step's tokens, or maxima where their name ends in `_max`.
     """
     mask, num_tokens = batch.loss_mask, batch.denominators.num_tokens
-    old_logprobs = policy_logprobs.detach() if config.old_logprobs == "trainer" else batch.sampling_logprobs
-    # Outside the mask a logprob means nothing; a NaN there would survive multiplication by zero in the backward pass.
-    log_ratio = torch.where(mask, policy_logprobs - old_logprobs, 0.0)
-    values, clipped = clipped_surrogate(log_ratio, batch.advantages.unsqueeze(1), config.clip_low, config.clip_high)
-    metrics = {"train/clip_fraction": token_mean(clipped.float(), mask, num_tokens)}
-    if ref_logprobs is not None:
-        kept = torch.where(mask, policy_logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0)
-        kl = kl_estimate(config.kl_estimator, *kept)
+    # Outside the mask nothing means anything; a NaN there would survive multiplication by zero in the backward pass.
+    logprobs = torch.where(mask, scores.logprobs, 0.0)
+    old = (old_logprobs if config.old_logprobs == "trainer" else batch.sampling_logprobs).detach()
+    values, bounded = _surrogate(config, logprobs, old, torch.where(mask, batch.advantages, 0.0), mask)
+    weights, metrics = _correction(config, batch, behaviour_logprobs)
+    values = weights * values
+    metrics["train/clip_fraction"] = token_mean(bounded.float(), mask, num_tokens)
+    metrics["train/entropy"] = token_mean(scores.entropies.detach(), mask, num_tokens)
+    if config.kl_in_loss:
+        assert ref_logprobs is not None, "a KL in the loss needs the reference's logprobs"
+        kl = kl_estimate(config.parts.kl_estimator, logprobs, ref_logprobs, old)
         values = values + config.beta * kl
         metrics["train/kl"] = token_mean(kl.detach(), mask, num_tokens)
-    loss = reduce(values, mask, config.reduction, batch.denominators)
+    loss = reduce(values, mask, config.parts.reduction, batch.denominators, config.parts.constant_length)
+    if config.entropy_weight > 0.0:
+        loss = loss - config.entropy_weight * token_mean(scores.entropies, mask, num_tokens)
+    if scores.values is not None:
+        assert batch.old_values is not None
+        assert batch.value_targets is not None
+        losses = value_loss(scores.values, batch.old_values, batch.value_targets, config.critic.value_clip)
+        critic_loss = token_mean(losses, mask, num_tokens)
+        loss = loss + config.critic.value_weight * critic_loss
+        metrics["train/value_loss"] = critic_loss.detach()
     metrics["train/loss"] = loss.detach()
     return LossOutput(loss, metrics)
 
 
-def logprob_gap(batch: Batch, policy_logprobs: Tensor) -> Tensor:
+def logprob_gap(batch: Batch, behaviour_logprobs: Tensor) -> Tensor:
     """The micro-batch's share of the mean over the step's tokens of |policy logprob - sampling logprob|.
 
     Args:
         batch: The micro-batch with the whole step's denominators.
-        policy_logprobs: float32 [B, T] before the update.
+        behaviour_logprobs: float32 [B, T], see `policy_loss`.
     """
-    gap = (policy_logprobs.detach() - batch.sampling_logprobs).abs()
+    gap = (behaviour_logprobs.detach() - batch.sampling_logprobs).abs()
     return token_mean(gap, batch.loss_mask, batch.denominators.num_tokens)
+
+
+def _surrogate(
+    config: LossConfig, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss per token, and where a bound acted."""
+    parts = config.parts
+    log_ratio = ratio_log(parts.ratio_level, logprobs, old_logprobs, mask)
+    match parts.surrogate:
+        case "reinforce":
+            return reinforce(logprobs, advantages), torch.zeros_like(mask)
+        case "clip":
+            return clipped_surrogate(log_ratio, advantages, parts.clip_low, parts.clip_high, parts.dual_clip)
+        case "cispo":
+            return cispo(log_ratio, logprobs, advantages, parts.clip_low, parts.clip_high)
+        case "sapo":
+            temperatures = config.sapo_temperature_positive, config.sapo_temperature_negative
+            return sapo(log_ratio, advantages, *temperatures), torch.zeros_like(mask)
+
+
+def _correction(config: LossConfig, batch: Batch, behaviour_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights of the sampler correction, and its metrics before and after the bounds."""
+    correction, mask, num_tokens = config.sampler_correction, batch.loss_mask, batch.denominators.num_tokens
+    ratio = sampler_ratio(correction.level, behaviour_logprobs, batch.sampling_logprobs, mask)
+    weights = bounded_weights(config.correction_mode, ratio, correction.low, correction.high)
+    outside = (ratio < correction.low) | (ratio > correction.high)
+    metrics = {
+        "train/sampler_ratio": token_mean(ratio, mask, num_tokens),
+        "train/sampler_ratio_max": torch.where(mask, ratio, 0.0).amax(),
+        "train/sampler_weight": token_mean(weights, mask, num_tokens),
+        "train/sampler_bounded_fraction": token_mean(outside.float(), mask, num_tokens),
+    }
+    return weights, metrics

@@ -39,23 +39,27 @@ def sequence_mean(values: Tensor, loss_mask: Tensor, num_rows: int) -> Tensor:
     return (torch.where(loss_mask, values, 0.0).sum(dim=1) / lengths).sum() / max(num_rows, 1)
 
 
-def constant(values: Tensor, loss_mask: Tensor, num_rows: int, max_completion_tokens: int) -> Tensor:
-    """This micro-batch's share of sum_it m_it v_it / (num_rows * max_completion_tokens).
+def constant(values: Tensor, loss_mask: Tensor, num_rows: int, length: int) -> Tensor:
+    """This micro-batch's share of sum_it m_it v_it / (num_rows * length).
 
-    No length of any completion enters, so long wrong answers are not favoured (Dr.GRPO, arXiv:2503.20783, section 3.2).
+    No length of any completion enters, so long wrong answers are not favoured (Dr.GRPO, arXiv:2503.20783, section 3.2). With
+    a length of 1 it is the sum over each row's tokens, the policy gradient as REINFORCE and RLOO state it.
 
-    >>> constant(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]), num_rows=1, max_completion_tokens=8)
+    >>> constant(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]), num_rows=1, length=8)
     tensor(0.5000)
     """
-    return torch.where(loss_mask, values, 0.0).sum() / max(num_rows * max_completion_tokens, 1)
+    return torch.where(loss_mask, values, 0.0).sum() / max(num_rows * length, 1)
 
 
-def reduce(values: Tensor, loss_mask: Tensor, reduction: Reduction, denominators: Denominators) -> Tensor:
-    """The named reduction of a loss per token [B, T]."""
+def reduce(
+    values: Tensor, loss_mask: Tensor, reduction: Reduction, denominators: Denominators, constant_length: int | None
+) -> Tensor:
+    """The named reduction of a loss per token [B, T]. `constant_length` is that of "constant", None for the longest allowed."""
     match reduction:
         case "token_mean":
             return token_mean(values, loss_mask, denominators.num_tokens)
         case "sequence_mean":
             return sequence_mean(values, loss_mask, denominators.num_rows)
         case "constant":
-            return constant(values, loss_mask, denominators.num_rows, denominators.max_completion_tokens)
+            length = constant_length or denominators.max_completion_tokens
+            return constant(values, loss_mask, denominators.num_rows, length)

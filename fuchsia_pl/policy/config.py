@@ -21,6 +21,8 @@ class LoRASettings:
         dropout: Dropout in front of A, active in the training forward only.
         target_modules: Names of the adapted layers; "all-linear" is every linear layer but the output head.
         use_rslora: Scale alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732).
+        init_from: Folder of a PEFT adapter to go on from; the reference is then that adapter, and `target_modules` are its
+            own. None starts a fresh one.
         use_dora: Only here to say why not: vLLM does not serve DoRA.
         modules_to_save: Only here to say why not: vLLM does not serve adapters with whole modules in them.
     """
@@ -31,6 +33,7 @@ class LoRASettings:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
+    init_from: str | None = None
     use_dora: bool = False
     modules_to_save: list[str] | None = None
 

@@ -39,10 +39,10 @@ class OutputHead:
         return logits
 
 
-def chunked_logprobs(
+def chunked_scores(
     head: OutputHead, hidden: Tensor, labels: Tensor, temperatures: Tensor, chunk_tokens: int
-) -> Tensor:
-    """Log softmax(logits / temperature)[label] for each position, `chunk_tokens` positions at a time.
+) -> tuple[Tensor, Tensor]:
+    """Log softmax(logits / temperature)[label] and the entropy of that softmax for each position, a chunk at a time.
 
     Softmax and its gradient are computed in float32. A chunk's logits are freed after it and computed again in backward.
 
@@ -54,14 +54,22 @@ def chunked_logprobs(
         chunk_tokens: Positions whose logits exist at the same time.
 
     Returns:
-        float32 [N]. With N = 0 it is empty but still part of the graph, so that backward reaches every parameter.
+        Logprobs and entropies in nats, float32 [N] each. With N = 0 they are empty but still part of the graph, so that
+        backward reaches every parameter.
     """
     if hidden.shape[0] == 0:
-        return hidden.sum(dim=1).float()
+        weights = [weight for weight in (head.weight, head.bias) if weight is not None]
+        empty = hidden.sum(dim=1).float() + sum(0.0 * weight.float().sum() for weight in weights)
+        return empty, empty
     pieces = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), temperatures.split(chunk_tokens), strict=True)
-    return torch.cat([checkpoint(_logprobs, head, *piece, use_reentrant=False) for piece in pieces])
+    scored = [checkpoint(_scores, head, *piece, use_reentrant=False) for piece in pieces]
+    return torch.cat([logprobs for logprobs, _ in scored]), torch.cat([entropies for _, entropies in scored])
 
 
-def _logprobs(head: OutputHead, hidden: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:
+def _scores(head: OutputHead, hidden: Tensor, labels: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
     logits = head.logits(hidden) / temperatures.unsqueeze(1)
-    return logits.gather(1, labels.unsqueeze(1)).squeeze(1) - torch.logsumexp(logits, dim=1)
+    normaliser = torch.logsumexp(logits, dim=1)
+    logprobs = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normaliser
+    # H = log Z - sum_v p_v logit_v
+    entropies = normaliser - (torch.softmax(logits, dim=1) * logits).sum(dim=1)
+    return logprobs, entropies

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fuchsia_pl.policy.config import PolicyConfig
-from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.critic import Critic
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores
 from fuchsia_pl.policy.sources import public_name
-from fuchsia_pl.types import Batch, ConfigError
+from fuchsia_pl.types import Batch, ConfigError, TokenScores
 
 # Largest difference in logits that rounding explains in the head check, relative to the largest logit, in units of the
 # type's own resolution: both sides compute the same product, so only a scale or cap done in another type can differ.
@@ -22,29 +23,37 @@ HEAD_TOLERANCE_ULPS = 4
 class Policy(nn.Module):
     """A model that gives logprobs of labels, with and without what it has learned.
 
-    With LoRA the reference is the same model with its adapter off. Without LoRA it is a frozen copy, made only if asked for.
+    With LoRA the reference is the same model with its adapter off, or with the adapter that `init_from` names. Without LoRA it
+    is a frozen copy, made only if asked for.
 
     Args:
         config: Which model and which of its weights.
         folder: Where the model lies, see `resolve_model`.
         with_reference: Whether `reference_logprobs` will be asked for.
+        with_critic: Whether a critic on the model's hidden states learns beside it.
 
     Raises:
         ConfigError: The model's output head does more than `OutputHead` does.
     """
 
-    def __init__(self, config: PolicyConfig, folder: str | Path, with_reference: bool) -> None:
+    def __init__(
+        self, config: PolicyConfig, folder: str | Path, with_reference: bool, with_critic: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         dtype = getattr(torch, config.dtype) if config.lora.enabled else torch.float32
         base = _load(folder, dtype)
         self.model: nn.Module = base
         self._frozen: list[PreTrainedModel] = []  # in a list, so that it is no submodule and enters no checkpoint
+        self._initial_adapter: list[Tensor] = []
         if config.lora.enabled:
             self.model = add_adapter(base, config)
+            if config.lora.init_from is not None:
+                self._initial_adapter = [p.detach().clone() for p in self.trainable_parameters()]
         elif with_reference:
             self._frozen = [_load(folder, getattr(torch, config.dtype)).requires_grad_(False)]
         _check_head(self.causal_lm)
+        self.critic = Critic(base.config.get_text_config().hidden_size) if with_critic else None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -65,8 +74,8 @@ class Policy(nn.Module):
         """The weights that learn, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        """Logprobs of the labels at each row's own temperature.
+    def scores(self, batch: Batch) -> TokenScores:
+        """Logprobs of the labels and entropies at each row's own temperature, and the critic's values if there is one.
 
         Rows are padded on the right and attention is causal, so no padding is ever seen and no mask is needed.
 
@@ -74,30 +83,45 @@ class Policy(nn.Module):
             batch: The micro-batch.
 
         Returns:
-            float32 [B, T], 0 where `loss_mask` is False. No logits are computed there.
+            float32 [B, T] each, 0 where `loss_mask` is False. No logits are computed there.
         """
-        return _label_logprobs(self.causal_lm, batch, self.config.logprob_chunk_tokens)
+        return _scores(self.causal_lm, batch, self.config.logprob_chunk_tokens, self.critic)
 
     @torch.no_grad()
-    def evaluated_logprobs(self, batch: Batch) -> Tensor:
+    def evaluated_scores(self, batch: Batch) -> TokenScores:
         """The same without gradient and without dropout, as an engine computes them. Draws nothing from torch's generator."""
         with _evaluating(self.model):
-            return self.logprobs(batch)
+            return self.scores(batch)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """The same from the model before any training, without gradient.
+        """The logprobs that the model had before any training, without gradient.
 
         Raises:
             RuntimeError: All weights are trained and no frozen copy was asked for.
         """
         if isinstance(self.model, peft.PeftModel):
-            with self.model.disable_adapter():
-                return self.evaluated_logprobs(batch)
+            untrained = self._swapped_adapter() if self._initial_adapter else self.model.disable_adapter()
+            with untrained:
+                return self.evaluated_scores(batch).logprobs
         if not self.has_reference:
             raise RuntimeError("there is no reference: the policy was built with with_reference=False")
         frozen = self._frozen[0].to(batch.input_ids.device)
-        return _label_logprobs(frozen, batch, self.config.logprob_chunk_tokens)
+        return _scores(frozen, batch, self.config.logprob_chunk_tokens, None).logprobs
+
+    @contextmanager
+    def _swapped_adapter(self) -> Iterator[None]:
+        """The adapter as it was loaded, in the place of the one that learned from there."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        learned = [weight.data for weight in weights]
+        try:
+            self._initial_adapter = [initial.to(weights[0].device) for initial in self._initial_adapter]
+            for weight, initial in zip(weights, self._initial_adapter, strict=True):
+                weight.data = initial
+            yield
+        finally:
+            for weight, tensor in zip(weights, learned, strict=True):
+                weight.data = tensor
 
     def save_trained(self, folder: Path) -> None:
         """Writes what was trained: a PEFT adapter folder, or with LoRA off a whole model folder in `config.dtype`."""
@@ -110,21 +134,18 @@ class Policy(nn.Module):
 
 
 def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
-    """Wraps a model with a fresh adapter: float32 weights, B = 0, everything else frozen.
+    """Wraps a model with an adapter in float32, fresh (B = 0) or loaded; everything else is frozen.
 
     Raises:
-        ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve.
+        ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve, or the one to load
+            is not of the config's kind.
     """
     lora = config.lora
-    peft_config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-    )
-    adapted = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    if lora.init_from is not None:
+        _check_adapter(lora)
+        adapted = peft.PeftModel.from_pretrained(model, lora.init_from, is_trainable=True, autocast_adapter_dtype=True)
+    else:
+        adapted = _fresh_adapter(model, lora)
     # PEFT writes the folder it was loaded from; a name that means something elsewhere is of more use in an exported adapter.
     adapted.peft_config["default"].base_model_name_or_path = public_name(config.name)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -134,6 +155,44 @@ def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
                 'output head, which vLLM cannot serve: name linear layers inside the blocks, or use "all-linear"'
             )
     return adapted
+
+
+def _fresh_adapter(model: PreTrainedModel, lora: LoRASettings) -> peft.PeftModel:
+    peft_config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+    )
+    return peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+
+
+def _check_adapter(lora: LoRASettings) -> None:
+    """Refuses an adapter that is not there, or that the engine would not be started for."""
+    try:
+        found = peft.PeftConfig.from_pretrained(lora.init_from)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.policy.lora.init_from={lora.init_from!r} is no folder of a PEFT adapter: {error}"
+        ) from error
+    if not isinstance(found, peft.LoraConfig) or found.use_dora or found.modules_to_save:
+        raise ConfigError(
+            f"model.policy.lora.init_from={lora.init_from!r} is no plain LoRA adapter, and vLLM serves no other: DoRA and "
+            "modules_to_save are among what it cannot"
+        )
+    wanted = {
+        "r": (lora.r, found.r),
+        "alpha": (lora.alpha, found.lora_alpha),
+        "use_rslora": (lora.use_rslora, found.use_rslora),
+    }
+    for name, (given, own) in wanted.items():
+        if given != own:
+            raise ConfigError(
+                f"model.policy.lora.{name} is {given}, and that of the adapter in init_from={lora.init_from!r} is {own}: "
+                f"set it to {own}"
+            )
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -148,12 +207,18 @@ def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
 
 
-def _label_logprobs(model: PreTrainedModel, batch: Batch, chunk_tokens: int) -> Tensor:
+def _scores(model: PreTrainedModel, batch: Batch, chunk_tokens: int, critic: Critic | None) -> TokenScores:
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     mask = batch.loss_mask
     temperatures = batch.temperatures.unsqueeze(1).expand(mask.shape)
-    selected = chunked_logprobs(output_head(model), hidden[mask], batch.labels[mask], temperatures[mask], chunk_tokens)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, selected)
+    kept = hidden[mask]
+    logprobs, entropies = chunked_scores(output_head(model), kept, batch.labels[mask], temperatures[mask], chunk_tokens)
+
+    def in_place(selected: Tensor) -> Tensor:
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, selected)
+
+    values = in_place(critic(kept)) if critic is not None else None
+    return TokenScores(in_place(logprobs), in_place(entropies), values)
 
 
 @torch.no_grad()

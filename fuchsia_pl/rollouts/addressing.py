@@ -5,6 +5,7 @@ is sampled.
 """
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 
@@ -47,3 +48,19 @@ def item_indices(run_seed: int, step: int, num_items: int, batch_size: int) -> l
     generator = torch.Generator().manual_seed(derived_seed(run_seed, "order", step // steps_per_pass))
     start = (step % steps_per_pass) * batch_size
     return torch.randperm(num_items, generator=generator)[start : start + batch_size].tolist()
+
+
+def refill_indices(run_seed: int, step: int, num_items: int, taken: Collection[int]) -> list[int]:
+    """The items that may replace groups without spread, in the order in which they do: all that the step has not drawn.
+
+    Args:
+        run_seed: The run's seed.
+        step: The step.
+        num_items: Rows of the split.
+        taken: Positions that the step drew.
+
+    >>> sorted(refill_indices(0, step=3, num_items=5, taken=[1, 4]))
+    [0, 2, 3]
+    """
+    generator = torch.Generator().manual_seed(derived_seed(run_seed, "refill", step))
+    return [index for index in torch.randperm(num_items, generator=generator).tolist() if index not in taken]

@@ -1,4 +1,4 @@
-"""From groups to the micro-batches of one optimizer step. The one place that shifts, masks and pads.
+"""From trainable rows to the micro-batches of one optimizer step. The one place that shifts, masks and pads.
 
 Shape letters: B rows of a micro-batch, T label positions.
 """
@@ -8,30 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fuchsia_pl.objectives.advantages import group_advantages, has_spread
-from fuchsia_pl.types import Batch, Denominators, Rollout, RolloutGroup, Sample
+from fuchsia_pl.types import Batch, Denominators, Rollout, Sample
 
 # Masks come from lengths, so the padding id is never compared with anything, not even where it is the end-of-turn id.
 PADDING_ID = 0
-
-
-def make_groups(siblings: Sequence[Sequence[Rollout]]) -> list[RolloutGroup]:
-    """Gives every rollout its advantage among its siblings."""
-    rewards = torch.tensor([[rollout.reward for rollout in group] for group in siblings], dtype=torch.float64)
-    advantages, spread = group_advantages(rewards).tolist(), has_spread(rewards).tolist()
-    return [
-        RolloutGroup(tuple(group), tuple(row), differs)
-        for group, row, differs in zip(siblings, advantages, spread, strict=True)
-    ]
-
-
-def make_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
-    """One trainable row per rollout."""
-    return [
-        Sample(rollout, advantage)
-        for group in groups
-        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-    ]
 
 
 def count_denominators(samples: Sequence[Sample], max_completion_tokens: int) -> Denominators:
@@ -89,17 +69,27 @@ def _collate(
             tensor[row, : len(rollout.token_ids)] = torch.tensor(values(rollout), dtype=dtype)
         return tensor
 
+    def per_sampled_token(values: Callable[[Sample], Sequence[float] | None]) -> Tensor:
+        tensor = torch.zeros(num_rows, length - 1)
+        for row, sample in enumerate(samples):
+            tensor[row, loss_mask[row]] = torch.tensor(values(sample), dtype=torch.float32)
+        return tensor
+
     token_ids = rows(lambda rollout: rollout.token_ids, PADDING_ID, torch.int64)
+    loss_mask = rows(lambda rollout: rollout.loss_mask, False, torch.bool)[:, 1:]
+    has_values = all(sample.old_values is not None for sample in samples)  # a padding row has some, and needs none
     # The shift: inputs lose their last position, everything that belongs to labels its first.
     return Batch(
         input_ids=token_ids[:, :-1],
         labels=token_ids[:, 1:],
-        loss_mask=rows(lambda rollout: rollout.loss_mask, False, torch.bool)[:, 1:],
+        loss_mask=loss_mask,
         sampling_logprobs=rows(lambda rollout: rollout.sampling_logprobs, 0.0, torch.float32)[:, 1:],
-        advantages=torch.tensor([sample.advantage for sample in samples] or [0.0], dtype=torch.float32),
+        advantages=per_sampled_token(lambda sample: sample.advantages),
         temperatures=torch.tensor([rollout.temperature for rollout in rollouts] or [1.0], dtype=torch.float32),
         denominators=denominators,
         policy_version=policy_version,
         samples=tuple(samples),
         metrics=metrics,
+        old_values=per_sampled_token(lambda sample: sample.old_values) if has_values else None,
+        value_targets=per_sampled_token(lambda sample: sample.value_targets) if has_values else None,
     )

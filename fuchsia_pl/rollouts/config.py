@@ -9,14 +9,15 @@ from fuchsia_pl.types import ConfigError
 class SamplingConfig:
     """How rollouts are sampled.
 
-    top_p, top_k, min_p and penalties are always neutral: the loss is computed for the distribution that was sampled from.
-
     Attributes:
         group_size: Siblings of one item, compared with each other.
         temperature: Divides the logits, in the engine and in the loss.
         max_completion_tokens: Longest completion.
         max_length: Longest prompt plus completion.
         validation_temperature: Temperature on the held-out split; 0 is greedy.
+        top_p: Only here to say why not: the loss is of the whole distribution, so all of it must be sampled from.
+        top_k: As top_p.
+        min_p: As top_p.
     """
 
     group_size: int = 8
@@ -24,13 +25,21 @@ class SamplingConfig:
     max_completion_tokens: int = 256
     max_length: int = 1024
     validation_temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses what could not be sampled or learned from."""
-        if self.group_size < 2:
-            raise ConfigError(
-                f"data.sampling.group_size must be 2 or more, got {self.group_size}: an advantage compares siblings of one item"
-            )
+        if self.group_size < 1:
+            raise ConfigError(f"data.sampling.group_size must be 1 or more, got {self.group_size}")
+        cut = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0), "min_p": (self.min_p, 0.0)}
+        for name, (value, neutral) in cut.items():
+            if value != neutral:
+                raise ConfigError(
+                    f"data.sampling.{name} must be {neutral}, got {value}: it would sample from a part of the distribution "
+                    "that the loss is of. Lower the temperature instead, which the loss takes into account"
+                )
         if self.temperature <= 0.0:
             raise ConfigError(
                 f"data.sampling.temperature must be above 0, got {self.temperature}: greedy siblings are all alike"

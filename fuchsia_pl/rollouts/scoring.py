@@ -28,7 +28,9 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
         rollout.reward = total_reward(rollout.rewards, environment.reward_weights)
 
 
-async def _rewards(function: RewardFunction, name: str, rollouts: list[Rollout], timeout_s: float) -> list[float]:
+async def _rewards(
+    function: RewardFunction, name: str, rollouts: list[Rollout], timeout_s: float
+) -> list[float | None]:
     where = f"on item {rollouts[0].item_index}, {_shortened(rollouts[0].item)}"
     try:
         values = await call_bounded(function, rollouts, timeout_s)
@@ -43,9 +45,12 @@ async def _rewards(function: RewardFunction, name: str, rollouts: list[Rollout],
             "it must return a list with one number for each"
         )
     for value in values:
-        if not _is_finite_number(value):
-            raise RewardError(f"the reward function {name!r} returned {value!r} {where}: rewards are finite numbers")
-    return [float(value) for value in values]
+        if value is not None and not _is_finite_number(value):
+            raise RewardError(
+                f"the reward function {name!r} returned {value!r} {where}: rewards are finite numbers, or None for a rollout "
+                "that it does not score"
+            )
+    return [None if value is None else float(value) for value in values]
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -12,6 +12,7 @@ import yaml
 
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.run_folder import RUN_FOLDER_VARIABLE
+from fuchsia_pl.objectives.presets import PRESETS
 from tests.contracts.test_structure import ROOT, tracked_files
 from tests.unit.test_cli import TINY
 
@@ -66,6 +67,27 @@ def test_every_command_under_use_runs(tiny_config):
         assert Path(f"runs/quickstart/{number}/rollouts-{split}.jsonl").exists()
 
 
+@pytest.mark.parametrize("overlay", sorted((ROOT / "configs/algorithms").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_algorithm_has_an_overlay_whose_command_trains(tiny_config, overlay):
+    header = [line for line in overlay.read_text().splitlines() if line.startswith("#")]
+    (command,) = [line.removeprefix("#").strip() for line in header if "fuchsia fit" in line]
+    assert command == f"fuchsia fit --config quickstart.yaml --config algorithms/{overlay.stem}.yaml"
+    assert yaml.safe_load(overlay.read_text())["model"]["loss"]["loss_type"] == overlay.stem
+    run(command, tiny_config)
+    with Path("runs/quickstart/0/metrics.csv").open() as stream:
+        assert len([row for row in csv.DictReader(stream) if row["train/loss"]]) == 2
+
+
+def test_there_is_an_overlay_for_every_algorithm():
+    assert {file.stem for file in (ROOT / "configs/algorithms").glob("*.yaml")} == set(PRESETS)
+
+
+def test_the_updates_of_the_overlays_fit_the_steps_of_the_quickstart():
+    steps = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["data"]["steps_per_epoch"]
+    for file in (ROOT / "configs/algorithms").glob("*.yaml"):
+        assert steps % yaml.safe_load(file.read_text())["model"]["loss"].get("num_policy_updates", 1) == 0
+
+
 def test_no_gap_is_left_to_fill():
     assert "@@" not in README
 
@@ -105,9 +127,12 @@ def test_the_file_map_is_the_tree():
 
 def test_the_metrics_table_lists_what_is_logged_and_nothing_else(tiny_config):
     listed = set(re.findall(r"^\| `([\w/<>]+)` \|", SECTIONS["Metrics"], flags=re.MULTILINE))
-    run("fuchsia fit --config quickstart.yaml", tiny_config)
-    with Path("runs/quickstart/0/metrics.csv").open() as stream:
-        columns = set(next(csv.reader(stream))) - {"epoch", "step"}
+    (with_critic,) = [command for command in COMMANDS if "advantage gae" in command]
+    columns = set()
+    for number, command in enumerate(["fuchsia fit --config quickstart.yaml", with_critic]):
+        run(command, tiny_config)
+        with Path(f"runs/quickstart/{number}/metrics.csv").open() as stream:
+            columns |= set(next(csv.reader(stream))) - {"epoch", "step"}
     train = {name for name in columns if not name.startswith("validation/")}
     assert columns - train
     named = {re.sub(r"^reward/(?!mean$).*", "reward/<name>", name) for name in train}

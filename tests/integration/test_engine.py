@@ -65,7 +65,7 @@ class Pair:
             rollout = Rollout({}, item_index=0, sibling=0, temperature=temperature, prompt="")
             rollout.start(list(ids))
             rollout.append(Turn(completion, ""))
-            samples.append(Sample(rollout, advantage=0.0))
+            samples.append(Sample(rollout, (0.0,) * len(completion.token_ids)))
         return make_batches(samples, 1, count_denominators(samples, 12), 0, {})[0]
 
 
@@ -84,7 +84,7 @@ def perturb(policy: Policy, seed: int, scale: float = 0.03) -> None:
 
 
 def logprob_gap(policy: Policy, batch) -> float:
-    return (policy.evaluated_logprobs(batch) - batch.sampling_logprobs)[batch.loss_mask].abs().mean().item()
+    return (policy.evaluated_scores(batch).logprobs - batch.sampling_logprobs)[batch.loss_mask].abs().mean().item()
 
 
 @pytest.fixture(scope="module", params=["merge", "lora"])
@@ -127,7 +127,10 @@ def test_logprobs_move_with_each_sync_and_match_the_trainers(pair, tmp_path):
         seen.add(tuple(completion.logprobs for completion in completions))
         batch = pair.batch_of(completions)
         mask = batch.loss_mask
-        policy, reference = pair.policy.evaluated_logprobs(batch)[mask], pair.policy.reference_logprobs(batch)[mask]
+        policy, reference = (
+            pair.policy.evaluated_scores(batch).logprobs[mask],
+            pair.policy.reference_logprobs(batch)[mask],
+        )
         agreement = adapter_agreement(policy, reference, batch.sampling_logprobs[mask])
         assert agreement.is_conclusive
         assert agreement.holds

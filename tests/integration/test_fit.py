@@ -16,7 +16,7 @@ from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.module import GRPOModule
-from fuchsia_pl.objectives.loss import LossConfig
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.rollouts.config import SamplingConfig
 from tests.doubles import make_trainer
@@ -75,7 +75,7 @@ def fit(root: Path, folder: Path) -> tuple[SpyEngine, SpyBatches]:
     policy = PolicyConfig(name=str(folder), lora=LoRASettings(r=8, alpha=16))
     module = GRPOModule(policy, LossConfig(beta=0.01), optimizer=lambda parameters: AdamW(parameters, lr=2e-3))
     sampling = SamplingConfig(group_size=4, max_completion_tokens=12, max_length=96)
-    data = RolloutDataModule(Arithmetic(), engine, module.served_model, sampling, batch_size=3, steps_per_epoch=3)
+    data = RolloutDataModule(Arithmetic(), engine, module.learner, sampling, batch_size=3, steps_per_epoch=3)
     settings = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "logger": CSVLogger(root, name="", version="")}
     make_trainer(root, StepTimer(), RolloutLog(), AdapterExport(), sync=spy, **settings).fit(module, datamodule=data)
     return engine, spy

@@ -61,7 +61,9 @@ def test_a_run_has_a_folder_with_everything_in_it(config, tmp_path):
         }
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["seed_everything"] == 3
-    assert saved["model"]["loss"]["clip_high"] == 0.28  # defaults are written out
+    assert saved["model"]["loss"]["overlong_buffer"] == 0.2  # defaults are written out
+    objective = yaml.safe_load((folder / "objective.yaml").read_text())["model"]["loss"]
+    assert (objective["loss_type"], objective["advantage"], objective["clip_high"]) == ("grpo", "group_norm", 0.2)
 
 
 def test_the_root_folder_is_the_trainers_setting(config, tmp_path):
@@ -74,6 +76,15 @@ def test_the_saved_config_runs_again_under_the_same_name_with_the_same_rollouts(
     FuchsiaCLI(["fit", "--config", str(tmp_path / "runs/tiny/0/config.yaml")])
     first, second = ((tmp_path / f"runs/tiny/{n}/rollouts.jsonl").read_text() for n in (0, 1))
     assert first == second
+
+
+def test_the_saved_objective_pins_every_part_of_a_preset(config, tmp_path):
+    words = ["fit", "--config", str(config), "--model.loss.loss_type", "cispo", "--model.loss.clip_high", "3.0"]
+    first = FuchsiaCLI(words)
+    saved = str(tmp_path / "runs/tiny/0/objective.yaml")
+    second = FuchsiaCLI(["fit", "--config", str(config), "--config", saved])
+    assert second.model.loss_config.parts == first.model.loss_config.parts
+    assert second.model.loss_config.given["advantage"] == "group_norm"
 
 
 def test_validate_test_and_predict_run_from_a_checkpoint(config, tmp_path):
@@ -107,7 +118,7 @@ def test_several_configs_merge_from_left_to_right(config, tmp_path):
 
 def test_what_two_parts_share_is_given_once(config):
     cli = FuchsiaCLI(["fit", "--config", str(config), "--model.policy.lora.r", "2", "--seed_everything", "11"])
-    assert cli.datamodule.served_model == cli.model.served_model
+    assert cli.datamodule.served_model == cli.model.learner.served_model
     assert cli.datamodule.engine.spec.model.lora_rank == 2
     assert cli.datamodule.engine.spec.max_length == cli.datamodule.sampling.max_length == 40
     assert cli.datamodule.seed == 11

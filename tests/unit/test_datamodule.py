@@ -7,8 +7,8 @@ from fuchsia_pl import datamodule
 from fuchsia_pl.datamodule import PhaseDataset
 from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.rollouts.collector import PromptTooLongError
-from fuchsia_pl.types import ConfigError
-from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
+from fuchsia_pl.types import ConfigError, Denominators
+from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_sample, make_trainer
 
 
 def fit(tiny_model, root, **settings):
@@ -39,7 +39,10 @@ def test_the_length_of_the_dataset_is_what_keeps_that_order(tiny_model, tmp_path
         __len__ = None
 
     monkeypatch.setattr(datamodule, "PhaseDataset", WithoutLength)
-    with pytest.raises(StaleBatchError, match="step 0 got rollouts of policy version -1: the data loader ran ahead"):
+    with pytest.raises(
+        StaleBatchError,
+        match="step 0 got rollouts of policy version -1 for update 0 of their phase: the data loader ran ahead",
+    ):
         fit(tiny_model, tmp_path)
 
 
@@ -64,14 +67,14 @@ def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(tiny_mode
     def rollouts(seed):
         module, seen = make_module(tiny_model), []
         data = make_data(module, seed=seed)
-        original = data._train_step
+        original = data._train_phase
 
         def record():
             batches = original()
             seen.append([sample.rollout.token_ids for batch in batches for sample in batch.samples])
             return batches
 
-        data._train_step = record
+        data._train_phase = record
         make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
         return seen
 
@@ -110,7 +113,7 @@ def test_a_prompt_that_is_too_long_is_found_before_the_engine_starts(tiny_model,
 
 
 def test_limits_that_would_cut_an_optimizer_step_are_refused(tiny_model, tmp_path):
-    words = r"limit_train_batches=3 would cut an optimizer step: it has 2 micro-batches"
+    words = r"limit_train_batches=3 would cut a phase: it has 2 micro-batches"
     with pytest.raises(ConfigError, match=words):
         fit(tiny_model, tmp_path, accumulate_grad_batches=2, limit_train_batches=3)
     fit(tiny_model, tmp_path, accumulate_grad_batches=2, limit_train_batches=4)
@@ -168,3 +171,12 @@ def test_validation_draws_every_held_out_item_once_and_greedily(tiny_model, tmp_
     assert "validation/reward/even" in first[0]
     sampled = make_data(module, engine, seed=1, sampling={"validation_temperature": 2.0})
     assert trainer.validate(module, datamodule=sampled, verbose=False) != first
+
+
+def test_token_counts_survive_beyond_what_float32_can_count(tiny_model, tmp_path, monkeypatch):
+    counted = Denominators(num_tokens=2**24 + 1, num_rows=3, max_completion_tokens=8)
+    monkeypatch.setattr(datamodule, "count_denominators", lambda samples, longest: counted)
+    data = make_data(make_module(tiny_model))
+    data.trainer = make_trainer(tmp_path)
+    sample = make_sample([1], [5], advantage=1.0)
+    assert data._count([sample]) == (counted, None)

@@ -3,18 +3,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import load_file
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.module import StaleBatchError
-from fuchsia_pl.objectives.loss import LossConfig, policy_loss
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.objectives.loss import policy_loss
+from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
 from tests.doubles import TinyEngine, make_data, make_module, make_sample, make_trainer
 
@@ -25,13 +27,43 @@ SAMPLES = [
 ]
 
 
-def step_gradient(module, samples, num_micro_batches: int) -> list[torch.Tensor]:
-    """The gradient that one optimizer step sees: the sum over its micro-batches."""
+CRITIC = {"loss_type": "ppo", "advantage": "gae"}
+OBJECTIVES = {
+    **{name: {"loss_type": name} for name in sorted(PRESETS)},
+    **{f"grpo, {name}": {"loss_type": "grpo", "reduction": name} for name in ("token_mean", "constant")},
+    "ppo with a critic": CRITIC,
+    "gspo per token": {"loss_type": "gspo", "ratio_level": "sequence_token"},
+}
+
+
+def step_gradient(module, samples, num_micro_batches: int, padding: int = 0) -> list[torch.Tensor]:
+    """The gradient that one optimizer step sees: the sum over its micro-batches.
+
+    The old logprobs are half way to the sampler's, so that ratios and sampler weights lie on both sides of their bounds.
+    """
     module.zero_grad()
     for batch in make_batches(samples, num_micro_batches, count_denominators(samples, 8), 0, {}):
-        reference = module.policy.reference_logprobs(batch)
-        policy_loss(module.loss_config, batch, module.policy.logprobs(batch), reference).loss.backward()
+        batch = padded(batch, padding)
+        reference = module.policy.reference_logprobs(batch) if module.loss_config.kl_in_loss else None
+        scores = module.policy.scores(batch)
+        old = 0.5 * (scores.logprobs.detach() + batch.sampling_logprobs)
+        policy_loss(module.loss_config, batch, scores, old, old, reference).loss.backward()
     return [parameter.grad.clone() for parameter in module.policy.trainable_parameters()]
+
+
+def padded(batch, columns: int):
+    """The batch with more columns on the right, in which everything but the mask is filled with nonsense."""
+    nonsense = {torch.int64: 7, torch.float32: 3.5, torch.bool: False}
+    tensors = {
+        name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor) and value.ndim == 2
+    }
+    return replace(
+        batch,
+        **{
+            name: torch.nn.functional.pad(tensor, (0, columns), value=nonsense[tensor.dtype])
+            for name, tensor in tensors.items()
+        },
+    )
 
 
 def randomised_module(tiny_model, loss: LossConfig):
@@ -44,16 +76,25 @@ def randomised_module(tiny_model, loss: LossConfig):
     return module
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
-@pytest.mark.parametrize("old_logprobs", ["trainer", "sampler"])
-def test_the_gradient_is_the_same_for_1_2_and_5_micro_batches_and_any_row_order(tiny_model, reduction, old_logprobs):
-    module = randomised_module(tiny_model, LossConfig(reduction=reduction, old_logprobs=old_logprobs, beta=0.1))
-    whole = step_gradient(module, SAMPLES, 1)
-    assert max(gradient.abs().max() for gradient in whole) > 1e-3
-    shuffled = [SAMPLES[index] for index in (3, 9, 1, 0, 7, 5, 2, 8, 6, 4)]
-    for samples, parts in [(SAMPLES, 2), (SAMPLES, 5), (shuffled, 1), (shuffled, 5)]:
-        for got, expected in zip(step_gradient(module, samples, parts), whole, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_the_gradient_is_the_same_for_any_split_order_and_padding(tiny_model, objective):
+    samples = SAMPLES
+    if objective == "ppo with a critic":
+        samples = [
+            replace(
+                s, old_values=tuple(0.1 * a for a in s.advantages), value_targets=tuple(a + 0.3 for a in s.advantages)
+            )
+            for s in SAMPLES
+        ]
+    settings = {"beta": 0.1, "kl_in": "loss", "entropy_weight": 0.05, **OBJECTIVES[objective]}
+    module = randomised_module(tiny_model, LossConfig(**settings))
+    whole = step_gradient(module, samples, 1)
+    largest = max(gradient.abs().max().item() for gradient in whole)
+    assert largest > 1e-3
+    shuffled = [samples[index] for index in (3, 9, 1, 0, 7, 5, 2, 8, 6, 4)]
+    for rows, parts, padding in [(samples, 2, 0), (samples, 5, 0), (shuffled, 1, 0), (shuffled, 5, 0), (samples, 2, 6)]:
+        for got, expected in zip(step_gradient(module, rows, parts, padding), whole, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_a_truncated_row_without_trained_tokens_leaves_the_gradient_as_it_was(tiny_model):
@@ -63,12 +104,13 @@ def test_a_truncated_row_without_trained_tokens_leaves_the_gradient_as_it_was(ti
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def train(tiny_model, root, accumulate: int, **settings) -> tuple:
+def train(tiny_model, root, accumulate: int, loss: LossConfig | None = None, environment=None, **settings) -> tuple:
     """Three steps of plain gradient descent: unlike Adam's, its steps are as long as its gradients."""
     torch.manual_seed(0)
-    module = make_module(tiny_model, optimizer=partial(torch.optim.SGD, lr=0.3))
+    summed = loss is not None and loss.parts.constant_length == 1  # whose gradients are about 20 times as long
+    module = make_module(tiny_model, loss, optimizer=partial(torch.optim.SGD, lr=0.01 if summed else 0.3))
     module.configure_model()
-    data = make_data(module, TinyEngine(), batch_size=4, steps_per_epoch=3)
+    data = make_data(module, TinyEngine(), environment, batch_size=4, steps_per_epoch=3)
     trainer = make_trainer(root, accumulate_grad_batches=accumulate, **settings)
     trainer.fit(module, datamodule=data)
     return module, trainer
@@ -88,34 +130,70 @@ def test_a_trainer_run_ends_with_the_same_weights_for_any_accumulation(tiny_mode
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_two_ranks_end_with_the_weights_and_figures_of_one(tiny_model, tmp_path):
-    """Two processes over gloo, each with its own engine and half of the items."""
-    script = f"""
-from functools import partial
+TWO_RANKS = """
 from pathlib import Path
+import sys
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from tests.unit.test_module import train
-train(Path({str(tiny_model)!r}), Path({str(tmp_path)!r}), accumulate=2, devices=2, strategy="ddp", log_every_n_steps=1,
-      logger=CSVLogger({str(tmp_path)!r}, name="", version=""))[0].policy.save_trained(Path({str(tmp_path / "adapter")!r}))
+from fuchsia_pl.objectives.config import LossConfig
+from tests.doubles import Constant, Spread
+from tests.unit.test_module import OBJECTIVES, train
+
+model, root = Path(sys.argv[1]), Path(sys.argv[2])
+for number, (name, settings) in enumerate(OBJECTIVES.items()):
+    folder = root / str(number)
+    logger = CSVLogger(folder, name="", version="")
+    loss = LossConfig(beta=0.01, **settings)
+    several = {"accumulate": 2, "devices": 2, "strategy": "ddp", "log_every_n_steps": 1, "logger": logger}
+    module, trainer = train(model, folder, loss=loss, **several)
+    if trainer.is_global_zero:
+        weights = {n: p.detach() for n, p in module.policy.named_parameters() if p.requires_grad}
+        torch.save(weights, folder / "weights.pt")
+for name, environment in {"refilled": Spread(num_items=40), "skipped": Constant()}.items():
+    logger = CSVLogger(root / name, name="", version="")
+    several = {"accumulate": 2, "devices": 2, "strategy": "ddp", "log_every_n_steps": 1, "logger": logger}
+    train(model, root / name, loss=LossConfig("dapo", max_refills=1), environment=environment, **several)
 """
-    (tmp_path / "two.py").write_text(script)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model, tmp_path_factory) -> Path:
+    """A folder per objective, written by two processes over gloo, each with its own engine and half of the items."""
+    root = tmp_path_factory.mktemp("two")
+    (root / "two.py").write_text(TWO_RANKS)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "two.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    command = [sys.executable, str(root / "two.py"), str(tiny_model), str(root)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    logger = CSVLogger(tmp_path / "one", name="", version="")
-    one, _ = train(tiny_model, tmp_path / "one", accumulate=2, logger=logger, log_every_n_steps=1)
-    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    expected = {name: p for name, p in one.policy.model.state_dict().items() if "lora_" in name}
-    assert len(found) == len(expected)
+    return root
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_two_ranks_end_with_the_weights_and_figures_of_one(tiny_model, tmp_path, two_ranks, objective):
+    folder = two_ranks / str(list(OBJECTIVES).index(objective))
+    logger = CSVLogger(tmp_path, name="", version="")
+    loss = LossConfig(beta=0.01, **OBJECTIVES[objective])
+    one, _ = train(tiny_model, tmp_path, accumulate=2, loss=loss, logger=logger, log_every_n_steps=1)
+    found = torch.load(folder / "weights.pt", weights_only=True)
+    expected = {name: p for name, p in one.policy.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name.replace(".default", "")], tensor, rtol=1e-3, atol=1e-5)
-    rows = [list(csv.DictReader((tmp_path / place / "metrics.csv").open())) for place in (".", "one")]
-    for two_ranks, one_rank in zip(*rows, strict=True):
-        assert two_ranks.keys() == one_rank.keys()
-        for metric in two_ranks.keys() - {"epoch", "step", "sync/seconds", "perf/rollout_tokens_per_s"}:
-            assert float(two_ranks[metric]) == pytest.approx(float(one_rank[metric]), rel=1e-3, abs=1e-4), metric
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+    rows = [list(csv.DictReader((place / "metrics.csv").open())) for place in (folder, tmp_path)]
+    for two, alone in zip(*rows, strict=True):
+        assert two.keys() == alone.keys()
+        for metric in two.keys() - {"epoch", "step", "sync/seconds", "perf/rollout_tokens_per_s"}:
+            assert float(two[metric]) == pytest.approx(float(alone[metric]), rel=1e-3, abs=1e-4), metric
+
+
+def test_two_ranks_that_drop_groups_unevenly_go_on_together(two_ranks):
+    """Each rank refills its own share and drops what still has no spread; both take the same steps, also where all is dropped."""
+    refilled, skipped = (list(csv.DictReader((two_ranks / n / "metrics.csv").open())) for n in ("refilled", "skipped"))
+    assert len(refilled) == len(skipped) == 3
+    assert all(float(row["rollout/dropped_groups"]) > 0 for row in refilled)
+    assert {float(row["train/skipped"]) for row in refilled} == {0.0}
+    assert {float(row["rollout/dropped_groups"]) for row in skipped} == {8.0}  # 4 groups, and 4 that replaced them
+    assert {float(row["train/skipped"]) for row in skipped} == {1.0}
 
 
 def test_a_run_learns(tiny_model, tmp_path):
@@ -177,7 +255,7 @@ def test_a_precision_that_rounds_the_trained_weights_is_refused(tiny_model, tmp_
 
 def test_without_lora_all_weights_train_and_are_synced(tiny_model, tmp_path):
     module = make_module(tiny_model, LossConfig(beta=0.01), enabled=False)
-    assert module.served_model.lora_rank == 0
+    assert module.learner.served_model.lora_rank == 0
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(module, datamodule=make_data(module))  # the sync's tolerance of 1e-3 holds at both steps
     assert trainer.global_step == 2

@@ -51,8 +51,8 @@ def test_an_engine_that_applies_it_twice_is_found_at_once(tiny_model, tmp_path):
 def test_an_adapter_without_effect_is_probed_a_bounded_number_of_times(tiny_model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("fuchsia_pl.callbacks.adapter_sync.MAX_PROBES", 2)
     probes = []
-    original = Policy.evaluated_logprobs
-    monkeypatch.setattr(Policy, "evaluated_logprobs", lambda self, batch: probes.append(1) or original(self, batch))
+    original = Policy.evaluated_scores
+    monkeypatch.setattr(Policy, "evaluated_scores", lambda self, batch: probes.append(1) or original(self, batch))
     module, sync = make_module(tiny_model, optimizer=partial(torch.optim.SGD, lr=0.0)), AdapterSync(tolerance=1e-3)
     make_trainer(tmp_path, sync=sync, accumulate_grad_batches=2).fit(
         module, datamodule=make_data(module, steps_per_epoch=5)

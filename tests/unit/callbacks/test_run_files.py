@@ -17,7 +17,7 @@ from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
-from fuchsia_pl.objectives.loss import LossConfig
+from fuchsia_pl.objectives.config import LossConfig
 from tests.doubles import make_data, make_module, make_sample, make_trainer
 
 EXPECTED_METRICS = {
@@ -157,7 +157,7 @@ def test_the_console_says_what_runs_how_it_goes_and_what_is_written(run):
     assert [line.split()[1] for line in steps] == ["1", "2", "3"]
     for label in ("reward", "accuracy", "kl", "length", "sampled tok/s", "trained tok/s", "s/step"):
         assert all(f"{label} " in line for line in steps)
-    assert printed.count("advantage") == 1  # every second step of three shows a completion
+    assert printed.count(", sibling ") == 1  # every second step of three shows a completion
     assert [line for line in lines if line.startswith("held out, before training: validation/")]
     assert [line for line in lines if line.startswith("held out, after step 3: validation/")]
     assert lines[-1] == f"done: {root}"
@@ -188,4 +188,4 @@ def test_no_completion_is_shown_with_an_interval_of_zero(tiny_model, tmp_path):
     report.console = Console(file=io.StringIO(), width=200)
     module = make_module(tiny_model)
     make_trainer(tmp_path, report, enable_progress_bar=True).fit(module, datamodule=make_data(module))
-    assert "advantage" not in report.console.file.getvalue()
+    assert "sibling" not in report.console.file.getvalue()

@@ -34,6 +34,12 @@ def test_a_missing_logprob_is_an_error_and_never_zero(logprobs):
         to_completion(output(logprobs=logprobs), version=0)
 
 
+def test_a_logprob_that_is_no_number_is_an_error():
+    unknown = [{5: SimpleNamespace(logprob=float("nan"))}, {2: SimpleNamespace(logprob=-0.1)}]
+    with pytest.raises(EngineError, match=r"logprobs that are no numbers for ids that it sampled: \(nan, -0.1\)"):
+        to_completion(output(logprobs=unknown), version=0)
+
+
 def test_an_aborted_completion_is_an_error():
     with pytest.raises(EngineError, match="ended a completion with 'abort'"):
         to_completion(output(finish_reason="abort"), version=0)

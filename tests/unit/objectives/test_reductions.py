@@ -21,22 +21,22 @@ def test_sequence_mean_by_hand():
 
 def test_constant_by_hand_ignores_lengths():
     # (1 + 3 + 8) / (2 rows * 4 tokens), and the same when the rows are padded to twice the length
-    assert constant(VALUES, MASK, num_rows=2, max_completion_tokens=4).item() == 1.5
+    assert constant(VALUES, MASK, num_rows=2, length=4).item() == 1.5
     values, mask = torch.cat([VALUES, VALUES], dim=1), torch.cat([MASK, torch.zeros_like(MASK)], dim=1)
-    assert constant(values, mask, num_rows=2, max_completion_tokens=4).item() == 1.5
+    assert constant(values, mask, num_rows=2, length=4).item() == 1.5
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
 def test_shares_of_micro_batches_add_up(reduction):
     whole = denominators(num_tokens=3, num_rows=2)
-    parts = [reduce(VALUES[row : row + 1], MASK[row : row + 1], reduction, whole) for row in range(2)]
-    torch.testing.assert_close(sum(parts), reduce(VALUES, MASK, reduction, whole))
+    parts = [reduce(VALUES[row : row + 1], MASK[row : row + 1], reduction, whole, None) for row in range(2)]
+    torch.testing.assert_close(sum(parts), reduce(VALUES, MASK, reduction, whole, None))
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
 def test_what_the_mask_hides_has_no_value_and_no_gradient(reduction):
     values = torch.where(MASK, VALUES, float("nan")).requires_grad_()
-    loss = reduce(values, MASK, reduction, denominators(num_tokens=3, num_rows=2))
+    loss = reduce(values, MASK, reduction, denominators(num_tokens=3, num_rows=2), None)
     loss.backward()
     assert loss.isfinite()
     assert (values.grad[~MASK] == 0).all()
@@ -46,7 +46,21 @@ def test_what_the_mask_hides_has_no_value_and_no_gradient(reduction):
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
 def test_no_kept_token_is_zero_with_a_graph(reduction):
     values = VALUES.clone().requires_grad_()
-    loss = reduce(values, torch.zeros_like(MASK), reduction, denominators(num_tokens=0, num_rows=0))
+    loss = reduce(values, torch.zeros_like(MASK), reduction, denominators(num_tokens=0, num_rows=0), None)
     loss.backward()
     assert loss.item() == 0.0
     assert (values.grad == 0).all()
+
+
+def test_the_length_of_constant_is_the_longest_allowed_unless_it_is_set():
+    # sum 12 over 2 rows: 12 / (2 * 8) with the doubles' longest completion of 8, 12 / (2 * 1) as the sum over tokens
+    whole = denominators(num_tokens=3, num_rows=2, max_completion_tokens=8)
+    assert reduce(VALUES, MASK, "constant", whole, None).item() == 0.75
+    assert reduce(VALUES, MASK, "constant", whole, 1).item() == 6.0
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [("token_mean", 7.0), ("sequence_mean", 7.0), ("constant", 0.875)])
+def test_one_kept_token_by_hand(reduction, expected):
+    # 7 / 1 token, 7 / 1 token / 1 row, 7 / (1 row * 8)
+    mask = torch.tensor([[False, True]])
+    assert reduce(torch.tensor([[5.0, 7.0]]), mask, reduction, denominators(1), None).item() == expected

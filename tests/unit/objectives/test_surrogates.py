@@ -3,15 +3,15 @@ import math
 import pytest
 import torch
 
-from fuchsia_pl.objectives.surrogates import clipped_surrogate
+from fuchsia_pl.objectives.surrogates import cispo, clipped_surrogate, ratio_log, reinforce, row_mean, sapo
 
 LOW, HIGH = 0.2, 0.28
 
 
-def surrogate(ratio: float, advantage: float) -> tuple[float, float, bool]:
-    """Loss, its derivative by the logprob, and whether the clip took that away, of one token."""
+def surrogate(ratio: float, advantage: float, dual_clip: float | None = None) -> tuple[float, float, bool]:
+    """Loss, its derivative by the logprob, and whether a bound took that away, of one token."""
     log_ratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    loss, clipped = clipped_surrogate(log_ratio, torch.tensor([[advantage]], dtype=torch.float64), LOW, HIGH)
+    loss, clipped = clipped_surrogate(log_ratio, torch.tensor([[advantage]], dtype=torch.float64), LOW, HIGH, dual_clip)
     loss.sum().backward()
     return loss.item(), log_ratio.grad.item(), clipped.item()
 
@@ -51,3 +51,121 @@ def test_a_huge_ratio_stays_finite():
     loss.sum().backward()
     assert loss.isfinite().all()
     assert log_ratio.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
+    [
+        # A < 0, just inside c = 3: L = 2.99 * 2, as without the dual clip.
+        (2.99, -2.0, 5.98, 5.98, False),
+        # A < 0, beyond it: L = 3 * 2 and no gradient.
+        (3.01, -2.0, 6.0, 0.0, True),
+        # A > 0: the third bound is not for it; the upper one acts.
+        (3.01, 2.0, -2.56, 0.0, True),
+        # A < 0 below the lower bound: as without.
+        (0.5, -2.0, 1.6, 0.0, True),
+        (1.0, -2.0, 2.0, 2.0, False),
+    ],
+)
+def test_the_dual_clip_by_hand(ratio, advantage, loss, gradient, clipped):
+    got = surrogate(ratio, advantage, dual_clip=3.0)
+    assert got[0] == pytest.approx(loss, abs=1e-12)
+    assert got[1] == pytest.approx(gradient, abs=1e-12)
+    assert got[2] is clipped
+
+
+def test_a_dual_clip_out_of_reach_is_the_clip():
+    for ratio in (0.1, 0.79, 0.81, 1.0, 1.27, 1.29, 40.0):
+        for advantage in (-1.5, 0.0, 1.5):
+            assert surrogate(ratio, advantage, dual_clip=50.0) == surrogate(ratio, advantage)
+
+
+def test_reinforce_by_hand():
+    # L = -1.5 * -0.7 and dL/dlogp = -1.5; L = 0.5 * -0.2 and +0.5
+    logprobs = torch.tensor([-0.7, -0.2], requires_grad=True)
+    loss = reinforce(logprobs, torch.tensor([1.5, -0.5]))
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([1.05, -0.1]))
+    assert logprobs.grad.tolist() == [-1.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "weight", "bounded"),
+    # bounds 1 - 0.5 and 1 + 1: the weight stands at the bound, and the gradient is -weight A either way
+    [(0.49, 0.5, True), (0.51, 0.51, False), (1.0, 1.0, False), (1.99, 1.99, False), (2.01, 2.0, True)],
+)
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_cispo_by_hand_bounds_the_weight_and_never_loses_the_gradient(ratio, weight, bounded, advantage):
+    log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    logprobs = torch.tensor([-0.3], dtype=torch.float64, requires_grad=True)
+    loss, outside = cispo(log_ratio, logprobs, torch.tensor([advantage], dtype=torch.float64), 0.5, 1.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.3 * weight * advantage)
+    assert logprobs.grad.item() == pytest.approx(-weight * advantage)
+    assert log_ratio.grad is None
+    assert outside.item() is bounded
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        # r = 1: sigmoid(0) = 1/2, L = -(4 / tau) A / 2; dL/dlogp = -4 A r s (1 - s) = -A
+        (1.0, 2.0, -4.0, -2.0),
+        (1.0, -2.0, 2.0, 2.0),
+        # A > 0, tau 1, r = 2: s = 0.73105858, L = -4 * 2 s; gradient -4 * 2 * 2 * s (1 - s) = -16 * 0.19661193
+        (2.0, 2.0, -5.84846863, -3.14579093),
+        # A < 0, tau 2, r = 2: s = sigmoid(2) = 0.88079708, L = (4 / 2) * 2 s; gradient 4 * 2 * 2 * 0.10499359
+        (2.0, -2.0, 3.52318831, 1.67989737),
+        # no advantage, no loss
+        (2.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_sapo_by_hand(ratio, advantage, loss, gradient):
+    log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    value = sapo(log_ratio, torch.tensor([advantage], dtype=torch.float64), 1.0, 2.0)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss, abs=1e-8)
+    assert log_ratio.grad.item() == pytest.approx(gradient, abs=1e-8)
+
+
+def test_huge_ratios_stay_finite():
+    huge, logprobs, advantage = torch.tensor([500.0]), torch.tensor([-1.0]), torch.tensor([-1.0])
+    for loss in (cispo(huge, logprobs, advantage, 1.0, 4.0)[0], sapo(huge, advantage, 1.0, 1.05)):
+        assert loss.isfinite().all()
+    gate = torch.tensor([500.0], requires_grad=True)
+    sapo(gate, advantage, 1.0, 1.05).sum().backward()
+    assert gate.grad.item() == 0.0
+
+
+# Two rows of 2 and 1 sampled tokens: log ratios 0.4 and 0.2 with a mean of 0.3 (a sum would be 0.6), and -0.1.
+LOGPROBS = torch.tensor([[-0.6, -0.8, 0.0], [-1.1, 0.0, 0.0]])
+OLD = torch.tensor([[-1.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def test_the_ratio_of_each_level_by_hand():
+    token, sequence = ratio_log("token", LOGPROBS, OLD, MASK), ratio_log("sequence", LOGPROBS, OLD, MASK)
+    torch.testing.assert_close(token, torch.tensor([[0.4, 0.2, 0.0], [-0.1, 0.0, 0.0]]))
+    torch.testing.assert_close(sequence, torch.tensor([[0.3, 0.3, 0.3], [-0.1, -0.1, -0.1]]))
+    torch.testing.assert_close(ratio_log("sequence_token", LOGPROBS, OLD, MASK), sequence)
+
+
+def test_the_gradient_of_each_level_by_hand():
+    # Of the sum over kept positions. sequence: both tokens feed the mean, which stands at both: 2 * 1/2 each. With the
+    # weights 1 and 3 the sequence form gives both tokens (1 + 3) / 2, the token form each its own.
+    weights = torch.tensor([[1.0, 3.0, 0.0], [1.0, 0.0, 0.0]])
+    expected = {
+        "token": [[1.0, 3.0, 0.0], [1.0, 0.0, 0.0]],
+        "sequence": [[2.0, 2.0, 0.0], [1.0, 0.0, 0.0]],
+        "sequence_token": [[1.0, 3.0, 0.0], [1.0, 0.0, 0.0]],
+    }
+    for level, gradient in expected.items():
+        logprobs = LOGPROBS.clone().requires_grad_()
+        (ratio_log(level, logprobs, OLD, MASK) * weights).sum().backward()
+        torch.testing.assert_close(logprobs.grad, torch.tensor(gradient))
+
+
+def test_a_row_without_kept_tokens_has_a_mean_of_zero():
+    values = torch.tensor([[float("nan"), 5.0], [4.0, 2.0]])
+    mask = torch.tensor([[False, False], [True, True]])
+    assert row_mean(values, mask).tolist() == [[0.0], [3.0]]

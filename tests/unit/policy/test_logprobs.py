@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores
 
 
 def make_case(num_positions: int, vocabulary: int, dtype=torch.float64):
@@ -23,7 +23,7 @@ def test_chunks_change_neither_value_nor_gradient(num_positions, chunk_tokens):
     weights = torch.linspace(-1, 1, num_positions)
     (naive * weights).sum().backward()
     hidden.requires_grad_()
-    chunked = chunked_logprobs(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens)
+    chunked = chunked_scores(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens)[0]
     (chunked * weights).sum().backward()
     torch.testing.assert_close(chunked, naive)
     torch.testing.assert_close(hidden.grad, naive_hidden.grad)
@@ -33,7 +33,7 @@ def test_two_tokens_by_hand_at_temperature_two():
     # logits (2 ln 3, 0) at temperature 2 are (ln 3, 0): probabilities 3/4 and 1/4
     hidden = torch.tensor([[2 * torch.log(torch.tensor(3.0))]]).repeat(2, 1)
     head = OutputHead(torch.tensor([[1.0], [0.0]]))
-    logprobs = chunked_logprobs(head, hidden, torch.tensor([0, 1]), torch.full((2,), 2.0), chunk_tokens=1)
+    logprobs = chunked_scores(head, hidden, torch.tensor([0, 1]), torch.full((2,), 2.0), chunk_tokens=1)[0]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.75, 0.25]))
 
 
@@ -45,7 +45,7 @@ def test_bias_scale_and_cap_by_hand():
 
 def test_no_position_is_empty_but_reaches_the_parameters():
     hidden = torch.zeros(0, 8, requires_grad=True)
-    logprobs = chunked_logprobs(OutputHead(torch.zeros(5, 8)), hidden, torch.zeros(0).long(), torch.zeros(0), 4)
+    logprobs = chunked_scores(OutputHead(torch.zeros(5, 8)), hidden, torch.zeros(0).long(), torch.zeros(0), 4)[0]
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
     assert hidden.grad is not None
@@ -55,7 +55,7 @@ def test_bfloat16_softmax_is_float32():
     # The logits are those of bfloat16; the softmax over them must add no error of that size.
     hidden, weight, labels, _ = make_case(64, vocabulary=1000)
     hidden, weight = (4 * hidden).bfloat16(), weight.bfloat16()
-    logprobs = chunked_logprobs(OutputHead(weight), hidden, labels, torch.ones(64), chunk_tokens=16)
+    logprobs = chunked_scores(OutputHead(weight), hidden, labels, torch.ones(64), chunk_tokens=16)[0]
     exact = torch.log_softmax(torch.nn.functional.linear(hidden, weight).double(), dim=1)
     exact = exact.gather(1, labels.unsqueeze(1)).squeeze(1)
     assert (logprobs.double() - exact).abs().max() < 1e-4
@@ -75,5 +75,5 @@ def test_the_logits_of_all_positions_never_exist_together():
             return out
 
     with Largest():
-        chunked_logprobs(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens=8).sum().backward()
+        chunked_scores(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens=8)[0].sum().backward()
     assert largest == 8 * 500

@@ -4,7 +4,15 @@ import json
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from fuchsia_pl.policy import policy as policy_module
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
@@ -50,7 +58,7 @@ def test_logprobs_are_those_of_each_row_alone_at_its_temperature(tiny_model, tem
     policy = make_policy(tiny_model)
     randomise(policy)
     batch = make_batch(temperature=temperature)
-    logprobs = policy.logprobs(batch)
+    logprobs = policy.scores(batch).logprobs
     for index, row in enumerate([sample.rollout.token_ids[3:] for sample in batch.samples]):
         expected = expected_logprobs(policy.causal_lm, PROMPT, row, temperature)
         torch.testing.assert_close(logprobs[index][batch.loss_mask[index]].detach(), expected, atol=1e-5, rtol=1e-5)
@@ -59,26 +67,26 @@ def test_logprobs_are_those_of_each_row_alone_at_its_temperature(tiny_model, tem
 
 def test_a_longer_neighbour_changes_nothing(tiny_model):
     policy = make_policy(tiny_model)
-    alone = policy.logprobs(make_batch(rows=[ROWS[1]]))
-    beside = policy.logprobs(make_batch())
+    alone = policy.scores(make_batch(rows=[ROWS[1]])).logprobs
+    beside = policy.scores(make_batch()).logprobs
     row = [sample.rollout.token_ids[3:] for sample in make_batch().samples].index(ROWS[1])
     torch.testing.assert_close(beside[row, : alone.shape[1]], alone[0])
 
 
 def test_a_fresh_adapter_changes_nothing_and_the_reference_is_the_adapter_off(tiny_model):
     policy, batch = make_policy(tiny_model), make_batch()
-    assert torch.equal(policy.logprobs(batch), policy.reference_logprobs(batch))
+    assert torch.equal(policy.scores(batch).logprobs, policy.reference_logprobs(batch))
     before = policy.reference_logprobs(batch)
     randomise(policy)
     assert torch.equal(policy.reference_logprobs(batch), before)
-    assert (policy.logprobs(batch) - before)[batch.loss_mask].abs().max() > 1e-2
+    assert (policy.scores(batch).logprobs - before)[batch.loss_mask].abs().max() > 1e-2
 
 
 def test_only_the_adapter_learns_all_of_it_and_in_float32(tiny_model):
     config = PolicyConfig(name="", dtype="bfloat16", lora=LoRASettings(r=4, alpha=8))
     policy = Policy(config, tiny_model, with_reference=False)
     randomise(policy)
-    policy.logprobs(make_batch()).sum().backward()
+    policy.scores(make_batch()).logprobs.sum().backward()
     names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     assert len(names) == 2 * 7 * 2  # A and B of seven projections in two layers
     for name, parameter in policy.named_parameters():
@@ -90,7 +98,7 @@ def test_only_the_adapter_learns_all_of_it_and_in_float32(tiny_model):
 def test_a_batch_without_trained_tokens_gives_zero_gradients_not_none(tiny_model):
     policy = make_policy(tiny_model)
     batch = make_batches([], 1, denominators(num_tokens=1), policy_version=0, metrics={})[0]
-    policy.logprobs(batch).sum().backward()
+    policy.scores(batch).logprobs.sum().backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in policy.trainable_parameters())
 
 
@@ -98,7 +106,7 @@ def test_dropout_acts_in_the_training_forward_and_not_in_the_reference(tiny_mode
     policy, batch = make_policy(tiny_model, dropout=0.5), make_batch()
     randomise(policy)
     policy.train()
-    assert not torch.equal(policy.logprobs(batch), policy.logprobs(batch))
+    assert not torch.equal(policy.scores(batch).logprobs, policy.scores(batch).logprobs)
     assert torch.equal(policy.reference_logprobs(batch), policy.reference_logprobs(batch))
     assert policy.model.training
 
@@ -107,7 +115,7 @@ def test_without_lora_all_weights_learn_in_float32_and_the_reference_is_a_frozen
     policy, batch = make_policy(tiny_model, with_reference=True, enabled=False), make_batch()
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
     before = policy.reference_logprobs(batch)
-    torch.testing.assert_close(before, policy.logprobs(batch).detach())
+    torch.testing.assert_close(before, policy.scores(batch).logprobs.detach())
     randomise(policy)
     assert torch.equal(policy.reference_logprobs(batch), before)
     assert not any("_frozen" in name for name in policy.state_dict())
@@ -126,7 +134,7 @@ def test_the_saved_adapter_is_loaded_by_plain_peft(tiny_model, tmp_path, use_rsl
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     expected = expected_logprobs(loaded, PROMPT, ROWS[0])
-    torch.testing.assert_close(policy.logprobs(batch)[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.scores(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_without_lora_the_saved_folder_is_a_whole_model(tiny_model, tmp_path):
@@ -135,7 +143,7 @@ def test_without_lora_the_saved_folder_is_a_whole_model(tiny_model, tmp_path):
     policy.save_trained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     expected = expected_logprobs(loaded, PROMPT, ROWS[0])
-    torch.testing.assert_close(policy.logprobs(batch)[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.scores(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 SMALL = {
@@ -163,7 +171,7 @@ def test_heads_with_a_cap_or_a_scale_are_honoured(model, tmp_path):
     model().save_pretrained(tmp_path)
     policy, batch = make_policy(tmp_path), make_batch(rows=ROWS[:1])
     expected = expected_logprobs(policy.causal_lm, PROMPT, ROWS[0])
-    torch.testing.assert_close(policy.logprobs(batch)[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.scores(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1.1, 2.0])
@@ -202,7 +210,7 @@ def test_rank_scale_and_targets_change_the_adapter(tiny_model):
     def effect(**lora) -> tuple[int, float]:
         policy = make_policy(tiny_model, **lora)
         randomise(policy)
-        change = (policy.logprobs(batch) - policy.reference_logprobs(batch)).abs().sum().item()
+        change = (policy.scores(batch).logprobs - policy.reference_logprobs(batch)).abs().sum().item()
         return sum(p.numel() for p in policy.trainable_parameters()), change
 
     size, change = effect()
@@ -213,15 +221,15 @@ def test_rank_scale_and_targets_change_the_adapter(tiny_model):
 
 def test_the_chunk_size_of_the_config_is_used(tiny_model, monkeypatch):
     seen = []
-    original = policy_module.chunked_logprobs
+    original = policy_module.chunked_scores
 
     def record(head, hidden, labels, temperatures, chunk_tokens):
         seen.append(chunk_tokens)
         return original(head, hidden, labels, temperatures, chunk_tokens)
 
-    monkeypatch.setattr(policy_module, "chunked_logprobs", record)
+    monkeypatch.setattr(policy_module, "chunked_scores", record)
     config = PolicyConfig(name="", dtype="float32", logprob_chunk_tokens=3)
-    Policy(config, tiny_model, with_reference=False).logprobs(make_batch())
+    Policy(config, tiny_model, with_reference=False).scores(make_batch())
     assert seen == [3]
 
 
@@ -230,3 +238,96 @@ def test_the_saved_adapter_names_its_base_as_others_know_it(tiny_model, tmp_path
     Policy(config, tiny_model, with_reference=False).save_trained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture
+def trained_adapter(tiny_model, tmp_path):
+    """A folder with an adapter that has learned something, and what the model says with it."""
+    config = PolicyConfig(name="", dtype="float32", lora=LoRASettings(r=4, alpha=8))
+    policy = Policy(config, tiny_model, with_reference=False)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    policy.save_trained(tmp_path / "adapter")
+    return str(tmp_path / "adapter"), policy.evaluated_scores(make_batch()).logprobs
+
+
+def test_a_run_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(tiny_model, trained_adapter):
+    folder, expected = trained_adapter
+    lora = LoRASettings(r=4, alpha=8, init_from=folder)
+    policy = Policy(PolicyConfig(name="", dtype="float32", lora=lora), tiny_model, with_reference=True)
+    batch = make_batch()
+    fresh = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=True)
+    assert (fresh.reference_logprobs(batch) - expected).abs().max() > 0.1  # the base says something else
+    torch.testing.assert_close(policy.evaluated_scores(batch).logprobs, expected)
+    torch.testing.assert_close(policy.reference_logprobs(batch), expected)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            assert parameter.dtype is torch.float32
+            parameter.add_(0.1)
+    torch.testing.assert_close(policy.reference_logprobs(batch), expected)
+    learned = policy.scores(batch).logprobs
+    assert (learned - expected).abs().max() > 0.1
+    learned.sum().backward()  # the swap left nothing behind that would stop a gradient
+    assert all(parameter.grad is not None for parameter in policy.trainable_parameters())
+
+
+def test_an_adapter_that_cannot_be_gone_on_from_is_refused(tiny_model, trained_adapter, tmp_path):
+    folder, _ = trained_adapter
+    for lora, words in (
+        (LoRASettings(r=8, alpha=8, init_from=folder), r"lora\.r is 8, and that of the adapter .* is 4: set it to 4"),
+        (LoRASettings(r=4, alpha=9, init_from=folder), r"lora\.alpha is 9.* is 8: set it to 8"),
+        (LoRASettings(r=4, alpha=8, use_rslora=True, init_from=folder), r"lora\.use_rslora is True.* is False"),
+        (LoRASettings(init_from=str(tmp_path / "nowhere")), "is no folder of a PEFT adapter"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Policy(PolicyConfig(name="", dtype="float32", lora=lora), tiny_model, with_reference=True)
+
+
+def test_entropies_are_those_of_the_tempered_distribution(tiny_model):
+    # at T = 0.7, against the definition -sum p ln p on the model's own logits
+    policy = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=False).eval()
+    sample = make_sample([5, 6], [7, 8, 9], 0.0)
+    sample.rollout.temperature = 0.7
+    batch = make_batches([sample], 1, denominators(3), 0, {})[0]
+    logits = policy.causal_lm(input_ids=batch.input_ids).logits[0, 1:].double() / 0.7
+    p = torch.softmax(logits, dim=-1)
+    expected = -(p * p.log()).sum(dim=-1)
+    torch.testing.assert_close(policy.scores(batch).entropies[0, 1:].double(), expected, rtol=1e-5, atol=1e-5)
+    assert policy.scores(batch).entropies[0, 0].item() == 0.0
+    at_one = torch.softmax(logits * 0.7, dim=-1)
+    assert (-(at_one * at_one.log()).sum(dim=-1) - expected).abs().max() > 1e-2
+
+
+def test_the_critic_sees_hidden_states_and_never_moves_the_policy(tiny_model):
+    torch.manual_seed(0)
+    policy = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=False, with_critic=True)
+    batch = make_batch()
+    values = policy.scores(batch).values
+    assert values.shape == batch.labels.shape
+    assert (values == 0).all()  # its last layer starts at 0
+    torch.nn.init.ones_(policy.critic.outer.weight)
+    values = policy.scores(batch).values
+    assert values[batch.loss_mask].unique().numel() > 3
+    assert (values[~batch.loss_mask] == 0).all()
+    values.sum().backward()
+    assert policy.critic.inner.weight.grad.abs().max() > 0
+    assert all(p.grad is None for name, p in policy.named_parameters() if "lora" in name)
+    assert Policy(PolicyConfig(name="", dtype="float32"), tiny_model, False).scores(batch).values is None
+
+
+def test_without_lora_an_empty_batch_reaches_a_head_of_its_own_too(tmp_path):
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    settings = PolicyConfig(name="", dtype="float32", lora=LoRASettings(enabled=False))
+    policy = Policy(settings, tmp_path, with_reference=False, with_critic=True)
+    scores = policy.scores(make_batches([], 1, denominators(0, 0), 0, {})[0])
+    (scores.logprobs.sum() + scores.entropies.sum() + scores.values.sum()).backward()
+    assert [name for name, parameter in policy.named_parameters() if parameter.grad is None] == []

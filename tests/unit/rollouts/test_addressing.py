@@ -1,6 +1,6 @@
 import pytest
 
-from fuchsia_pl.rollouts.addressing import derived_seed, item_indices
+from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
 
 
 def test_every_part_of_an_address_matters_and_nothing_else():
@@ -33,3 +33,12 @@ def test_a_step_never_draws_an_item_twice_where_the_data_is_no_multiple():
 def test_too_few_items_are_refused():
     with pytest.raises(ValueError, match=r"has 3 training items, fewer than data.batch_size=4"):
         item_indices(0, 0, num_items=3, batch_size=4)
+
+
+def test_refills_are_the_items_that_the_step_did_not_draw_in_an_order_of_their_own():
+    drawn = item_indices(0, step=4, num_items=50, batch_size=10)
+    spare = refill_indices(0, 4, 50, drawn)
+    assert sorted([*spare, *drawn]) == list(range(50))
+    assert spare == refill_indices(0, 4, 50, drawn)
+    assert spare != refill_indices(0, 5, 50, drawn)
+    assert spare != refill_indices(1, 4, 50, drawn)

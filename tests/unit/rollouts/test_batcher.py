@@ -1,8 +1,7 @@
-import pytest
 import torch
 
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, make_groups, make_samples, split_balanced
-from fuchsia_pl.types import Rollout
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
+from fuchsia_pl.types import Sample
 from tests.doubles import denominators, make_sample
 
 P0, P1, A0, A1, EOS = 11, 12, 21, 22, 2
@@ -16,7 +15,8 @@ def test_the_shift_the_mask_and_the_padding_drawn_with_letters():
     assert batch.labels.tolist() == [[P1, A0, A1, EOS], [A0, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[False, True, True, True], [True, False, False, False]]
     assert batch.sampling_logprobs.tolist() == [[0.0, -1.0, -1.0, -1.0], [-2.0, 0.0, 0.0, 0.0]]
-    assert batch.advantages.tolist() == [1.5, -0.5]
+    assert batch.advantages.tolist() == [[0.0, 1.5, 1.5, 1.5], [-0.5, 0.0, 0.0, 0.0]]
+    assert batch.old_values is None
     assert batch.temperatures.tolist() == [1.0, 1.0]
     assert (batch.policy_version, batch.samples, batch.metrics) == (7, (long, short), {"x": 1.0})
 
@@ -49,20 +49,22 @@ def test_denominators_count_sampled_tokens_and_rows_that_have_some():
     assert (counted.num_tokens, counted.num_rows, counted.max_completion_tokens) == (4, 2, 9)
 
 
-def test_groups_get_the_advantages_of_their_own_siblings():
-    def rollout(reward: float) -> Rollout:
-        return Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="", reward=reward)
-
-    groups = make_groups([[rollout(0.0), rollout(1.0)], [rollout(5.0), rollout(5.0)]])
-    # 0.5 / (0.70710678 + 0.0001)
-    assert groups[0].advantages == pytest.approx((-0.70700679, 0.70700679))
-    assert groups[1].advantages == (0.0, 0.0)
-    assert [group.has_spread for group in groups] == [True, False]
-    assert [sample.advantage for sample in make_samples(groups)] == [*groups[0].advantages, 0.0, 0.0]
+def test_what_belongs_to_sampled_tokens_stands_at_their_labels():
+    # P0 A0 | environment token 31 | A1: the label positions of A0 and A1 are 0 and 2
+    rollout = make_sample([P0], [A0], 0.0).rollout
+    rollout._extend([31], [False], [0.0])
+    rollout._extend([A1], [True], [-0.5])
+    sample = Sample(rollout, advantages=(0.25, 0.75), old_values=(1.0, 2.0), value_targets=(3.0, 4.0))
+    batch = make_batches([sample], 1, denominators(2), 0, {})[0]
+    assert batch.labels.tolist() == [[A0, 31, A1]]
+    assert batch.advantages.tolist() == [[0.25, 0.0, 0.75]]
+    assert batch.old_values.tolist() == [[1.0, 0.0, 2.0]]
+    assert batch.value_targets.tolist() == [[3.0, 0.0, 4.0]]
 
 
 def test_a_batch_moves_with_all_its_tensors():
-    batch = make_batches([make_sample([P0], [A0], 1.0)], 1, denominators(1), 0, {})[0].to("meta")
+    sample = Sample(make_sample([P0], [A0], 1.0).rollout, (1.0,), (0.0,), (1.0,))
+    batch = make_batches([sample], 1, denominators(1), 0, {})[0].to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 8  # a row without values would have 6
     assert all(tensor.device.type == "meta" for tensor in tensors)

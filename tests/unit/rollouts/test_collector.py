@@ -5,11 +5,10 @@ import pytest
 
 from fuchsia_pl.engines.base import Engine, EngineSpec
 from fuchsia_pl.rollouts.addressing import derived_seed
-from fuchsia_pl.rollouts.batcher import make_groups
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw, EnvironmentStepError, PromptTooLongError
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.rollouts.metrics import reward_metrics, step_metrics
+from fuchsia_pl.rollouts.metrics import over_ranks, reward_fractions
 from fuchsia_pl.types import Completion, RolloutStatus
 from tests.doubles import EOS, TinyEnvironment
 
@@ -122,13 +121,10 @@ def test_metrics_by_hand(tiny_model):
     groups, _, collector = collect(tiny_model)
     # Per group: completions (11, 2), (12, 13, 14), (12, 13, 14); even ids 1/2, 2/3, 2/3; ended 1, 0, 0 with weight 0.5
     rollouts = [rollout for group in groups for rollout in group]
-    metrics = reward_metrics(rollouts, collector.environment)
+    metrics = over_ranks(reward_fractions(rollouts, collector.environment), add_up=lambda values: values)
     assert metrics["reward/even"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3)
     assert metrics["reward/ended"] == pytest.approx(1 / 3)
     assert metrics["reward/mean"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3 + 0.5 / 3)
     assert metrics["rollout/completion_tokens"] == pytest.approx(8 / 3)
     assert metrics["rollout/truncated_fraction"] == pytest.approx(2 / 3)
     assert metrics["rollout/accuracy"] == 0.0
-    step = step_metrics(make_groups(groups), collector.environment, seconds=2.0)
-    assert step["rollout/zero_variance_groups"] == 0.0
-    assert step["perf/rollout_tokens_per_s"] == 8.0  # 16 tokens in 2 s

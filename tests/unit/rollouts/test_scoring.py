@@ -69,3 +69,17 @@ def test_a_function_that_hangs_is_told():
 
     with pytest.raises(RewardError, match=r"'slow' took longer than 0.1 s on item 3"):
         score(slow, timeout_s=0.1)
+
+
+def test_none_is_not_scored_and_counts_for_nothing():
+    def sometimes(rollouts):
+        return [2.0, None]
+
+    def never(rollouts):
+        return [None, None]
+
+    rollouts = score(sometimes, first, weights={"sometimes": 0.5})
+    assert [rollout.rewards["sometimes"] for rollout in rollouts] == [2.0, None]
+    assert [rollout.reward for rollout in rollouts] == [2.0, 0.0]  # 0.5 * 2 + 1, and the other function's 0 alone
+    assert [rollout.reward for rollout in score(sometimes)] == [2.0, None]
+    assert [rollout.reward for rollout in score(never)] == [None, None]

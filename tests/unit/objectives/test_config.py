@@ -1,0 +1,150 @@
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from fuchsia_pl.objectives.config import CriticSettings, LossConfig
+from fuchsia_pl.objectives.corrections import SamplerCorrection
+from fuchsia_pl.objectives.presets import PRESETS, Parts
+
+# As the papers state them, written down by hand: advantage, surrogate, level of the ratio, bounds, reduction.
+PUBLISHED = {
+    "reinforce": ("reward", "reinforce", None, None, "constant"),
+    "ppo": ("group_norm", "clip", "token", (0.2, 0.2), "token_mean"),
+    "grpo": ("group_norm", "clip", "token", (0.2, 0.2), "sequence_mean"),
+    "dr_grpo": ("group_mean", "clip", "token", (0.2, 0.2), "constant"),
+    "dapo": ("group_norm", "clip", "token", (0.2, 0.28), "token_mean"),
+    "rloo": ("leave_one_out", "reinforce", None, None, "constant"),
+    "reinforce_pp": ("batch_norm", "clip", "token", (0.2, 0.2), "token_mean"),
+    "gspo": ("group_norm", "clip", "sequence", (3e-4, 4e-4), "sequence_mean"),
+    "cispo": ("group_norm", "cispo", "token", (1.0, 4.0), "token_mean"),
+    "sapo": ("group_norm", "sapo", "token", None, "sequence_mean"),
+}
+
+
+@pytest.mark.parametrize("loss_type", sorted(PRESETS))
+def test_a_preset_is_what_its_paper_states(loss_type):
+    parts = LossConfig(loss_type).parts
+    advantage, surrogate, level, bounds, reduction = PUBLISHED[loss_type]
+    assert (parts.advantage, parts.surrogate, parts.reduction) == (advantage, surrogate, reduction)
+    assert level is None or parts.ratio_level == level
+    assert bounds is None or (parts.clip_low, parts.clip_high) == bounds
+    assert (parts.truncated, parts.max_refills) == (("penalise", 3) if loss_type == "dapo" else ("keep", 0))
+    summed = loss_type in ("reinforce", "rloo")
+    assert parts.constant_length == (1 if summed else None)
+    assert parts.kl_in == ("reward" if summed or loss_type == "reinforce_pp" else "loss")
+
+
+OVERRIDES = {
+    "advantage": "group_mean",
+    "surrogate": "cispo",
+    "reduction": "constant",
+    "clip_low": 0.11,
+    "clip_high": 0.33,
+    "dual_clip": 3.0,
+    "ratio_level": "sequence_token",
+    "constant_length": 7,
+    "kl_estimator": "k1",
+    "kl_in": "reward",
+    "truncated": "mask",
+    "reward_aggregation": "normalize_then_sum",
+    "max_refills": 9,
+}
+
+
+def test_every_part_can_be_overridden_by_itself():
+    assert OVERRIDES.keys() == {part.name for part in fields(Parts)}
+    for name, value in OVERRIDES.items():
+        together = {"reduction": "constant"} if name == "constant_length" else {}
+        changed = asdict(LossConfig("grpo", **{name: value}, **together).parts)
+        moved = {"kl_estimator": "k1"} if name == "kl_in" else {}
+        expected = {**asdict(PRESETS["grpo"]), **together, **moved, name: value}
+        assert changed == expected
+
+
+@pytest.mark.parametrize("loss_type", sorted(PRESETS))
+def test_the_resolved_settings_taken_as_a_config_give_the_same_objective(loss_type):
+    config = LossConfig(loss_type, beta=0.1)
+    resolved = config.resolved()
+    correction, critic = SamplerCorrection(**resolved.pop("sampler_correction")), resolved.pop("critic")
+    again = LossConfig(**resolved, sampler_correction=correction, critic=CriticSettings(**critic))
+    assert again.parts == config.parts
+    assert again.correction_mode == config.correction_mode
+    # every part is pinned, so another preset changes none of those that have an effect
+    assert again.given.keys() >= {"advantage", "surrogate", "reduction", "kl_in"}
+
+
+def test_the_correction_is_on_with_the_trainers_ratio_and_off_with_the_samplers():
+    assert LossConfig().correction_mode == "truncate"
+    assert (LossConfig().sampler_correction.low, LossConfig().sampler_correction.high) == (0.0, 2.0)
+    assert LossConfig(old_logprobs="sampler").correction_mode == "disabled"
+
+
+def test_where_the_kl_goes():
+    without, in_loss, in_reward = LossConfig("grpo"), LossConfig("grpo", beta=0.1), LossConfig("rloo", beta=0.1)
+    assert [(c.kl_in_loss, c.kl_in_reward) for c in (without, in_loss, in_reward)] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
+    assert [c.needs_scores for c in (without, in_loss, in_reward)] == [False, False, True]
+    assert LossConfig("ppo", advantage="gae").needs_scores
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"clip_low": 0.0}, "clip_low must be above 0 and at most 1, got 0"),
+        ({"clip_low": 1.5}, "clip_low must be above 0 and at most 1, got 1.5"),
+        ({"clip_high": 0.0}, "clip_high must be above 0, got 0"),
+        ({"dual_clip": 1.0}, "dual_clip must be above 1, got 1"),
+        ({"beta": -0.1}, "beta must be 0 or more, got -0.1"),
+        ({"entropy_weight": -0.1}, "entropy_weight must be 0 or more, got -0.1"),
+        ({"num_policy_updates": 0}, "num_policy_updates must be 1 or more, got 0"),
+        ({"max_refills": -1}, "max_refills must be 0 or more, got -1"),
+        ({"overlong_buffer": 0.0}, "overlong_buffer must be above 0 and at most 1, got 0"),
+        ({"sapo_temperature_positive": 0.0}, "sapo_temperature_positive must be above 0, got 0"),
+        ({"sapo_temperature_negative": -1.0}, "sapo_temperature_negative must be above 0, got -1"),
+        ({"reduction": "constant", "constant_length": 0}, "constant_length must be 1 or more, got 0"),
+        ({"constant_length": 3}, 'constant_length does nothing with reduction "sequence_mean"'),
+        ({"surrogate": "reinforce", "clip_low": 0.1}, 'clip_low does nothing with surrogate "reinforce"'),
+        ({"surrogate": "reinforce", "ratio_level": "token"}, 'ratio_level does nothing with surrogate "reinforce"'),
+        ({"surrogate": "sapo", "clip_high": 0.1}, 'clip_high does nothing with surrogate "sapo"'),
+        ({"surrogate": "cispo", "dual_clip": 3.0}, 'dual_clip does nothing with surrogate "cispo"'),
+        ({"surrogate": "reinforce", "old_logprobs": "sampler"}, "old_logprobs does nothing with surrogate"),
+        ({"surrogate": "reinforce", "num_policy_updates": 2}, "num_policy_updates=2 needs a surrogate with a ratio"),
+        (
+            {"old_logprobs": "sampler", "sampler_correction": SamplerCorrection(mode="truncate")},
+            "it would be corrected twice",
+        ),
+        ({"kl_estimator": "k3_unbiased", "kl_in": "reward"}, "is about a gradient"),
+        ({"advantage": "batch_norm", "max_refills": 1}, 'with advantage "batch_norm" these teach as well as others'),
+        (
+            {"reward_aggregation": "normalize_then_sum", "advantage": "group_mean"},
+            'needs advantage "group_norm", got "group_mean"',
+        ),
+        ({"reward_aggregation": "normalize_then_sum", "kl_in": "reward", "beta": 0.1}, "set kl_in: loss"),
+        ({"beta": float("nan")}, "has beta=nan, which is no finite number"),
+        ({"clip_high": float("inf")}, "has clip_high=inf, which is no finite number"),
+    ],
+)
+def test_settings_that_turn_the_objective_around_or_do_nothing_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        LossConfig("grpo", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gamma": 1.1}, "gamma must be at least 0 and at most 1, got 1.1"),
+        ({"lam": -0.1}, "lam must be at least 0 and at most 1, got -0.1"),
+        ({"value_clip": 0.0}, "value_clip must be above 0, got 0"),
+        ({"value_weight": 0.0}, "value_weight must be above 0, got 0"),
+    ],
+)
+def test_what_is_no_critic_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        CriticSettings(**settings)
+
+
+def test_a_config_can_be_changed_by_its_preset_alone():
+    assert replace(LossConfig("grpo"), loss_type="rloo").parts == PRESETS["rloo"]

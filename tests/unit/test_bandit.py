@@ -1,0 +1,92 @@
+"""Every objective learns the simplest task there is: emit one certain token."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.objectives.loss import policy_loss
+from fuchsia_pl.objectives.presets import PRESETS
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, scores_by_rollout
+from fuchsia_pl.types import Completion, Denominators, Rollout, RolloutScores, RolloutStatus, Sample, Turn
+
+PROMPT, LENGTH, GROUPS, SIBLINGS, MAX_STEPS = [5, 6], 2, 8, 8, 200
+VARIANTS = {
+    **{name: {"loss_type": name} for name in sorted(PRESETS)},
+    "ppo with a critic": {"loss_type": "ppo", "advantage": "gae"},
+    "reinforce_pp with baseline": {"loss_type": "reinforce_pp", "advantage": "group_mean_batch_norm"},
+    "gspo per token": {"loss_type": "gspo", "ratio_level": "sequence_token"},
+    # with ratios other than 1, so that bounds and gates act
+    **{f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3} for name in ("grpo", "cispo", "sapo", "ppo")},
+}
+
+
+@torch.no_grad()
+def next_distribution(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(policy.causal_lm(input_ids=ids).logits[:, -1].float(), dim=-1)
+
+
+def sample_step(policy: Policy, target: int, generator: torch.Generator) -> list[list[Rollout]]:
+    """Groups of rollouts of two tokens, whose reward is the share of them that is the target."""
+    ids, logprobs = torch.tensor([PROMPT]).repeat(GROUPS * SIBLINGS, 1), []
+    for _ in range(LENGTH):
+        distribution = next_distribution(policy, ids)
+        token = torch.multinomial(distribution.exp(), 1, generator=generator)
+        logprobs.append(distribution.gather(1, token))
+        ids = torch.cat([ids, token], dim=1)
+    rollouts = []
+    for row, own in zip(ids[:, len(PROMPT) :].tolist(), torch.cat(logprobs, dim=1).tolist(), strict=True):
+        rollout = Rollout({}, 0, 0, 1.0, "", reward=row.count(target) / LENGTH)
+        rollout.start(list(PROMPT))
+        rollout.append(Turn(Completion(tuple(row), tuple(own), "stop", None, policy_version=0), ""))
+        rollout.finish(RolloutStatus.COMPLETED)
+        rollouts.append(rollout)
+    return [rollouts[start : start + SIBLINGS] for start in range(0, len(rollouts), SIBLINGS)]
+
+
+def values_of(policy: Policy, rollouts: list[Rollout]) -> dict[int, RolloutScores]:
+    batches = make_batches([Sample(r, (0.0,) * LENGTH) for r in rollouts], 1, Denominators(1, 1, 1), 0, {})
+    return scores_by_rollout(batches, [RolloutScores(None, policy.evaluated_scores(batch).values) for batch in batches])
+
+
+@cache
+def chosen_target(folder) -> int:
+    """A token that the untrained model emits now and then, but neither seldom nor often."""
+    policy = Policy(PolicyConfig(str(folder), "float32", LoRASettings(enabled=False)), folder, with_reference=False)
+    return int(next_distribution(policy, torch.tensor([PROMPT]))[0].sort(descending=True).indices[8])
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_the_token_is_learned_within_200_steps(tiny_model, variant):
+    config = LossConfig(**VARIANTS[variant])
+    torch.manual_seed(0)
+    settings = PolicyConfig(str(tiny_model), "float32", LoRASettings(enabled=False))
+    with_critic = config.parts.advantage == "gae"
+    policy = Policy(settings, tiny_model, with_reference=False, with_critic=with_critic)
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-3, weight_decay=0.0)
+    target, generator = chosen_target(tiny_model), torch.Generator().manual_seed(0)
+    before = next_distribution(policy, torch.tensor([PROMPT]))[0, target].exp().item()
+    assert before < 0.05
+    for _ in range(MAX_STEPS):
+        groups = make_groups(sample_step(policy, target, generator))
+        penalise_overlong(config, groups, max_completion_tokens=2 * LENGTH)
+        scores = values_of(policy, [r for group in groups for r in group.rollouts]) if with_critic else {}
+        samples = make_samples(config, groups, {}, scores, lambda values: values)
+        if not any(any(sample.advantages) for sample in samples):
+            continue  # as the module skips such a step
+        batches = make_batches(samples, 2, count_denominators(samples, 2 * LENGTH), 0, {})
+        before_updates = [policy.evaluated_scores(batch).logprobs for batch in batches]
+        for _ in range(config.num_policy_updates):
+            optimizer.zero_grad()
+            for batch, old in zip(batches, before_updates, strict=True):
+                policy_loss(config, batch, policy.scores(batch), old, old, None).loss.backward()
+            optimizer.step()
+        # the token at both places: after the prompt, and after the prompt and itself
+        places = [torch.tensor([PROMPT]), torch.tensor([[*PROMPT, target]])]
+        if min(next_distribution(policy, ids)[0, target].exp().item() for ids in places) >= 0.95:
+            return
+    pytest.fail(f"not learned in {MAX_STEPS} steps")
