@@ -96,7 +96,8 @@ class AdapterSync(Callback):
             return
         self._num_probes += 1
         mask = batch.loss_mask
-        logprobs, reference = policy.evaluated_scores(batch).logprobs[mask], policy.reference_logprobs(batch)[mask]
+        with trainer.precision_plugin.forward_context():  # a callback is outside of the step's
+            logprobs, reference = policy.evaluated_scores(batch).logprobs[mask], policy.reference_logprobs(batch)[mask]
         agreement = adapter_agreement(logprobs, reference, batch.sampling_logprobs[mask])
         if not agreement.is_conclusive:
             if self._num_probes == MAX_PROBES:

@@ -261,7 +261,7 @@ def test_a_critic_learns_beside_the_policy_is_saved_and_enters_the_advantages(ti
 def test_every_setting_of_the_critic_changes_the_run(tiny_model, tmp_path, change):
     def weights(critic):
         loss = LossConfig("ppo", advantage="gae", critic=critic, num_policy_updates=2)
-        module, *_ = fit(tiny_model, tmp_path, loss, data={"steps_per_epoch": 4}, max_steps=4, gradient_clip_val=0.5)
+        module, *_ = fit(tiny_model, tmp_path, loss, data={"steps_per_epoch": 2}, max_steps=2, gradient_clip_val=0.5)
         return torch.cat([p.detach().flatten() for p in module.policy.trainable_parameters()])
 
     assert not torch.equal(weights(CriticSettings()), weights(CriticSettings(**change)))
@@ -291,8 +291,8 @@ def test_a_group_of_one_is_refused_where_siblings_are_compared_and_only_there(ti
 )
 def test_every_setting_of_the_data_side_changes_the_run(tiny_model, tmp_path, change):
     def weights(**settings):
-        data = {"steps_per_epoch": 4, "sampling": {"max_completion_tokens": 10}}
-        module, *_ = fit(tiny_model, tmp_path, LossConfig("grpo", **settings), data=data, max_steps=4)
+        data = {"steps_per_epoch": 2, "sampling": {"max_completion_tokens": 10}}
+        module, *_ = fit(tiny_model, tmp_path, LossConfig("grpo", **settings), data=data, max_steps=2)
         return torch.cat([p.detach().flatten() for p in module.policy.trainable_parameters()])
 
     base = {"truncated": "penalise"} if "overlong_buffer" in change else {}
