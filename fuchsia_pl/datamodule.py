@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fuchsia_pl.engines.base import Engine, EngineSpec
-from fuchsia_pl.envs.base import Environment, check_environment, reward_name
+from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
 from fuchsia_pl.objectives.config import Learner
 from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
 from fuchsia_pl.rollouts.addressing import item_indices, refill_indices
@@ -28,6 +28,8 @@ from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions
 from fuchsia_pl.types import Batch, ConfigError, Denominators, Evaluation, RolloutGroup, RolloutScores, Sample
 
 ENGINE_LOG = "engine.log"
+CLOSE_TIMEOUT_S = 60.0
+T = TypeVar("T")
 NO_ROWS = "none of the step's rollouts can be trained on: not scored, masked, or in groups without spread"
 NO_ADVANTAGE = "every advantage of the step is 0: the rewards do not differ"
 
@@ -120,6 +122,9 @@ class RolloutDataModule(LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
         self._collector: Collector | None = None
+        # One event loop for the whole run: connections to tool servers live on it from phase to phase.
+        self._runner: asyncio.Runner | None = None
+        self._fitting: list[int] = []  # positions of the training items whose prompts are short enough
 
     @property
     def rows_per_step(self) -> int:
@@ -127,10 +132,11 @@ class RolloutDataModule(LightningDataModule):
         return self.batch_size * self.sampling.group_size
 
     def setup(self, stage: str) -> None:
-        """Starts the engine.
+        """Starts what the environment needs, checks what will be asked, and starts the engine.
 
         Raises:
-            ConfigError: The step cannot be divided over the trainer's ranks.
+            ConfigError: The step cannot be divided over the trainer's ranks, or the environment does not suit the model.
+            ToolServerError: A tool server did not start.
             EngineError: The engine did not start.
         """
         trainer = self._trainer
@@ -141,18 +147,19 @@ class RolloutDataModule(LightningDataModule):
             )
         chat = Chat(self.served_model.folder)
         self._collector = Collector(self.engine, self.environment, chat, self.sampling)
+        self._run(self._collector.prepare())
         if stage == "fit":
             self._check_training()
         log_file = Path(trainer.default_root_dir) / ENGINE_LOG
         self.engine.start(EngineSpec(self.served_model, self.sampling.max_length, self.seed, log_file))
 
     def teardown(self, stage: str) -> None:
-        """Ends the engine, while the interpreter is still whole."""
-        self.engine.close()
+        """Ends the environment's servers and the engine, while the interpreter is still whole."""
+        self._close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Ends the engine of a run that failed: Lightning calls no teardown then."""
-        self.engine.close()
+        """The same for a run that failed: Lightning calls no teardown then."""
+        self._close()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves a batch's tensors; Lightning's own way into nested data refuses frozen records."""
@@ -181,7 +188,9 @@ class RolloutDataModule(LightningDataModule):
         assert self._collector is not None
         trainer, items, num_updates = self._trainer, self.environment.train_items(), self.loss.num_policy_updates
         item_indices(self.seed, 0, len(items), self.batch_size)
-        self._collector.check_prompts(items)
+        self._collector.check_template(items[0])
+        self._fitting = self._collector.fitting(items)
+        item_indices(self.seed, 0, len(self._fitting), self.batch_size)
         limit, num_micro_batches = trainer.limit_train_batches, trainer.accumulate_grad_batches
         batches_per_phase = num_micro_batches * num_updates
         num_batches = limit if isinstance(limit, int) else int(self.steps_per_epoch * num_micro_batches * limit)
@@ -200,6 +209,22 @@ class RolloutDataModule(LightningDataModule):
                 "GradientAccumulationScheduler would cut optimizer steps: set trainer.accumulate_grad_batches"
             )
 
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine to its end on the run's event loop."""
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.run(coroutine)
+
+    def _close(self) -> None:
+        try:
+            if self._runner is not None:
+                self._runner.run(asyncio.wait_for(self.environment.close(), CLOSE_TIMEOUT_S))
+        finally:
+            if self._runner is not None:
+                self._runner.close()
+            self._runner = None
+            self.engine.close()
+
     def _share(self, indices: list[int]) -> list[int]:
         return indices[self._trainer.global_rank :: self._trainer.world_size]
 
@@ -210,10 +235,11 @@ class RolloutDataModule(LightningDataModule):
         sampled = self._sample(phase=self._trainer.global_step // num_updates)
         seconds = time.perf_counter() - start
         rollouts = [rollout for group in [*sampled.kept, *sampled.dropped] for rollout in group.rollouts]
-        version = min(rollout.policy_version for rollout in rollouts)
+        version = min((r.policy_version for r in rollouts if r.turns), default=self.engine.policy_version)
         penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
         scores = self._scores(sampled.kept, version)
-        samples = make_samples(self.loss, sampled.kept, self.environment.reward_weights, scores, self._add_up)
+        weights = weights_at(self.environment, self._trainer.global_step)
+        samples = make_samples(self.loss, sampled.kept, weights, scores, self._add_up)
         kl = [of_rollout.kl for of_rollout in scores.values() if of_rollout.kl is not None]
         kl_total = (float(sum(row.sum() for row in kl)), float(sum(row.numel() for row in kl)))
         record = StepRecord(
@@ -222,6 +248,7 @@ class RolloutDataModule(LightningDataModule):
             sampled.num_refills,
             len(samples),
             seconds,
+            len(self.environment.train_items()) - len(self._fitting),
             kl_total if self.loss.kl_in_reward else None,
         )
         world_size = self._trainer.world_size
@@ -236,13 +263,19 @@ class RolloutDataModule(LightningDataModule):
 
     def _sample(self, phase: int) -> Sampled:
         assert self._collector is not None
-        items = self.environment.train_items()
-        drawn = item_indices(self.seed, phase, len(items), self.batch_size)
-        address = (self.seed, "train", phase)
-        draw = Draw(items, self._share(drawn), self.sampling.group_size, self.sampling.temperature, address)
+        places = item_indices(self.seed, phase, len(self._fitting), self.batch_size)
+        draw = Draw(
+            items=self.environment.train_items(),
+            indices=self._share([self._fitting[place] for place in places]),
+            siblings=self.sampling.group_size,
+            temperature=self.sampling.temperature,
+            address=(self.seed, "train", phase),
+            step=self._trainer.global_step,
+        )
         max_refills = self.loss.parts.max_refills
-        spare = self._share(refill_indices(self.seed, phase, len(items), set(drawn))) if max_refills else []
-        return asyncio.run(sample_groups(self._collector, draw, spare, max_refills))
+        others = refill_indices(self.seed, phase, len(self._fitting), set(places)) if max_refills else []
+        spare = self._share([self._fitting[place] for place in others])
+        return self._run(sample_groups(self._collector, draw, spare, max_refills))
 
     def _scores(self, groups: Sequence[RolloutGroup], version: int) -> dict[int, RolloutScores]:
         """The trainer's word on the rollouts, where advantages need it."""
@@ -280,9 +313,9 @@ class RolloutDataModule(LightningDataModule):
             )
         indices = self._share(list(range(len(items))))
         draw = Draw(items, indices, 1, self.sampling.validation_temperature, (self.seed, "validation"))
-        siblings = asyncio.run(self._collector.collect(draw))
+        siblings = self._run(self._collector.collect(draw))
         rollouts = tuple(rollout for group in siblings for rollout in group)
-        fractions = reward_fractions(rollouts, self.environment)
+        fractions = reward_fractions(rollouts, self.environment, self._trainer.world_size)
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]
 
 

@@ -1,10 +1,11 @@
 """The nouns of a run, in the order in which data passes through them.
 
-item -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch -> LossOutput
+item -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch
 
 Shape letters: B rows of a micro-batch, T label positions, G siblings of a group.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -24,7 +25,11 @@ class ConfigError(ValueError):
 
 
 class RolloutStatus(StrEnum):
-    """How a rollout ended. A wrong answer is COMPLETED: only its reward says that it is wrong."""
+    """How a rollout ended. A wrong answer is COMPLETED: only its reward says that it is wrong.
+
+    TRUNCATED ran out of tokens or turns. The last three say nothing about the policy and are not scored: TOOL_ERROR lost the
+    server of its tools, ENV_ERROR met an error in the environment's code, ABORTED was given up.
+    """
 
     COMPLETED = "completed"
     TRUNCATED = "truncated"
@@ -59,28 +64,6 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How one completion is sampled. What is not named here is always sent as its neutral value.
-
-    Attributes:
-        temperature: Divides the logits; 0 is greedy.
-        max_tokens: Upper bound of the completion's length.
-        seed: Seed of this one request.
-        stop: Strings after which sampling ends. The tokens that spell them stay in the completion.
-        stop_token_ids: Ids after which sampling ends, the end-of-turn tokens of the model.
-
-    >>> SamplingParams(temperature=1.0, max_tokens=32, seed=7, stop_token_ids=(2,)).stop
-    ()
-    """
-
-    temperature: float
-    max_tokens: int
-    seed: int
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class Completion:
     """What the engine returned for one turn.
 
@@ -104,26 +87,33 @@ class Completion:
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: what was sampled, and the same without special tokens for people and reward functions.
+    """What the policy wrote before the environment answered.
 
-    >>> Turn(Completion((52, 2), (-0.1, -0.02), "stop", None, 3), text="7").text
+    Attributes:
+        completion: The sampled ids.
+        text: Their text without special tokens, for people and reward functions.
+        raw_text: Their text with special tokens but without the end of the turn: some models mark tool calls with such tokens.
+
+    >>> Turn(Completion((52, 2), (-0.1, -0.02), "stop", None, 3), text="7", raw_text="7").text
     '7'
     """
 
     completion: Completion
     text: str
+    raw_text: str
 
 
 @dataclass
 class Rollout:
     """One whole interaction. It grows while it is sampled and is left alone once it has a status.
 
-    The ids are the truth; `prompt` and `completion` are their texts for people and reward functions. Prompt tokens P and
-    sampled tokens A of a single turn line up like this, and the three lists always have one length [L]:
+    The ids are the truth; the texts are for people and reward functions. Prompt tokens P, sampled tokens A and B, and the
+    environment's tokens E (the end of the policy's turn where it wrote none, the response, the header of the next turn) line up
+    like this, and the three lists always have one length [L]:
 
-        token_ids           P0    P1    A0    A1
-        loss_mask           False False True  True      (True: the policy sampled this token)
-        sampling_logprobs   0.0   0.0   -0.4  -0.1      (0.0 where loss_mask is False)
+        token_ids           P0    P1    A0    A1    E0    E1    E2    B0
+        loss_mask           False False True  True  False False False True      (True: the policy sampled this token)
+        sampling_logprobs   0.0   0.0   -0.4  -0.1  0.0   0.0   0.0   -0.2      (0.0 where loss_mask is False)
 
     Attributes:
         item: The dataset row.
@@ -131,17 +121,24 @@ class Rollout:
         sibling: Position in its group, 0 to G-1.
         temperature: Temperature with which every token of it was sampled.
         prompt: Text of the prompt, special tokens included.
-        turns: The completions so far.
+        step: The optimizer step it is sampled for, None on a held-out split.
+        messages: The conversation so far, `{"role": …, "content": …}`.
+        turns: What the policy wrote, turn by turn.
         state: Free for the environment's own notes.
+        counts: What happened to it, by the names that the environment counts.
         status: How it ended, None while it runs.
         rewards: Value of each reward function by name, None where it did not score.
-        reward: The weighted sum of those that did, None where none did: then nothing is learned from it.
+        reward: The weighted sum of those that did, None where nothing is learned from it.
 
     >>> rollout = Rollout({"a": 3, "b": 4}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
     >>> rollout.start([11, 12])
-    >>> rollout.append(Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), text="7"))
+    >>> rollout.append(Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), "7", "7"))
+    >>> rollout.respond("Are you sure?")
+    >>> rollout.take_responses()
+    [{'role': 'user', 'content': 'Are you sure?'}]
+    >>> rollout.append_environment([15, 16, 17])
     >>> rollout.token_ids, rollout.loss_mask, rollout.completion, rollout.policy_version
-    ([11, 12, 52, 2], [False, False, True, True], '7', 3)
+    ([11, 12, 52, 2, 15, 16, 17], [False, False, True, True, False, False, False], '7', 3)
     """
 
     item: Item
@@ -149,19 +146,28 @@ class Rollout:
     sibling: int
     temperature: float
     prompt: str
+    step: int | None = None
+    messages: list[Message] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     status: RolloutStatus | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward: float | None = None
+    _responses: list[Message] = field(default_factory=list, repr=False)
 
     @property
     def completion(self) -> str:
-        """Everything the policy wrote, without special tokens."""
+        """Everything the policy wrote, without special tokens and without what the environment answered."""
         return "".join(turn.text for turn in self.turns)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Number of tokens before the first that the policy sampled."""
+        return self.loss_mask.index(True) if True in self.loss_mask else len(self.token_ids)
 
     @property
     def num_sampled_tokens(self) -> int:
@@ -170,26 +176,55 @@ class Rollout:
 
     @property
     def policy_version(self) -> int:
-        """The oldest policy version among its turns."""
-        return min(turn.completion.policy_version for turn in self.turns)
+        """The oldest policy version among its turns, -1 before the first."""
+        return min((turn.completion.policy_version for turn in self.turns), default=-1)
 
-    def start(self, prompt_ids: list[int]) -> None:
-        """Sets the prompt's ids, none of which is trained on."""
-        assert not self.token_ids, "a rollout is started once"
-        self._extend(prompt_ids, [False] * len(prompt_ids), [0.0] * len(prompt_ids))
+    def respond(self, text: str, role: str = "user") -> None:
+        """Answers the newest turn; the policy goes on after it. One turn may have several answers.
 
-    def append(self, turn: Turn) -> None:
-        """Adds what the engine sampled in one turn."""
-        completion = turn.completion
-        self.turns.append(turn)
-        self._extend(list(completion.token_ids), [True] * len(completion.token_ids), list(completion.logprobs))
+        Args:
+            text: The answer. No special token in it counts as one.
+            role: Whose message it is in the chat template, "user" or "tool".
+
+        Raises:
+            RuntimeError: There is no turn to answer, or the rollout has ended.
+            TypeError: The text is no string.
+        """
+        if not self.turns or self.status is not None:
+            what = "has ended" if self.status is not None else "has no turn yet"
+            raise RuntimeError(f"rollout.respond was called on a rollout that {what}")
+        if not isinstance(text, str):
+            raise TypeError(f"rollout.respond takes a string, got {type(text).__name__}")
+        self._responses.append({"role": role, "content": text})
 
     def finish(self, status: RolloutStatus = RolloutStatus.COMPLETED) -> None:
         """Ends the interaction."""
         self.status = status
 
+    def start(self, prompt_ids: list[int]) -> None:
+        """Sets the prompt's ids, none of which is trained on."""
+        assert not self.token_ids, "a rollout is started once"
+        self.append_environment(prompt_ids)
+
+    def append(self, turn: Turn) -> None:
+        """Adds what the engine sampled in one turn."""
+        completion = turn.completion
+        self.turns.append(turn)
+        self.messages.append({"role": "assistant", "content": turn.text})
+        self._extend(list(completion.token_ids), [True] * len(completion.token_ids), list(completion.logprobs))
+
+    def append_environment(self, token_ids: list[int]) -> None:
+        """Adds ids that the policy did not sample."""
+        self._extend(token_ids, [False] * len(token_ids), [0.0] * len(token_ids))
+
+    def take_responses(self) -> list[Message]:
+        """Moves the answers to the newest turn into `messages` and returns them."""
+        taken, self._responses = self._responses, []
+        self.messages += taken
+        return taken
+
     def _extend(self, token_ids: list[int], loss_mask: list[bool], logprobs: list[float]) -> None:
-        assert len(token_ids) == len(loss_mask) == len(logprobs), "ids, mask and logprobs have one length"
+        assert len(token_ids) == len(loss_mask) == len(logprobs)
         self.token_ids += token_ids
         self.loss_mask += loss_mask
         self.sampling_logprobs += logprobs
@@ -337,7 +372,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class RolloutScores:
-    """What the trainer says of the tokens of a batch before there are advantages, all [B, T].
+    """What the trainer says of the tokens of a batch before there are advantages, [B, T].
 
     Attributes:
         kl: An estimate of KL(policy || reference) per token, None where the reward does not need it.
@@ -361,17 +396,3 @@ class Evaluation:
 
     rollouts: tuple[Rollout, ...]
     metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """A micro-batch's share of the step's loss and of its metrics.
-
-    Shares are divided by the whole step's denominators, so those of all micro-batches and ranks add up to the step's value.
-
-    >>> LossOutput(torch.tensor(0.5), {"train/kl": torch.tensor(0.01)}).loss.item()
-    0.5
-    """
-
-    loss: Tensor
-    metrics: Mapping[str, Tensor]

@@ -10,14 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.datamodule import RolloutDataModule
-from fuchsia_pl.engines.base import Engine, EngineSpec, check_version_file
+from fuchsia_pl.engines.base import Engine, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import merged_weights
 from fuchsia_pl.envs import SingleTurnEnvironment
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.types import Completion, Denominators, Rollout, RolloutStatus, Sample, SamplingParams, Turn
+from fuchsia_pl.types import Completion, Denominators, Rollout, RolloutStatus, Sample, Turn
 
 ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz:?\n"
 EOS = 2
@@ -194,7 +194,7 @@ def make_sample(prompt_ids: list[int], token_ids: list[int], advantage: float, l
     rollout = Rollout({"n": 0}, item_index=0, sibling=0, temperature=1.0, prompt="")
     rollout.start(prompt_ids)
     completion = Completion(tuple(token_ids), (logprob,) * len(token_ids), "stop", None, policy_version=0)
-    rollout.append(Turn(completion, text=""))
+    rollout.append(Turn(completion, text="", raw_text=""))
     rollout.finish()
     return Sample(rollout, (advantage,) * len(token_ids))
 

@@ -60,7 +60,7 @@ class RolloutLog(Callback):
 
 def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[str, Any]:
     """What a log line says of a rollout; one that is not trained on has no advantage."""
-    num_prompt_tokens = rollout.loss_mask.index(True) if True in rollout.loss_mask else len(rollout.token_ids)
+    num_prompt_tokens = rollout.num_prompt_tokens
     return {
         "step": step,
         "item_index": rollout.item_index,
@@ -68,11 +68,14 @@ def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[s
         "sibling": rollout.sibling,
         "prompt": rollout.prompt,
         "completion": rollout.completion,
+        "messages": rollout.messages,
         "prompt_ids": rollout.token_ids[:num_prompt_tokens],
         "completion_ids": rollout.token_ids[num_prompt_tokens:],
+        "completion_mask": [int(kept) for kept in rollout.loss_mask[num_prompt_tokens:]],
         "rewards": rollout.rewards,
         "reward": rollout.reward,
         "advantage": advantage,
         "status": rollout.status,
+        "counts": rollout.counts,
         "policy_version": rollout.policy_version,
     }

@@ -4,7 +4,18 @@ import logging
 from pathlib import Path
 
 LOG_FILE = "run.log"
-LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "peft", "huggingface_hub", "httpx", "py.warnings")
+LOGGERS = (
+    "datasets",
+    "fastmcp",
+    "httpx",
+    "huggingface_hub",
+    "lightning.fabric",
+    "lightning.pytorch",
+    "mcp",
+    "peft",
+    "py.warnings",
+    "transformers",
+)
 
 
 def chatter_to(run_folder: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fuchsia_pl.types import Completion, SamplingParams, ServedModel
+from fuchsia_pl.types import Completion, ServedModel
 
 VERSION_FILE = "policy_version"
 
@@ -30,6 +30,28 @@ class EngineSpec:
     max_length: int
     seed: int
     log_file: Path
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one completion is sampled. What is not named here is always sent as its neutral value.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        max_tokens: Upper bound of the completion's length.
+        seed: Seed of this one request.
+        stop: Strings after which sampling ends. The tokens that spell them stay in the completion.
+        stop_token_ids: Ids after which sampling ends, the end-of-turn tokens of the model.
+
+    >>> SamplingParams(temperature=1.0, max_tokens=32, seed=7, stop_token_ids=(2,)).stop
+    ()
+    """
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
 
 class Engine(ABC):

@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, check_version_file
+from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
-from fuchsia_pl.types import Completion, ConfigError, SamplingParams
+from fuchsia_pl.types import Completion, ConfigError
 
 SyncMode = Literal["auto", "lora", "merge"]
 T = TypeVar("T")

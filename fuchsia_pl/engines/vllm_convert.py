@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from fuchsia_pl.engines.base import EngineError
-from fuchsia_pl.types import Completion, SamplingParams
+from fuchsia_pl.engines.base import EngineError, SamplingParams
+from fuchsia_pl.types import Completion
 
 
 def to_vllm(sampling: SamplingParams) -> Any:

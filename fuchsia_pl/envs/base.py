@@ -2,50 +2,139 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Literal
 
+from fuchsia_pl.envs.items import load_items
+from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention
+from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
+# What a reward function may have beside a name: the names under which it counts in `Rollout.counts`, and its end.
+COUNTERS = "counters"
+CLOSE = "close"
 
 
 class Environment(ABC):
     """Configured once from YAML; each rollout of it has a `Rollout` of its own as its state.
 
+    Args:
+        dataset: Items from the hub, such as "openai/gsm8k". An environment that makes its own items overrides `train_items`.
+        dataset_config: The hub dataset's configuration, such as "main".
+        train_split: The hub dataset's split to train on.
+        validation_split: The hub dataset's held-out split.
+        train_file: A local file of JSON lines, in place of the hub.
+        validation_file: The same for the held-out split.
+        prompt_field: The field of an item that is the question.
+
     Attributes:
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
             siblings; None in place of a number means that it does not score that rollout. Its name in logs is its `__name__`.
         reward_weights: Weight of each reward function by name in the total, 1.0 where not given.
-        stop: Strings after which the policy stops writing.
-        timeout_s: Bound of each call of a reward function and of `step_rollout`.
+        stop: Strings after which the policy's turn ends.
+        max_steps: Turns of the policy in one rollout.
+        timeout_s: Bound of each call of a reward function and of each of the environment's own methods.
+        on_error: What an exception in a reward function or in `step_rollout` does: "stop" ends the run with the item and
+            the cause; "unscored" counts it and learns nothing from the rollouts concerned (of a reward function: the group).
+        counters: Names that its rollouts may count under, see `Rollout.counts`.
+        tools: What the policy may call, known after `prepare`.
+        tool_convention: How the policy's model writes tool calls; set before the first rollout.
     """
 
-    def __init__(self) -> None:
+    max_steps = 1
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        train_split: str = "train",
+        validation_split: str = "test",
+        train_file: str | None = None,
+        validation_file: str | None = None,
+        prompt_field: str = "prompt",
+    ) -> None:
+        self._sources = {
+            "train": (train_file, dataset, dataset_config, train_split),
+            "validation": (validation_file, dataset, dataset_config, validation_split),
+        }
+        self._loaded: dict[str, Sequence[Item]] = {}
+        self.prompt_field = prompt_field
         self.reward_functions: list[RewardFunction] = []
         self.reward_weights: dict[str, float] = {}
         self.stop: list[str] = []
         self.timeout_s = 60.0
+        self.on_error: Literal["stop", "unscored"] = "stop"
+        self.counters: list[str] = []
+        self.tools: list[ToolSpec] = []
+        self.tool_convention: ToolConvention = PLAIN
 
-    @abstractmethod
     def train_items(self) -> Sequence[Item]:
         """The rows that training draws from."""
+        return self._items("train")
 
-    @abstractmethod
     def validation_items(self) -> Sequence[Item]:
         """The held-out rows, which training never draws."""
+        return self._items("validation")
 
-    @abstractmethod
     def messages(self, item: Item) -> list[Message]:
         """The conversation that the policy is asked to continue, as `{"role": …, "content": …}`."""
+        if self.prompt_field not in item:
+            raise ConfigError(
+                f"an item of {type(self).__name__} has no field {self.prompt_field!r}, it has {sorted(item)}: set "
+                "data.environment.init_args.prompt_field, or override messages(item)"
+            )
+        return [{"role": "user", "content": str(item[self.prompt_field])}]
+
+    def gold_turns(self, item: Item) -> list[str] | None:
+        """What a perfect policy would write, turn by turn; None where that is not known. `fuchsia check-env` plays it."""
+        return None
+
+    async def prepare(self) -> None:
+        """Called before every batch of rollouts: starts what does not run, such as tool servers."""
+
+    async def close(self) -> None:
+        """Ends what `prepare` and the reward functions started. Called once, also after an error."""
+        for function in self.reward_functions:
+            if hasattr(function, CLOSE):
+                getattr(function, CLOSE)()
+
+    async def open_rollout(self, rollout: Rollout) -> None:
+        """Called when a rollout starts."""
 
     @abstractmethod
     def step_rollout(self, rollout: Rollout) -> Awaitable[None] | None:
-        """Reacts to the newest turn and ends the interaction with `rollout.finish()`. Sync or async; a sync one gets a thread."""
+        """Reacts to the newest turn: `rollout.respond(text)` goes on, `rollout.finish()` ends the interaction.
+
+        Sync or async; a sync one runs in a thread, so that it stalls only its own rollout.
+        """
+
+    async def close_rollout(self, rollout: Rollout) -> None:
+        """Called when a rollout has ended in whatever way; its rewards are not known yet."""
+
+    @property
+    def step_timeout_s(self) -> float:
+        """Bound of one call of `step_rollout`."""
+        return self.timeout_s
+
+    def counter_names(self) -> list[str]:
+        """What `Rollout.counts` may hold: `counters` and what the reward functions count."""
+        own = (getattr(function, COUNTERS, ()) for function in self.reward_functions)
+        return [*self.counters, *(name for names in own for name in names)]
+
+    def reward_weight(self, name: str, step: int | None) -> float:
+        """Weight of a reward function at an optimizer step, None for held-out rollouts. Override it for a schedule."""
+        return self.reward_weights.get(name, 1.0)
 
     def is_correct(self, rollout: Rollout) -> bool:
         """Whether a scored rollout counts as right in `accuracy`: by default, 1.0 or more from the first reward function."""
         reward = rollout.rewards[reward_name(self.reward_functions[0])]
         return reward is not None and reward >= 1.0
+
+    def _items(self, split: str) -> Sequence[Item]:
+        if split not in self._loaded:
+            self._loaded[split] = load_items(type(self).__name__, split, *self._sources[split])
+        return self._loaded[split]
 
 
 class SingleTurnEnvironment(Environment):
@@ -54,6 +143,15 @@ class SingleTurnEnvironment(Environment):
     def step_rollout(self, rollout: Rollout) -> None:
         """Ends the interaction after the first answer."""
         rollout.finish()
+
+
+class MultiTurnEnvironment(Environment):
+    """A conversation: override `step_rollout`, and set `max_steps`, `stop` and `reward_functions` in the constructor.
+
+    A rollout that has not finished after `max_steps` turns is truncated.
+    """
+
+    max_steps = 8
 
 
 def reward_name(function: RewardFunction) -> str:
@@ -76,7 +174,7 @@ def check_environment(environment: Environment) -> None:
     """Refuses an environment that could not be trained on.
 
     Raises:
-        ConfigError: No reward function, two of one name, or a weight for a name that none has.
+        ConfigError: No reward function, two of one name, a weight for a name that none has, a choice that is none, or no turn.
     """
     kind = type(environment).__name__
     names = [reward_name(function) for function in environment.reward_functions]
@@ -89,15 +187,27 @@ def check_environment(environment: Environment) -> None:
     unknown = sorted(set(environment.reward_weights) - set(names))
     if unknown:
         raise ConfigError(f"{kind}.reward_weights has {unknown}; the reward functions are {names}")
+    if environment.on_error not in ("stop", "unscored"):
+        raise ConfigError(f'{kind}.on_error must be "stop" or "unscored", got {environment.on_error!r}')
+    if environment.max_steps < 1:
+        raise ConfigError(f"{kind}.max_steps must be 1 or more, got {environment.max_steps}")
+    if environment.timeout_s <= 0:
+        raise ConfigError(f"{kind}.timeout_s must be above 0, got {environment.timeout_s}")
+
+
+def weights_at(environment: Environment, step: int | None) -> dict[str, float]:
+    """The weight of every reward function at a step."""
+    names = [reward_name(function) for function in environment.reward_functions]
+    return {name: environment.reward_weight(name, step) for name in names}
 
 
 def total_reward(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
     """The weighted sum of the rewards by name, None where no function scored.
 
-    >>> total_reward({"correct": 1.0, "short": 0.5, "judge": None}, {"short": 0.2})
+    >>> total_reward({"correct": 1.0, "short": 0.5, "judge": None}, {"correct": 1.0, "short": 0.2, "judge": 1.0})
     1.1
     """
     scored = {name: value for name, value in rewards.items() if value is not None}
     if not scored:
         return None
-    return sum(weights.get(name, 1.0) * value for name, value in scored.items())
+    return sum(weights[name] * value for name, value in scored.items())

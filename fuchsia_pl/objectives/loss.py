@@ -1,5 +1,8 @@
 """The objective of a step: corrected surrogate, KL, entropy bonus and critic's loss, reduced and added up."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,21 @@ from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.reductions import reduce, token_mean
 from fuchsia_pl.objectives.returns import value_loss
 from fuchsia_pl.objectives.surrogates import cispo, clipped_surrogate, ratio_log, reinforce, sapo
-from fuchsia_pl.types import Batch, LossOutput, TokenScores
+from fuchsia_pl.types import Batch, TokenScores
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A micro-batch's share of the step's loss and of its metrics.
+
+    Shares are divided by the whole step's denominators, so those of all micro-batches and ranks add up to the step's value.
+
+    >>> LossOutput(torch.tensor(0.5), {"train/kl": torch.tensor(0.01)}).loss.item()
+    0.5
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
 
 
 def policy_loss(

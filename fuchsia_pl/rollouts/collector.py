@@ -1,17 +1,23 @@
 """Samples rollouts: one coroutine each, so that a slow one never holds up the others."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.engines.base import Engine, SamplingParams
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.bounded import call_bounded
+from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import derived_seed
-from fuchsia_pl.rollouts.bounded import call_bounded
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.scoring import score_group
-from fuchsia_pl.types import ConfigError, Item, Rollout, RolloutStatus, SamplingParams, Turn
+from fuchsia_pl.types import ConfigError, Item, Message, Rollout, RolloutStatus, Turn
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class PromptTooLongError(ConfigError):
@@ -19,7 +25,7 @@ class PromptTooLongError(ConfigError):
 
 
 class EnvironmentStepError(RuntimeError):
-    """An environment's `step_rollout` raised, hung, or did not end the interaction."""
+    """One of an environment's methods raised or hung, or `step_rollout` neither answered nor ended the interaction."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Draw:
         siblings: Rollouts per row.
         temperature: Sampling temperature.
         address: Where in the run this is, the start of every request's seed: (run seed, split, step).
+        step: The optimizer step it is for, None on a held-out split.
     """
 
     items: Sequence[Item]
@@ -39,6 +46,7 @@ class Draw:
     siblings: int
     temperature: float
     address: tuple[int | str, ...]
+    step: int | None = None
 
 
 class Collector:
@@ -57,6 +65,34 @@ class Collector:
         self.chat = chat
         self.config = config
 
+    async def prepare(self) -> None:
+        """Starts or checks what the environment needs, and settles how the policy calls its tools.
+
+        Raises:
+            ConfigError: The environment has no working tools, or the model's template cannot hold its conversation.
+            ToolServerError: A tool server does not run.
+        """
+        environment = self.environment
+        await environment.prepare()
+        environment.tool_convention = self.chat.convention(environment.tools)
+
+    def check_template(self, item: Item) -> None:
+        """Refuses a template in which the environment's responses have no place, before anything is sampled.
+
+        Raises:
+            ConfigError: With the template's reason.
+        """
+        environment = self.environment
+        if environment.max_steps == 1:
+            return
+        response = {"role": environment.tool_convention.role, "content": "a"}
+        self.chat.bridge(environment.messages(item), [response], None, self._template_tools)
+        if self.chat.rewrites_earlier_turns:
+            logger.warning(
+                "the model's chat template shows earlier turns otherwise than they were written (some leave thinking out). "
+                "Here the policy goes on to see its turns as it wrote them: their ids are kept and never rendered again"
+            )
+
     async def collect(self, draw: Draw) -> list[list[Rollout]]:
         """Samples and scores all groups of a draw.
 
@@ -65,66 +101,150 @@ class Collector:
 
         Raises:
             PromptTooLongError: An item's prompt leaves no room for a completion of the configured length.
-            EnvironmentStepError: `step_rollout` failed.
+            EnvironmentStepError: A method of the environment failed.
             RewardError: A reward function failed.
             EngineError: The engine failed.
+            ToolServerError: A tool server cannot be started again.
         """
-        prompts = [self._prompt(draw.items, index) for index in draw.indices]
+        await self.prepare()
+        prompts = [self.prompt_ids(draw.items, index) for index in draw.indices]
         groups = (self._group(draw, index, ids) for index, ids in zip(draw.indices, prompts, strict=True))
-        return list(await asyncio.gather(*groups))
+        return await gather_or_cancel(groups)
 
-    def check_prompts(self, items: Sequence[Item]) -> None:
+    def fitting(self, items: Sequence[Item]) -> list[int]:
         """Renders the prompts of a whole split, so that one that is too long is found before anything is sampled.
 
-        Raises:
-            PromptTooLongError: A prompt leaves no room for a completion of the configured length.
-        """
-        for index in range(len(items)):
-            self._prompt(items, index)
+        Returns:
+            Positions of the items whose prompts leave room for a completion.
 
-    def _prompt(self, items: Sequence[Item], index: int) -> list[int]:
-        ids = self.chat.render(self.environment.messages(items[index]))
+        Raises:
+            PromptTooLongError: One does not, and `long_prompts` is "refuse".
+        """
+        found = []
+        for index in range(len(items)):
+            try:
+                self.prompt_ids(items, index)
+            except PromptTooLongError:
+                if self.config.long_prompts == "refuse":
+                    raise
+                continue
+            found.append(index)
+        return found
+
+    def prompt_ids(self, items: Sequence[Item], index: int) -> list[int]:
+        """The ids of an item's prompt.
+
+        Raises:
+            PromptTooLongError: It leaves no room for a completion of the configured length.
+        """
+        environment = self.environment
+        ids = self.chat.render(environment.messages(items[index]), environment.tools, environment.tool_convention)
         room = self.config.max_length - self.config.max_completion_tokens
         if len(ids) > room:
             raise PromptTooLongError(
                 f"the prompt of item {index} has {len(ids)} tokens, and data.sampling.max_length={self.config.max_length} leaves "
                 f"{room} beside max_completion_tokens={self.config.max_completion_tokens}: raise max_length, lower "
-                "max_completion_tokens, or leave that item out of the environment"
+                'max_completion_tokens, or set data.sampling.long_prompts to "drop"'
             )
         return ids
 
+    @property
+    def _template_tools(self) -> Sequence[Any]:
+        return self.environment.tools if self.environment.tool_convention.is_native else ()
+
     async def _group(self, draw: Draw, index: int, prompt_ids: list[int]) -> list[Rollout]:
         prompt = self.chat.raw_text(prompt_ids)
+        item = draw.items[index]
         rollouts = [
-            Rollout(draw.items[index], index, sibling, draw.temperature, prompt) for sibling in range(draw.siblings)
+            Rollout(item, index, sibling, draw.temperature, prompt, draw.step, list(self.environment.messages(item)))
+            for sibling in range(draw.siblings)
         ]
-        await asyncio.gather(*(self._run(draw, rollout, prompt_ids) for rollout in rollouts))
+        await gather_or_cancel(self._run(draw, rollout, prompt_ids) for rollout in rollouts)
         await score_group(self.environment, rollouts)
         return rollouts
 
     async def _run(self, draw: Draw, rollout: Rollout, prompt_ids: list[int]) -> None:
         rollout.start(prompt_ids)
-        sampling = SamplingParams(
+        environment = self.environment
+        try:
+            try:
+                await self._call(environment.open_rollout, rollout, environment.timeout_s)
+                await self._converse(draw, rollout)
+            finally:
+                await self._call(environment.close_rollout, rollout, environment.timeout_s)
+        except EnvironmentStepError as error:
+            if environment.on_error == "stop":
+                raise
+            logger.warning("%s", error)
+            rollout.finish(RolloutStatus.ENV_ERROR)
+
+    async def _converse(self, draw: Draw, rollout: Rollout) -> None:
+        """Turn after turn until the environment ends the interaction, or tokens or turns run out."""
+        environment, asked = self.environment, list(rollout.messages)
+        for turn in range(environment.max_steps):
+            room = min(
+                self.config.max_completion_tokens - rollout.num_sampled_tokens,
+                self.config.max_length - len(rollout.token_ids),
+            )
+            if room < 1:
+                break
+            completion = await self.engine.generate(rollout.token_ids, self._sampling(draw, rollout, turn, room))
+            ids = completion.token_ids
+            rollout.append(Turn(completion, self.chat.text(ids), self.chat.turn_text(ids)))
+            if completion.finish_reason == "length":
+                break
+            responses = await self._step(rollout)
+            if rollout.status is not None:
+                return
+            if turn + 1 < environment.max_steps:
+                last_id = ids[-1] if ids else None
+                rollout.append_environment(self.chat.bridge(asked, responses, last_id, self._template_tools))
+        rollout.finish(RolloutStatus.TRUNCATED)
+
+    def _sampling(self, draw: Draw, rollout: Rollout, turn: int, max_tokens: int) -> SamplingParams:
+        address = (*draw.address, rollout.item_index, rollout.sibling)
+        return SamplingParams(
             temperature=draw.temperature,
-            max_tokens=self.config.max_completion_tokens,
-            seed=derived_seed(*draw.address, rollout.item_index, rollout.sibling),
-            stop=tuple(self.environment.stop),
+            max_tokens=max_tokens,
+            seed=derived_seed(*address, turn) if turn else derived_seed(*address),
+            stop=(*self.environment.stop, *(self.environment.tool_convention.stop if self.environment.tools else ())),
             stop_token_ids=self.chat.stop_token_ids,
         )
-        completion = await self.engine.generate(rollout.token_ids, sampling)
-        rollout.append(Turn(completion, self.chat.text(completion.token_ids)))
-        if completion.finish_reason == "length":
-            rollout.finish(RolloutStatus.TRUNCATED)
-            return
-        await self._step(rollout)
 
-    async def _step(self, rollout: Rollout) -> None:
-        where = f"{type(self.environment).__name__}.step_rollout on item {rollout.item_index}"
+    async def _step(self, rollout: Rollout) -> list[Message]:
+        environment = self.environment
+        await self._call(environment.step_rollout, rollout, environment.step_timeout_s)
+        responses = rollout.take_responses()
+        if rollout.status is None and not responses:
+            raise EnvironmentStepError(
+                f"{type(environment).__name__}.step_rollout on item {rollout.item_index} called neither rollout.respond(text) nor "
+                "rollout.finish()"
+            )
+        return responses
+
+    async def _call(self, method: Callable[[Rollout], Any], rollout: Rollout, timeout_s: float) -> None:
+        where = f"{type(self.environment).__name__}.{method.__name__} on item {rollout.item_index}"
         try:
-            await call_bounded(self.environment.step_rollout, rollout, self.environment.timeout_s)
+            await call_bounded(method, rollout, timeout_s)
         except TimeoutError as error:
-            raise EnvironmentStepError(f"{where} took longer than {self.environment.timeout_s} s") from error
+            raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s") from error
+        except ToolServerError:
+            raise
         except Exception as error:  # whatever an environment raises is passed on with its item
             raise EnvironmentStepError(f"{where} raised {type(error).__name__}: {error}") from error
-        if rollout.status is None:
-            raise EnvironmentStepError(f"{where} did not call rollout.finish(): an interaction has one turn for now")
+
+
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; where one fails the others are cancelled and waited for, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        raise _first(errors) from None
+    return [task.result() for task in tasks]
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

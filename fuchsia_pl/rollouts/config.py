@@ -1,6 +1,7 @@
 """How rollouts are sampled."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fuchsia_pl.types import ConfigError
 
@@ -12,8 +13,10 @@ class SamplingConfig:
     Attributes:
         group_size: Siblings of one item, compared with each other.
         temperature: Divides the logits, in the engine and in the loss.
-        max_completion_tokens: Longest completion.
-        max_length: Longest prompt plus completion.
+        max_completion_tokens: Most tokens that the policy may write in a rollout, over all of its turns.
+        max_length: Longest rollout: prompt, what the policy wrote, and what the environment answered.
+        long_prompts: What a training item whose prompt leaves no room for `max_completion_tokens` does: "refuse" stops the run
+            at its start, "drop" leaves such items out and counts them.
         validation_temperature: Temperature on the held-out split; 0 is greedy.
         top_p: Only here to say why not: the loss is of the whole distribution, so all of it must be sampled from.
         top_k: As top_p.
@@ -24,6 +27,7 @@ class SamplingConfig:
     temperature: float = 1.0
     max_completion_tokens: int = 256
     max_length: int = 1024
+    long_prompts: Literal["refuse", "drop"] = "refuse"
     validation_temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.tools.spec import TOOL_CALLS
+from fuchsia_pl.rollouts.scoring import REWARD_ERRORS
 from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus
 
 Fractions = dict[str, tuple[float, float]]
@@ -25,6 +27,7 @@ class StepRecord:
         num_refills: Groups sampled to replace others.
         num_trained: Rollouts that became trainable rows.
         seconds: Of sampling and scoring.
+        num_dropped_prompts: Training items that are never drawn since their prompts are too long.
         kl: With the KL in the reward, its sum over the sampled tokens of the kept groups, and their number.
     """
 
@@ -33,23 +36,48 @@ class StepRecord:
     num_refills: int
     num_trained: int
     seconds: float
+    num_dropped_prompts: int = 0
     kl: tuple[float, float] | None = None
 
 
-def reward_fractions(rollouts: Sequence[Rollout], environment: Environment) -> Fractions:
-    """Of the total, of each reward by name, of being right, of length and of truncation."""
+def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
+    """Of the total, of each reward by name, of being right, of lengths, of how rollouts ended, and of what was counted.
+
+    Raises:
+        ValueError: A rollout counts under a name that the environment does not declare: ranks must agree on the names.
+    """
     number = float(len(rollouts))
     totals = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    truncated = sum(rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts)
+    num_environment = sum(len(r.token_ids) - r.num_prompt_tokens - r.num_sampled_tokens for r in rollouts)
     found: Fractions = {
         "reward/mean": (sum(totals), len(totals)),
         "rollout/accuracy": (sum(environment.is_correct(rollout) for rollout in rollouts), number),
         "rollout/completion_tokens": (sum(rollout.num_sampled_tokens for rollout in rollouts), number),
-        "rollout/truncated_fraction": (truncated, number),
+        "rollout/environment_tokens": (num_environment, number),
+        "rollout/turns": (sum(len(rollout.turns) for rollout in rollouts), number),
     }
+    for status in (RolloutStatus.TRUNCATED, RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR):
+        found[f"rollout/{status}_fraction"] = (sum(rollout.status is status for rollout in rollouts), number)
     for name in rollouts[0].rewards:
         values = [value for rollout in rollouts if (value := rollout.rewards[name]) is not None]
         found[f"reward/{name}"] = (sum(values), len(values))
+    return {**found, **_counts(rollouts, environment, world_size)}
+
+
+def _counts(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
+    """What was counted, added up over ranks, and the share of the rollouts that called a tool."""
+    names = [REWARD_ERRORS, *environment.counter_names()]
+    undeclared = sorted({name for rollout in rollouts for name in rollout.counts} - set(names))
+    if undeclared:
+        raise ValueError(
+            f"rollouts of {type(environment).__name__} count {undeclared}, which its counters {names} do not name: add them to "
+            "self.counters, or to the attribute `counters` of the reward function"
+        )
+    found: Fractions = {
+        f"count/{name}": (float(sum(rollout.counts[name] for rollout in rollouts)), 1.0 / world_size) for name in names
+    }
+    if TOOL_CALLS in names:
+        found["rollout/tool_use"] = (sum(rollout.counts[TOOL_CALLS] > 0 for rollout in rollouts), float(len(rollouts)))
     return found
 
 
@@ -60,10 +88,11 @@ def step_fractions(step: StepRecord, environment: Environment, world_size: int) 
     share = 1.0 / world_size
     num_kept_rollouts = sum(len(group.rollouts) for group in step.kept)
     found = {
-        **reward_fractions(rollouts, environment),
+        **reward_fractions(rollouts, environment, world_size),
         "rollout/zero_variance_groups": (float(sum(not group.has_spread for group in groups)), share),
         "rollout/refilled_groups": (float(step.num_refills), share),
         "rollout/dropped_groups": (float(len(step.dropped)), share),
+        "rollout/dropped_prompts": (float(step.num_dropped_prompts), 1.0),
         "rollout/untrained": (float(num_kept_rollouts - step.num_trained), share),
         "perf/rollout_tokens_per_s": (
             float(sum(rollout.num_sampled_tokens for rollout in rollouts)),

@@ -1,12 +1,20 @@
 """Runs an environment's reward functions over a group of siblings."""
 
 import json
+import logging
 import math
 from typing import Any
 
-from fuchsia_pl.envs.base import Environment, RewardFunction, reward_name, total_reward
-from fuchsia_pl.rollouts.bounded import call_bounded
-from fuchsia_pl.types import Rollout
+from fuchsia_pl.envs.base import Environment, RewardFunction, reward_name, total_reward, weights_at
+from fuchsia_pl.envs.bounded import call_bounded
+from fuchsia_pl.types import Rollout, RolloutStatus
+
+# Counted where `on_error` is "unscored"; the environment need not name it.
+REWARD_ERRORS = "reward_errors"
+# These ended through no doing of the policy.
+UNSCORED = (RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR, RolloutStatus.ABORTED)
+
+logger = logging.getLogger(__name__)
 
 
 class RewardError(RuntimeError):
@@ -16,16 +24,35 @@ class RewardError(RuntimeError):
 async def score_group(environment: Environment, rollouts: list[Rollout]) -> None:
     """Fills `rewards` and `reward` of the siblings of one item.
 
+    Rollouts that ended through no doing of the policy are not shown to the reward functions and stay unscored.
+
     Raises:
-        RewardError: With the function's name and the item; the cause is chained.
+        RewardError: With the function's name and the item; the cause is chained. Where the environment's `on_error` is
+            "unscored", all siblings are left unscored and counted instead.
     """
+    scored = [rollout for rollout in rollouts if rollout.status not in UNSCORED]
+    failed = False
     for function in environment.reward_functions:
         name = reward_name(function)
-        values = await _rewards(function, name, rollouts, environment.timeout_s)
-        for rollout, value in zip(rollouts, values, strict=True):
+        for rollout in rollouts:
+            rollout.rewards[name] = None
+        if not scored:
+            continue
+        try:
+            values = await _rewards(function, name, scored, environment.timeout_s)
+        except RewardError as error:
+            if environment.on_error == "stop":
+                raise
+            logger.warning("%s", error)
+            failed = True
+            continue
+        for rollout, value in zip(scored, values, strict=True):
             rollout.rewards[name] = value
-    for rollout in rollouts:
-        rollout.reward = total_reward(rollout.rewards, environment.reward_weights)
+    weights = weights_at(environment, rollouts[0].step)
+    for rollout in scored:
+        rollout.counts[REWARD_ERRORS] += failed
+        # A total without the failed function would rank the siblings by the other functions alone.
+        rollout.reward = None if failed else total_reward(rollout.rewards, weights)
 
 
 async def _rewards(

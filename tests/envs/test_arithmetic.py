@@ -7,7 +7,7 @@ from fuchsia_pl.types import Completion, Turn
 
 def answered(text: str, a: int = 27, b: int = 45, status: RolloutStatus = RolloutStatus.COMPLETED) -> Rollout:
     rollout = Rollout({"a": a, "b": b}, item_index=0, sibling=0, temperature=1.0, prompt="")
-    rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text))
+    rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text))
     rollout.finish(status)
     return rollout
 

@@ -12,14 +12,14 @@ import psutil
 import pytest
 import torch
 
-from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec
+from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, SamplingParams
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.policy.agreement import adapter_agreement
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
 from fuchsia_pl.rollouts.chat import Chat
-from fuchsia_pl.types import Rollout, Sample, SamplingParams, ServedModel, Turn
+from fuchsia_pl.types import Rollout, Sample, ServedModel, Turn
 
 pytestmark = pytest.mark.engine
 QUESTIONS = ["What is 27 plus 45?", "Name a colour.", "Where is Paris?", "Write a short poem about rain."]
@@ -64,7 +64,7 @@ class Pair:
         for ids, completion in zip(self.prompts, completions, strict=True):
             rollout = Rollout({}, item_index=0, sibling=0, temperature=temperature, prompt="")
             rollout.start(list(ids))
-            rollout.append(Turn(completion, ""))
+            rollout.append(Turn(completion, "", ""))
             samples.append(Sample(rollout, (0.0,) * len(completion.token_ids)))
         return make_batches(samples, 1, count_denominators(samples, 12), 0, {})[0]
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, check_version_file
+from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
-from fuchsia_pl.types import ConfigError, SamplingParams, ServedModel
+from fuchsia_pl.types import ConfigError, ServedModel
 
 
 @pytest.mark.parametrize("name", ["kv_cache_gb", "max_num_seqs", "start_timeout_s", "request_timeout_s"])

@@ -2,9 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.engines.base import EngineError, SamplingParams
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
-from fuchsia_pl.types import SamplingParams
 
 
 def test_every_sampling_value_is_said_and_neutral_where_it_is_not_ours():

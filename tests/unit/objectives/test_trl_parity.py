@@ -22,9 +22,9 @@ from torch import Tensor
 from fuchsia_pl.objectives.advantages import group_mean_advantages, group_norm_advantages, leave_one_out_advantages
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
-from fuchsia_pl.objectives.loss import policy_loss
+from fuchsia_pl.objectives.loss import LossOutput, policy_loss
 from fuchsia_pl.objectives.surrogates import ratio_log
-from fuchsia_pl.types import Batch, Denominators, LossOutput, TokenScores
+from fuchsia_pl.types import Batch, Denominators, TokenScores
 
 LENGTHS = (5, 2, 7, 3, 6, 4, 7, 7)
 MAX_COMPLETION = 16

@@ -100,7 +100,7 @@ def broken(rollout):
     [
         (broken, "Stepping.step_rollout on item 4 raised KeyError: 'tool'"),
         (lambda rollout: time.sleep(1), "on item 4 took longer than 0.2 s"),
-        (lambda rollout: None, r"on item 4 did not call rollout\.finish\(\)"),
+        (lambda rollout: None, r"on item 4 called neither rollout\.respond\(text\) nor rollout\.finish\(\)"),
     ],
 )
 def test_a_step_that_fails_hangs_or_never_ends_is_told_with_its_item(tiny_model, step, words):
@@ -121,7 +121,7 @@ def test_metrics_by_hand(tiny_model):
     groups, _, collector = collect(tiny_model)
     # Per group: completions (11, 2), (12, 13, 14), (12, 13, 14); even ids 1/2, 2/3, 2/3; ended 1, 0, 0 with weight 0.5
     rollouts = [rollout for group in groups for rollout in group]
-    metrics = over_ranks(reward_fractions(rollouts, collector.environment), add_up=lambda values: values)
+    metrics = over_ranks(reward_fractions(rollouts, collector.environment, world_size=1), add_up=lambda values: values)
     assert metrics["reward/even"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3)
     assert metrics["reward/ended"] == pytest.approx(1 / 3)
     assert metrics["reward/mean"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3 + 0.5 / 3)

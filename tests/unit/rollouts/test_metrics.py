@@ -10,7 +10,7 @@ from tests.doubles import TinyEnvironment
 def rollout(length: int, reward: float | None, truncated: bool = False) -> Rollout:
     rewards = {"even": reward, "ended": None}
     made = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="", rewards=rewards, reward=reward)
-    made.append(Turn(Completion((5,) * length, (-1.0,) * length, "stop", None, policy_version=0), ""))
+    made.append(Turn(Completion((5,) * length, (-1.0,) * length, "stop", None, policy_version=0), "", ""))
     made.finish(RolloutStatus.TRUNCATED if truncated else RolloutStatus.COMPLETED)
     return made
 
@@ -21,12 +21,17 @@ UNSCORED = RolloutGroup((rollout(2, 1.0), rollout(2, None)), has_spread=False)
 
 def test_rewards_are_means_over_those_that_were_scored():
     # rewards 1, 0, 1 of three scored; right 2 of 4; lengths 1 + 3 + 2 + 2; 1 of 4 truncated; `ended` scored nobody
-    found = reward_fractions([*GROUP.rollouts, *UNSCORED.rollouts], TinyEnvironment())
+    found = reward_fractions([*GROUP.rollouts, *UNSCORED.rollouts], TinyEnvironment(), world_size=1)
     assert found == {
         "reward/mean": (2.0, 3),
         "rollout/accuracy": (2, 4.0),
         "rollout/completion_tokens": (8, 4.0),
+        "rollout/environment_tokens": (0, 4.0),
+        "rollout/turns": (4, 4.0),
         "rollout/truncated_fraction": (1, 4.0),
+        "rollout/tool_error_fraction": (0, 4.0),
+        "rollout/env_error_fraction": (0, 4.0),
+        "count/reward_errors": (0.0, 1.0),
         "reward/even": (2.0, 3),
         "reward/ended": (0, 0),
     }

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fuchsia_pl.rollouts.bounded import call_bounded
+from fuchsia_pl.envs.bounded import call_bounded
 
 
 def test_sync_and_async_functions_return_and_raise():

@@ -17,11 +17,11 @@ async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: f
 
 
 async def _call(function: Callable[..., Any], argument: Any) -> Any:
-    result = function(argument) if inspect.iscoroutinefunction(function) else await _in_thread(function, argument)
+    result = function(argument) if inspect.iscoroutinefunction(function) else await call_in_thread(function, argument)
     return await result if inspect.isawaitable(result) else result
 
 
-def _in_thread(function: Callable[..., Any], argument: Any) -> "asyncio.Future[Any]":
+def call_in_thread(function: Callable[..., Any], *arguments: Any) -> "asyncio.Future[Any]":
     """Runs a sync function in a daemon thread.
 
     An executor's threads are joined when the event loop or the interpreter ends, so with one of those a call that hangs
@@ -42,7 +42,7 @@ def _in_thread(function: Callable[..., Any], argument: Any) -> "asyncio.Future[A
         result: Any = None
         failure: BaseException | None = None
         try:
-            result = function(argument)
+            result = function(*arguments)
         except StopIteration as error:  # no future takes one: it would end a generator somewhere else
             failure = RuntimeError(f"{function} raised StopIteration")
             failure.__cause__ = error

@@ -1,0 +1,151 @@
+"""Mathematical answers, compared by math-verify in worker processes."""
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fuchsia_pl.types import ConfigError, Rollout
+
+WORKER = Path(__file__).with_name("math_worker.py")
+START_TIMEOUT_S = 60.0
+MATH_TIMEOUT = "math_timeout"
+MATH_TOO_LONG = "math_too_long"
+
+
+class MathAnswer:
+    """1.0 where an answer equals the item's gold answer as mathematics: `\\frac{1}{2}`, `0.5` and `50\\%` are one answer.
+
+    math-verify parses and compares with sympy, which an answer such as `9^{9^{9^9}}` or ten thousand brackets keeps busy for
+    minutes, and stops itself by signals, which only work in a main thread. So it runs in processes of its own, each limited in
+    memory and killed at the time limit; what was killed scores 0 and is counted as `math_timeout`.
+
+    Args:
+        field: The item's field with the gold answer, in LaTeX or as an expression.
+        extract: Takes the answer out of a completion, None where there is none. By default math-verify looks for it itself.
+        timeout_s: Bound of one comparison.
+        num_workers: Processes, None for one per core up to four.
+        max_chars: A longer answer is not compared: it scores 0 and is counted as `math_too_long`.
+        name: The reward's name in logs.
+
+    Raises:
+        ConfigError: A bound is not above 0.
+    """
+
+    counters = (MATH_TIMEOUT, MATH_TOO_LONG)
+
+    def __init__(
+        self,
+        field: str = "answer",
+        extract: Callable[[str], str | None] | None = None,
+        timeout_s: float = 2.0,
+        num_workers: int | None = None,
+        max_chars: int = 2000,
+        name: str = "correct",
+    ) -> None:
+        size = num_workers if num_workers is not None else min(os.cpu_count() or 1, 4)
+        for bound, value in {"timeout_s": timeout_s, "num_workers": size, "max_chars": max_chars}.items():
+            if value <= 0:
+                raise ConfigError(f"MathAnswer takes {bound} above 0, got {value}")
+        self.__name__ = name
+        self.field = field
+        self.extract = extract
+        self.timeout_s = timeout_s
+        self.max_chars = max_chars
+        self._workers: queue.Queue[_Worker] = queue.Queue()
+        for _ in range(size):
+            self._workers.put(_Worker(timeout_s))
+
+    def __call__(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
+        """The rewards of some rollouts."""
+        with ThreadPoolExecutor(max_workers=self._workers.maxsize or len(rollouts)) as threads:
+            return list(threads.map(self._score, rollouts))
+
+    def close(self) -> None:
+        """Ends the processes. They are started again when needed."""
+        workers = [self._workers.get(timeout=START_TIMEOUT_S) for _ in range(self._workers.qsize())]
+        for worker in workers:
+            worker.kill()
+            self._workers.put(worker)
+
+    def _score(self, rollout: Rollout) -> float:
+        answer = self.extract(rollout.completion) if self.extract is not None else rollout.completion
+        if answer is None:
+            return 0.0
+        if len(answer) > self.max_chars:
+            rollout.counts[MATH_TOO_LONG] += 1
+            return 0.0
+        worker = self._workers.get()
+        try:
+            equal = worker.compare(str(rollout.item[self.field]), answer)
+        finally:
+            self._workers.put(worker)
+        if equal is None:
+            rollout.counts[MATH_TIMEOUT] += 1
+        return float(bool(equal))
+
+
+class _Worker:
+    """A process that compares answers, started when it is first needed and again after it was killed."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def compare(self, gold: str, answer: str) -> bool | None:
+        """Whether two answers are equal, None where the process did not say so in time.
+
+        Raises:
+            RuntimeError: The process does not start.
+            ValueError: math-verify cannot read the gold answer.
+        """
+        process = self._started()
+        said = self._ask(process, {"gold": gold, "answer": answer}, self._timeout_s)
+        if said is None:
+            return None
+        if "gold_error" in said:
+            raise ValueError(f"math-verify cannot read the gold answer {gold!r}: {said['gold_error']}")
+        return bool(said["equal"])
+
+    def kill(self) -> None:
+        """Ends the process and waits for its end."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.kill()
+        # A file of its own: importing this package there would load torch into every worker.
+        command = [sys.executable, "-P", str(WORKER), str(self._timeout_s)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        )
+        self._process = process
+        if self._ask(process, {"gold": "1", "answer": "1"}, START_TIMEOUT_S) is None:
+            raise RuntimeError(f"the process that compares answers did not start: {' '.join(command)}")
+        return process
+
+    def _ask(self, process: "subprocess.Popen[bytes]", request: dict[str, str], timeout_s: float) -> dict[str, Any] | None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+        except BrokenPipeError:  # it was killed, for its memory perhaps
+            self.kill()
+            return None
+        ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+        line = process.stdout.readline() if ready else b""
+        if not line:
+            self.kill()
+            return None
+        said: dict[str, Any] = json.loads(line)
+        return said

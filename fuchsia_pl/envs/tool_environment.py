@@ -1,0 +1,141 @@
+"""An environment whose policy may call tools."""
+
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jsonschema import Draft202012Validator
+
+from fuchsia_pl.envs.base import MultiTurnEnvironment
+from fuchsia_pl.envs.tools.spec import TOOL_CALLS, MCPServer, ToolCall, ToolResult, ToolStatus
+from fuchsia_pl.types import ConfigError, Rollout, RolloutStatus
+
+if TYPE_CHECKING:
+    from fuchsia_pl.envs.tools.mcp import ToolServer
+
+SLACK_S = 15.0  # for what a connection takes beyond its own bounds
+SESSION = "tool_session"  # in `Rollout.state`: what servers tell rollouts apart by
+
+
+class ToolEnvironment(MultiTurnEnvironment):
+    """A conversation in which the policy calls tools until it writes a turn without a call, which is its answer.
+
+    The tools are those of the MCP `servers` and the Python `functions`, told to the policy by its chat template where that
+    knows tools and by the plain `<tool_call>` convention where not. A call that is malformed, fails or takes too long becomes a
+    text that the policy reads, and is counted. Only where a server died does the rollout end, as a `tool_error`.
+
+    Attributes:
+        servers: MCP servers; this environment starts, checks, restarts and stops them.
+        functions: Python functions that run in this process, sync or async; annotations and docstrings tell the policy what
+            they take. They must be fit for whatever a policy may send.
+        function_timeout_s: Bound of a call of such a function.
+        max_calls_per_turn: Further calls in one turn are refused. Those of a turn run one after the other.
+    """
+
+    servers: Sequence[MCPServer] = ()
+    functions: Sequence[Callable[..., Any]] = ()
+    function_timeout_s = 30.0
+    max_calls_per_turn = 4
+    _running: "Sequence[ToolServer]" = ()
+    _server_of: "dict[str, ToolServer] | None" = None
+
+    @property
+    def step_timeout_s(self) -> float:
+        """As long as the slowest server may take for a turn's calls, a restart included."""
+        limits = [server.call_timeout_s + server.start_timeout_s for server in self._configs()]
+        return self.timeout_s + self.max_calls_per_turn * (max(limits, default=0.0) + SLACK_S)
+
+    def counter_names(self) -> list[str]:
+        """Adds the calls, and how they ended."""
+        return [*super().counter_names(), TOOL_CALLS, *(f"tool_{status}" for status in ToolStatus)]
+
+    async def prepare(self) -> None:
+        """Starts or checks the servers and learns their tools.
+
+        Raises:
+            ConfigError: There is no tool, or two have one name.
+            ToolServerError: A server does not start, or has died too often.
+        """
+        from fuchsia_pl.envs.tools.mcp import ToolServer, serve_functions  # fastmcp is loaded only where it is used
+
+        if not self._running:
+            functions = serve_functions(self.functions) if self.functions else None
+            in_process = [None] * len(self.servers) + ([functions] if functions is not None else [])
+            self._running = [
+                ToolServer(config, server) for config, server in zip(self._configs(), in_process, strict=True)
+            ]
+        server_of: dict[str, ToolServer] = {}
+        specs = []
+        for server in self._running:
+            for spec in await server.ensure_running():
+                if spec.name in server_of:
+                    raise ConfigError(
+                        f"{type(self).__name__} has two tools named {spec.name!r}: choose with MCPServer.tools"
+                    )
+                server_of[spec.name] = server
+                specs.append(spec)
+        if not specs:
+            raise ConfigError(
+                f"{type(self).__name__} has no tools: set self.servers or self.functions in its constructor"
+            )
+        self.tools, self._server_of = specs, server_of
+
+    async def close(self) -> None:
+        """Stops the servers."""
+        running, self._running = self._running, ()
+        for server in running:
+            await server.stop()
+        await super().close()
+
+    async def open_rollout(self, rollout: Rollout) -> None:
+        """Gives the rollout a session of its own. Its key is new each time, so that no rollout finds what another left."""
+        rollout.state[SESSION] = uuid.uuid4().hex
+
+    async def close_rollout(self, rollout: Rollout) -> None:
+        """Lets the servers forget the rollout, where it called any."""
+        if rollout.counts[TOOL_CALLS]:
+            for server in self._running:
+                await server.end_session(rollout.state[SESSION])
+
+    async def step_rollout(self, rollout: Rollout) -> None:
+        """Runs the calls of the newest turn and answers with their results; a turn without a call is the last one."""
+        calls = self.tool_convention.parse(rollout.turns[-1].raw_text)
+        if not calls:
+            rollout.finish()
+            return
+        for position, call in enumerate(calls):
+            result = await self.call_tool(rollout, call, is_surplus=position >= self.max_calls_per_turn)
+            rollout.counts[TOOL_CALLS] += 1
+            rollout.counts[f"tool_{result.status}"] += 1
+            rollout.respond(self.tool_convention.result(result.text), role=self.tool_convention.role)
+            if result.status is ToolStatus.SERVER_DIED:
+                rollout.finish(RolloutStatus.TOOL_ERROR)
+                return
+
+    async def call_tool(self, rollout: Rollout, call: ToolCall, is_surplus: bool = False) -> ToolResult:
+        """Runs one call. What is wrong with it becomes its result.
+
+        Args:
+            rollout: Who calls.
+            call: What is called.
+            is_surplus: Whether the turn has had its calls already.
+        """
+        assert self._server_of is not None, "prepare comes first"
+        server = self._server_of.get(call.name)
+        error = call.error
+        if error is None and server is None:
+            error = f"there is no tool {call.name[:100]!r}, there are {sorted(self._server_of)}"
+        elif error is None:
+            (spec,) = (spec for spec in self.tools if spec.name == call.name)
+            problem = next(Draft202012Validator(dict(spec.parameters)).iter_errors(call.arguments), None)
+            error = None if problem is None else f"its arguments do not fit {call.name}: {problem.message[:300]}"
+        if error is None and is_surplus:
+            error = f"{self.max_calls_per_turn} calls a turn are allowed"
+        if error is not None or server is None:
+            return ToolResult(f"Error: {error}", ToolStatus.INVALID_CALL)
+        return await server.call(rollout.state[SESSION], call.name, call.arguments)
+
+    def _configs(self) -> list[MCPServer]:
+        # Functions have no command; a URL that nobody asks stands for them.
+        functions = MCPServer(url="functions of this process", call_timeout_s=self.function_timeout_s)
+        return [*self.servers, *([functions] if self.functions else [])]

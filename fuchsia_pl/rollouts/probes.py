@@ -1,0 +1,108 @@
+"""What a chat template does, found out by rendering small conversations rather than from a list of model names."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from fuchsia_pl.envs.tools.convention import ToolConvention
+from fuchsia_pl.envs.tools.spec import ToolSpec
+from fuchsia_pl.types import ConfigError, Message
+
+# (messages, add_generation_prompt, tools) -> text
+Render = Callable[[list[dict[str, Any]], bool, Sequence[ToolSpec]], str]
+
+# Stands for the policy's turn. Letters only, so that no template trims, escapes or splits it.
+TURN = "fuchsiaturnplaceholder"
+# What templates raise on roles or fields they do not know.
+TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError)
+CALL_ID = "callabcde"  # nine letters and digits, as some templates insist
+QUESTION = {"role": "user", "content": "a"}
+
+
+def after_turn(render: Render, messages: list[Message], responses: list[Message], tools: Sequence[ToolSpec]) -> str:
+    """What the template writes after the policy's turn: its end, the responses, and the header of the next one.
+
+    Args:
+        render: The template.
+        messages: The conversation before the policy's turn.
+        responses: The messages after it.
+        tools: Those of the prompt.
+
+    Raises:
+        ConfigError: The template refuses the exchange, or does not show the policy's turn exactly once.
+    """
+    exchange = [*messages, {"role": "assistant", "content": TURN}, *(_with_call_id(m) for m in responses)]
+    try:
+        text = render(exchange, True, tools)
+    except TEMPLATE_ERRORS as error:
+        raise ConfigError(
+            f"the model's chat template cannot render a response with the roles {[m['role'] for m in responses]} ({error}): call "
+            'rollout.respond(text, role=…) with a role that it has, mostly "user", once a turn, or use another model'
+        ) from error
+    before, found, after = text.partition(TURN)
+    if not found or after.count(TURN) > sum(m["content"].count(TURN) for m in responses):
+        raise ConfigError(
+            "the model's chat template does not show an earlier turn of the policy exactly once, so no further turn can be put "
+            "after it: use a single-turn environment, or another model"
+        )
+    return after
+
+
+def rewrites_earlier_turns(render: Render) -> bool:
+    """Whether a turn with thinking in it is shown otherwise once another turn follows."""
+    thought = "<think>\nhm\n</think>\n\nyes"
+    first = render([QUESTION], True, ())
+    try:
+        later = render([QUESTION, {"role": "assistant", "content": thought}, {**QUESTION, "content": "b"}], True, ())
+    except TEMPLATE_ERRORS:
+        return True
+    return not later.startswith(first + thought)
+
+
+def native_convention(render: Render, tools: Sequence[ToolSpec]) -> ToolConvention | None:
+    """How the template writes tool calls, None where it does not know tools or does not write calls as JSON.
+
+    It must tell the policy of the tools, show a call that the policy made, and show a message of the role "tool".
+    """
+    if not tools:
+        return None
+    function = {"name": tools[0].name, "arguments": {"argument": TURN}}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}],
+    }
+    answer = _with_call_id({"role": "tool", "content": TURN})
+    try:
+        told, untold = render([QUESTION], True, tools), render([QUESTION], True, ())
+        shown = render([QUESTION, call], False, tools)
+        plain = render([QUESTION, {"role": "assistant", "content": TURN}], False, tools)
+        answered = render([QUESTION, {"role": "assistant", "content": "b"}, answer], True, tools)
+    except TEMPLATE_ERRORS:
+        return None
+    if told == untold or not all(tool.name in told for tool in tools) or TURN not in answered:
+        return None
+    end_of_turn = plain.partition(TURN)[2]
+    return _around_the_call(shown.removeprefix(told).removesuffix(end_of_turn), tools[0].name)
+
+
+def _around_the_call(turn: str, name: str) -> ToolConvention | None:
+    """Takes apart a rendered turn that consists of one call with one argument."""
+    call = re.search(
+        rf'\{{\s*"name"\s*:\s*"{re.escape(name)}"\s*,\s*"(arguments|parameters)"\s*:\s*'
+        rf'\{{\s*"argument"\s*:\s*"{TURN}"\s*\}}[^{{}}]*\}}',
+        turn,
+    )
+    if call is None:
+        return None
+    # Some templates put an empty thought before the call, on lines of its own; some make a list of the calls.
+    before = turn[: call.start()].strip().removesuffix("[").strip().splitlines()
+    closing = turn[call.end() :].strip().removeprefix("]").strip()
+    return ToolConvention(before[-1] if before else "", closing, call.group(1), role="tool", is_native=True)
+
+
+def _with_call_id(message: Message) -> dict[str, Any]:
+    """A tool's message with the fields that templates ask of one."""
+    return {**message, "tool_call_id": CALL_ID, "name": "tool"} if message["role"] == "tool" else dict(message)
