@@ -1,6 +1,7 @@
 """Sends what libraries say to a file, so that the console shows the run."""
 
 import logging
+import os
 from pathlib import Path
 
 LOG_FILE = "run.log"
@@ -23,6 +24,7 @@ def chatter_to(run_folder: Path) -> None:
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.captureWarnings(True)
     handler = logging.FileHandler(run_folder / LOG_FILE)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

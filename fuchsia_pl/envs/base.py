@@ -32,6 +32,8 @@ class Environment(ABC):
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
             siblings; None in place of a number means that it does not score that rollout. Its name in logs is its `__name__`.
         reward_weights: Weight of each reward function by name in the total, 1.0 where not given.
+        initial_reward_weights: Weights at step 0 of those that change: they move in a straight line to `reward_weights`.
+        ramp_steps: The optimizer step at which they arrive there.
         stop: Strings after which the policy's turn ends.
         max_steps: Turns of the policy in one rollout.
         timeout_s: Bound of each call of a reward function and of each of the environment's own methods.
@@ -62,6 +64,8 @@ class Environment(ABC):
         self.prompt_field = prompt_field
         self.reward_functions: list[RewardFunction] = []
         self.reward_weights: dict[str, float] = {}
+        self.initial_reward_weights: dict[str, float] = {}
+        self.ramp_steps = 0
         self.stop: list[str] = []
         self.timeout_s = 60.0
         self.on_error: Literal["stop", "unscored"] = "stop"
@@ -123,8 +127,11 @@ class Environment(ABC):
         return [*self.counters, *(name for names in own for name in names)]
 
     def reward_weight(self, name: str, step: int | None) -> float:
-        """Weight of a reward function at an optimizer step, None for held-out rollouts. Override it for a schedule."""
-        return self.reward_weights.get(name, 1.0)
+        """Weight of a reward function at an optimizer step; held-out rollouts (None) get the last one."""
+        last = self.reward_weights.get(name, 1.0)
+        first = self.initial_reward_weights.get(name, last)
+        done = 1.0 if step is None or step >= self.ramp_steps else step / self.ramp_steps
+        return first + (last - first) * done
 
     def is_correct(self, rollout: Rollout) -> bool:
         """Whether a scored rollout counts as right in `accuracy`: by default, 1.0 or more from the first reward function."""
@@ -184,9 +191,18 @@ def check_environment(environment: Environment) -> None:
         raise ConfigError(
             f"{kind}.reward_functions has two functions of one name in {names}: rewards are logged by name"
         )
-    unknown = sorted(set(environment.reward_weights) - set(names))
-    if unknown:
-        raise ConfigError(f"{kind}.reward_weights has {unknown}; the reward functions are {names}")
+    for attribute, weights in {
+        "reward_weights": environment.reward_weights,
+        "initial_reward_weights": environment.initial_reward_weights,
+    }.items():
+        unknown = sorted(set(weights) - set(names))
+        if unknown:
+            raise ConfigError(f"{kind}.{attribute} has {unknown}; the reward functions are {names}")
+    if environment.initial_reward_weights and environment.ramp_steps < 1:
+        raise ConfigError(
+            f"{kind}.initial_reward_weights needs ramp_steps of 1 or more, got {environment.ramp_steps}: over how many steps "
+            "do they change?"
+        )
     if environment.on_error not in ("stop", "unscored"):
         raise ConfigError(f'{kind}.on_error must be "stop" or "unscored", got {environment.on_error!r}')
     if environment.max_steps < 1:

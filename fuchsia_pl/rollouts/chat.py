@@ -16,6 +16,7 @@ from fuchsia_pl.rollouts.probes import (
     after_turn,
     native_convention,
     rewrites_earlier_turns,
+    with_call_id,
 )
 from fuchsia_pl.types import ConfigError, Message
 
@@ -139,7 +140,7 @@ class Chat:
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[ToolSpec]
     ) -> str:
         return self._tokenizer.apply_chat_template(
-            messages,
+            [with_call_id(message) for message in messages],
             tools=[tool.for_template() for tool in tools] or None,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,

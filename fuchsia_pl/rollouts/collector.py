@@ -217,8 +217,8 @@ class Collector:
         responses = rollout.take_responses()
         if rollout.status is None and not responses:
             raise EnvironmentStepError(
-                f"{type(environment).__name__}.step_rollout on item {rollout.item_index} called neither rollout.respond(text) nor "
-                "rollout.finish()"
+                f"{type(environment).__name__}.step_rollout on item {rollout.item_index} called neither "
+                "rollout.respond(text) nor rollout.finish()"
             )
         return responses
 

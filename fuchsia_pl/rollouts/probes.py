@@ -33,7 +33,7 @@ def after_turn(render: Render, messages: list[Message], responses: list[Message]
     Raises:
         ConfigError: The template refuses the exchange, or does not show the policy's turn exactly once.
     """
-    exchange = [*messages, {"role": "assistant", "content": TURN}, *(_with_call_id(m) for m in responses)]
+    exchange = [*messages, {"role": "assistant", "content": TURN}, *responses]
     try:
         text = render(exchange, True, tools)
     except TEMPLATE_ERRORS as error:
@@ -41,7 +41,7 @@ def after_turn(render: Render, messages: list[Message], responses: list[Message]
             f"the model's chat template cannot render a response with the roles {[m['role'] for m in responses]} ({error}): call "
             'rollout.respond(text, role=…) with a role that it has, mostly "user", once a turn, or use another model'
         ) from error
-    before, found, after = text.partition(TURN)
+    _, found, after = text.partition(TURN)
     if not found or after.count(TURN) > sum(m["content"].count(TURN) for m in responses):
         raise ConfigError(
             "the model's chat template does not show an earlier turn of the policy exactly once, so no further turn can be put "
@@ -74,7 +74,7 @@ def native_convention(render: Render, tools: Sequence[ToolSpec]) -> ToolConventi
         "content": "",
         "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}],
     }
-    answer = _with_call_id({"role": "tool", "content": TURN})
+    answer = {"role": "tool", "content": TURN}
     try:
         told, untold = render([QUESTION], True, tools), render([QUESTION], True, ())
         shown = render([QUESTION, call], False, tools)
@@ -103,6 +103,6 @@ def _around_the_call(turn: str, name: str) -> ToolConvention | None:
     return ToolConvention(before[-1] if before else "", closing, call.group(1), role="tool", is_native=True)
 
 
-def _with_call_id(message: Message) -> dict[str, Any]:
-    """A tool's message with the fields that templates ask of one."""
-    return {**message, "tool_call_id": CALL_ID, "name": "tool"} if message["role"] == "tool" else dict(message)
+def with_call_id(message: dict[str, Any]) -> dict[str, Any]:
+    """A tool's message with the fields that templates ask of one; any other as it is."""
+    return {**message, "tool_call_id": CALL_ID, "name": "tool"} if message["role"] == "tool" else message

@@ -50,7 +50,8 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
             rollout.rewards[name] = value
     weights = weights_at(environment, rollouts[0].step)
     for rollout in scored:
-        rollout.counts[REWARD_ERRORS] += failed
+        if failed:
+            rollout.counts[REWARD_ERRORS] += 1
         # A total without the failed function would rank the siblings by the other functions alone.
         rollout.reward = None if failed else total_reward(rollout.rewards, weights)
 

@@ -20,7 +20,7 @@ MATH_TOO_LONG = "math_too_long"
 
 
 class MathAnswer:
-    """1.0 where an answer equals the item's gold answer as mathematics: `\\frac{1}{2}`, `0.5` and `50\\%` are one answer.
+    r"""1.0 where an answer equals the item's gold answer as mathematics: `\frac{1}{2}` and `0.5` are one answer.
 
     math-verify parses and compares with sympy, which an answer such as `9^{9^{9^9}}` or ten thousand brackets keeps busy for
     minutes, and stops itself by signals, which only work in a main thread. So it runs in processes of its own, each limited in
@@ -134,7 +134,9 @@ class _Worker:
             raise RuntimeError(f"the process that compares answers did not start: {' '.join(command)}")
         return process
 
-    def _ask(self, process: "subprocess.Popen[bytes]", request: dict[str, str], timeout_s: float) -> dict[str, Any] | None:
+    def _ask(
+        self, process: "subprocess.Popen[bytes]", request: dict[str, str], timeout_s: float
+    ) -> dict[str, Any] | None:
         assert process.stdin is not None
         assert process.stdout is not None
         try:

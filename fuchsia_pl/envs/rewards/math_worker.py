@@ -29,7 +29,9 @@ def reply(request: dict[str, str]) -> dict[str, object]:
     if not gold:
         return {"gold_error": "it finds no expression in it"}
     try:
-        answer = parse(request["answer"], parsing_timeout=None) or parse(_as_math(request["answer"]), parsing_timeout=None)
+        answer = parse(request["answer"], parsing_timeout=None) or parse(
+            _as_math(request["answer"]), parsing_timeout=None
+        )
         return {"equal": verify(gold, answer, timeout_seconds=None)}
     except Exception as error:  # whatever a policy writes: an answer that breaks the parser is no right answer
         return {"equal": False, "error": type(error).__name__}

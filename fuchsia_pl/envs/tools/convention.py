@@ -58,6 +58,14 @@ class ToolConvention:
             calls += self._read(body) if closed else [_unreadable(f"it does not end in {self.closing}")]
         return calls
 
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """A call as a policy writes it.
+
+        >>> PLAIN.call("add", {"a": 1})
+        '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+        """
+        return f"{self.opening}{json.dumps({'name': name, self.arguments_key: arguments})}{self.closing}"
+
     def result(self, text: str) -> str:
         """The message that tells the policy a result."""
         return text if self.is_native else f"<tool_response>{text}</tool_response>"

@@ -1,0 +1,1 @@
+"""Questions that want a computation, and an IPython interpreter to make it with."""

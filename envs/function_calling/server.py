@@ -1,0 +1,198 @@
+"""An MCP server whose tool is an IPython interpreter, one for each rollout: `python -m envs.function_calling.server`.
+
+State lasts from call to call within a rollout and never reaches another. What it protects from, and what not, is told in
+`sandbox.py`. It speaks over stdin and stdout, and ends with whoever started it.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
+from typing import Any
+
+from fastmcp import Context, FastMCP
+from fastmcp.tools import ToolResult
+
+from envs.function_calling.sandbox import Limits
+
+# `_meta` keys of Fuchsia-PL, whose package this process does not load: it would take seconds.
+ROLLOUT_KEY, STATUS_KEY = "fuchsia/rollout", "fuchsia/status"
+OK, ERROR, TIMEOUT, KILLED, OUTPUT_LIMIT = "ok", "error", "timeout", "killed", "output_limit"
+START_TIMEOUT_S = 30.0
+KILL_TIMEOUT_S = 5.0
+MAX_SESSIONS = 1024
+LINE_LIMIT = 16 * 2**20
+
+
+class Session:
+    """A rollout's interpreter, forked when the first cell arrives and again after it was lost."""
+
+    def __init__(self, interpreters: "Interpreters") -> None:
+        self._interpreters = interpreters
+        self._lock = asyncio.Lock()
+        self._pid = 0
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def run(self, code: str) -> tuple[str, str]:
+        """Runs a cell; returns what the policy reads, and the status."""
+        limit = self._interpreters.time_limit_s
+        async with self._lock:
+            if self._reader is None:
+                await self._open()
+            assert self._reader is not None
+            assert self._writer is not None
+            try:
+                self._writer.write(json.dumps({"code": code}).encode() + b"\n")
+                line = await asyncio.wait_for(self._reader.readline(), limit)
+            except TimeoutError:
+                await self._kill()
+                return f"The code took longer than {limit:g} s and was stopped. Its variables are lost.", TIMEOUT
+            except (ConnectionError, ValueError):
+                line = b""
+            if not line:
+                await self._kill()
+                return "The interpreter died (memory, or the code ended it). Its variables are lost.", KILLED
+            reply = json.loads(line)
+        if reply["status"] == OUTPUT_LIMIT:
+            return f"{reply['output']}… (the output was too long, and the code was stopped there)", OUTPUT_LIMIT
+        return reply["output"].strip() or "(no output)", reply["status"]
+
+    async def close(self) -> None:
+        """Ends the interpreter and all that it started."""
+        async with self._lock:
+            await self._kill()
+
+    async def _open(self) -> None:
+        ours = await self._interpreters.fork()
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LINE_LIMIT)
+        hello = await asyncio.wait_for(self._reader.readline(), START_TIMEOUT_S)
+        self._pid = json.loads(hello)["pid"]
+
+    async def _kill(self) -> None:
+        writer, self._reader, self._writer = self._writer, None, None
+        pid, self._pid = self._pid, 0
+        if writer is not None:
+            writer.close()
+        if not pid:
+            return
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)  # the supervisor ends the rest, then itself
+            for _ in range(round(KILL_TIMEOUT_S / 0.01)):
+                os.kill(pid, 0)
+                await asyncio.sleep(0.01)
+            os.kill(pid, signal.SIGKILL)
+
+
+class Interpreters:
+    """The sessions of all rollouts, and the process that forks them.
+
+    Args:
+        limits: Of each interpreter.
+        time_limit_s: Of each cell.
+        max_output_chars: Of each cell.
+    """
+
+    def __init__(self, limits: Limits, time_limit_s: float, max_output_chars: int) -> None:
+        self.time_limit_s = time_limit_s
+        self._arguments = [json.dumps(asdict(limits)), str(max_output_chars)]
+        self._sessions: dict[str, Session] = {}
+        self._control: socket.socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Starts the process that forks, and waits until it can."""
+        self._control, theirs = socket.socketpair()
+        # -P: the folder that the run was started in is nothing that an interpreter needs to see.
+        command = [sys.executable, "-P", "-m", "envs.function_calling.zygote", str(theirs.fileno()), *self._arguments]
+        self._process = await asyncio.create_subprocess_exec(
+            *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr
+        )
+        theirs.close()
+        self._control.setblocking(False)
+        ready = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self._control, 1), START_TIMEOUT_S)
+        if not ready:
+            raise RuntimeError("the process that forks interpreters did not start; what it said stands above")
+
+    async def fork(self) -> socket.socket:
+        """A channel to a new interpreter."""
+        assert self._control is not None
+        ours, theirs = socket.socketpair()
+        socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+        theirs.close()
+        ours.setblocking(False)
+        return ours
+
+    async def run(self, key: str, code: str) -> tuple[str, str]:
+        """Runs a cell in a rollout's interpreter."""
+        if key not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
+            return f"There are {MAX_SESSIONS} sessions already, and none more can be opened.", ERROR
+        return await self._sessions.setdefault(key, Session(self)).run(code)
+
+    async def end(self, key: str) -> None:
+        """Forgets a rollout."""
+        session = self._sessions.pop(key, None)
+        if session is not None:
+            await session.close()
+
+    async def stop(self) -> None:
+        """Ends everything."""
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+
+def make_server(interpreters: Interpreters) -> FastMCP:
+    """The server with its two tools."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastMCP) -> AsyncIterator[None]:
+        await interpreters.start()
+        try:
+            yield
+        finally:
+            await interpreters.stop()
+
+    server: FastMCP = FastMCP("ipython", lifespan=lifespan)
+
+    @server.tool
+    async def python(code: str, context: Context) -> ToolResult:
+        """Runs Python code (IPython). Returns what it prints and the value of its last line. Variables stay for later calls."""
+        output, status = await interpreters.run(_rollout(context), code)
+        return ToolResult(content=output, meta={STATUS_KEY: status})
+
+    @server.tool
+    async def end_session(context: Context) -> str:
+        """Ends the interpreter of a rollout."""
+        await interpreters.end(_rollout(context))
+        return "ended"
+
+    return server
+
+
+def _rollout(context: Context) -> str:
+    meta: Any = context.request_context.meta if context.request_context is not None else None
+    return str((meta or {}).get(ROLLOUT_KEY, "default"))
+
+
+def main() -> None:
+    """Serves until stdin is closed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--time-limit-s", type=float, default=5.0)
+    parser.add_argument("--memory-mb", type=int, default=Limits.memory_mb)
+    parser.add_argument("--file-mb", type=int, default=Limits.file_mb)
+    parser.add_argument("--max-output-chars", type=int, default=4000)
+    given = parser.parse_args()
+    limits = Limits(memory_mb=given.memory_mb, file_mb=given.file_mb)
+    make_server(Interpreters(limits, given.time_limit_s, given.max_output_chars)).run(show_banner=False)
+
+
+if __name__ == "__main__":
+    main()
