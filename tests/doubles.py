@@ -201,3 +201,36 @@ def make_sample(prompt_ids: list[int], token_ids: list[int], advantage: float, l
 
 def denominators(num_tokens: int, num_rows: int = 1, max_completion_tokens: int = 8) -> Denominators:
     return Denominators(num_tokens, num_rows, max_completion_tokens)
+
+
+class SayingEngine(Engine):
+    """Says what a function makes of the prompt's ids and the turn's number in its conversation; remembers what it was asked."""
+
+    policy_version = 0
+
+    def __init__(self, say) -> None:
+        self.say = say
+        self.requests: list[tuple[list[int], SamplingParams]] = []
+        self.said: list[list[int]] = []
+
+    def start(self, spec: EngineSpec) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def load_adapter(self, path: Path, version: int) -> None: ...
+
+    async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
+        self.requests.append((list(prompt_ids), sampling))
+        ids, finish_reason = self.say(list(prompt_ids), sampling)
+        self.said.append(list(ids))
+        logprobs = tuple(-0.1 * (1 + i) for i in range(len(ids)))
+        return Completion(tuple(ids), logprobs, finish_reason, None, self.policy_version)
+
+
+def said(text: str, item=None, counts=(), status: RolloutStatus = RolloutStatus.COMPLETED) -> Rollout:
+    """A finished rollout of one turn with this text."""
+    rollout = Rollout(item or {}, item_index=0, sibling=0, temperature=1.0, prompt="")
+    rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text))
+    rollout.counts.update(counts)
+    rollout.finish(status)
+    return rollout

@@ -143,9 +143,3 @@ def _run_seed(seed_everything: bool | int) -> int:
             f"seed_everything must be a number, got {seed_everything}: rollouts are addressed by the run's seed"
         )
     return seed_everything
-
-
-def main() -> None:
-    """The console script. Environments are found in the current folder too, as with `python -m`."""
-    sys.path.append(os.getcwd())
-    FuchsiaCLI()

@@ -1,0 +1,15 @@
+"""The console script."""
+
+import os
+import sys
+
+from fuchsia_pl.cli.app import FuchsiaCLI
+from fuchsia_pl.cli.check_env import check_env
+
+
+def main() -> None:
+    """Runs the command. Environments are found in the current folder too, as with `python -m`."""
+    sys.path.append(os.getcwd())
+    if sys.argv[1:2] == ["check-env"]:
+        sys.exit(check_env(sys.argv[2:]))
+    FuchsiaCLI()
