@@ -1,0 +1,86 @@
+"""A real MCP server for the tests: `python tests/tool_server.py [port]`, over stdin and stdout or over HTTP."""
+
+import asyncio
+import os
+import sys
+import time
+
+from fastmcp import Context, FastMCP
+
+server: FastMCP = FastMCP("test")
+counters: dict[str, int] = {}
+
+
+def key(context: Context) -> str:
+    return (context.request_context.meta or {}).get("fuchsia/rollout", "nobody")
+
+
+@server.tool
+def add(a: int, b: int) -> int:
+    """Adds two numbers."""
+    return a + b
+
+
+@server.tool
+async def count(context: Context) -> int:
+    """How often this rollout has called."""
+    counters[key(context)] = counters.get(key(context), 0) + 1
+    return counters[key(context)]
+
+
+@server.tool
+def count_all() -> int:
+    """How often this process was called."""
+    counters["all"] = counters.get("all", 0) + 1
+    return counters["all"]
+
+
+@server.tool
+async def forget(context: Context) -> str:
+    """Forgets a rollout."""
+    return str(counters.pop(key(context), 0))
+
+
+@server.tool
+async def sleep(seconds: float) -> str:
+    """Sleeps."""
+    await asyncio.sleep(seconds)
+    return "slept"
+
+
+@server.tool
+def block(seconds: float) -> str:
+    """Sleeps in a thread, deaf to being cancelled."""
+    time.sleep(seconds)
+    return "blocked"
+
+
+@server.tool
+def flood(num_chars: int) -> str:
+    """Says very much."""
+    return "x" * num_chars
+
+
+@server.tool
+def fail() -> str:
+    """Raises."""
+    raise ValueError("by hand")
+
+
+@server.tool
+def die() -> str:
+    """Ends the process in the middle of the call."""
+    os._exit(3)
+
+
+@server.tool
+def process() -> int:
+    """The process's id."""
+    return os.getpid()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        server.run(transport="http", host="127.0.0.1", port=int(sys.argv[1]), show_banner=False)
+    else:
+        server.run(show_banner=False)

@@ -1,0 +1,264 @@
+"""Tool servers as they really run: processes over stdin and stdout, one over HTTP, and functions of this process."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fuchsia_pl.envs import ConfigError, MCPServer, ToolServerError, ToolStatus
+from fuchsia_pl.envs.tools.mcp import ToolServer, serve_functions
+
+SCRIPT = str(Path(__file__).parents[2] / "tool_server.py")
+COMMAND = [sys.executable, SCRIPT]
+
+
+def with_server(scenario, config: MCPServer | None = None, in_process=None):
+    """Runs a scenario against a server that is stopped after it, and checks that no process is left behind."""
+
+    async def run():
+        server = ToolServer(config or MCPServer(command=COMMAND), in_process)
+        try:
+            return await scenario(server)
+        finally:
+            await server.stop()
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    result = asyncio.run(run())
+    gone = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(gone, timeout=5)
+    assert not alive
+    return result
+
+
+def test_tools_are_learned_and_called():
+    async def scenario(server):
+        specs = {spec.name: spec for spec in await server.ensure_running()}
+        assert specs["add"].description == "Adds two numbers."
+        assert specs["add"].parameters["required"] == ["a", "b"]
+        result = await server.call("k", "add", {"a": 1, "b": 2})
+        assert (result.text, result.status) == ("3", ToolStatus.OK)
+        assert server.num_starts == 1
+
+    with_server(scenario)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "status", "words"),
+    [
+        ("fail", {}, ToolStatus.ERROR, "by hand"),
+        ("sleep", {"seconds": 60}, ToolStatus.TIMEOUT, "gave no result within 0.5 s"),
+        ("block", {"seconds": 2}, ToolStatus.TIMEOUT, "gave no result within 0.5 s"),
+        ("flood", {"num_chars": 3_000_000}, ToolStatus.OUTPUT_LIMIT, "(2999800 characters left out)"),
+        ("die", {}, ToolStatus.SERVER_DIED, "has died"),
+    ],
+)
+def test_a_call_that_goes_wrong_ends_within_its_limit_under_its_own_status(tool, arguments, status, words):
+    async def scenario(server):
+        await server.ensure_running()
+        start = time.perf_counter()
+        result = await server.call("k", tool, arguments)
+        assert time.perf_counter() - start < 5
+        assert result.status is status
+        assert words in result.text
+        assert len(result.text) < 300
+        again = await server.call("other", "add", {"a": 1, "b": 2})
+        assert again.text == "3"  # for the others the server goes on, or runs again
+
+    with_server(scenario, MCPServer(command=COMMAND, call_timeout_s=0.5, max_result_chars=200))
+
+
+def test_the_states_of_rollouts_are_kept_apart_and_forgotten_at_their_end():
+    async def scenario(server):
+        assert "forget" not in [spec.name for spec in await server.ensure_running()]
+        calls = [await server.call(key, "count", {}) for key in ("a", "a", "b", "a")]
+        assert [call.text for call in calls] == ["1", "2", "1", "3"]
+        await server.end_session("a")
+        assert (await server.call("a", "count", {})).text == "1"
+
+    with_server(scenario, MCPServer(command=COMMAND, end_session_tool="forget"))
+
+
+def test_a_rollout_may_have_a_process_of_its_own():
+    async def scenario(server):
+        await server.ensure_running()
+        calls = [await server.call(key, "count_all", {}) for key in ("a", "a", "b")]
+        assert [call.text for call in calls] == ["1", "2", "1"]
+        pids = [int((await server.call(key, "process", {})).text) for key in ("a", "b")]
+        await server.end_session("a")
+        assert psutil.pid_exists(pids[1])
+        assert not psutil.pid_exists(pids[0])
+        assert (await server.call("b", "die", {})).status is ToolStatus.SERVER_DIED
+        assert (await server.call("b", "count_all", {})).status is ToolStatus.SERVER_DIED  # its state is lost
+        assert (await server.call("c", "count_all", {})).text == "1"
+
+    with_server(scenario, MCPServer(command=COMMAND, per_rollout=True))
+
+
+def test_a_rollout_whose_state_died_with_the_server_is_told_and_the_next_one_starts_afresh():
+    async def scenario(server):
+        await server.ensure_running()
+        await server.call("a", "count", {})
+        in_flight = asyncio.create_task(server.call("b", "sleep", {"seconds": 60}))
+        await asyncio.sleep(0.1)
+        assert (await server.call("c", "die", {})).status is ToolStatus.SERVER_DIED
+        assert (await in_flight).status is ToolStatus.SERVER_DIED
+        lost = await server.call("a", "count", {})
+        assert (lost.status, lost.text) == (ToolStatus.SERVER_DIED, "The tool's state was lost: its server has died.")
+        assert (await server.call("new", "count", {})).text == "1"
+        assert server.num_starts == 2
+
+    with_server(scenario, MCPServer(command=COMMAND, end_session_tool="forget"))
+
+
+def test_a_server_is_restarted_a_bounded_number_of_times_and_then_ends_the_run_with_its_words():
+    async def scenario(server):
+        for _ in range(3):
+            await server.ensure_running()
+            await server.call("k", "die", {})
+        with pytest.raises(ToolServerError, match=r"died 3 times, and max_restarts allows 2 restarts"):
+            await server.ensure_running()
+
+    with_server(scenario, MCPServer(command=COMMAND, max_restarts=2))
+
+
+def test_a_health_check_finds_a_server_that_no_longer_answers_and_restarts_it():
+    async def scenario(server):
+        await server.ensure_running()
+        pid = int((await server.call("k", "process", {})).text)
+        os.kill(pid, signal.SIGSTOP)
+        start = time.perf_counter()
+        await server.ensure_running()
+        assert time.perf_counter() - start < 20
+        assert server.num_starts == 2
+        assert int((await server.call("k", "process", {})).text) != pid
+        assert not psutil.pid_exists(pid)
+
+    with_server(scenario, MCPServer(command=COMMAND, start_timeout_s=3))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["/there/is/no/program"],
+        [sys.executable, "-c", "import sys; sys.exit('no licence')"],
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+    ],
+    ids=["no program", "ends at once", "never answers"],
+)
+def test_a_server_that_does_not_start_ends_the_run_within_the_bound(command):
+    async def scenario(server):
+        start = time.perf_counter()
+        with pytest.raises(ToolServerError, match="did not start") as caught:
+            await server.ensure_running()
+        assert time.perf_counter() - start < 15
+        return str(caught.value)
+
+    words = with_server(scenario, MCPServer(command=command, start_timeout_s=3))
+    assert command[-1] in words or command[0] in words
+    if "licence" in command[-1]:
+        assert "The end of what it said:\nno licence" in words
+
+
+def test_tools_are_chosen_by_name_and_a_name_that_is_missing_is_told():
+    async def scenario(server):
+        assert [spec.name for spec in await server.ensure_running()] == ["add"]
+
+    with_server(scenario, MCPServer(command=COMMAND, tools=["add"]))
+
+    async def missing(server):
+        with pytest.raises(ConfigError, match=r"has no tools \['subtract'\], it has \['add', 'block'"):
+            await server.ensure_running()
+
+    with_server(missing, MCPServer(command=COMMAND, tools=["add", "subtract"]))
+
+
+def test_a_server_behind_a_url_is_used_and_left_running():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([*COMMAND, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.1)
+
+        async def scenario(server):
+            await server.ensure_running()
+            return [(await server.call(key, "count", {})).text for key in ("a", "b", "a")]
+
+        config = MCPServer(url=f"http://127.0.0.1:{port}/mcp")
+        assert with_server(scenario, config) == ["1", "1", "2"]
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_functions_of_this_process_are_tools_and_one_that_hangs_ends_at_its_limit():
+    def shout(text: str, times: int = 1) -> str:
+        """Says it loudly.
+
+        Args:
+            text: What.
+            times: How often.
+        """
+        return text.upper() * times
+
+    async def wait(seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        return "waited"
+
+    def hang() -> str:
+        time.sleep(3)
+        return "never read"
+
+    async def scenario(server):
+        specs = {spec.name: spec for spec in await server.ensure_running()}
+        assert specs["shout"].parameters["required"] == ["text"]
+        assert (await server.call("k", "shout", {"text": "hi", "times": 2})).text == "HIHI"
+        assert (await server.call("k", "wait", {"seconds": 0.01})).text == "waited"
+        start = time.perf_counter()
+        results = await asyncio.gather(server.call("k", "hang", {}), server.call("l", "shout", {"text": "x"}))
+        assert [result.status for result in results] == [ToolStatus.TIMEOUT, ToolStatus.OK]
+        assert time.perf_counter() - start < 2
+
+    config = MCPServer(url="functions", call_timeout_s=0.5)
+    with_server(scenario, config, serve_functions([shout, wait, hang]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "either a command or a url"),
+        ({"command": ["a"], "url": "b"}, "either a command or a url"),
+        ({"command": "python server.py"}, "is a list of words"),
+        ({"command": []}, "is a list of words"),
+        ({"command": ["a"], "call_timeout_s": 0}, "call_timeout_s must be above 0, got 0"),
+        ({"command": ["a"], "max_restarts": -1}, "max_restarts must be 0 or more, got -1"),
+    ],
+)
+def test_a_server_that_could_not_be_started_or_would_never_end_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        MCPServer(**settings)
+
+
+def test_a_server_gets_the_variables_it_was_given_and_no_others(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    code = (
+        "import os\nfrom fastmcp import FastMCP\ns = FastMCP('e')\n"
+        "@s.tool\ndef variables() -> str:\n    return f\"{os.environ.get('A_SECRET')} {os.environ.get('GIVEN')}\"\n"
+        "s.run(show_banner=False)"
+    )
+
+    async def scenario(server):
+        await server.ensure_running()
+        return (await server.call("k", "variables", {})).text
+
+    assert with_server(scenario, MCPServer(command=[sys.executable, "-c", code], env={"GIVEN": "yes"})) == "None yes"
