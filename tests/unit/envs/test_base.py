@@ -1,9 +1,11 @@
+import asyncio
 from functools import partial
 
 import pytest
 
-from fuchsia_pl.envs.base import check_environment
-from tests.doubles import TinyEnvironment, ended, even
+from fuchsia_pl.envs.base import check_environment, weights_at
+from fuchsia_pl.types import Rollout
+from tests.doubles import TinyEnvironment, ended, even, said
 
 
 def environment(functions, weights=None) -> TinyEnvironment:
@@ -25,3 +27,62 @@ def environment(functions, weights=None) -> TinyEnvironment:
 def test_an_environment_that_could_not_be_trained_on_is_refused(functions, weights, words):
     with pytest.raises(ValueError, match=words):
         check_environment(environment(functions, weights))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [
+        ("on_error", "ignore", 'on_error must be "stop" or "unscored", got \'ignore\''),
+        ("max_steps", 0, "max_steps must be 1 or more, got 0"),
+        ("timeout_s", 0.0, "timeout_s must be above 0, got 0.0"),
+        ("initial_reward_weights", {"odd": 1.0}, r"initial_reward_weights has \['odd'\]"),
+        ("initial_reward_weights", {"even": 1.0}, "needs ramp_steps of 1 or more, got 0"),
+    ],
+)
+def test_attributes_that_cannot_work_are_refused(attribute, value, words):
+    made = environment([even])
+    setattr(made, attribute, value)
+    with pytest.raises(ValueError, match=words):
+        check_environment(made)
+
+
+def test_weights_move_in_a_straight_line_and_held_out_rollouts_get_the_last():
+    made = environment([even, ended], {"ended": 0.1})
+    made.initial_reward_weights, made.ramp_steps = {"ended": 0.5}, 4
+    check_environment(made)
+    # from 0.5 to 0.1 in four steps: 0.1 a step
+    found = [weights_at(made, step)["ended"] for step in (0, 1, 4, 9, None)]
+    assert found == pytest.approx([0.5, 0.4, 0.1, 0.1, 0.1])
+    assert weights_at(made, 0)["even"] == 1.0
+
+
+def test_a_reward_function_is_closed_with_its_environment():
+    class Reward:
+        __name__ = "counted"
+        counters = ("seen",)
+        closed = 0
+
+        def __call__(self, rollouts, *args, **kwargs):
+            return [0.0 for _ in rollouts]
+
+        def close(self):
+            self.closed += 1
+
+    reward = Reward()
+    made = environment([reward, even])
+    made.counters = ["own"]
+    assert made.counter_names() == ["own", "seen"]
+    asyncio.run(made.close())
+    assert reward.closed == 1
+
+
+def test_a_rollout_is_answered_only_while_it_runs():
+    rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="")
+    with pytest.raises(RuntimeError, match="has no turn yet"):
+        rollout.respond("a")
+    finished = said("b")
+    with pytest.raises(RuntimeError, match="has ended"):
+        finished.respond("a")
+    finished.status = None
+    with pytest.raises(TypeError, match="takes a string, got int"):
+        finished.respond(3)

@@ -1,0 +1,261 @@
+"""The ready-made rewards: by hand, and against what a policy may write to earn them."""
+
+import asyncio
+import json
+import threading
+import time
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import psutil
+import pytest
+
+from fuchsia_pl.envs import ConfigError
+from fuchsia_pl.envs.rewards import (
+    Judge,
+    MathAnswer,
+    exact_match,
+    format_tags,
+    last_between,
+    length_penalty,
+    number_match,
+    parse_number,
+)
+from fuchsia_pl.types import Completion, Turn
+from tests.doubles import said
+
+GOOD = "<thinking>2 and 2</thinking>\n<answer>4</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (GOOD, 1.0),
+        (f"  {GOOD}\n", 1.0),
+        # all four tags once is 1/2; the form adds the other half
+        (f"well, {GOOD}", 0.5),
+        (f"{GOOD} done", 0.5),
+        ("<answer>4</answer><thinking>x</thinking>", 0.5),
+        ("<thinking></thinking><answer>4</answer>", 0.5),
+        ("<thinking><answer>4</answer></thinking>", 0.5),
+        # three of four tags once: 3/8; two: 1/4
+        ("<thinking>2 and 2\n<answer>4</answer>", 0.375),
+        (f"{GOOD}<answer>5</answer>", 0.25),
+        ("4", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format_by_hand(text, score):
+    assert format_tags("thinking", "answer")([said(text)]) == [score]
+
+
+def test_a_format_without_tags_is_refused():
+    with pytest.raises(ConfigError, match="at least one tag"):
+        format_tags()
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("72", 72),
+        (" 72. ", 72),
+        ("1,072", 1072),
+        ("12,345,678.5", Fraction(24691357, 2)),
+        ("-3", -3),
+        ("+3", 3),
+        ("$5", 5),
+        ("-$5", -5),
+        ("5%", 5),
+        (".5", Fraction(1, 2)),
+        ("072", 72),
+        # none of these is a number
+        *(
+            (text, None)
+            for text in (
+                "",
+                "-",
+                ".",
+                "1,07",
+                "10,72",
+                "1 072",
+                "7 2",
+                "72 clips",
+                "7e2",
+                "--7",
+                "1.2.3",
+                "0x10",
+                "inf",
+            )
+        ),
+        *((text, None) for text in ("\u0667\u0662", "\uff17\uff12", "7\x002", "9" * 61, "9**9**9", "(" * 10_000)),
+    ],
+)
+def test_numbers_are_read_exactly_or_not_at_all(text, number):
+    assert parse_number(text) == number
+
+
+def test_the_last_pair_of_tags_counts():
+    assert last_between("<a>1</a> <a>2</a> <a>3", "a") == "2"
+    assert last_between("<a>1", "a") is None
+    assert last_between("1</a>", "a") is None
+
+
+def test_matches_by_hand():
+    rollouts = [said("<answer>1,000.0</answer>", {"answer": 1000}), said("<answer>1000</answer>", {"answer": "1000"})]
+
+    def inside(text):
+        return last_between(text, "answer")
+
+    assert number_match(extract=inside)(rollouts) == [1.0, 1.0]
+    assert exact_match(extract=inside)(rollouts) == [0.0, 1.0]
+    assert exact_match("gold", name="same")([said(" yes ", {"gold": "yes"})]) == [1.0]
+    with pytest.raises(ValueError, match="gold answer 'many' is no number"):
+        number_match()([said("3", {"answer": "many"})])
+
+
+def test_the_length_penalty_by_hand():
+    def of(length):
+        rollout = said("")
+        rollout.append(Turn(Completion((5,) * (length - 1), (-1.0,) * (length - 1), "stop", None, 0), "", ""))
+        return rollout
+
+    # free up to 10, 1 at 30: a length of 15 is a quarter of the way
+    assert length_penalty(10, 30)([of(5), of(10), of(15), of(30), of(90)]) == [0.0, 0.0, -0.25, -1.0, -1.0]
+    with pytest.raises(ConfigError, match="got 30 and 30"):
+        length_penalty(30, 30)
+
+
+@pytest.fixture(scope="module")
+def math():
+    reward = MathAnswer(timeout_s=1.5, num_workers=2)
+    yield reward
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "score"),
+    [
+        ("\\frac{1}{2}", "so it is $0.5$", 1.0),
+        ("0.5", "\\boxed{\\frac{1}{2}}", 1.0),
+        ("1 + x", "\\boxed{x + 1}", 1.0),
+        ("3", "first 2, then \\boxed{3}", 1.0),
+        ("3", "\\boxed{4}", 0.0),
+        ("3", "", 0.0),
+        ("3", "\u0663", 0.0),
+        ("3", "\x00", 0.0),
+    ],
+)
+def test_mathematics_is_compared_and_not_text(math, gold, answer, score):
+    assert math([said(answer, {"answer": gold})]) == [score]
+
+
+def test_answers_are_compared_from_any_thread(math):
+    """math-verify's own limits are signals, which outside of a main thread made every answer wrong."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(math([said("$\\frac{2}{4}$", {"answer": "0.5"})])))
+    thread.start()
+    thread.join(30)
+    assert found == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "count"),
+    [
+        ("$9^{9^{9^9}}$", "math_timeout"),
+        ("9**9**9", "math_timeout"),
+        ("$" + "(" * 1900 + "$", "math_timeout"),
+        ("(" * 10_000, "math_too_long"),
+        ("1234567 " * 131_072, "math_too_long"),
+    ],
+)
+def test_a_hostile_answer_scores_nothing_is_counted_and_holds_up_nobody(math, answer, count):
+    rollouts = [said(answer, {"answer": "3"}), said("$3$", {"answer": "3"})]
+    start = time.perf_counter()
+    assert math(rollouts) == [0.0, 1.0]
+    assert time.perf_counter() - start < 8  # the limit, and the start of a process in place of the one that was killed
+    assert [dict(rollout.counts) for rollout in rollouts] == [{count: 1}, {}]
+
+
+def test_no_process_is_left_behind():
+    before = set(psutil.Process().children())
+    reward = MathAnswer(num_workers=2)
+    reward([said("$1$", {"answer": "1"}), said("$2$", {"answer": "1"})])
+    workers = set(psutil.Process().children()) - before
+    assert 1 <= len(workers) <= 2
+    reward.close()
+    assert not any(worker.is_running() for worker in workers)
+    assert reward([said("$1$", {"answer": "1"})]) == [1.0]  # started again where it is needed
+    reward.close()
+
+
+def test_a_gold_answer_that_is_no_mathematics_is_told(math):
+    with pytest.raises(ValueError, match="cannot read the gold answer ''"):
+        math([said("$3$", {"answer": ""})])
+    with pytest.raises(ConfigError, match="timeout_s above 0, got 0"):
+        MathAnswer(timeout_s=0)
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Answers like an OpenAI-compatible server: what it says is set by the test."""
+
+    replies: ClassVar[list[tuple[int, str]]] = []
+    asked: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        type(self).asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        status, text = self.replies[min(len(self.asked), len(self.replies)) - 1]
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        body = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        """Says nothing."""
+
+
+@pytest.fixture
+def endpoint():
+    Endpoint.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Fine. Score: 7", 0.7),
+        ("score = 10", 1.0),
+        ("Score: 2\nno, Score: 4.5", 0.45),
+        ("Score: 11", None),
+        ("I like it", None),
+    ],
+)
+def test_a_judges_score_is_read_or_counted(endpoint, reply, score):
+    Endpoint.replies = [(200, reply)]
+    rollout = said("the answer")
+    judge = Judge("judge", "It is polite.", endpoint, name="polite")
+    assert asyncio.run(judge([rollout])) == [score]
+    assert rollout.counts["judge_unreadable"] == (score is None)
+    assert judge.__name__ == "polite"
+    system, user = Endpoint.asked[0]["messages"]
+    assert "It is polite." in system["content"]
+    assert "<answer_to_grade>\n[assistant]\nthe answer\n</answer_to_grade>" in user["content"]
+
+
+def test_a_judge_is_asked_again_after_a_failure_a_bounded_number_of_times(endpoint):
+    Endpoint.replies = [(500, ""), (200, "Score: 1")]
+    assert asyncio.run(Judge("judge", "x", endpoint, max_retries=1)([said("a")])) == [0.1]
+    Endpoint.asked, Endpoint.replies = [], [(500, "")]
+    with pytest.raises(Exception, match="500"):
+        asyncio.run(Judge("judge", "x", endpoint, max_retries=1)([said("a")]))
+    assert len(Endpoint.asked) == 2
+    with pytest.raises(ConfigError, match="max_retries of 0 or more"):
+        Judge("judge", "x", endpoint, max_retries=-1)
