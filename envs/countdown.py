@@ -19,6 +19,7 @@ from fuchsia_pl.envs.rewards import format_tags, last_between
 # An expression of a handful of small numbers is short. Parsing and evaluating anything of this size takes microseconds.
 MAX_CHARS = 200
 MAX_NUMBER = 10_000
+MAX_TRIES = 5
 OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -44,12 +45,9 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """
     if len(expression) > MAX_CHARS or not expression.isascii():
         return None
-    try:
-        tree = ast.parse(expression.strip(), mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):  # what the parser raises on malformed text
-        return None
+    tree = _parsed(expression.strip())
     numbers: list[int] = []
-    value = _value(tree.body, numbers)
+    value = _value(tree.body, numbers) if tree is not None else None
     return None if value is None else (value, numbers)
 
 
@@ -124,6 +122,17 @@ class Countdown(SingleTurnEnvironment):
         """The expression that the item was made from."""
         thought = f"{item['solution']} is {item['target']}."
         return [f"<thinking>{thought}</thinking>\n<answer>{item['solution']}</answer>"]
+
+
+def _parsed(expression: str) -> ast.Expression | None:
+    for _ in range(MAX_TRIES):
+        try:
+            return ast.parse(expression, mode="eval")
+        except (SyntaxError, ValueError, MemoryError, RecursionError):  # what the parser raises on malformed text
+            return None
+        except SystemError:  # Python 3.11 counts recursion wrongly where another thread parses at the same moment
+            continue
+    return None
 
 
 def _value(node: ast.expr, numbers: list[int]) -> Fraction | None:

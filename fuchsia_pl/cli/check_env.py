@@ -119,7 +119,7 @@ class CheckEnvCLI(FuchsiaCLI):
     def instantiate_classes(self) -> None:
         """Makes module and data module without a run folder or a trainer; neither loads anything."""
         try:
-            self.config_init = self.parser.instantiate_classes(self.config)
+            self.config_init = self.parser.instantiate(self.config)
         except ConfigError as error:
             self._parser(self.subcommand).error(str(error))
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
@@ -161,7 +161,8 @@ async def play_all(environment: Environment, chat: Chat, sampling: Any, num_item
         found = []
         for index in indices:
             found += [
-                await play(collector, engine, items, index, name, turns) for name, turns in texts(environment, items[index])
+                await play(collector, engine, items, index, name, turns)
+                for name, turns in texts(environment, items[index])
             ]
         return found
     finally:
@@ -223,7 +224,9 @@ def report(console: Console, environment: Environment, played: Sequence[Played])
         table.add_row(*(Text(cell) for cell in _row(name, [p for p in played if p.name == name])))
     console.print(table)
     if not any(p.name == GOLD for p in played):
-        console.print("the gold answer is not known (override gold_turns): that it earns most was not checked", soft_wrap=True)
+        console.print(
+            "the gold answer is not known (override gold_turns): that it earns most was not checked", soft_wrap=True
+        )
     wrong = findings(environment, played)
     for sentence in wrong:
         console.print(Text(f"does not hold: {sentence}"), soft_wrap=True)
@@ -250,7 +253,10 @@ def _row(name: str, played: Sequence[Played]) -> list[str]:
 def check_env(arguments: list[str]) -> int:
     """Runs `fuchsia check-env`; returns the exit code, 0 where everything holds."""
     parser = argparse.ArgumentParser(
-        prog="fuchsia check-env", description=__doc__, epilog="All other options are those of `fuchsia fit`.", add_help=True
+        prog="fuchsia check-env",
+        description=__doc__,
+        epilog="All other options are those of `fuchsia fit`.",
+        add_help=True,
     )
     parser.add_argument("--num-items", type=int, default=4, help="items to play on (default: 4)")
     given, rest = parser.parse_known_args(arguments)

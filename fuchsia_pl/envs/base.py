@@ -131,7 +131,7 @@ class Environment(ABC):
         last = self.reward_weights.get(name, 1.0)
         first = self.initial_reward_weights.get(name, last)
         done = 1.0 if step is None or step >= self.ramp_steps else step / self.ramp_steps
-        return first + (last - first) * done
+        return first * (1.0 - done) + last * done
 
     def is_correct(self, rollout: Rollout) -> bool:
         """Whether a scored rollout counts as right in `accuracy`: by default, 1.0 or more from the first reward function."""

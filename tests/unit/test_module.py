@@ -18,6 +18,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.types import Completion, Rollout, Sample, Turn
 from tests.doubles import TinyEngine, make_data, make_module, make_sample, make_trainer
 
 # Ten rows of different lengths and advantages, so that 1, 2 and 5 micro-batches are all possible.
@@ -330,3 +331,59 @@ def test_a_scheduler_steps_once_per_optimizer_step(tiny_model, tmp_path):
     trainer = make_trainer(tmp_path, accumulate_grad_batches=5)
     trainer.fit(module, datamodule=make_data(module))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**3)  # 3 steps of 5 micro-batches
+
+
+def tool_conversation(tool_ids=(20, 21, 22), logprob=-1.0) -> Sample:
+    """Prompt, turn, tool's answer, turn: P0 P1 | A0 A1 | E0 E1 E2 | B0 B1."""
+    rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="")
+    rollout.start([5, 6])
+    for ids, answer in (((7, 8), list(tool_ids)), ((9, 2), [])):
+        rollout.append(Turn(Completion(ids, (logprob,) * 2, "stop", None, policy_version=0), "", ""))
+        rollout.append_environment(answer)
+    rollout.finish()
+    return Sample(rollout, (1.0, 1.0, 0.5, 0.5))
+
+
+def loss_and_scores(module, batch):
+    scores = module.policy.scores(batch)
+    loss = policy_loss(module.loss_config, batch, scores, scores.logprobs.detach(), scores.logprobs.detach(), None).loss
+    return loss.detach(), scores.logprobs.detach()[0]
+
+
+def test_a_tools_tokens_are_context_and_their_labels_are_nothing(tiny_model):
+    module = randomised_module(tiny_model, LossConfig("cispo"))
+    sample = tool_conversation()
+    (batch,) = make_batches([sample], 1, count_denominators([sample], 8), 0, {})
+    assert batch.loss_mask[0].tolist() == [False, True, True, False, False, False, True, True]
+    assert batch.denominators.num_tokens == 4
+    loss, logprobs = loss_and_scores(module, batch)
+
+    other = tool_conversation(tool_ids=(30, 21, 22))
+    (changed,) = make_batches([other], 1, count_denominators([other], 8), 0, {})
+    changed_loss, changed_logprobs = loss_and_scores(module, changed)
+    assert changed_loss != loss
+    assert changed_logprobs[1:3].equal(logprobs[1:3])  # what came before the tool
+    assert not changed_logprobs[6:].isclose(logprobs[6:]).any()  # what came after it
+
+    labels = batch.labels.clone()
+    labels[0, 3:6] = torch.tensor([31, 32, 33])
+    relabelled_loss, relabelled = loss_and_scores(module, replace(batch, labels=labels))
+    assert relabelled_loss.equal(loss)
+    assert relabelled.equal(logprobs)
+
+
+def test_a_tools_labels_reach_no_gradient(tiny_model):
+    module = randomised_module(tiny_model, LossConfig("grpo"))
+    sample = tool_conversation()
+    (batch,) = make_batches([sample], 1, count_denominators([sample], 8), 0, {})
+    gradients = []
+    for label in (20, 33):
+        labels = batch.labels.clone()
+        labels[0, 3:6] = label
+        module.zero_grad()
+        scores = module.policy.scores(replace(batch, labels=labels))
+        old = scores.logprobs.detach()
+        policy_loss(module.loss_config, replace(batch, labels=labels), scores, old, old, None).loss.backward()
+        gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
+    assert all(first.equal(second) for first, second in zip(*gradients, strict=True))
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0])

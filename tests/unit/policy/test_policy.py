@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -71,6 +73,20 @@ def test_a_longer_neighbour_changes_nothing(tiny_model):
     beside = policy.scores(make_batch()).logprobs
     row = [sample.rollout.token_ids[3:] for sample in make_batch().samples].index(ROWS[1])
     torch.testing.assert_close(beside[row, : alone.shape[1]], alone[0])
+
+
+def test_padding_shifts_no_position_whether_they_are_rotated_or_learned(tmp_path):
+    """CORRECTNESS 27, for a model with learned absolute positions: the others of this file have rotary ones."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=44, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    policy = make_policy(tmp_path, target_modules=["c_attn"])
+    policy.eval()
+    batch = make_batch()
+    logprobs = policy.scores(batch).logprobs
+    for sample, got, mask in zip(batch.samples, logprobs, batch.loss_mask, strict=True):
+        row = sample.rollout.token_ids[len(PROMPT) :]
+        torch.testing.assert_close(got[mask].detach(), expected_logprobs(policy.causal_lm, PROMPT, row))
 
 
 def test_a_fresh_adapter_changes_nothing_and_the_reference_is_the_adapter_off(tiny_model):
