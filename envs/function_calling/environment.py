@@ -10,7 +10,7 @@ from typing import Any
 
 from envs.function_calling.items import KINDS, Kind, make_items
 from fuchsia_pl.envs import ConfigError, Item, MCPServer, Message, Rollout, ToolEnvironment
-from fuchsia_pl.envs.rewards import last_between, parse_number
+from fuchsia_pl.envs.rewards import last_between, last_turn, parse_number
 
 SYSTEM = (
     "Answer the question. Use the tool for every computation, never your head. When you have its result, give the answer as a "
@@ -115,5 +115,5 @@ class FunctionCalling(ToolEnvironment):
 
 
 def _answer(rollout: Rollout) -> Any:
-    answer = last_between(rollout.turns[-1].text, "answer") if rollout.turns else None
+    answer = last_between(last_turn(rollout), "answer")
     return None if answer is None else parse_number(answer)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fuchsia_pl.cli import FuchsiaCLI
+from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.run_folder import RUN_FOLDER_VARIABLE
 from fuchsia_pl.objectives.presets import PRESETS
 from tests.contracts.test_structure import ROOT, tracked_files
@@ -22,8 +23,22 @@ COMMANDS = re.findall(r"^(fuchsia .*)$", README, flags=re.MULTILINE)
 MAKE_TARGETS = re.findall(r"^make (\w+)", README, flags=re.MULTILINE) + re.findall(r"`make (\w+)`", README)
 
 
-def code_block(section: str, language: str) -> str:
-    return re.findall(rf"```{language}\n(.*?)```", SECTIONS[section], flags=re.DOTALL)[0]
+def code_block(section: str, language: str, number: int = 0) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", SECTIONS[section], flags=re.DOTALL)[number]
+
+
+# The files that the README has its reader write: section, number of the block in it, most lines it may have.
+FILES = {
+    "my_envs.py": ("Write your own environment", 0, 20),
+    "my_games.py": ("Conversations", 0, 40),
+    "my_server.py": ("Tools", 0, 10),
+    "my_tools.py": ("Tools", 1, 10),
+}
+
+
+def write_files(folder: Path) -> None:
+    for name, (section, number, _) in FILES.items():
+        (folder / name).write_text(code_block(section, "python", number))
 
 
 @pytest.fixture
@@ -35,7 +50,7 @@ def tiny_config(tiny_model, tmp_path, monkeypatch) -> Path:
     monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
     settings = yaml.safe_load(TINY % tiny_model)
-    settings["data"]["sampling"]["max_length"] = 80
+    settings["data"]["sampling"]["max_length"] = 4000
     settings["trainer"] |= {"limit_val_batches": 1.0, "max_epochs": -1}
     del settings["data"]["environment"]
     file = tmp_path / "tiny.yaml"
@@ -45,14 +60,20 @@ def tiny_config(tiny_model, tmp_path, monkeypatch) -> Path:
 
 def run(command: str, tiny_config: Path) -> None:
     """Runs a command of the README with the tiny overrides after its own configs."""
-    words = shlex.split(command)[1:]
+    # A tokenizer with a token for each character needs room, and to render thousands of items with it takes long.
+    words = shlex.split(re.sub(r"max_length \d+", "max_length 4000", command))[1:]
+    if "countdown.yaml" in words or "function_calling.yaml" in words:
+        words += ["--data.environment.init_args.num_train", "20"]
+    if words[0] == "check-env":
+        assert check_env(words[1:]) == 0
+        return
     last = max(index for index, word in enumerate(words) if word == "--config") + 2
     FuchsiaCLI([*words[:last], "--config", str(tiny_config), *words[last:]])
 
 
 def test_every_command_under_use_runs(tiny_config):
-    listed = [command for command in COMMANDS if "my_envs" not in command]
-    assert len(listed) >= 8
+    listed = [command for command in COMMANDS if "class_path my_" not in command]
+    assert len(listed) >= 12
     for command in listed:
         if "--print_config" in command:
             with pytest.raises(SystemExit) as caught:
@@ -92,20 +113,28 @@ def test_no_gap_is_left_to_fill():
     assert "@@" not in README
 
 
-def test_the_environment_has_twenty_lines_and_trains(tiny_config, monkeypatch):
-    code = code_block("Write your own environment", "python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    Path("my_envs.py").write_text(code)
+@pytest.mark.parametrize("name", FILES)
+def test_the_environments_are_short(name):
+    section, number, most = FILES[name]
+    assert len([line for line in code_block(section, "python", number).splitlines() if line.strip()]) <= most
+
+
+@pytest.mark.parametrize(
+    ("module", "reward"), [("my_envs", "names_it"), ("my_games", "close"), ("my_tools", "correct")]
+)
+def test_the_environments_are_checked_and_train(tiny_config, monkeypatch, module, reward):
+    """With the tiny model, which knows hardly a letter; `tests/integration/test_environments.py` has the real one."""
+    write_files(Path())
     monkeypatch.syspath_prepend(".")
-    (command,) = [command for command in COMMANDS if "my_envs" in command]
-    run(command, tiny_config)
+    for command in [command for command in COMMANDS if f"class_path {module}" in command]:
+        run(command, tiny_config)
     with Path("runs/quickstart/0/metrics.csv").open() as stream:
-        assert len([row for row in csv.DictReader(stream) if row["reward/names_it"]]) == 2
+        assert len([row for row in csv.DictReader(stream) if row[f"reward/{reward}"]]) == 2
 
 
 def test_the_command_finds_environments_in_the_current_folder(tmp_path):
-    (tmp_path / "my_envs.py").write_text(code_block("Write your own environment", "python"))
-    (command,) = [command for command in COMMANDS if "my_envs" in command]
+    write_files(tmp_path)
+    (command,) = [command for command in COMMANDS if "fit" in command and "my_envs" in command]
     words = [str(Path(sys.executable).parent / "fuchsia"), *shlex.split(command)[1:], "--print_config"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -125,17 +154,22 @@ def test_the_file_map_is_the_tree():
     assert all((ROOT / name).exists() for name in mapped)
 
 
-def test_the_metrics_table_lists_what_is_logged_and_nothing_else(tiny_config):
+def generic(metric: str) -> str:
+    return re.sub(r"^count/.*", "count/<name>", re.sub(r"^reward/(?!mean$).*", "reward/<name>", metric))
+
+
+def test_the_metrics_table_lists_what_is_logged_and_nothing_else(tiny_config, monkeypatch):
     listed = set(re.findall(r"^\| `([\w/<>]+)` \|", SECTIONS["Metrics"], flags=re.MULTILINE))
     (with_critic,) = [command for command in COMMANDS if "advantage gae" in command]
     columns = set()
-    for number, command in enumerate(["fuchsia fit --config quickstart.yaml", with_critic]):
+    (with_tools,) = [command for command in COMMANDS if "class_path my_tools" in command]
+    write_files(Path())
+    monkeypatch.syspath_prepend(".")
+    for number, command in enumerate(["fuchsia fit --config quickstart.yaml", with_critic, with_tools]):
         run(command, tiny_config)
         with Path(f"runs/quickstart/{number}/metrics.csv").open() as stream:
             columns |= set(next(csv.reader(stream))) - {"epoch", "step"}
     train = {name for name in columns if not name.startswith("validation/")}
     assert columns - train
-    named = {re.sub(r"^reward/(?!mean$).*", "reward/<name>", name) for name in train}
-    assert named == listed
-    held_out = {re.sub(r"^validation/reward/(?!mean$).*", "validation/reward/<name>", name) for name in columns - train}
-    assert {name.removeprefix("validation/") for name in held_out} <= listed
+    assert {generic(name) for name in train} == listed
+    assert {generic(name.removeprefix("validation/")) for name in columns - train} <= listed

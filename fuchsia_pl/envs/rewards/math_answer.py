@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fuchsia_pl.envs.rewards.text import last_turn
 from fuchsia_pl.types import ConfigError, Rollout
 
 WORKER = Path(__file__).with_name("math_worker.py")
@@ -28,7 +29,7 @@ class MathAnswer:
 
     Args:
         field: The item's field with the gold answer, in LaTeX or as an expression.
-        extract: Takes the answer out of a completion, None where there is none. By default math-verify looks for it itself.
+        extract: Takes the answer out of the last turn, None where there is none. By default math-verify looks for it itself.
         timeout_s: Bound of one comparison.
         num_workers: Processes, None for one per core up to four.
         max_chars: A longer answer is not compared: it scores 0 and is counted as `math_too_long`.
@@ -75,7 +76,7 @@ class MathAnswer:
             self._workers.put(worker)
 
     def _score(self, rollout: Rollout) -> float:
-        answer = self.extract(rollout.completion) if self.extract is not None else rollout.completion
+        answer = self.extract(last_turn(rollout)) if self.extract is not None else last_turn(rollout)
         if answer is None:
             return 0.0
         if len(answer) > self.max_chars:

@@ -26,6 +26,11 @@ def last_between(text: str, tag: str) -> str | None:
     return inside.strip() if closed and opened else None
 
 
+def last_turn(rollout: Rollout) -> str:
+    """What the policy wrote last, where its answer is; "" where it never came to it."""
+    return rollout.turns[-1].text if rollout.turns else ""
+
+
 def parse_number(text: str) -> Fraction | None:
     """A decimal number, exactly; None for anything else, other scripts' digits included.
 
@@ -75,26 +80,26 @@ def format_tags(*tags: str, name: str = "format") -> Reward:
 
 
 def exact_match(field: str = "answer", extract: Extract = str.strip, name: str = "correct") -> Reward:
-    """1.0 where what is extracted from the completion equals the item's field as a string, both stripped.
+    """1.0 where what is extracted from the last turn equals the item's field as a string, both stripped.
 
     Args:
         field: The item's field with the gold answer.
-        extract: Takes the answer out of a completion, None where there is none.
+        extract: Takes the answer out of the turn, None where there is none.
         name: The reward's name in logs.
     """
 
     def reward(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-        return [float(extract(r.completion) == str(r.item[field]).strip()) for r in rollouts]
+        return [float(extract(last_turn(r)) == str(r.item[field]).strip()) for r in rollouts]
 
     return _named(reward, name)
 
 
 def number_match(field: str = "answer", extract: Extract = str.strip, name: str = "correct") -> Reward:
-    """1.0 where what is extracted from the completion is the same number as the item's field, exactly.
+    """1.0 where what is extracted from the last turn is the same number as the item's field, exactly.
 
     Args:
         field: The item's field with the gold number.
-        extract: Takes the answer out of a completion, None where there is none.
+        extract: Takes the answer out of the turn, None where there is none.
         name: The reward's name in logs.
 
     Raises:
@@ -102,7 +107,7 @@ def number_match(field: str = "answer", extract: Extract = str.strip, name: str 
     """
 
     def reward(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-        return [float(_same_number(extract(r.completion), r.item[field])) for r in rollouts]
+        return [float(_same_number(extract(last_turn(r)), r.item[field])) for r in rollouts]
 
     return _named(reward, name)
 
