@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 CONCLUSIVE_ERROR = 0.1
+CONCLUSIVE_NOISE = 0.5
 ALLOWED_DEVIATION = 0.5
 
 
@@ -15,18 +16,24 @@ class Agreement:
     Attributes:
         slope: 1 where the engine applies the adapter, 0 where it does not, 2 where it applies it twice.
         error: Standard error of the slope; infinite where the adapter has no effect yet.
+        noise: What the slope leaves unexplained, relative to the adapter's effect on one token, both as root mean squares.
 
-    >>> Agreement(slope=0.0, error=0.05).holds, Agreement(slope=0.9, error=0.05).holds
+    >>> Agreement(slope=0.0, error=0.05, noise=0.1).holds, Agreement(slope=0.9, error=0.05, noise=0.1).holds
     (False, True)
     """
 
     slope: float
     error: float
+    noise: float
 
     @property
     def is_conclusive(self) -> bool:
-        """Whether the adapter's effect stands out of the rounding."""
-        return self.error < CONCLUSIVE_ERROR
+        """Whether the adapter's effect stands out of the rounding, over all tokens and on each.
+
+        Many tokens make the error small, but not the bias: both sides of the regression are rounded, and the slope of noise
+        on noise lies near 1/2 whatever the engine does.
+        """
+        return self.error < CONCLUSIVE_ERROR and self.noise < CONCLUSIVE_NOISE
 
     @property
     def holds(self) -> bool:
@@ -37,8 +44,8 @@ class Agreement:
 def adapter_agreement(policy_logprobs: Tensor, ref_logprobs: Tensor, sampling_logprobs: Tensor) -> Agreement:
     """Least squares of (sampling - ref) on (policy - ref), through the origin.
 
-    slope = sum(x y) / sum(x^2) and error = sqrt(mean((y - slope x)^2) / sum(x^2)), with x = policy - ref, what the adapter
-    does in the trainer, and y = sampling - ref, what it does in the engine.
+    slope = sum(x y) / sum(x^2), error = sqrt(mean((y - slope x)^2) / sum(x^2)) and noise = sqrt(mean((y - slope x)^2) / mean(x^2)),
+    with x = policy - ref, what the adapter does in the trainer, and y = sampling - ref, what it does in the engine.
 
     Args:
         policy_logprobs: [N], adapter on.
@@ -49,7 +56,7 @@ def adapter_agreement(policy_logprobs: Tensor, ref_logprobs: Tensor, sampling_lo
     observed = (sampling_logprobs - ref_logprobs).double()
     power = effect.square().sum().item()
     if power == 0.0:
-        return Agreement(slope=0.0, error=float("inf"))
+        return Agreement(slope=0.0, error=float("inf"), noise=float("inf"))
     slope = (effect * observed).sum().item() / power
     residual = (observed - slope * effect).square().mean().item()
-    return Agreement(slope, (residual / power) ** 0.5)
+    return Agreement(slope, (residual / power) ** 0.5, (residual / power * effect.numel()) ** 0.5)
