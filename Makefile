@@ -21,7 +21,8 @@ quickstart: $(READY)
 setup: $(READY)
 
 test: $(READY_DEV) check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m engine
 
 check: $(READY_DEV)
 	$(BIN)/ruff check .

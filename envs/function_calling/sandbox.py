@@ -20,11 +20,13 @@ the number of processes within the time limit; bugs in the kernel. It stops acci
 place for code of somebody who wants to break out: for that, run the server in a virtual machine and name it by URL.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,20 +88,21 @@ def adopt_orphans() -> None:
 
 
 def leave_namespaces() -> bool:
-    """Takes network, other processes and the mounts of others away from the processes that this one will start.
+    """Takes network and the sight of other processes away from the processes that this one will start.
 
     Returns:
         Whether the system allowed it.
     """
-    flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWNS
+    flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC
     return LIBC.unshare(flags if os.getuid() == 0 else flags | CLONE_NEWUSER) == 0
 
 
 def can_leave_namespaces() -> bool:
-    """Whether `leave_namespaces` will work, tried by a process that ends at once."""
+    """Whether `leave_namespaces` and, as root, `hide_files` will work, tried by a process that ends at once."""
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if leave_namespaces() else 1)
+        works = leave_namespaces() and (os.getuid() != 0 or LIBC.unshare(CLONE_NEWNS) == 0)
+        os._exit(0 if works else 1)
     return os.waitpid(pid, 0)[1] == 0
 
 
@@ -111,11 +114,14 @@ def closed_folders() -> list[str]:
 def hide_files(file_mb: int) -> None:
     """Gives this process, which must be root in namespaces of its own, a private /tmp and hides what only root may enter.
 
-    Folders with this interpreter's modules that lie in a hidden one are shown again, read-only.
+    Folders with this interpreter's modules that lie in a hidden one are shown again, read-only. Its mounts become its own: in
+    its /proc are the numbers of its own namespace, by which its supervisor would end strangers.
 
     Raises:
         OSError: The kernel refuses a mount.
     """
+    if LIBC.unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "the system allows no mounts of one's own")
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("proc", "/proc", "proc")
     # Opened before anything is hidden, so that they can be shown again.
@@ -150,11 +156,10 @@ def end_descendants() -> None:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        try:
+        with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:
-            return
+        time.sleep(0.001)
 
 
 def python_folders() -> list[str]:

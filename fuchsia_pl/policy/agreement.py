@@ -44,7 +44,7 @@ class Agreement:
 def adapter_agreement(policy_logprobs: Tensor, ref_logprobs: Tensor, sampling_logprobs: Tensor) -> Agreement:
     """Least squares of (sampling - ref) on (policy - ref), through the origin.
 
-    slope = sum(x y) / sum(x^2), error = sqrt(mean((y - slope x)^2) / sum(x^2)) and noise = sqrt(mean((y - slope x)^2) / mean(x^2)),
+    slope = sum(x y) / sum(x^2), error = sqrt(mean((y - slope x)^2) / sum(x^2)), noise = sqrt(mean((y - slope x)^2) / mean(x^2)),
     with x = policy - ref, what the adapter does in the trainer, and y = sampling - ref, what it does in the engine.
 
     Args:

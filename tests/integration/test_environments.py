@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 # Fewer and smaller steps than the configs' own, and one engine for all of them. Nothing of an environment is set here.
 SMALL = [
     *("--data.engine", "tests.integration.kept_engine.KeptEngine", "--data.sampling.max_length", "1024"),
-    *("--data.batch_size", "2", "--data.sampling.group_size", "4", "--trainer.accumulate_grad_batches", "2"),
+    *("--data.batch_size", "2", "--data.sampling.group_size", "2", "--trainer.accumulate_grad_batches", "2"),
     *("--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0", "--model.loss.loss_type", "grpo"),
 ]
 CPU = ["--config", "overlays/cpu.yaml"]
@@ -49,7 +49,7 @@ def fit(tmp_path, monkeypatch):
             rows = [row for row in csv.DictReader(stream) if row["train/loss"]]
         lines = (cli.run_folder / "rollouts.jsonl").read_text().splitlines()
         assert len(rows) == num_steps
-        assert len(lines) == num_steps * 8
+        assert len(lines) == num_steps * 4
         assert all(float(row["train/logprob_gap"]) < 0.15 for row in rows)
         return rows, [json.loads(line) for line in lines]
 
