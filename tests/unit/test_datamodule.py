@@ -1,10 +1,13 @@
+import asyncio
 from itertools import groupby
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from fuchsia_pl import datamodule
 from fuchsia_pl.datamodule import PhaseDataset
+from fuchsia_pl.envs import ToolServerError
 from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.rollouts.collector import PromptTooLongError
 from fuchsia_pl.types import ConfigError, Denominators
@@ -180,3 +183,73 @@ def test_token_counts_survive_beyond_what_float32_can_count(tiny_model, tmp_path
     data.trainer = make_trainer(tmp_path)
     sample = make_sample([1], [5], advantage=1.0)
     assert data._count([sample]) == (counted, None)
+
+
+def test_items_with_long_prompts_are_left_out_and_counted(tiny_model, tmp_path):
+    # "user:10?\n" and "a:" are 11 tokens, with one digit 10: of 20 items those above 9 do not fit into 16 - 6
+    sampling = {"max_length": 16, "long_prompts": "drop"}
+    module = make_module(tiny_model)
+    data = make_data(module, sampling=sampling)
+    seen = []
+    data.environment.reward_functions = [
+        lambda_named("even", lambda rollouts: seen.extend(r.item_index for r in rollouts) or [1.0, 0.0, 0.0, 0.0])
+    ]
+    data.environment.reward_weights = {}
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, datamodule=data)
+    assert sorted(set(seen)) == list(range(10))  # three steps of five items: every one that fits, and no other
+    assert trainer.callback_metrics["rollout/dropped_prompts"] == 10
+    too_few = make_data(module, environment=TinyEnvironment(num_items=30), sampling=sampling, batch_size=11)
+    with pytest.raises(ConfigError, match=r"has 10 training items, fewer than data\.batch_size=11"):
+        make_trainer(tmp_path).fit(module, datamodule=too_few)
+
+
+def lambda_named(name, function):
+    function.__name__ = name
+    return function
+
+
+def test_an_environment_is_prepared_before_every_phase_and_closed_once_also_after_a_failure(tiny_model, tmp_path):
+    class Prepared(TinyEnvironment):
+        def __init__(self, fails: bool) -> None:
+            super().__init__()
+            self.loops, self.closed, self.fails = [], [], fails
+
+        async def prepare(self):
+            self.loops.append(asyncio.get_running_loop())
+            if self.fails and len(self.loops) == 3:
+                raise ToolServerError("gone")
+
+        async def close(self):
+            self.closed.append(asyncio.get_running_loop())
+
+    module, environment = make_module(tiny_model), Prepared(fails=False)
+    make_trainer(tmp_path).fit(module, datamodule=make_data(module, environment=environment))
+    assert len(environment.loops) == 1 + 3  # at the start, and before each of three steps
+    assert len({id(loop) for loop in [*environment.loops, *environment.closed]}) == 1  # connections live on one loop
+    assert len(environment.closed) == 1
+
+    failing = Prepared(fails=True)
+    with pytest.raises(ToolServerError, match="gone"):
+        make_trainer(tmp_path).fit(make_module(tiny_model), datamodule=make_data(module, environment=failing))
+    assert len(failing.closed) == 1
+
+
+def test_rewards_are_weighted_by_the_step_they_are_sampled_for(tiny_model, tmp_path):
+    module = make_module(tiny_model)
+    environment = TinyEnvironment()
+    environment.initial_reward_weights, environment.ramp_steps = {"ended": 2.5}, 2
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            for sample in batch.samples:
+                rollout = sample.rollout
+                seen.append((rollout.step, rollout.reward - rollout.rewards["even"], rollout.rewards["ended"]))
+
+    make_trainer(tmp_path, Watch()).fit(module, datamodule=make_data(module, environment=environment))
+    # from 2.5 to the tiny environment's 0.5 in two steps
+    weight = {0: 2.5, 1: 1.5, 2: 0.5}
+    assert {step for step, *_ in seen} == {0, 1, 2}
+    assert all(rest == pytest.approx(weight[step] * ended) for step, rest, ended in seen)
+    assert any(ended for *_, ended in seen)

