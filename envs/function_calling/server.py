@@ -26,7 +26,7 @@ ROLLOUT_KEY, STATUS_KEY = "fuchsia/rollout", "fuchsia/status"
 OK, ERROR, TIMEOUT, KILLED, OUTPUT_LIMIT = "ok", "error", "timeout", "killed", "output_limit"
 START_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 5.0
-MAX_SESSIONS = 1024
+MAX_SESSIONS = 500  # fewer than there are users to run them as, see zygote.py
 LINE_LIMIT = 16 * 2**20
 
 
@@ -72,8 +72,12 @@ class Session:
     async def _open(self) -> None:
         ours = await self._interpreters.fork()
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LINE_LIMIT)
-        hello = await asyncio.wait_for(self._reader.readline(), START_TIMEOUT_S)
-        self._pid = json.loads(hello)["pid"]
+        try:
+            hello = await asyncio.wait_for(self._reader.readline(), START_TIMEOUT_S)
+            self._pid = json.loads(hello)["pid"]
+        except BaseException:
+            await self._kill()
+            raise
 
     async def _kill(self) -> None:
         writer, self._reader, self._writer = self._writer, None, None
@@ -105,6 +109,7 @@ class Interpreters:
         self._sessions: dict[str, Session] = {}
         self._control: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts the process that forks, and waits until it can."""
@@ -119,6 +124,13 @@ class Interpreters:
         ready = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self._control, 1), START_TIMEOUT_S)
         if not ready:
             raise RuntimeError("the process that forks interpreters did not start; what it said stands above")
+        self._watch = asyncio.create_task(self._end_with(self._process))
+
+    async def _end_with(self, process: asyncio.subprocess.Process) -> None:
+        """Without the process that forks this one is of no use; once it has ended too, its client starts another."""
+        code = await process.wait()
+        sys.stderr.write(f"the process that forks interpreters ended with {code}, and so does the server\n")
+        os._exit(1)
 
     async def fork(self) -> socket.socket:
         """A channel to a new interpreter."""
@@ -144,6 +156,8 @@ class Interpreters:
     async def stop(self) -> None:
         """Ends everything."""
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
+        if self._watch is not None:
+            self._watch.cancel()
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()

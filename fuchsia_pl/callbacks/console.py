@@ -13,7 +13,7 @@ from rich.text import Text
 from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.types import Batch, ConfigError, Sample, ServedModel
+from fuchsia_pl.types import Batch, ConfigError, Rollout, Sample, ServedModel
 
 # Label and format of the metrics that a step's line shows, in order.
 SHOWN = {
@@ -209,4 +209,21 @@ def completion_panel(sample: Sample) -> Panel:
     )
     title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.mean_advantage:+.2f}"
     # Text, not markup: what a model writes must not be read as formatting.
-    return Panel(Text(f"{rollout.prompt}{rollout.completion}"), title=Text(title))
+    return Panel(Text(f"{rollout.prompt}{conversation_text(rollout)}"), title=Text(title))
+
+
+def conversation_text(rollout: Rollout) -> str:
+    """What was said after the prompt; the environment's answers stand on lines of their own.
+
+    >>> conversation_text(Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="2 plus 2?"))
+    ''
+    """
+    said: list[str] = []
+    num_turns = len(rollout.turns)
+    for message in reversed(rollout.messages):
+        if num_turns == 0:
+            break
+        is_turn = message["role"] == "assistant"
+        num_turns -= is_turn
+        said.insert(0, message["content"] if is_turn else f"\n[{message['role']}] {message['content']}\n")
+    return "".join(said)

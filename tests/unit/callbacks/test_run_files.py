@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
-from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel
+from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel, conversation_text
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.types import Completion, Rollout, Turn
 from tests.doubles import make_data, make_module, make_sample, make_trainer
 
 EXPECTED_METRICS = {
@@ -189,3 +190,17 @@ def test_no_completion_is_shown_with_an_interval_of_zero(tiny_model, tmp_path):
     module = make_module(tiny_model)
     make_trainer(tmp_path, report, enable_progress_bar=True).fit(module, datamodule=make_data(module))
     assert "sibling" not in report.console.file.getvalue()
+
+
+def test_a_conversation_is_shown_with_the_environments_answers_and_without_the_prompts_examples():
+    rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="What is 2 plus 2?")
+    rollout.messages = [
+        {"role": "assistant", "content": "an example"},
+        {"role": "user", "content": "What is 2 plus 2?"},
+    ]
+    for text, answer in (("5", "no"), ("4", None)):
+        rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text))
+        if answer is not None:
+            rollout.respond(answer, role="tool")
+        rollout.take_responses()
+    assert conversation_text(rollout) == "5\n[tool] no\n4"
