@@ -124,17 +124,23 @@ def hide_files(file_mb: int) -> None:
         raise OSError(ctypes.get_errno(), "the system allows no mounts of one's own")
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("proc", "/proc", "proc")
+    scratch = ("/tmp", "/dev/shm")
+    closed = sorted({str(_closed_ancestor(Path(folder))) for folder in closed_folders()})
     # Opened before anything is hidden, so that they can be shown again.
-    shown = [(Path(folder), os.open(folder, os.O_PATH)) for folder in closed_folders()]
-    for ancestor in sorted({str(_closed_ancestor(folder)) for folder, _ in shown}):
-        _mount("tmpfs", ancestor, "tmpfs", data="mode=755,size=1m")
+    shown = [
+        (Path(folder), os.open(folder, os.O_PATH))
+        for folder in python_folders()
+        if any(Path(folder).is_relative_to(place) for place in (*closed, *scratch))
+    ]
+    for place in closed:
+        _mount("tmpfs", place, "tmpfs", data="mode=755,size=1m")
+    for place in scratch:
+        _mount("tmpfs", place, "tmpfs", data=f"mode=1777,size={file_mb}m")
     for folder, handle in shown:
         folder.mkdir(parents=True, exist_ok=True)
         _mount(f"/proc/self/fd/{handle}", str(folder), None, MS_BIND | MS_REC)
         _mount(None, str(folder), None, MS_BIND | MS_REMOUNT | MS_RDONLY)
         os.close(handle)
-    for place in ("/tmp", "/dev/shm"):
-        _mount("tmpfs", place, "tmpfs", data=f"mode=1777,size={file_mb}m")
 
 
 def become(uid: int) -> None:
