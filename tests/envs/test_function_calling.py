@@ -194,12 +194,10 @@ def test_when_the_server_is_killed_its_interpreters_end_too(how):
 def test_when_the_process_that_forks_is_killed_the_server_ends_and_is_started_again():
     before = descendants()
     made = Interpreter()
-    (zygote,) = [p for p in descendants() - before if "envs.function_calling.zygote" in p.cmdline()]
+    (zygote,) = [p for p in descendants() - before if runs(p, "envs.function_calling.zygote")]
     zygote.kill()
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(
-        COMMAND[3] in p.cmdline() for p in descendants() - before if p.is_running()
-    ):
+    while time.monotonic() < deadline and any(runs(p, COMMAND[3]) for p in descendants() - before):
         time.sleep(0.05)
     statuses = [made.cells("1 + 1", key=key)[0][1] for key in ("a", "b")]
     assert statuses == ["server_died", "ok"]
