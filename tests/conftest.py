@@ -22,6 +22,14 @@ def no_run_of_weights_and_biases_goes_on() -> Iterator[None]:
         sys.modules["wandb"].finish()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seeds torch before a test and its fixtures, so that what an adapter starts from does not depend on the tests before."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what needs a GPU as skipped where there is none, and runs what starts engines last."""
     import torch

@@ -238,18 +238,18 @@ def test_an_environment_is_prepared_before_every_phase_and_closed_once_also_afte
 def test_rewards_are_weighted_by_the_step_they_are_sampled_for(tiny_model, tmp_path):
     module = make_module(tiny_model)
     environment = TinyEnvironment()
-    environment.initial_reward_weights, environment.ramp_steps = {"ended": 2.5}, 2
+    environment.initial_reward_weights, environment.ramp_steps = {"even": 3.0}, 2
     seen = []
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             for sample in batch.samples:
                 rollout = sample.rollout
-                seen.append((rollout.step, rollout.reward - rollout.rewards["even"], rollout.rewards["ended"]))
+                seen.append((rollout.step, rollout.reward - 0.5 * rollout.rewards["ended"], rollout.rewards["even"]))
 
     make_trainer(tmp_path, Watch()).fit(module, datamodule=make_data(module, environment=environment))
-    # from 2.5 to the tiny environment's 0.5 in two steps
-    weight = {0: 2.5, 1: 1.5, 2: 0.5}
+    # from 3 to 1 in two steps; the weight of `ended` stays at 0.5
+    weight = {0: 3.0, 1: 2.0, 2: 1.0}
     assert {step for step, *_ in seen} == {0, 1, 2}
-    assert all(rest == pytest.approx(weight[step] * ended) for step, rest, ended in seen)
-    assert any(ended for *_, ended in seen)
+    assert all(rest == pytest.approx(weight[step] * even) for step, rest, even in seen)
+    assert any(even for *_, even in seen)
