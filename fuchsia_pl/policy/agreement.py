@@ -16,7 +16,8 @@ class Agreement:
     Attributes:
         slope: 1 where the engine applies the adapter, 0 where it does not, 2 where it applies it twice.
         error: Standard error of the slope; infinite where the adapter has no effect yet.
-        noise: What the slope leaves unexplained, relative to the adapter's effect on one token, both as root mean squares.
+        noise: What the slope leaves unexplained of a token, relative to the larger of the effects in trainer and engine; root
+            mean squares.
 
     >>> Agreement(slope=0.0, error=0.05, noise=0.1).holds, Agreement(slope=0.9, error=0.05, noise=0.1).holds
     (False, True)
@@ -44,8 +45,9 @@ class Agreement:
 def adapter_agreement(policy_logprobs: Tensor, ref_logprobs: Tensor, sampling_logprobs: Tensor) -> Agreement:
     """Least squares of (sampling - ref) on (policy - ref), through the origin.
 
-    slope = sum(x y) / sum(x^2), error = sqrt(mean((y - slope x)^2) / sum(x^2)), noise = sqrt(mean((y - slope x)^2) / mean(x^2)),
-    with x = policy - ref, what the adapter does in the trainer, and y = sampling - ref, what it does in the engine.
+    slope = sum(x y) / sum(x^2), error = sqrt(mean((y - slope x)^2) / sum(x^2)), and noise = sqrt(mean((y - slope x)^2) /
+    max(mean(x^2), mean(y^2))), with x = policy - ref, what the adapter does in the trainer, and y = sampling - ref, what it does
+    in the engine.
 
     Args:
         policy_logprobs: [N], adapter on.
@@ -59,4 +61,5 @@ def adapter_agreement(policy_logprobs: Tensor, ref_logprobs: Tensor, sampling_lo
         return Agreement(slope=0.0, error=float("inf"), noise=float("inf"))
     slope = (effect * observed).sum().item() / power
     residual = (observed - slope * effect).square().mean().item()
-    return Agreement(slope, (residual / power) ** 0.5, (residual / power * effect.numel()) ** 0.5)
+    largest = max(power / effect.numel(), observed.square().mean().item())
+    return Agreement(slope, (residual / power) ** 0.5, (residual / largest) ** 0.5)

@@ -18,12 +18,12 @@ def test_the_slope_is_the_share_that_the_engine_applies(applied):
 def test_error_by_hand():
     # sum x^2 = 0.01 + 0.04 + 0.04 = 0.09; noise (0.2, 0.1, 0) gives sum x y = 0.09 + 0.02 - 0.02 = 0.09, slope 1;
     # residual mean (0.04 + 0.01 + 0) / 3 = 0.0166667; error sqrt(0.0166667 / 0.09) = 0.43033148;
-    # mean x^2 = 0.03; noise sqrt(0.0166667 / 0.03) = 0.74535599
+    # mean x^2 = 0.03, y = (0.3, -0.1, 0.2), mean y^2 = 0.0466667; noise sqrt(0.0166667 / 0.0466667) = 0.59761430
     sampled = REFERENCE + EFFECT + torch.tensor([0.2, 0.1, 0.0])
     agreement = adapter_agreement(REFERENCE + EFFECT, REFERENCE, sampled)
     assert agreement.slope == pytest.approx(1.0, abs=1e-6)
     assert agreement.error == pytest.approx(0.43033148, abs=1e-5)
-    assert agreement.noise == pytest.approx(0.74535599, abs=1e-5)
+    assert agreement.noise == pytest.approx(0.59761430, abs=1e-5)
     assert not agreement.is_conclusive
 
 
