@@ -1,5 +1,5 @@
 # `make quickstart` trains a real model, `make test` passes the tests, `make mutants` checks that the tests of the objectives
-# notice every mistake, `make setup` only installs.
+# notice every mistake, `make bench` measures the table of the README anew, `make setup` only installs.
 # Variables: EXTRA=cpu|gpu (default: gpu where nvidia-smi answers), PYTHON, VENV, ARGS (added to the quickstart's command).
 
 SHELL := /bin/bash
@@ -13,7 +13,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready-$(EXTRA)
 READY_DEV := $(VENV)/.ready-$(EXTRA)-dev
 
-.PHONY: quickstart test setup check mutants clean
+.PHONY: quickstart test setup check bench mutants clean
 
 quickstart: $(READY)
 	$(BIN)/fuchsia fit --config quickstart.yaml $(ARGS)
@@ -28,6 +28,9 @@ check: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY_DEV)
+	$(BIN)/python -m tests.bench README.md
 
 mutants: $(READY_DEV)
 	$(BIN)/python -m tests.mutants

@@ -2,70 +2,64 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
+from fuchsia_pl.batch import Batch, Denominators, RolloutScores
 from fuchsia_pl.engines.base import Engine, EngineSpec
 from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
+from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.objectives.config import Learner
 from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
 from fuchsia_pl.rollouts.addressing import item_indices, refill_indices
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.rollouts.ahead import PhasesAhead
+from fuchsia_pl.rollouts.batcher import Unit, count_denominators, count_over_ranks, make_batches, split_balanced
+from fuchsia_pl.rollouts.budget import LongestRow, longest_unit, plan_micro_batches
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.rollouts.credit import OVERLONG, make_samples, penalise_overlong, scores_by_rollout
+from fuchsia_pl.rollouts.credit import OVERLONG, changes_nothing, make_samples, penalise_overlong, scores_by_rollout
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
-from fuchsia_pl.types import Batch, ConfigError, Denominators, Evaluation, RolloutGroup, RolloutScores, Sample
+from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
+from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
+from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
 
-ENGINE_LOG = "engine.log"
 CLOSE_TIMEOUT_S = 60.0
 T = TypeVar("T")
-NO_ROWS = "none of the step's rollouts can be trained on: not scored, masked, or in groups without spread"
-NO_ADVANTAGE = "every advantage of the step is 0: the rewards do not differ"
 
 
 class Scorer(Protocol):
     """What the data module knows of the module: it says of rollouts what only the model can."""
 
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what siblings have in common is computed once."""
+
+    @property
+    def max_tokens_per_micro_batch(self) -> int | None:
+        """The budget that decides the number of micro-batches, if there is one."""
+
     def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
         """KL and values of the tokens of some micro-batches."""
 
 
-class PhaseDataset(IterableDataset[Any]):
-    """Calls a producer once per phase and hands out what it makes.
+@runtime_checkable
+class TurnTaker(Protocol):
+    """What the data module knows of a callback that lets engine and trainer take turns on one device."""
 
-    It has a length on purpose: without one Lightning fetches a batch ahead, and step k+1 would be sampled with the weights
-    of step k.
-
-    Args:
-        produce: Makes the batches of one phase.
-        num_phases: Phases per epoch.
-        batches_per_phase: Batches that `produce` makes.
-    """
-
-    def __init__(self, produce: Callable[[], list[Any]], num_phases: int, batches_per_phase: int) -> None:
-        self.produce = produce
-        self.num_phases = num_phases
-        self.batches_per_phase = batches_per_phase
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return self.num_phases * self.batches_per_phase
-
-    def __iter__(self) -> Iterator[Any]:
-        """Produces a phase only when its first batch is asked for."""
-        for _ in range(self.num_phases):
-            yield from self.produce()
+    def engine_sleeps(self, trainer: Trainer) -> bool:
+        """Whether the engine will be asked to sleep; refuses what that does not work with."""
 
 
 class RolloutDataModule(LightningDataModule):
@@ -110,6 +104,11 @@ class RolloutDataModule(LightningDataModule):
                 f"data.sampling.group_size must be 2 or more, got {sampling.group_size}: advantage "
                 f'"{loss.parts.advantage}" compares siblings of one item'
             )
+        if sampling.max_staleness % loss.num_policy_updates:
+            raise ConfigError(
+                f"data.sampling.max_staleness={sampling.max_staleness} is no multiple of model.loss.num_policy_updates="
+                f"{loss.num_policy_updates}: weights come to the engine once in as many steps"
+            )
         check_environment(environment)
         if OVERLONG in [reward_name(function) for function in environment.reward_functions]:
             raise ConfigError(f"{type(environment).__name__} has a reward function {OVERLONG!r}: the name is taken")
@@ -122,9 +121,11 @@ class RolloutDataModule(LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
         self._collector: Collector | None = None
-        # One event loop for the whole run: connections to tool servers live on it from phase to phase.
-        self._runner: asyncio.Runner | None = None
+        self._loop: LoopThread | None = None
+        self._phases: PhasesAhead[tuple[Sampled, float]] | None = None
         self._fitting: list[int] = []  # positions of the training items whose prompts are short enough
+        self._longest_row: LongestRow | None = None
+        self._planned = 1  # micro-batches, as the budget decided
 
     @property
     def rows_per_step(self) -> int:
@@ -145,13 +146,28 @@ class RolloutDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is no multiple of the {trainer.world_size} ranks, which each sample their "
                 "share of the items"
             )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        sleeps = any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, TurnTaker))
         chat = Chat(self.served_model.folder)
         self._collector = Collector(self.engine, self.environment, chat, self.sampling)
         self._run(self._collector.prepare())
         if stage == "fit":
             self._check_training()
-        log_file = Path(trainer.default_root_dir) / ENGINE_LOG
-        self.engine.start(EngineSpec(self.served_model, self.sampling.max_length, self.seed, log_file))
+        self.engine.start(
+            EngineSpec(
+                self.served_model,
+                self.sampling.max_length,
+                self.seed,
+                Path(trainer.default_root_dir) / engine_log(trainer.global_rank),
+                trainer.world_size,
+                trainer.global_rank,
+                trainer.local_rank,
+                trainer.num_devices,
+                trainer.strategy.root_device.index,
+                loads_in_flight=self.sampling.in_flight == "continue",
+                sleeps=sleeps,
+            )
+        )
 
     def teardown(self, stage: str) -> None:
         """Ends the environment's servers and the engine, while the interpreter is still whole."""
@@ -168,78 +184,133 @@ class RolloutDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Phases of `accumulate_grad_batches` micro-batches for each of their `num_policy_updates` optimizer steps."""
         num_updates = self.loss.num_policy_updates
+        budget = self._scorer.max_tokens_per_micro_batch
+        if budget is not None:
+            self._plan_micro_batches(budget)
         batches_per_phase = self._trainer.accumulate_grad_batches * num_updates
-        return _loader(PhaseDataset(self._train_phase, self.steps_per_epoch // num_updates, batches_per_phase))
+        if self._phases is None:
+            num_ahead = self.sampling.max_staleness // num_updates
+            last = num_phases(self._trainer, self.steps_per_epoch, num_updates)
+            self._phases = PhasesAhead(self._loop_thread, self._sample, num_ahead, last)
+        return phase_loader(PhaseDataset(self._train_phase, self.steps_per_epoch // num_updates, batches_per_phase))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out split, sampled all at once."""
-        return _loader(PhaseDataset(self._evaluate, num_phases=1, batches_per_phase=1))
+        return phase_loader(PhaseDataset(self._evaluate, num_phases=1, batches_per_phase=1))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def paused(self) -> AbstractContextManager[None]:
+        """No request is in flight inside the `with` block, unless rollouts go on with new weights."""
+        if self._phases is None or self.sampling.in_flight == "continue":
+            return nullcontext()
+        return self._phases.paused()
 
     @property
     def _trainer(self) -> Trainer:
         assert self.trainer is not None, "Lightning attaches the trainer"
         return self.trainer
 
+    @property
+    def _scorer(self) -> Scorer:
+        return cast(Scorer, self._trainer.lightning_module)
+
     def _check_training(self) -> None:
         """Refuses, before the engine starts, what would fail or silently drop rows later."""
         assert self._collector is not None
-        trainer, items, num_updates = self._trainer, self.environment.train_items(), self.loss.num_policy_updates
+        trainer, items = self._trainer, self.environment.train_items()
         item_indices(self.seed, 0, len(items), self.batch_size)
         self._collector.check_template(items[0])
-        self._fitting = self._collector.fitting(items)
+        prompts = self._collector.fitting(items)
+        self._fitting = list(prompts)
         item_indices(self.seed, 0, len(self._fitting), self.batch_size)
-        limit, num_micro_batches = trainer.limit_train_batches, trainer.accumulate_grad_batches
-        batches_per_phase = num_micro_batches * num_updates
-        num_batches = limit if isinstance(limit, int) else int(self.steps_per_epoch * num_micro_batches * limit)
-        if num_batches % batches_per_phase:
+        shortest, longest = min(prompts.values()), max(prompts.values())
+        if self.environment.max_steps == 1:
+            self._longest_row = LongestRow(longest, self.sampling.max_completion_tokens)
+        else:  # responses of any length may come between the turns
+            self._longest_row = LongestRow(shortest, self.sampling.max_length - shortest)
+        budget = self._scorer.max_tokens_per_micro_batch
+        if budget is None:
+            check_phases(trainer, self.steps_per_epoch, self.loss.num_policy_updates)
+        elif trainer.accumulate_grad_batches not in (1, self._planned):
             raise ConfigError(
-                f"trainer.limit_train_batches={limit} would cut a phase: it has {batches_per_phase} micro-batches "
-                "(trainer.accumulate_grad_batches x model.loss.num_policy_updates); use data.steps_per_epoch or trainer.max_steps"
-            )
-        if trainer.max_steps > 0 and trainer.max_steps % num_updates:
-            raise ConfigError(
-                f"trainer.max_steps={trainer.max_steps} is no multiple of model.loss.num_policy_updates={num_updates}: the run "
-                "would end within a phase"
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} and model.policy.max_tokens_per_micro_batch="
+                f"{budget} say the same thing twice: leave the budget out, or set --trainer.accumulate_grad_batches 1"
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigError(
                 "GradientAccumulationScheduler would cut optimizer steps: set trainer.accumulate_grad_batches"
             )
 
+    def _plan_micro_batches(self, max_tokens: int) -> None:
+        """Sets the trainer's number of micro-batches; only now does the model say whether it shares prefixes."""
+        assert self._longest_row is not None, "setup comes first"
+        groups, shares_prefix = self.batch_size // self._trainer.world_size, self._scorer.shares_prefix
+        arguments = self._longest_row, groups, self.sampling.group_size, shares_prefix, max_tokens
+        self._planned = plan_micro_batches(*arguments).num_micro_batches
+        self._trainer.accumulate_grad_batches = self._planned
+        check_phases(self._trainer, self.steps_per_epoch, self.loss.num_policy_updates)
+
+    def longest_batch(self) -> Batch:
+        """The largest micro-batch that can come, made of filler."""
+        assert self._longest_row is not None, "setup comes first"
+        groups, trainer = self.batch_size // self._trainer.world_size, self._trainer
+        samples = [
+            sample
+            for item in range(groups)
+            for sample in longest_unit(self._longest_row, self.sampling.group_size, item, self.sampling.temperature)
+        ]
+        denominators = count_denominators(samples, self.sampling.max_completion_tokens)
+        largest = max(self._split(samples), key=lambda units: sum(len(unit) for unit in units))
+        return make_batches([largest], denominators, trainer.global_step, {})[0]
+
+    def _split(self, samples: Sequence[Sample]) -> list[list[Unit]]:
+        return split_balanced(samples, self._trainer.accumulate_grad_batches, self._scorer.shares_prefix)
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end on the run's event loop."""
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        return self._runner.run(coroutine)
+        return self._loop_thread.run(coroutine, None)  # environments and engines bound whatever they wait for
+
+    @property
+    def _loop_thread(self) -> LoopThread:
+        if self._loop is None:
+            self._loop = LoopThread("rollouts")
+        return self._loop
 
     def _close(self) -> None:
+        loop, phases, self._loop, self._phases = self._loop, self._phases, None, None
         try:
-            if self._runner is not None:
-                self._runner.run(asyncio.wait_for(self.environment.close(), CLOSE_TIMEOUT_S))
+            if loop is not None:
+                loop.run(self._end_environment(phases), 3 * CLOSE_TIMEOUT_S)
         finally:
-            if self._runner is not None:
-                self._runner.close()
-            self._runner = None
+            if loop is not None:
+                loop.stop(CLOSE_TIMEOUT_S)
             self.engine.close()
+
+    async def _end_environment(self, phases: PhasesAhead[tuple[Sampled, float]] | None) -> None:
+        """Ends rollouts first and connections to tool servers last: those are held by tasks of their own."""
+        if phases is not None:
+            await phases.cancel()
+        await asyncio.wait_for(self.environment.close(), CLOSE_TIMEOUT_S)
+        await cancel_others(CLOSE_TIMEOUT_S)
 
     def _share(self, indices: list[int]) -> list[int]:
         return indices[self._trainer.global_rank :: self._trainer.world_size]
 
     def _train_phase(self) -> list[Batch]:
-        assert self._collector is not None, "setup comes first"
-        num_updates, num_micro_batches = self.loss.num_policy_updates, self._trainer.accumulate_grad_batches
-        start = time.perf_counter()
-        sampled = self._sample(phase=self._trainer.global_step // num_updates)
-        seconds = time.perf_counter() - start
+        assert self._phases is not None, "train_dataloader comes first"
+        num_updates, step = self.loss.num_policy_updates, self._trainer.global_step
+        sampled, seconds = self._phases.take(step // num_updates)
         rollouts = [rollout for group in [*sampled.kept, *sampled.dropped] for rollout in group.rollouts]
         version = min((r.policy_version for r in rollouts if r.turns), default=self.engine.policy_version)
         penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
         scores = self._scores(sampled.kept, version)
-        weights = weights_at(self.environment, self._trainer.global_step)
-        samples = make_samples(self.loss, sampled.kept, weights, scores, self._add_up)
+        weights = weights_at(self.environment, step)
+        made = make_samples(self.loss, sampled.kept, weights, scores, self._add_up)
+        samples = drop_stale(made, step, self.sampling.max_staleness)
+        version = oldest_version(samples, version, partial(self._over_ranks, "min"))
+        effective = [sample for sample in samples if not changes_nothing(self.loss, sample)]
         kl = [of_rollout.kl for of_rollout in scores.values() if of_rollout.kl is not None]
         kl_total = (float(sum(row.sum() for row in kl)), float(sum(row.numel() for row in kl)))
         record = StepRecord(
@@ -247,22 +318,29 @@ class RolloutDataModule(LightningDataModule):
             sampled.dropped,
             sampled.num_refills,
             len(samples),
+            len(samples) - len(effective),
             seconds,
             len(self.environment.train_items()) - len(self._fitting),
             kl_total if self.loss.kl_in_reward else None,
+            len(made) - len(samples),
         )
         world_size = self._trainer.world_size
         metrics = over_ranks(step_fractions(record, self.environment, world_size), self._add_up)
-        denominators, skip_reason = self._count(samples)
-        batches = make_batches(samples, num_micro_batches, denominators, version, metrics)
-        trained = {id(sample.rollout) for sample in samples}
+        longest = self.sampling.max_completion_tokens
+        denominators, skip_reason = count_over_ranks(samples, effective, longest, self._add_up)
+        batches = make_batches(self._split(effective), denominators, version, metrics)
+        trained, kept = {id(sample.rollout) for sample in samples}, {id(sample) for sample in effective}
         unused = tuple(rollout for rollout in rollouts if id(rollout) not in trained)
-        batches[0] = replace(batches[0], unused=unused)
-        batches = [replace(batch, skip_reason=skip_reason) for batch in batches]
+        without_effect = tuple(sample for sample in samples if id(sample) not in kept)
+        batches[0] = replace(batches[0], unused=unused, without_effect=without_effect)
+        staleness = self.sampling.max_staleness
+        batches = [replace(batch, skip_reason=skip_reason, max_staleness=staleness) for batch in batches]
         return [replace(batch, policy_update=update) for update in range(num_updates) for batch in batches]
 
-    def _sample(self, phase: int) -> Sampled:
-        assert self._collector is not None
+    async def _sample(self, phase: int) -> tuple[Sampled, float]:
+        """The groups of a phase and the seconds they took."""
+        assert self._collector is not None, "setup comes first"
+        start = time.perf_counter()
         places = item_indices(self.seed, phase, len(self._fitting), self.batch_size)
         draw = Draw(
             items=self.environment.train_items(),
@@ -270,12 +348,13 @@ class RolloutDataModule(LightningDataModule):
             siblings=self.sampling.group_size,
             temperature=self.sampling.temperature,
             address=(self.seed, "train", phase),
-            step=self._trainer.global_step,
+            step=phase * self.loss.num_policy_updates,
         )
         max_refills = self.loss.parts.max_refills
         others = refill_indices(self.seed, phase, len(self._fitting), set(places)) if max_refills else []
         spare = self._share([self._fitting[place] for place in others])
-        return self._run(sample_groups(self._collector, draw, spare, max_refills))
+        sampled = await sample_groups(self._collector, draw, spare, max_refills)
+        return sampled, time.perf_counter() - start
 
     def _scores(self, groups: Sequence[RolloutGroup], version: int) -> dict[int, RolloutScores]:
         """The trainer's word on the rollouts, where advantages need it."""
@@ -285,23 +364,16 @@ class RolloutDataModule(LightningDataModule):
             Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for group in groups for rollout in group.rollouts
         ]
         device = self._trainer.strategy.root_device
-        number = self._trainer.accumulate_grad_batches
-        batches = [batch.to(device) for batch in make_batches(samples, number, Denominators(1, 1, 1), version, {})]
-        scorer = cast(Scorer, self._trainer.lightning_module)
-        return scores_by_rollout(batches, scorer.score_rollouts(batches))
-
-    def _count(self, samples: Sequence[Sample]) -> tuple[Denominators, str | None]:
-        """The step's denominators over all ranks, and why there is nothing to learn from it, if so."""
-        local = count_denominators(samples, self.sampling.max_completion_tokens)
-        num_learnable = sum(any(sample.advantages) or sample.old_values != sample.value_targets for sample in samples)
-        counts = torch.tensor([local.num_tokens, local.num_rows, num_learnable], dtype=torch.int64)
-        num_tokens, num_rows, num_learnable = self._add_up(counts).tolist()
-        reason = NO_ROWS if num_rows == 0 else NO_ADVANTAGE if num_learnable == 0 else None
-        return Denominators(num_tokens, num_rows, local.max_completion_tokens), reason
+        batches = make_batches(self._split(samples), Denominators(1, 1, 1, 1), version, {})
+        batches = [batch.to(device) for batch in batches]
+        return scores_by_rollout(batches, self._scorer.score_rollouts(batches))
 
     def _add_up(self, values: Tensor) -> Tensor:
+        return self._over_ranks("sum", values)
+
+    def _over_ranks(self, how: Literal["sum", "min"], values: Tensor) -> Tensor:
         strategy = self._trainer.strategy  # its reduce works in place on some strategies
-        return strategy.reduce(values.clone().to(strategy.root_device), reduce_op="sum").cpu()
+        return strategy.reduce(values.clone().to(strategy.root_device), reduce_op=how).cpu()
 
     def _evaluate(self) -> list[Evaluation]:
         assert self._collector is not None, "setup comes first"
@@ -319,7 +391,10 @@ class RolloutDataModule(LightningDataModule):
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]
 
 
-def _loader(dataset: PhaseDataset) -> DataLoader[Any]:
-    # A loader draws a seed for its workers whenever it is iterated. From torch's global generator that would make a resumed
-    # run, which iterates at another moment, drop out other activations than the run it resumes.
-    return DataLoader(dataset, batch_size=None, num_workers=0, generator=torch.Generator())
+def engine_log(rank: int) -> str:
+    """Name of the file that a rank's engine writes to.
+
+    >>> engine_log(0), engine_log(3)
+    ('engine.log', 'engine.rank3.log')
+    """
+    return f"engine.rank{rank}.log" if rank else "engine.log"

@@ -10,15 +10,19 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from fuchsia_pl.batch import Batch, RolloutScores
 from fuchsia_pl.objectives.config import Learner, LossConfig
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.policy.sharding import total_norm
 from fuchsia_pl.policy.sources import resolve_model
-from fuchsia_pl.types import Batch, ConfigError, Evaluation, RolloutScores, ServedModel
+from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
 
 RNG_KEY = "torch_rng_state"
+MICRO_BATCHES_KEY = "num_micro_batches"
+SHAPES_KEY = "trained_shapes"
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +63,11 @@ class GRPOModule(LightningModule):
         self.step_metrics: dict[str, Tensor] = {}
         self.rollout_metrics: Mapping[str, float] = {}
         self.loaded_step = 0
+        self.loaded_micro_batches: int | None = None
         self.skip_reason: str | None = None
-        # The trainer's logprobs of each micro-batch before the first update of a phase.
-        self._behaviour: list[Tensor] = []
+        # Of each micro-batch, the trainer's logprobs before the first update of a phase; of the newest, the reference's.
+        self.behaviour: list[Tensor] = []
+        self.ref_logprobs: Tensor | None = None
         # A checkpoint holds what was trained and never the base weights.
         self.strict_loading = False
 
@@ -74,6 +80,8 @@ class GRPOModule(LightningModule):
                 with_reference=self.loss_config.beta > 0,
                 with_critic=self.loss_config.parts.advantage == "gae",
             )
+            if self.device_mesh is not None:  # FSDP2Strategy's; other strategies have none
+                self.policy.shard(self.device_mesh["data_parallel"])
             self.policy.train()
 
     def configure_optimizers(self) -> Any:
@@ -96,6 +104,41 @@ class GRPOModule(LightningModule):
                 f"{self.trainer.precision!r}, use 32-true or bf16-mixed (frozen weights have model.policy.dtype either way)"
             )
 
+    def on_train_start(self) -> None:
+        """Refuses to go on with another number of micro-batches: Lightning counts how far a run is in these.
+
+        Raises:
+            ConfigError: The checkpoint's number is another one.
+        """
+        number = self.trainer.accumulate_grad_batches
+        if self.loaded_micro_batches not in (None, number):
+            raise ConfigError(
+                f"the checkpoint counts {self.loaded_micro_batches} micro-batches a step, and this run has {number}: "
+                f"set trainer.accumulate_grad_batches to {self.loaded_micro_batches}, or start anew from the adapter of that "
+                "run with model.policy.lora.init_from"
+            )
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what siblings have in common is computed once."""
+        return self._policy.shares_prefix
+
+    @property
+    def max_tokens_per_micro_batch(self) -> int | None:
+        """The budget that decides the number of micro-batches, if there is one."""
+        return self.policy_config.max_tokens_per_micro_batch
+
+    def rehearse(self, batch: Batch) -> None:
+        """Runs a micro-batch forward and backward and leaves nothing behind: no gradient, no metric, no number drawn."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with self.trainer.precision_plugin.forward_context():
+                reference = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
+                scores = self._policy.scores(batch)
+                old_logprobs = scores.logprobs.detach()
+                loss = policy_loss(self.loss_config, batch, scores, old_logprobs, old_logprobs, reference).loss
+            loss.backward()
+        self._policy.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
         """KL and values of the tokens of some micro-batches, where advantages need them; without dropout."""
@@ -117,22 +160,24 @@ class GRPOModule(LightningModule):
         Raises:
             StaleBatchError: The batch was sampled with other weights.
         """
-        if batch.policy_version != self.global_step - batch.policy_update:
+        if not 0 <= self.global_step - batch.policy_update - batch.policy_version <= batch.max_staleness:
             raise StaleBatchError(
                 f"step {self.global_step} got rollouts of policy version {batch.policy_version} for update "
-                f"{batch.policy_update} of their phase: the data loader ran ahead of the trainer, or the engine was not synced"
+                f"{batch.policy_update} of their phase, and {batch.max_staleness} steps are the most that they may lie apart: "
+                "the data loader ran ahead of the trainer, or the engine was not synced"
             )
-        ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
-        scores = self._policy.scores(batch)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        self._policy.end_accumulation(micro_batch + 1 == self.trainer.accumulate_grad_batches)
+        self.ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
+        scores = self._policy.scores(batch)
         if batch.policy_update == 0:
             # What sampled drops nothing out, so what is compared with it must not either.
             evaluated = self._policy.evaluated_scores(batch) if self._policy.has_dropout else scores
-            self._behaviour = [*self._behaviour[:micro_batch], evaluated.logprobs.detach()]
-        behaviour = self._behaviour[micro_batch]
+            self.behaviour = [*self.behaviour[:micro_batch], evaluated.logprobs.detach()]
+        behaviour = self.behaviour[micro_batch]
         # At the first update both sides of the ratio are one forward: it is exactly 1, and dropout clips no token.
         old_logprobs = scores.logprobs.detach() if batch.policy_update == 0 else behaviour
-        output = policy_loss(self.loss_config, batch, scores, old_logprobs, behaviour, ref_logprobs)
+        output = policy_loss(self.loss_config, batch, scores, old_logprobs, behaviour, self.ref_logprobs)
         gap = logprob_gap(batch, behaviour)
         for name, value in {**output.metrics, "train/logprob_gap": gap}.items():
             combine = torch.maximum if name.endswith("_max") else torch.add
@@ -153,7 +198,7 @@ class GRPOModule(LightningModule):
             for name, value in self.step_metrics.items()
         }
         gradients = [p.grad for p in self._policy.trainable_parameters() if p.grad is not None]
-        shares["train/grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+        shares["train/grad_norm"] = total_norm(gradients)
         shares["train/skipped"] = torch.tensor(float(self.skip_reason is not None))
         if self.skip_reason is not None:
             logger.warning("step %d is skipped, the weights stay as they are: %s", self.global_step, self.skip_reason)
@@ -175,9 +220,12 @@ class GRPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained weights only, and the state of torch's generator (LoRA dropout draws from it)."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self._trained_shapes()
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
+        # Sharded weights are loaded before this module is asked, and are no longer in the checkpoint then.
+        checkpoint[SHAPES_KEY] = trained
         checkpoint[RNG_KEY] = torch.get_rng_state()
+        checkpoint[MICRO_BATCHES_KEY] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the generator, and refuses a checkpoint of another adapter or from within a phase.
@@ -191,26 +239,28 @@ class GRPOModule(LightningModule):
                 f"the checkpoint is of step {step}, which is no multiple of model.loss.num_policy_updates={num_updates}: the "
                 "rollouts of a phase are not saved, so a run goes on only from where one ends, as checkpoints/last.ckpt does"
             )
-        trained = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        trained, found = self._trained_shapes(), checkpoint[SHAPES_KEY]
         if trained != found:
             raise ConfigError(
                 f"the checkpoint holds {len(found)} trained tensors, this config trains {len(trained)}, and names or shapes "
                 f"differ, first at {_first_difference(trained, found)}: use the config.yaml of the run that wrote it"
             )
         torch.set_rng_state(checkpoint[RNG_KEY])
-        self.loaded_step = checkpoint["global_step"]
+        self.loaded_step, self.loaded_micro_batches = checkpoint["global_step"], checkpoint[MICRO_BATCHES_KEY]
 
     @property
     def _policy(self) -> Policy:
         assert self.policy is not None, "configure_model comes first"
         return self.policy
 
+    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+
     def _log_evaluation(self, split: str, batch: Evaluation) -> None:
         metrics = {f"{split}/{name}": value for name, value in batch.metrics.items()}
         self.log_dict(metrics, batch_size=max(len(batch.rollouts), 1), on_step=False, on_epoch=True, sync_dist=True)
 
 
-def _first_difference(trained: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:
+def _first_difference(trained: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     names = sorted(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
     return f"{names[0]} (trained {trained.get(names[0])}, found {found.get(names[0])})"

@@ -1,20 +1,17 @@
 """The nouns of a run, in the order in which data passes through them.
 
-item -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch
+item -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch (`batch.py`)
 
-Shape letters: B rows of a micro-batch, T label positions, G siblings of a group.
+Shape letters: G siblings of a group, L tokens of a rollout, A sampled tokens.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 Item = Mapping[str, Any]
 Message = dict[str, str]
@@ -73,9 +70,11 @@ class Completion:
         finish_reason: "stop" where the model or a stop string ended it, "length" where `max_tokens` did.
         stop_reason: The stop string or the id that ended it, None for the model's own end-of-turn token.
         policy_version: The optimizer step whose weights sampled it.
+        earlier_versions: Where new weights came in between, those whose weights sampled its first tokens, one per token.
 
-    >>> Completion((52, 2), (-0.1, -0.02), "stop", None, policy_version=3).token_ids
-    (52, 2)
+    >>> completion = Completion((7, 52, 2), (-0.3, -0.1, -0.02), "stop", None, policy_version=3, earlier_versions=(2,))
+    >>> completion.policy_versions
+    (2, 3, 3)
     """
 
     token_ids: tuple[int, ...]
@@ -83,6 +82,13 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     policy_version: int
+    earlier_versions: tuple[int, ...] = ()
+
+    @property
+    def policy_versions(self) -> tuple[int, ...]:
+        """The optimizer step whose weights sampled each token. Length [L]."""
+        later = len(self.token_ids) - len(self.earlier_versions)
+        return (*self.earlier_versions, *(self.policy_version for _ in range(later)))
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,14 @@ class Rollout:
     @property
     def policy_version(self) -> int:
         """The oldest policy version among its turns, -1 before the first."""
-        return min((turn.completion.policy_version for turn in self.turns), default=-1)
+        completions = [turn.completion for turn in self.turns]
+        return min((min((*c.earlier_versions, c.policy_version)) for c in completions), default=-1)
+
+    @property
+    def policy_versions(self) -> list[int]:
+        """The policy version that sampled each token, -1 where `loss_mask` is False. Length [L]."""
+        sampled = (version for turn in self.turns for version in turn.completion.policy_versions)
+        return [next(sampled) if kept else -1 for kept in self.loss_mask]
 
     def respond(self, text: str, role: str = "user") -> None:
         """Answers the newest turn; the policy goes on after it. One turn may have several answers.
@@ -270,120 +283,6 @@ class Sample:
     def mean_advantage(self) -> float:
         """Mean over its tokens, for people."""
         return sum(self.advantages) / max(len(self.advantages), 1)
-
-
-@dataclass(frozen=True)
-class Denominators:
-    """What a loss is divided by, counted over one optimizer step and all ranks, never over one micro-batch.
-
-    Attributes:
-        num_tokens: Tokens with `loss_mask` True.
-        num_rows: Rows with at least one such token.
-        max_completion_tokens: The configured bound of a completion's length.
-
-    >>> Denominators(num_tokens=1500, num_rows=64, max_completion_tokens=32).num_rows
-    64
-    """
-
-    num_tokens: int
-    num_rows: int
-    max_completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The tensors of one micro-batch. Labels are shifted already: position t predicts `labels[:, t]`.
-
-    Rows are padded on the right. For a prompt P0 P1 and a completion A0 A1, padded to T = 4:
-
-        input_ids           P0    P1    A0    pad
-        labels              P1    A0    A1    pad
-        loss_mask           False True  True  False     (True: this label contributes to the loss)
-        sampling_logprobs   0.0   -0.4  -0.1  0.0
-
-    Attributes:
-        input_ids: int64 [B, T].
-        labels: int64 [B, T].
-        loss_mask: bool [B, T].
-        sampling_logprobs: float32 [B, T].
-        advantages: float32 [B, T], 0 where loss_mask is False.
-        temperatures: float32 [B], the temperature each row was sampled with.
-        denominators: Of the whole optimizer step.
-        policy_version: The optimizer step whose weights sampled these rows.
-        samples: What the rows were made of, for logs. A row without a sample is padding.
-        metrics: Figures of the whole step's rollouts, the same in each of its micro-batches.
-        unused: Rollouts of the step that are not trained on, for logs; in its first micro-batch.
-        old_values: With a critic, its values before the update; float32 [B, T].
-        value_targets: With a critic, what its values should have been; float32 [B, T].
-        policy_update: How many optimizer steps were made with these rows already.
-        skip_reason: Why the optimizer step is to be skipped, None where it is not.
-
-    >>> zeros = torch.zeros(1, 4)
-    >>> batch = Batch(
-    ...     zeros.long(), zeros.long(), zeros.bool(), zeros, zeros, zeros[:, 0] + 1,
-    ...     Denominators(1, 1, 1), policy_version=0, samples=(), metrics={})
-    >>> batch.to("cpu").labels.shape
-    torch.Size([1, 4])
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    sampling_logprobs: Tensor
-    advantages: Tensor
-    temperatures: Tensor
-    denominators: Denominators
-    policy_version: int
-    samples: tuple[Sample, ...]
-    metrics: Mapping[str, float]
-    unused: tuple[Rollout, ...] = ()
-    old_values: Tensor | None = None
-    value_targets: Tensor | None = None
-    policy_update: int = 0
-    skip_reason: str | None = None
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Returns the batch with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in self.__dict__.items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What the policy says of the tokens of a batch, all [B, T] and meaningless where `loss_mask` is False.
-
-    Attributes:
-        logprobs: Of the labels, at the temperature they were sampled with.
-        entropies: Of the distributions they were drawn from, in nats.
-        values: The critic's, None without one.
-
-    >>> TokenScores(torch.zeros(1, 2), torch.zeros(1, 2), None).logprobs.shape
-    torch.Size([1, 2])
-    """
-
-    logprobs: Tensor
-    entropies: Tensor
-    values: Tensor | None
-
-
-@dataclass(frozen=True)
-class RolloutScores:
-    """What the trainer says of the tokens of a batch before there are advantages, [B, T].
-
-    Attributes:
-        kl: An estimate of KL(policy || reference) per token, None where the reward does not need it.
-        values: The critic's, None without one.
-
-    >>> RolloutScores(None, torch.zeros(1, 2)).values.shape
-    torch.Size([1, 2])
-    """
-
-    kl: Tensor | None
-    values: Tensor | None
 
 
 @dataclass(frozen=True)

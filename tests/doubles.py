@@ -1,5 +1,8 @@
 """The doubles of the unit tests, all of them: a tiny model folder, an engine that samples from it, and an environment."""
 
+import asyncio
+import os
+import random
 from functools import partial
 from pathlib import Path
 
@@ -8,16 +11,17 @@ from lightning.pytorch import Callback, Trainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fuchsia_pl.batch import Denominators
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.datamodule import RolloutDataModule
-from fuchsia_pl.engines.base import Engine, EngineSpec, SamplingParams, check_version_file
+from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import merged_weights
 from fuchsia_pl.envs import SingleTurnEnvironment
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.types import Completion, Denominators, Rollout, RolloutStatus, Sample, Turn
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Sample, Turn
 
 ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz:?\n"
 EOS = 2
@@ -56,12 +60,18 @@ def save_tiny_model(folder: Path) -> Path:
 
 
 class TinyEngine(Engine):
-    """Samples from a transformers model in this process. `applied` scales what it makes of an adapter: 1 is right."""
+    """Samples from a transformers model in this process. `applied` scales what it makes of an adapter: 1 is right.
+
+    While it sleeps it refuses everything, and afterwards its weights are not numbers until an adapter is loaded.
+    """
+
+    can_sleep = True
 
     def __init__(self, applied: float = 1.0) -> None:
         self.applied = applied
         self.calls: list[tuple[str, int]] = []
         self._version = -1
+        self._is_asleep = False
         self._model: LlamaForCausalLM | None = None
 
     @property
@@ -69,12 +79,13 @@ class TinyEngine(Engine):
         return self._version
 
     def start(self, spec: EngineSpec) -> None:
-        self.spec = spec
+        self.spec, self._is_asleep = spec, False
         self._model = LlamaForCausalLM.from_pretrained(spec.model.folder, dtype=getattr(torch, spec.model.dtype)).eval()
         self._base = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
     @torch.no_grad()
     async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
+        assert not self._is_asleep
         self.calls.append(("generate", self._version))
         generator = torch.Generator().manual_seed(sampling.seed)
         ids, logprobs = list(prompt_ids), []
@@ -95,12 +106,25 @@ class TinyEngine(Engine):
         )
 
     async def load_adapter(self, path: Path, version: int) -> None:
+        assert not self._is_asleep
         self.calls.append(("load", version))
         check_version_file(path, version)
         for name, tensor in merged_weights(Path(self.spec.model.folder), path):
             base = self._base[name]
             self._model.get_parameter(name).data.copy_(base + self.applied * (tensor - base))
         self._version = version
+
+    async def sleep(self) -> None:
+        assert not self._is_asleep
+        self.calls.append(("sleep", self._version))
+        self._is_asleep, self._version = True, -1
+        for parameter in self._model.parameters():
+            parameter.data.fill_(float("nan"))
+
+    async def wake(self) -> None:
+        assert self._is_asleep
+        self.calls.append(("wake", self._version))
+        self._is_asleep = False
 
     def close(self) -> None:
         self._model, self._version = None, -1
@@ -200,7 +224,7 @@ def make_sample(prompt_ids: list[int], token_ids: list[int], advantage: float, l
 
 
 def denominators(num_tokens: int, num_rows: int = 1, max_completion_tokens: int = 8) -> Denominators:
-    return Denominators(num_tokens, num_rows, max_completion_tokens)
+    return Denominators(num_tokens, num_rows, max_completion_tokens, num_tokens)
 
 
 class SayingEngine(Engine):
@@ -225,6 +249,36 @@ class SayingEngine(Engine):
         self.said.append(list(ids))
         logprobs = tuple(-0.1 * (1 + i) for i in range(len(ids)))
         return Completion(tuple(ids), logprobs, finish_reason, None, self.policy_version)
+
+
+class RecordedEngine(Engine):
+    """Says the same to the same prompt and seed, whatever weights it was given and in whichever process. May be slow, or fail."""
+
+    def __init__(self, seconds: float = 0.0, fails_at: int | None = None, on_rank: int = 0) -> None:
+        self.seconds = seconds
+        self.fails_at = fails_at if int(os.environ.get("LOCAL_RANK", "0")) == on_rank else None
+        self._version = -1
+
+    @property
+    def policy_version(self) -> int:
+        return self._version
+
+    def start(self, spec: EngineSpec) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def load_adapter(self, path: Path, version: int) -> None:
+        check_version_file(path, version)
+        self._version = version
+
+    async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
+        version = self._version
+        if version == self.fails_at:
+            raise EngineError(f"no more at version {version}")
+        await asyncio.sleep(self.seconds)
+        numbers = random.Random(f"{list(prompt_ids)} {sampling.seed}")
+        ids = tuple(numbers.randrange(4, 40) for _ in range(numbers.randrange(1, sampling.max_tokens)))
+        return Completion((*ids, EOS), (-1.5,) * (len(ids) + 1), "stop", None, version)
 
 
 def said(text: str, item=None, counts=(), status: RolloutStatus = RolloutStatus.COMPLETED) -> Rollout:

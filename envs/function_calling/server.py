@@ -75,7 +75,7 @@ class Session:
         try:
             hello = await asyncio.wait_for(self._reader.readline(), START_TIMEOUT_S)
             self._pid = json.loads(hello)["pid"]
-        except BaseException:
+        except BaseException:  # whatever ends the start, also a cancelled one, leaves no process behind
             await self._kill()
             raise
 

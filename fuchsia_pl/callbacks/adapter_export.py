@@ -34,12 +34,19 @@ class AdapterExport(Callback):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        target = Path(trainer.default_root_dir) / ADAPTER_FOLDER
+        policy = cast(ExportedModule, pl_module).policy
+        if trainer.is_global_zero:
+            self._write(policy, Path(trainer.default_root_dir) / ADAPTER_FOLDER)
+        else:
+            policy.save_trained(Path(), writes=False)
+        # A rank whose process ends closes its connections, also those over which the first still receives its shards.
+        trainer.strategy.barrier("export")
+
+    @staticmethod
+    def _write(policy: Policy, target: Path) -> None:
         partial = target.with_name(f".{ADAPTER_FOLDER}")
         shutil.rmtree(partial, ignore_errors=True)
-        cast(ExportedModule, pl_module).policy.save_trained(partial)
+        policy.save_trained(partial)
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(partial.iterdir()):
             os.replace(file, target / file.name)

@@ -10,10 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.preflight import MemoryPlan, Preflight
 from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.types import Batch, ConfigError, Rollout, Sample, ServedModel
+from fuchsia_pl.types import ConfigError, Rollout, Sample, ServedModel
 
 # Label and format of the metrics that a step's line shows, in order.
 SHOWN = {
@@ -94,7 +96,7 @@ class ConsoleReport(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Prints a line where this micro-batch completed an optimizer step."""
-        self._samples += batch.samples
+        self._samples += [*batch.samples, *batch.without_effect]
         if trainer.global_step == self._last_step:
             return
         self._last_step = step = trainer.global_step
@@ -159,10 +161,17 @@ def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
         "objective": objective_text(cast(RunModule, pl_module).loss_config),
         "rows per step": f"{data.rows_per_step} in {split}",
         "engine": type(data.engine).__name__,
+        "memory": "; ".join(plan.text for plan in memory_plans(trainer)) or "not planned: there is no preflight",
         "run folder": trainer.default_root_dir,
     }.items():
         table.add_row(name, value)
     return table
+
+
+def memory_plans(trainer: Trainer) -> list[MemoryPlan]:
+    """What the preflight found, if there was one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback.plan for callback in callbacks if isinstance(callback, Preflight) and callback.plan is not None]
 
 
 def objective_text(config: LossConfig) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
-from fuchsia_pl.types import Batch, Evaluation, Rollout
+from fuchsia_pl.batch import Batch
+from fuchsia_pl.types import Evaluation, Rollout
 
 TRAIN_FILE = "rollouts.jsonl"
 SPLITS = {
@@ -28,8 +29,9 @@ class RolloutLog(Callback):
         """Writes the rows of a micro-batch before they are trained, so that those a run stops at can be read too."""
         if batch.policy_update > 0:
             return
-        lines = [rollout_line(sample.rollout, batch.policy_version, sample.mean_advantage) for sample in batch.samples]
-        lines += [rollout_line(rollout, batch.policy_version, None) for rollout in batch.unused]
+        samples = [*batch.samples, *batch.without_effect]
+        lines = [rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage) for sample in samples]
+        lines += [rollout_line(rollout, trainer.global_step, None) for rollout in batch.unused]
         self._append(trainer, TRAIN_FILE, lines)
 
     def on_validation_batch_end(
@@ -78,4 +80,5 @@ def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[s
         "status": rollout.status,
         "counts": rollout.counts,
         "policy_version": rollout.policy_version,
+        "policy_versions": rollout.policy_versions[num_prompt_tokens:],
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fuchsia_pl.types import Batch
+from fuchsia_pl.batch import Batch
 
 
 class StepTimer(Callback):

@@ -1,6 +1,5 @@
 """LightningCLI with this project's parts wired in."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,10 +14,14 @@ from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
+from fuchsia_pl.callbacks.hotswap import HotSwap
+from fuchsia_pl.callbacks.lost_rank import LostRank
+from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.cli.chatter import chatter_to
+from fuchsia_pl.cli.launch import is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
 from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, find_configs, new_run_folder, run_name
 from fuchsia_pl.datamodule import RolloutDataModule
@@ -68,11 +71,15 @@ class FuchsiaCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callbacks that every run has, and links what two parts share."""
+        """Adds the callbacks that every run has, in the order in which Lightning calls them, and links what two parts share."""
         parser.add_lightning_class_args(StepTimer, "step_timer")
+        # The longest rows are rehearsed while the trainer has the device, which it then leaves to the engine that syncs.
+        parser.add_lightning_class_args(Preflight, "preflight")
+        parser.add_lightning_class_args(HotSwap, "hotswap")
         parser.add_lightning_class_args(AdapterSync, "adapter_sync")
         parser.add_lightning_class_args(BaselineValidation, "baseline_validation")
         parser.add_lightning_class_args(RolloutLog, "rollout_log")
+        parser.add_lightning_class_args(LostRank, "lost_rank")
         parser.add_lightning_class_args(ConsoleReport, "console")
         parser.add_lightning_class_args(AdapterExport, "adapter_export")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -102,7 +109,7 @@ class FuchsiaCLI(LightningCLI):
             # Last, since it may download or convert: every setting has been accepted by now.
             _ = self.model.learner.served_model.folder
         except ConfigError as error:
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            if is_first_rank():
                 shutil.rmtree(self.run_folder)  # nothing ran
             self._parser(self.subcommand).error(str(error))
 

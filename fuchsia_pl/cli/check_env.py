@@ -18,13 +18,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fuchsia_pl.cli.app import FuchsiaCLI
+from fuchsia_pl.cli.parts import PartsCLI
 from fuchsia_pl.engines.base import Engine, EngineSpec, SamplingParams
 from fuchsia_pl.envs.base import Environment, check_environment
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
-from fuchsia_pl.types import Completion, ConfigError, Item, Rollout
+from fuchsia_pl.types import Completion, Item, Rollout
 
 GOLD, TRUNCATED = "gold", "truncated"
 # What a policy, or somebody who wants its reward, may write. Each must end within the limits and earn less than the gold answer.
@@ -108,33 +108,23 @@ class Played:
     error: str | None
 
 
-class CheckEnvCLI(FuchsiaCLI):
-    """The `fit` command's configuration, of which only the environment, the tokenizer and the lengths are used."""
+class CheckEnvCLI(PartsCLI):
+    """Of the parts, only the environment, the tokenizer and the lengths are used."""
 
     def __init__(self, args: ArgsType, num_items: int) -> None:
         self.num_items = num_items
         self.holds = False
         super().__init__(args)
 
-    def instantiate_classes(self) -> None:
-        """Makes module and data module without a run folder or a trainer; neither loads anything."""
-        try:
-            self.config_init = self.parser.instantiate(self.config)
-        except ConfigError as error:
-            self._parser(self.subcommand).error(str(error))
-        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
-
-    def _run_subcommand(self, subcommand: str) -> None:
+    def use_parts(self) -> None:
+        """Plays every text and reports what came of it."""
         data = self.datamodule
         console = Console(highlight=False)
-        try:
-            check_environment(data.environment)
-            chat = Chat(data.served_model.folder)
-            # A hostile text is played whole: what must hold out is the environment, not the length limit before it.
-            sampling = replace(data.sampling, max_length=10**8, max_completion_tokens=10**7)
-            played = asyncio.run(play_all(data.environment, chat, sampling, self.num_items, data.seed))
-        except ConfigError as error:
-            self._parser(self.subcommand).error(str(error))
+        check_environment(data.environment)
+        chat = Chat(data.served_model.folder)
+        # A hostile text is played whole: what must hold out is the environment, not the length limit before it.
+        sampling = replace(data.sampling, max_length=10**8, max_completion_tokens=10**7)
+        played = asyncio.run(play_all(data.environment, chat, sampling, self.num_items, data.seed))
         self.holds = report(console, data.environment, played)
 
 

@@ -5,6 +5,7 @@ import sys
 
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.check_env import check_env
+from fuchsia_pl.cli.serve import serve
 
 
 def main() -> None:
@@ -12,4 +13,6 @@ def main() -> None:
     sys.path.append(os.getcwd())
     if sys.argv[1:2] == ["check-env"]:
         sys.exit(check_env(sys.argv[2:]))
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2:])
     FuchsiaCLI()

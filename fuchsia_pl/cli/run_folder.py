@@ -1,14 +1,14 @@
 """Where configs are found and where a run's files go."""
 
-import os
+import re
 from pathlib import Path
 
 import fuchsia_pl
+from fuchsia_pl.cli.launch import agreed_folder
 from fuchsia_pl.types import ConfigError
 
 CONFIG_FOLDER = Path(fuchsia_pl.__file__).parents[1] / "configs"
 DEFAULT_ROOT = "runs"
-RUN_FOLDER_VARIABLE = "FUCHSIA_RUN_FOLDER"
 CONFIG_OPTIONS = ("-c", "--config")
 
 
@@ -55,6 +55,8 @@ def run_name(arguments: list[str]) -> str:
     'gsm8k'
     >>> run_name(["fit", "--config=runs/quickstart/0/config.yaml"])
     'quickstart'
+    >>> run_name(["fit", "--config=runs/quickstart/slurm-71.0/config.yaml"])
+    'quickstart'
     >>> run_name(["fit"])
     'default'
     """
@@ -63,19 +65,23 @@ def run_name(arguments: list[str]) -> str:
         if option not in CONFIG_OPTIONS or (not equals and position + 1 == len(arguments)):
             continue
         file = Path(value if equals else arguments[position + 1])
-        is_saved = file.stem == "config" and file.parent.name.isdigit()
+        is_saved = file.stem == "config" and re.fullmatch(r"\d+|slurm-[\d.]+", file.parent.name) is not None
         return file.parent.parent.name if is_saved else file.stem
     return "default"
 
 
 def new_run_folder(root: str | Path, name: str) -> Path:
-    """Makes `<root>/<name>/<n>` with the first free number n.
-
-    A rank that Lightning launched gets the folder of the rank that launched it.
-    """
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and RUN_FOLDER_VARIABLE in os.environ:
-        return Path(os.environ[RUN_FOLDER_VARIABLE])
+    """Makes `<root>/<name>/<n>` with the first free number n, one for all ranks of a run; in a SLURM job, n is the job's."""
     parent = Path(root) / name
+
+    def make_named(own: str) -> Path:
+        (parent / own).mkdir(parents=True, exist_ok=True)
+        return parent / own
+
+    return agreed_folder(lambda: _numbered(parent), make_named)
+
+
+def _numbered(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     number = max((int(entry.name) for entry in parent.iterdir() if entry.name.isdigit()), default=-1) + 1
     while True:
@@ -85,5 +91,4 @@ def new_run_folder(root: str | Path, name: str) -> Path:
         except FileExistsError:  # another run took the number in between
             number += 1
             continue
-        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
         return folder

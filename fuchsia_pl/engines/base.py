@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,12 +25,26 @@ class EngineSpec:
         max_length: Longest prompt plus completion, in tokens.
         seed: The run's seed.
         log_file: Where the engine's own output goes.
+        num_ranks: Ranks of the trainer; each has an engine.
+        rank: Which of them the engine belongs to.
+        local_rank: Which of the ranks on this machine the engine belongs to.
+        num_local_ranks: Ranks on this machine.
+        device_index: Which of the visible GPUs the trainer has, None on a CPU.
+        loads_in_flight: Whether `load_adapter` may be called while requests are in flight, which go on with the new weights.
+        sleeps: Whether it will be asked to sleep, which some engines have to know at their start.
     """
 
     model: ServedModel
     max_length: int
     seed: int
     log_file: Path
+    num_ranks: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    num_local_ranks: int = 1
+    device_index: int | None = None
+    loads_in_flight: bool = False
+    sleeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,22 @@ class Engine(ABC):
     @property
     @abstractmethod
     def policy_version(self) -> int:
-        """The optimizer step whose weights it samples from; -1 before the first `load_adapter`."""
+        """The optimizer step whose weights it samples from; -1 before the first `load_adapter` and where it has lost them."""
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether it can leave its device to the trainer. Where it cannot, `sleep` and `wake` are never called."""
+        return False
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory that it takes for keys and values beside the trainer; 0 where it samples elsewhere."""
+        return 0
+
+    @property
+    def weights_share(self) -> float:
+        """Share of a copy of the model's weights that it keeps beside the trainer; 0 where it samples elsewhere."""
+        return 1.0
 
     @abstractmethod
     def start(self, spec: EngineSpec) -> None:
@@ -78,6 +108,24 @@ class Engine(ABC):
     async def load_adapter(self, path: Path, version: int) -> None:
         """Makes what `Policy.save_trained` wrote to `path` the weights of all later requests."""
 
+    async def sleep(self) -> None:
+        """Leaves the device's memory to the trainer. Until `wake` it is asked for nothing but `close`.
+
+        Weights that are not kept are lost: `policy_version` is -1 then, and `load_adapter` has to come after `wake`.
+
+        Raises:
+            EngineError: Requests are in flight, or it cannot sleep.
+        """
+        raise EngineError(f"{type(self).__name__} cannot sleep")
+
+    async def wake(self) -> None:
+        """Takes its memory back.
+
+        Raises:
+            EngineError: It cannot sleep.
+        """
+        raise EngineError(f"{type(self).__name__} cannot sleep, so there is nothing to wake")
+
     @abstractmethod
     def close(self) -> None:
         """Ends the engine and everything it started, or returns at once if it does not run."""
@@ -89,6 +137,9 @@ class EngineOwner(Protocol):
     @property
     def engine(self) -> Engine:
         """The engine."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """No request is in flight inside the `with` block, unless the engine may load weights meanwhile."""
 
 
 def check_version_file(path: Path, version: int) -> None:

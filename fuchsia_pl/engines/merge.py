@@ -63,7 +63,19 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, stream.get_tensor(name)
 
 
-def merged_weights(model_folder: Path, trained_folder: Path) -> Iterator[tuple[str, Tensor]]:
+def block_of(name: str) -> str:
+    """The block that a weight belongs to, up to the first number in its name; a weight outside of them is its own.
+
+    >>> block_of("model.layers.3.self_attn.q_proj.weight"), block_of("model.norm.weight")
+    ('model.layers.3', 'model.norm.weight')
+    """
+    parts = name.split(".")
+    return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdigit()), len(parts)) + 1])
+
+
+def merged_weights(
+    model_folder: Path, trained_folder: Path, only_reached: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """W + scale * B A for every adapted weight, W for the others; whole weights pass as they are.
 
     The sum is taken in float32 and rounded once to W's type.
@@ -71,6 +83,8 @@ def merged_weights(model_folder: Path, trained_folder: Path) -> Iterator[tuple[s
     Args:
         model_folder: The base model.
         trained_folder: A PEFT adapter folder, or a whole model folder.
+        only_reached: Whether blocks without an adapted weight are left out, as are the embeddings. Engines keep several
+            weights of a block in one tensor, so a block is whole or absent.
 
     Yields:
         Checkpoint name and tensor.
@@ -84,15 +98,19 @@ def merged_weights(model_folder: Path, trained_folder: Path) -> Iterator[tuple[s
     scale = adapter_scale(trained_folder)
     factors = load_file(str(trained_folder / ADAPTER_WEIGHTS))
     unused = set(factors)
+    reached = {block_of(name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] + ".weight") for name in factors}
     for name, weight in checkpoint_weights(model_folder):
         layer = PEFT_PREFIX + name.removesuffix(".weight")
         a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        if only_reached and block_of(name) not in reached:
+            continue
         if a not in factors:
             yield name, weight
             continue
         unused -= {a, b}
-        delta = factors[b].float() @ factors[a].float()
-        yield name, torch.add(weight.float(), delta, alpha=scale).to(weight.dtype)
+        # Not in place: a float32 weight is the file's own memory.
+        merged = torch.addmm(weight.float(), factors[b].float(), factors[a].float(), alpha=scale)
+        yield name, merged.to(weight.dtype)
     if unused:
         raise ValueError(
             f"the checkpoint {model_folder} has no weights for these parts of the adapter: {sorted(unused)[:4]}"

@@ -6,9 +6,9 @@ import gc
 import itertools
 import logging
 import os
-import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,14 +17,22 @@ import torch
 from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
+from fuchsia_pl.engines.vllm_arguments import (
+    OVERRIDING_VARIABLE,
+    VLLM_ENVIRONMENT,
+    Quantization,
+    VLLMSettings,
+    changed_environment,
+    vllm_arguments,
+    worker_environment,
+)
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
+from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.types import Completion, ConfigError
 
 SyncMode = Literal["auto", "lora", "merge"]
 T = TypeVar("T")
 
-# The ranks for which vLLM has buffers; others are rounded up (vllm.config.lora.MaxLoRARanks).
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ADAPTER_ID = 1
 CLOSE_TIMEOUT_S = 60.0
 # A burst of requests is complete once none came for this long. It is not waited for longer than the second number, and
@@ -34,6 +42,14 @@ MAX_SETTLE_S = 2.0
 
 logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "fuchsia_pl.engines.vllm_worker.WorkerExtension"
+
+
+@dataclass
+class _Progress:
+    """How far a request is, and which weights sampled its tokens before newer ones came."""
+
+    num_tokens: int = 0
+    earlier_versions: list[int] = field(default_factory=list)
 
 
 class VLLMColocatedEngine(Engine):
@@ -46,9 +62,10 @@ class VLLMColocatedEngine(Engine):
         kv_cache_gb: Memory for keys and values, in GiB.
         max_num_seqs: Requests that are decoded at the same time.
         enforce_eager: Skip compilation: starts faster, samples slower.
-        max_lora_rank: Largest adapter rank in mode "lora"; None takes the policy's.
-        start_timeout_s: Bound of the start, download of nothing included.
-        request_timeout_s: Bound of each request and of each load of an adapter.
+        quantization: "int8" (weights) or "fp8" (weights and activations), made of the checkpoint's weights while they load.
+            What is sampled then differs a little from what is trained, which the sampler's correction is for. Untested on a GPU.
+        tensor_parallel_size: Devices that share a copy of the weights. Above 1 only where the trainer has one rank.
+        timeout_s: Bound of the start (download of nothing included), of each request and of each load of an adapter.
 
     Raises:
         ConfigError: A bound or a size is not above 0.
@@ -60,41 +77,46 @@ class VLLMColocatedEngine(Engine):
         kv_cache_gb: float = 4.0,
         max_num_seqs: int = 64,
         enforce_eager: bool = False,
-        max_lora_rank: int | None = None,
-        start_timeout_s: float = 600.0,
-        request_timeout_s: float = 600.0,
+        quantization: Quantization | None = None,
+        tensor_parallel_size: int = 1,
+        timeout_s: float = 600.0,
     ) -> None:
-        sizes = {
-            "kv_cache_gb": kv_cache_gb,
-            "max_num_seqs": max_num_seqs,
-            "start_timeout_s": start_timeout_s,
-            "request_timeout_s": request_timeout_s,
-        }
-        for name, value in sizes.items():
-            if value <= 0:
-                raise ConfigError(f"data.engine.init_args.{name} must be above 0, got {value}")
+        if timeout_s <= 0:
+            raise ConfigError(f"data.engine.init_args.timeout_s must be above 0, got {timeout_s}")
+        self.settings = VLLMSettings(kv_cache_gb, max_num_seqs, enforce_eager, quantization, tensor_parallel_size)
         self.sync_mode = sync_mode
-        self.kv_cache_gb = kv_cache_gb
-        self.max_num_seqs = max_num_seqs
-        self.enforce_eager = enforce_eager
-        self.max_lora_rank = max_lora_rank
-        self.start_timeout_s = start_timeout_s
-        self.request_timeout_s = request_timeout_s
+        self.timeout_s = timeout_s
         self._version = -1
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: LoopThread | None = None
         self._spec: EngineSpec | None = None
         self._llm: Any = None
         self._lora_request: Any = None
         self._request_ids = itertools.count()
-        self._num_in_flight = 0
+        self._in_flight: dict[str, _Progress] = {}
+        self._loading = asyncio.Lock()
         self._pause: asyncio.Future[None] | None = None
         self._resume: asyncio.Task[None] | None = None
+        self._is_asleep = False
 
     @property
     def policy_version(self) -> int:
-        """The optimizer step whose weights it samples from; -1 before the first `load_adapter`."""
+        """The optimizer step whose weights it samples from; see `Engine.policy_version`."""
         return self._version
+
+    @property
+    def can_sleep(self) -> bool:
+        """Always; on a CPU vLLM goes through the motions and keeps its memory."""
+        return True
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory for keys and values."""
+        return int(self.settings.kv_cache_gb * 2**30)
+
+    @property
+    def weights_share(self) -> float:
+        """What one device holds of the weights; on a CPU all parts are in one memory."""
+        return 1 / self.settings.tensor_parallel_size if torch.cuda.is_available() else 1.0
 
     @property
     def serves_lora(self) -> bool:
@@ -108,32 +130,27 @@ class VLLMColocatedEngine(Engine):
         """Starts vLLM and waits until it answers.
 
         Raises:
-            EngineError: It failed or took longer than `start_timeout_s`.
-            ConfigError: Mode "lora" without an adapter, or with one of a higher rank than `max_lora_rank`.
+            EngineError: It failed or took longer than `timeout_s`.
+            ConfigError: Mode "lora" without an adapter, quantized weights where they cannot work, or several ranks that would
+                each need several devices.
         """
         if self._llm is not None:
             return
         self._spec = spec
-        if self.serves_lora and spec.model.lora_rank == 0:
-            raise ConfigError(
-                'data.engine.init_args.sync_mode is "lora", but model.policy.lora.enabled is false: use "auto"'
-            )
-        if self.serves_lora and self.max_lora_rank is not None and self.max_lora_rank < spec.model.lora_rank:
-            raise ConfigError(
-                f"data.engine.init_args.max_lora_rank={self.max_lora_rank} is below model.policy.lora.r={spec.model.lora_rank}: "
-                "leave it out"
-            )
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
-        self._thread.start()
+        arguments = vllm_arguments(self.settings, spec.model, spec.max_length, spec.seed)
+        self._check(spec)
+        self._thread = LoopThread("vllm")
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
         with output_to(spec.log_file):
-            future = asyncio.run_coroutine_threadsafe(self._start(spec), self._loop)
+            future = self._thread.submit(self._start(arguments))
             try:
-                self._llm = future.result(self.start_timeout_s)
+                llm = future.result(self.timeout_s)
+                if not torch.cuda.is_available():
+                    self._thread.run(llm.collective_rpc("give_way"), self.timeout_s)
                 _log_to(spec.log_file)
+                self._llm = llm
             except TimeoutError:
-                raise EngineError(self._words(f"vLLM did not start within {self.start_timeout_s:g} s")) from None
+                raise EngineError(self._words(f"vLLM did not start within {self.timeout_s:g} s")) from None
             except Exception as error:  # whatever vLLM raises at its start is passed on with the end of its log
                 raise EngineError(self._words(f"vLLM did not start ({type(error).__name__}: {error})")) from error
             finally:
@@ -141,6 +158,25 @@ class VLLMColocatedEngine(Engine):
                     # A start cannot be interrupted; an engine that comes up too late is shut down as it arrives.
                     future.add_done_callback(_shut_down_late)
                     self._stop_loop(CLOSE_TIMEOUT_S if future.done() else 0.0)
+
+    def _check(self, spec: EngineSpec) -> None:
+        if self.settings.quantization is not None and not self.serves_lora:
+            raise ConfigError(
+                f'data.engine.init_args.quantization="{self.settings.quantization}" needs sync_mode "lora", got '
+                f'"{self.sync_mode}": trained weights cannot be merged into quantized ones'
+            )
+        if self.serves_lora and spec.model.lora_rank == 0:
+            raise ConfigError(
+                'data.engine.init_args.sync_mode is "lora", but model.policy.lora.enabled is false: use "auto"'
+            )
+        size = self.settings.tensor_parallel_size
+        if size > 1 and spec.num_ranks > 1:
+            raise ConfigError(
+                f"data.engine.init_args.tensor_parallel_size={size} needs a trainer of one rank, got {spec.num_ranks}: vLLM's "
+                "AsyncLLM starts workers of its own, and the devices they would take hold other ranks and their engines (an "
+                "engine is shared over the ranks of a launcher only through vLLM's synchronous LLM). Start `fuchsia serve` with "
+                "this setting on other devices, and add --config overlays/server.yaml here"
+            )
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """Samples one completion; see `Engine.generate`."""
@@ -150,13 +186,21 @@ class VLLMColocatedEngine(Engine):
         """Serves what was trained; see `Engine.load_adapter`."""
         await self._call(self._load(path, version), "the load of an adapter")
 
+    async def sleep(self) -> None:
+        """Leaves the device to the trainer; see `Engine.sleep`. Merged weights are not kept, since a load rebuilds them."""
+        await self._call(self._sleep(), "the order to sleep")
+
+    async def wake(self) -> None:
+        """Takes the device back; see `Engine.wake`."""
+        await self._call(self._wake(), "the order to wake")
+
     def close(self) -> None:
         """Ends vLLM's processes and the thread."""
-        if self._loop is None:
+        if self._thread is None:
             return
         try:
             if self._llm is not None:
-                asyncio.run_coroutine_threadsafe(_shutdown(self._llm), self._loop).result(CLOSE_TIMEOUT_S)
+                self._thread.run(_shutdown(self._llm), CLOSE_TIMEOUT_S)
         except Exception:  # closing must not hide what ended the run
             logger.exception("vLLM did not shut down in order")
         finally:
@@ -165,60 +209,54 @@ class VLLMColocatedEngine(Engine):
         gc.collect()
 
     async def _call(self, coroutine: Coroutine[Any, Any, T], what: str) -> T:
-        if self._llm is None or self._loop is None:
+        if self._llm is None or self._thread is None:
             coroutine.close()
             raise EngineError(f"{what} was asked of an engine that does not run: call start first")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.request_timeout_s)
+            return await self._thread.call(coroutine, self.timeout_s)
         except TimeoutError:
-            raise EngineError(self._words(f"{what} took longer than {self.request_timeout_s:g} s")) from None
+            raise EngineError(self._words(f"{what} took longer than {self.timeout_s:g} s")) from None
         except EngineError:
             raise
         except Exception as error:  # vLLM's errors have many types; each ends the run with the end of its log
             raise EngineError(self._words(f"vLLM failed at {what} ({type(error).__name__}: {error})")) from error
 
-    async def _start(self, spec: EngineSpec) -> Any:
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # where it is set, kv_cache_gb would do nothing
+    async def _start(self, arguments: dict[str, Any]) -> Any:
+        assert self._spec is not None
+        os.environ.pop(OVERRIDING_VARIABLE, None)
+        for name, value in VLLM_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        rank = max(self.max_lora_rank or spec.model.lora_rank, 1)
         args = AsyncEngineArgs(
-            model=spec.model.folder,
-            dtype=spec.model.dtype,
-            max_model_len=spec.max_length,
-            max_num_seqs=self.max_num_seqs,
-            # A seeded request kills the CPU worker when its prefill is chunked, so every prompt must fit into one batch.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(spec.max_length, 2048),
-            enable_prefix_caching=True,
-            kv_cache_memory_bytes=int(self.kv_cache_gb * 2**30),
-            enforce_eager=self.enforce_eager,
+            **arguments,
             enable_lora=self.serves_lora,
             max_loras=1,
-            max_lora_rank=min((r for r in VLLM_LORA_RANKS if r >= rank), default=rank),
             worker_extension_cls=WORKER_EXTENSION,
-            # Nothing of the model's own generation config, and logprobs at the temperature that was sampled with.
-            generation_config="vllm",
-            logprobs_mode="processed_logprobs",
-            seed=spec.seed,
-            disable_log_stats=True,
+            enable_sleep_mode=self._spec.sleeps and torch.cuda.is_available(),  # refused on a CPU
         )
         # In no local variable: a library imported above keeps this frame alive, and with it what it names.
-        return AsyncLLM.from_engine_args(args)
+        # Tensor parallelism takes GPUs beside the trainer's, so all stay visible then.
+        spec, shares = self._spec, self.settings.tensor_parallel_size > 1
+        environment = worker_environment(spec.local_rank, spec.num_local_ranks, None if shares else spec.device_index)
+        with changed_environment(environment):
+            return AsyncLLM.from_engine_args(args)
 
     async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Completion:
         from vllm import TokensPrompt
 
-        params = to_vllm(sampling)
-        version, request_id = self._version, str(next(self._request_ids))
-        if self._num_in_flight == 0:
+        self._check_awake()
+        assert self._spec is not None
+        params, progress = to_vllm(sampling, self._spec.loads_in_flight), _Progress()
+        request_id = str(next(self._request_ids))
+        async with self._loading:  # what would resume the engine must not do so while weights are being loaded
+            pass
+        if not self._in_flight:
             self._pause = asyncio.ensure_future(self._hold())
             self._resume = asyncio.ensure_future(self._resume_when_settled(self._pause))
             self._resume.add_done_callback(lambda task: task.cancelled() or task.exception())  # the requests say it
-        self._num_in_flight += 1
+        self._in_flight[request_id] = progress
         try:
             assert self._pause is not None
             await asyncio.shield(self._pause)
@@ -227,9 +265,10 @@ class VLLMColocatedEngine(Engine):
             )
             async for output in stream:
                 final = output.outputs[0]
+                progress.num_tokens = len(final.token_ids)
         finally:
-            self._num_in_flight -= 1
-        return to_completion(final, version)
+            del self._in_flight[request_id]
+        return to_completion(final, self._version, tuple(progress.earlier_versions))
 
     async def _hold(self) -> None:
         """Lets vLLM schedule the requests of a burst together.
@@ -243,9 +282,9 @@ class VLLMColocatedEngine(Engine):
     async def _resume_when_settled(self, pause: "asyncio.Future[None]") -> None:
         await asyncio.shield(pause)
         for _ in range(round(MAX_SETTLE_S / SETTLE_S)):
-            num_in_flight = self._num_in_flight
+            num_in_flight = len(self._in_flight)
             await asyncio.sleep(SETTLE_S)
-            if self._num_in_flight == num_in_flight:
+            if len(self._in_flight) == num_in_flight:
                 break
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._llm.resume_generation(), MAX_SETTLE_S)
@@ -253,18 +292,60 @@ class VLLMColocatedEngine(Engine):
     async def _load(self, path: Path, version: int) -> None:
         assert self._spec is not None
         check_version_file(path, version)
-        if self._num_in_flight:
-            raise EngineError(f"{self._num_in_flight} requests are in flight: weights change only between requests")
+        self._check_awake()
+        if not self._spec.loads_in_flight:
+            if self._in_flight:
+                raise EngineError(
+                    f"{len(self._in_flight)} requests are in flight: weights change only between requests"
+                )
+            await self._replace_weights(path)
+            self._version = version
+            return
+        async with self._loading:
+            if self._resume is not None:
+                await asyncio.wait([self._resume])
+            # What is in flight stays where it is; its tokens so far have arrived when this returns.
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            for progress in self._in_flight.values():
+                progress.earlier_versions += [self._version] * (progress.num_tokens - len(progress.earlier_versions))
+            await self._replace_weights(path)
+            self._version = version
+            await self._llm.resume_generation()
+
+    async def _replace_weights(self, path: Path) -> None:
+        assert self._spec is not None
         if self.serves_lora:
             await self._serve_adapter(path)
         else:
-            await self._llm.collective_rpc("load_trained_weights", args=(self._spec.model.folder, str(path)))
-        # Cached keys and values are those of the old weights.
-        if not await self._llm.reset_prefix_cache():
+            # A run trains the same layers at every step, so what they do not reach stays as the first load left it.
+            arguments = (self._spec.model.folder, str(path), self._version >= 0)
+            await self._llm.collective_rpc("load_trained_weights", args=arguments)
+        # Cached keys and values are those of the old weights; requests in flight compute theirs again.
+        if not await self._llm.reset_prefix_cache(reset_running_requests=self._spec.loads_in_flight):
             raise EngineError(
                 "vLLM did not reset its prefix cache: it would go on with the old weights' keys and values"
             )
-        self._version = version
+
+    async def _sleep(self) -> None:
+        if self._in_flight:
+            raise EngineError(f"{len(self._in_flight)} requests are in flight: vLLM sleeps only between requests")
+        if self._resume is not None:
+            await asyncio.wait([self._resume])  # it would start vLLM's scheduler without its memory
+        self._is_asleep = True
+        if self.serves_lora:
+            await self._llm.sleep(level=1)
+        else:
+            self._version = -1
+            await self._llm.sleep(level=2)
+
+    async def _wake(self) -> None:
+        if not await self._llm.wake_up():
+            raise EngineError(self._words("vLLM did not take all of its memory back"))
+        self._is_asleep = False
+
+    def _check_awake(self) -> None:
+        if self._is_asleep:
+            raise EngineError("the engine is asleep: call wake first")
 
     async def _serve_adapter(self, path: Path) -> None:
         from vllm.lora.request import LoRARequest
@@ -272,11 +353,10 @@ class VLLMColocatedEngine(Engine):
         assert self._spec is not None
         if not is_adapter(path):
             raise EngineError(f'{path} is no adapter, and sync_mode is "lora": use "merge" for whole weights')
-        rank, allowed = adapter_rank(path), self.max_lora_rank or self._spec.model.lora_rank
-        if rank > allowed:
+        rank = adapter_rank(path)
+        if rank > self._spec.model.lora_rank:
             raise EngineError(
-                f"the adapter has r={rank}, and the engine was started for r up to {allowed}: "
-                f"set data.engine.init_args.max_lora_rank to {rank} or leave it out"
+                f"the adapter has r={rank}, and the engine was started for the policy's r={self._spec.model.lora_rank}"
             )
         request = LoRARequest("policy", ADAPTER_ID, str(path), load_inplace=True)
         if not await self._llm.add_lora(request):
@@ -285,14 +365,11 @@ class VLLMColocatedEngine(Engine):
         self._lora_request = LoRARequest("policy", ADAPTER_ID, str(path))
 
     def _stop_loop(self, wait_s: float) -> None:
-        assert self._loop is not None
         assert self._thread is not None
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(wait_s)
-        if not self._thread.is_alive():
-            self._loop.close()
-        self._llm, self._loop, self._lora_request, self._version = None, None, None, -1
-        self._pause, self._resume, self._num_in_flight = None, None, 0
+        self._thread.stop(wait_s)
+        self._llm, self._thread, self._lora_request, self._version = None, None, None, -1
+        self._pause, self._resume, self._is_asleep = None, None, False
+        self._in_flight, self._loading = {}, asyncio.Lock()
 
     def _words(self, what: str) -> str:
         assert self._spec is not None
@@ -306,11 +383,7 @@ def _shut_down_late(future: "Future[Any]") -> None:
 
 async def _shutdown(llm: Any) -> None:
     llm.shutdown()
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
+    await cancel_others(CLOSE_TIMEOUT_S)
 
 
 def _log_to(file: Path) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fuchsia_pl.batch import Batch, TokenScores
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import bounded_weights, sampler_ratio
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.reductions import reduce, token_mean
 from fuchsia_pl.objectives.returns import value_loss
 from fuchsia_pl.objectives.surrogates import cispo, clipped_surrogate, ratio_log, reinforce, sapo
-from fuchsia_pl.types import Batch, TokenScores
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def policy_loss(
         ref_logprobs: float32 [B, T] without gradient; needed where the KL is in the loss.
 
     Returns:
-        Loss and metrics; the metrics are means over the step's tokens, or maxima where their name ends in `_max`.
+        Loss and metrics; the metrics are means over the step's scored tokens, or maxima where their name ends in `_max`.
     """
-    mask, num_tokens = batch.loss_mask, batch.denominators.num_tokens
+    mask, num_tokens = batch.loss_mask, batch.denominators.num_scored_tokens
     # Outside the mask nothing means anything; a NaN there would survive multiplication by zero in the backward pass.
     logprobs = torch.where(mask, scores.logprobs, 0.0)
     old = (old_logprobs if config.old_logprobs == "trainer" else batch.sampling_logprobs).detach()
@@ -70,12 +70,12 @@ def policy_loss(
         metrics["train/kl"] = token_mean(kl.detach(), mask, num_tokens)
     loss = reduce(values, mask, config.parts.reduction, batch.denominators, config.parts.constant_length)
     if config.entropy_weight > 0.0:
-        loss = loss - config.entropy_weight * token_mean(scores.entropies, mask, num_tokens)
+        loss = loss - config.entropy_weight * token_mean(scores.entropies, mask, batch.denominators.num_tokens)
     if scores.values is not None:
         assert batch.old_values is not None
         assert batch.value_targets is not None
         losses = value_loss(scores.values, batch.old_values, batch.value_targets, config.critic.value_clip)
-        critic_loss = token_mean(losses, mask, num_tokens)
+        critic_loss = token_mean(losses, mask, batch.denominators.num_tokens)
         loss = loss + config.critic.value_weight * critic_loss
         metrics["train/value_loss"] = critic_loss.detach()
     metrics["train/loss"] = loss.detach()
@@ -90,7 +90,7 @@ def logprob_gap(batch: Batch, behaviour_logprobs: Tensor) -> Tensor:
         behaviour_logprobs: float32 [B, T], see `policy_loss`.
     """
     gap = (behaviour_logprobs.detach() - batch.sampling_logprobs).abs()
-    return token_mean(gap, batch.loss_mask, batch.denominators.num_tokens)
+    return token_mean(gap, batch.loss_mask, batch.denominators.num_scored_tokens)
 
 
 def _surrogate(
@@ -113,7 +113,7 @@ def _surrogate(
 
 def _correction(config: LossConfig, batch: Batch, behaviour_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights of the sampler correction, and its metrics before and after the bounds."""
-    correction, mask, num_tokens = config.sampler_correction, batch.loss_mask, batch.denominators.num_tokens
+    correction, mask, num_tokens = config.sampler_correction, batch.loss_mask, batch.denominators.num_scored_tokens
     ratio = sampler_ratio(correction.level, behaviour_logprobs, batch.sampling_logprobs, mask)
     weights = bounded_weights(config.correction_mode, ratio, correction.low, correction.high)
     outside = (ratio < correction.low) | (ratio > correction.high)

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fuchsia_pl.types import Denominators
+from fuchsia_pl.batch import Denominators
 
 Reduction = Literal["token_mean", "sequence_mean", "constant"]
 

@@ -1,11 +1,14 @@
 """Whether an engine does to logprobs what the adapter does to them in the trainer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 CONCLUSIVE_ERROR = 0.1
 CONCLUSIVE_NOISE = 0.5
+CONCLUSIVE_TOKENS = 12
 ALLOWED_DEVIATION = 0.5
 
 
@@ -18,23 +21,27 @@ class Agreement:
         error: Standard error of the slope; infinite where the adapter has no effect yet.
         noise: What the slope leaves unexplained of a token, relative to the larger of the effects in trainer and engine; root
             mean squares.
+        num_effective: Tokens among which the effect is spread: all of them if it is even, 1 if one token has it all.
 
-    >>> Agreement(slope=0.0, error=0.05, noise=0.1).holds, Agreement(slope=0.9, error=0.05, noise=0.1).holds
+    >>> Agreement(0.0, 0.05, 0.1, num_effective=90).holds, Agreement(0.9, 0.05, 0.1, num_effective=90).holds
     (False, True)
     """
 
     slope: float
     error: float
     noise: float
+    num_effective: float
 
     @property
     def is_conclusive(self) -> bool:
         """Whether the adapter's effect stands out of the rounding, over all tokens and on each.
 
         Many tokens make the error small, but not the bias: both sides of the regression are rounded, and the slope of noise
-        on noise lies near 1/2 whatever the engine does.
+        on noise lies near 1/2 whatever the engine does. And where a few tokens have all of the effect, a weak adapter met a
+        choice between two tokens that hardly differ: neither number says then what it should.
         """
-        return self.error < CONCLUSIVE_ERROR and self.noise < CONCLUSIVE_NOISE
+        spread = self.num_effective >= CONCLUSIVE_TOKENS
+        return spread and self.error < CONCLUSIVE_ERROR and self.noise < CONCLUSIVE_NOISE
 
     @property
     def holds(self) -> bool:
@@ -42,24 +49,33 @@ class Agreement:
         return abs(self.slope - 1.0) < ALLOWED_DEVIATION
 
 
-def adapter_agreement(policy_logprobs: Tensor, ref_logprobs: Tensor, sampling_logprobs: Tensor) -> Agreement:
+def adapter_agreement(
+    policy_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Agreement:
     """Least squares of (sampling - ref) on (policy - ref), through the origin.
 
     slope = sum(x y) / sum(x^2), error = sqrt(mean((y - slope x)^2) / sum(x^2)), and noise = sqrt(mean((y - slope x)^2) /
-    max(mean(x^2), mean(y^2))), with x = policy - ref, what the adapter does in the trainer, and y = sampling - ref, what it does
-    in the engine.
+    max(mean(x^2), mean(y^2))), num_effective = sum(x^2)^2 / sum(x^4), with x = policy - ref, what the adapter does in the
+    trainer, and y = sampling - ref, what it does in the engine.
 
     Args:
         policy_logprobs: [N], adapter on.
         ref_logprobs: [N], adapter off.
         sampling_logprobs: [N], the engine's.
+        add_up: Adds a tensor up over ranks that each have some of the tokens, so that all come to the same result.
     """
     effect = (policy_logprobs - ref_logprobs).double()
     observed = (sampling_logprobs - ref_logprobs).double()
-    power = effect.square().sum().item()
+    moments = [torch.ones_like(effect), effect.square(), effect * observed, observed.square(), effect.pow(4)]
+    number, power, product, observed_power, fourth = add_up(torch.stack([m.sum() for m in moments])).tolist()
     if power == 0.0:
-        return Agreement(slope=0.0, error=float("inf"), noise=float("inf"))
-    slope = (effect * observed).sum().item() / power
-    residual = (observed - slope * effect).square().mean().item()
-    largest = max(power / effect.numel(), observed.square().mean().item())
-    return Agreement(slope, (residual / power) ** 0.5, (residual / largest) ** 0.5)
+        return Agreement(slope=0.0, error=float("inf"), noise=float("inf"), num_effective=0.0)
+    slope = product / power
+    # The mean of (y - slope x)^2, of which rounding leaves less than nothing where x and y are the same.
+    residual = max(observed_power - slope * product, 0.0) / number
+    largest = max(power, observed_power) / number
+    num_effective = power**2 / fourth
+    return Agreement(slope, (residual / power) ** 0.5, (residual / largest) ** 0.5, num_effective)

@@ -68,6 +68,36 @@ class LoRASettings:
 
 
 @dataclass
+class CheckpointingSettings:
+    """Activation checkpointing: what lies inside a block is computed again in backward in place of being kept.
+
+    Attributes:
+        enabled: Whether blocks are checkpointed.
+        every_n_layers: 1 checkpoints every block, 2 every other.
+        cpu_offloading: What is kept of checkpointed blocks, their inputs, waits for backward in the host's memory.
+    """
+
+    enabled: bool = False
+    every_n_layers: int = 1
+    cpu_offloading: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses settings that would do nothing."""
+        if self.every_n_layers < 1:
+            raise ConfigError(f"model.policy.checkpointing.every_n_layers must be 1 or more, got {self.every_n_layers}")
+        if self.cpu_offloading and self.every_n_layers > 1:
+            raise ConfigError(
+                "model.policy.checkpointing.cpu_offloading is true and every_n_layers is "
+                f"{self.every_n_layers}: the weights of blocks that are not checkpointed would leave the device too. Change one"
+            )
+        idle = "cpu_offloading" if self.cpu_offloading else "every_n_layers" if self.every_n_layers > 1 else None
+        if idle and not self.enabled:
+            raise ConfigError(
+                f"model.policy.checkpointing.{idle} does nothing without checkpointing: set enabled: true, or leave it out"
+            )
+
+
+@dataclass
 class PolicyConfig:
     """The model that learns.
 
@@ -75,15 +105,37 @@ class PolicyConfig:
         name: A hub id, a local folder, a local `.gguf` file, or `package:file.gguf` for a file inside an installed package.
         dtype: Type of the frozen base weights and of the engine's. Trained weights are float32 whatever this says.
         lora: The adapter.
-        logprob_chunk_tokens: Tokens whose logits exist at the same time. More is faster until memory ends it.
+        shared_prefix: Whether rows that start alike are computed as one. "auto": if a check at the start finds that the model
+            then says the same. "always": refuse a model that does not. "never": plain rows.
+        checkpointing: What is computed again in place of being kept.
+        max_tokens_per_micro_batch: In place of `trainer.accumulate_grad_batches`, which is then the smallest with which even
+            the longest rows that can be sampled make no micro-batch of more tokens. A shared prefix counts once.
+        quantization: "nf4" keeps the frozen base weights in 4 bits (QLoRA, arXiv:2305.14314; needs a GPU, bitsandbytes and
+            an adapter); the engine samples from the weights as they are in `dtype`. Untested on a GPU.
+        logprob_chunk_tokens: Tokens whose logits exist at the same time, in up to four copies; None is as many as fill 32 MB in
+            float32 on a CPU, where more is no faster, and 256 MB elsewhere.
     """
 
     name: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     lora: LoRASettings = field(default_factory=LoRASettings)
-    logprob_chunk_tokens: int = 512
+    shared_prefix: Literal["auto", "always", "never"] = "auto"
+    checkpointing: CheckpointingSettings = field(default_factory=CheckpointingSettings)
+    max_tokens_per_micro_batch: int | None = None
+    quantization: Literal["nf4"] | None = None
+    logprob_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a chunk without tokens."""
-        if self.logprob_chunk_tokens < 1:
-            raise ConfigError(f"model.policy.logprob_chunk_tokens must be 1 or more, got {self.logprob_chunk_tokens}")
+        """Refuses sizes without tokens, and 4-bit weights that would have to learn."""
+        if self.quantization is not None and not self.lora.enabled:
+            raise ConfigError(
+                f'model.policy.quantization="{self.quantization}" needs an adapter, since weights of 4 bits cannot learn: '
+                "set lora.enabled: true, or leave it out"
+            )
+        sizes = {
+            "logprob_chunk_tokens": self.logprob_chunk_tokens,
+            "max_tokens_per_micro_batch": self.max_tokens_per_micro_batch,
+        }
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"model.policy.{name} must be 1 or more, got {value}")

@@ -1,19 +1,27 @@
 """The policy: a causal language model of transformers with a PEFT adapter, or all of its weights."""
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from fuchsia_pl.batch import Batch, TokenScores
+from fuchsia_pl.policy.checkpointing import checkpoint_blocks, offloaded
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.critic import Critic
-from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores, fastest_chunk_tokens
+from fuchsia_pl.policy.sharding import shard, whole
+from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, lay_out, shares_prefix
 from fuchsia_pl.policy.sources import public_name
-from fuchsia_pl.types import Batch, ConfigError, TokenScores
+from fuchsia_pl.types import ConfigError
 
 # Largest difference in logits that rounding explains in the head check, relative to the largest logit, in units of the
 # type's own resolution: both sides compute the same product, so only a scale or cap done in another type can differ.
@@ -33,7 +41,7 @@ class Policy(nn.Module):
         with_critic: Whether a critic on the model's hidden states learns beside it.
 
     Raises:
-        ConfigError: The model's output head does more than `OutputHead` does.
+        ConfigError: The model's output head does more than `OutputHead` does, or the model cannot share prefixes and has to.
     """
 
     def __init__(
@@ -42,16 +50,20 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
         dtype = getattr(torch, config.dtype) if config.lora.enabled else torch.float32
-        base = _load(folder, dtype)
+        base = _load(folder, dtype, config.quantization)
+        _enable_shared_prefix(base, config.shared_prefix)
         self.model: nn.Module = base
         self._frozen: list[PreTrainedModel] = []  # in a list, so that it is no submodule and enters no checkpoint
         self._initial_adapter: list[Tensor] = []
         if config.lora.enabled:
             self.model = add_adapter(base, config)
             if config.lora.init_from is not None:
-                self._initial_adapter = [p.detach().clone() for p in self.trainable_parameters()]
+                self._initial_adapter = self._adapter_copy()
         elif with_reference:
             self._frozen = [_load(folder, getattr(torch, config.dtype)).requires_grad_(False)]
+            _enable_shared_prefix(self._frozen[0], config.shared_prefix)
+        if config.checkpointing.enabled:
+            checkpoint_blocks(base, config.checkpointing.every_n_layers)
         _check_head(self.causal_lm)
         self.critic = Critic(base.config.get_text_config().hidden_size) if with_critic else None
 
@@ -59,6 +71,11 @@ class Policy(nn.Module):
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, with the adapter's layers inside it."""
         return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether rows that start alike are computed as one."""
+        return shares_prefix(self.causal_lm)
 
     @property
     def has_reference(self) -> bool:
@@ -74,6 +91,13 @@ class Policy(nn.Module):
         """The weights that learn, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def to_device(self, device: torch.device) -> None:
+        """Moves weights, gradients, buffers and the reference. Parameters stay the objects that an optimizer knows."""
+        self.to(device)
+        for reference in self._frozen:
+            reference.to(device)
+        self._initial_adapter = [initial.to(device) for initial in self._initial_adapter]
+
     def scores(self, batch: Batch) -> TokenScores:
         """Logprobs of the labels and entropies at each row's own temperature, and the critic's values if there is one.
 
@@ -85,7 +109,12 @@ class Policy(nn.Module):
         Returns:
             float32 [B, T] each, 0 where `loss_mask` is False. No logits are computed there.
         """
-        return _scores(self.causal_lm, batch, self.config.logprob_chunk_tokens, self.critic)
+        with offloaded() if self.config.checkpointing.cpu_offloading else nullcontext():
+            return TokenScores(*self(batch))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `scores` returns, as a tuple: sharding hooks onto calls of modules, and finds tensors in tuples only."""
+        return self._scores(self.causal_lm, batch, self.critic)
 
     @torch.no_grad()
     def evaluated_scores(self, batch: Batch) -> TokenScores:
@@ -107,30 +136,88 @@ class Policy(nn.Module):
         if not self.has_reference:
             raise RuntimeError("there is no reference: the policy was built with with_reference=False")
         frozen = self._frozen[0].to(batch.input_ids.device)
-        return _scores(frozen, batch, self.config.logprob_chunk_tokens, None).logprobs
+        return self._scores(frozen, batch, None)[0]
+
+    def _scores(
+        self, model: PreTrainedModel, batch: Batch, critic: Critic | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        mask = batch.loss_mask
+        temperatures = batch.temperatures.unsqueeze(1).expand(mask.shape)[mask]
+        self._leave_types_to_autocast(torch.is_autocast_enabled(mask.device.type))
+        kept = _kept_hidden(model, batch)
+        head = output_head(model)
+        chunk_tokens = self.config.logprob_chunk_tokens or fastest_chunk_tokens(head)
+        logprobs, entropies = chunked_scores(head, kept, batch.labels[mask], temperatures, chunk_tokens)
+
+        def in_place(selected: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, selected)
+
+        values = in_place(critic(kept)) if critic is not None else None
+        return in_place(logprobs), in_place(entropies), values
+
+    def _leave_types_to_autocast(self, autocasts: bool) -> None:
+        """Autocast chooses the type of every product; without it PEFT casts what enters an adapter to the adapter's type.
+
+        It stays so after the forward: blocks that are checkpointed run again in backward, and have to do the same.
+        """
+        for module in self.model.modules():
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                module.cast_input_dtype_enabled = not autocasts
 
     @contextmanager
     def _swapped_adapter(self) -> Iterator[None]:
-        """The adapter as it was loaded, in the place of the one that learned from there."""
+        """The adapter as it was loaded, in the place of the one that learned from there.
+
+        Values are copied: sharding keeps views of what a weight had when it was sharded.
+        """
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        learned = [weight.data for weight in weights]
+        learned = self._adapter_copy()
         try:
-            self._initial_adapter = [initial.to(weights[0].device) for initial in self._initial_adapter]
             for weight, initial in zip(weights, self._initial_adapter, strict=True):
-                weight.data = initial
+                weight.copy_(initial)
             yield
         finally:
             for weight, tensor in zip(weights, learned, strict=True):
-                weight.data = tensor
+                weight.copy_(tensor)
 
-    def save_trained(self, folder: Path) -> None:
-        """Writes what was trained: a PEFT adapter folder, or with LoRA off a whole model folder in `config.dtype`."""
+    def end_accumulation(self, is_last: bool) -> None:
+        """Where weights are sharded, adds gradients up over ranks after a step's last micro-batch only, as DDP does.
+
+        Gradients of all weights would not fit whole: without an adapter they are added up and sharded after each.
+        """
+        if isinstance(self, FSDPModule) and self.config.lora.enabled:
+            self.set_requires_gradient_sync(is_last)
+
+    def _adapter_copy(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spreads the weights over the ranks of a mesh. A frozen copy that is the reference stays whole on each."""
+        shard(self, self.causal_lm, mesh)
+        if self._initial_adapter:
+            self._initial_adapter = self._adapter_copy()
+
+    def save_trained(self, folder: Path, writes: bool = True) -> None:
+        """Writes what was trained: a PEFT adapter folder, or with LoRA off a whole model folder in `config.dtype`.
+
+        Args:
+            folder: Where to.
+            writes: Whether this rank writes. Where weights are sharded, all ranks have to call this at the same time.
+        """
         if isinstance(self.model, peft.PeftModel):
-            self.model.save_pretrained(str(folder))
+            state = {name: whole(tensor) for name, tensor in self.model.state_dict().items() if "lora_" in name}
+            # Otherwise PEFT asks the hub at every sync whether the vocabulary was changed; embeddings are never adapted here.
+            if writes:
+                self.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
             return
         dtype = getattr(torch, self.config.dtype)
-        state = {name: tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
-        self.causal_lm.save_pretrained(str(folder), state_dict=state)
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            gathered = whole(tensor)
+            if writes:  # one at a time: all of them may be more than a device holds
+                state[name] = gathered.to("cpu", dtype)
+        if writes:
+            self.causal_lm.save_pretrained(str(folder), state_dict=state)
 
 
 def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
@@ -203,22 +290,42 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return OutputHead(head.weight, head.bias, scale=scale, softcap=config.get("final_logit_softcapping"))
 
 
-def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+def _load(folder: str | Path, dtype: torch.dtype, quantization: Literal["nf4"] | None = None) -> PreTrainedModel:
+    if quantization is None:
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        missing = (
+            "bitsandbytes, which is not installed"
+            if torch.cuda.is_available()
+            else "a CUDA device, and torch sees none"
+        )
+        raise ConfigError(f'model.policy.quantization="{quantization}" needs {missing}: leave it out, or get that')
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, quantization_config=settings)
 
 
-def _scores(model: PreTrainedModel, batch: Batch, chunk_tokens: int, critic: Critic | None) -> TokenScores:
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    mask = batch.loss_mask
-    temperatures = batch.temperatures.unsqueeze(1).expand(mask.shape)
-    kept = hidden[mask]
-    logprobs, entropies = chunked_scores(output_head(model), kept, batch.labels[mask], temperatures[mask], chunk_tokens)
+def _enable_shared_prefix(model: PreTrainedModel, wish: Literal["auto", "always", "never"]) -> None:
+    if wish != "never" and not enable_shared_prefix(model) and wish == "always":
+        raise ConfigError(
+            f'model.policy.shared_prefix is "always", and {type(model).__name__} says something else if rows share their prefix: '
+            'use "auto"'
+        )
 
-    def in_place(selected: Tensor) -> Tensor:
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, selected)
 
-    values = in_place(critic(kept)) if critic is not None else None
-    return TokenScores(in_place(logprobs), in_place(entropies), values)
+def _kept_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The hidden states that predict the labels with `loss_mask` True, [N, H]."""
+    if not shares_prefix(model):
+        return model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[batch.loss_mask]
+    layout = lay_out(batch.input_ids, batch.lengths, batch.groups)
+    hidden = model.base_model(
+        input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, shared_prefix=layout
+    ).last_hidden_state[0]
+    return hidden[layout.places[batch.loss_mask]]
 
 
 @torch.no_grad()

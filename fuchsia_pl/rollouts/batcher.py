@@ -1,72 +1,145 @@
-"""From trainable rows to the micro-batches of one optimizer step. The one place that shifts, masks and pads.
+"""From trainable rows to the micro-batches of one optimizer step. The one place that shifts, masks, pads and groups.
 
 Shape letters: B rows of a micro-batch, T label positions.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fuchsia_pl.types import Batch, Denominators, Rollout, Sample
+from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.types import Rollout, Sample
 
 # Masks come from lengths, so the padding id is never compared with anything, not even where it is the end-of-turn id.
 PADDING_ID = 0
+NO_ROWS = "none of the step's rollouts can be trained on: not scored, masked, too old, or in groups without spread"
+NO_ADVANTAGE = "every advantage of the step is 0: the rewards do not differ"
+# Rows that lie side by side in a micro-batch; their prefix is shared if the policy can.
+Unit = Sequence[Sample]
 
 
 def count_denominators(samples: Sequence[Sample], max_completion_tokens: int) -> Denominators:
-    """Counts what the losses of these samples are divided by."""
+    """Counts what the losses of these samples are divided by, if all of them enter the forward."""
     counts = [sample.rollout.num_sampled_tokens for sample in samples]
-    return Denominators(sum(counts), sum(count > 0 for count in counts), max_completion_tokens)
+    return Denominators(sum(counts), sum(count > 0 for count in counts), max_completion_tokens, sum(counts))
 
 
-def split_balanced(samples: Sequence[Sample], num_parts: int) -> list[list[Sample]]:
-    """Splits rows into exactly `num_parts` parts with about the same number of tokens.
+def count_over_ranks(
+    samples: Sequence[Sample],
+    effective: Sequence[Sample],
+    max_completion_tokens: int,
+    add_up: Callable[[Tensor], Tensor],
+) -> tuple[Denominators, str | None]:
+    """A step's denominators over all ranks, and why there is nothing to learn from it, None if there is.
 
-    The longest row goes first, each to the part with the fewest tokens so far (longest-processing-time rule).
+    Args:
+        samples: This rank's rows.
+        effective: Those of them that enter the forward.
+        max_completion_tokens: Longest completion, in tokens.
+        add_up: Adds a tensor up over all ranks.
     """
-    parts: list[list[Sample]] = [[] for _ in range(num_parts)]
+    local = count_denominators(samples, max_completion_tokens)
+    num_learnable = sum(any(sample.advantages) or sample.old_values != sample.value_targets for sample in samples)
+    num_scored = sum(sample.rollout.num_sampled_tokens for sample in effective)
+    counts = torch.tensor([local.num_tokens, local.num_rows, num_scored, num_learnable], dtype=torch.int64)
+    num_tokens, num_rows, num_scored, num_learnable = add_up(counts).tolist()
+    reason = NO_ROWS if num_rows == 0 else NO_ADVANTAGE if num_learnable == 0 else None
+    return Denominators(num_tokens, num_rows, max_completion_tokens, num_scored), reason
+
+
+def num_used_tokens(rollout: Rollout) -> int:
+    """Tokens of a row up to the last that the policy sampled: no loss depends on what the environment wrote after it."""
+    behind = rollout.loss_mask[::-1].index(True) if True in rollout.loss_mask else 0
+    return len(rollout.token_ids) - behind
+
+
+def prefix_length(samples: Sequence[Sample]) -> int:
+    """Input positions that all of some rows have in common. The last token of a row is no input."""
+    rollouts = [sample.rollout for sample in samples]
+    inputs = zip(*(rollout.token_ids[: num_used_tokens(rollout) - 1] for rollout in rollouts), strict=False)
+    # At least one, so that a row of nothing but padding has a prefix too.
+    return max(sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, inputs)), 1)
+
+
+def num_computed_tokens(unit: Unit, shares_prefix: bool) -> int:
+    """Tokens of the forward that some rows take."""
+    total = sum(num_used_tokens(sample.rollout) - 1 for sample in unit)
+    return total - (len(unit) - 1) * prefix_length(unit) if shares_prefix and len(unit) > 1 else total
+
+
+def split_units(samples: Sequence[Sample], num_parts: int, shares_prefix: bool) -> list[Unit]:
+    """What is dealt out to micro-batches: the siblings of an item together where they share a prefix, else single rows.
+
+    If there are fewer than `num_parts`, the largest are halved.
+    """
+    if not shares_prefix:
+        return [[sample] for sample in samples]
+    siblings: dict[tuple[int, int | None], list[Sample]] = {}
+    for sample in samples:
+        siblings.setdefault((sample.rollout.item_index, sample.rollout.step), []).append(sample)
+    units: list[Unit] = list(siblings.values())
+    while units and len(units) < num_parts and max(len(unit) for unit in units) > 1:
+        largest = max((unit for unit in units if len(unit) > 1), key=lambda unit: num_computed_tokens(unit, True))
+        units.remove(largest)
+        units += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return units
+
+
+def split_balanced(samples: Sequence[Sample], num_parts: int, shares_prefix: bool = False) -> list[list[Unit]]:
+    """Splits rows into exactly `num_parts` parts with about the same number of tokens to compute.
+
+    The largest unit goes first, each to the part with the fewest tokens so far (longest-processing-time rule) that has not its
+    share of the units: so no part is ever larger than it would be if all rows were the longest.
+
+    Args:
+        samples: The rows.
+        num_parts: Number of micro-batches.
+        shares_prefix: Whether a prefix that siblings share is computed once.
+    """
+    parts: list[list[Unit]] = [[] for _ in range(num_parts)]
     loads = [0] * num_parts
-    for sample in sorted(samples, key=lambda sample: len(sample.rollout.token_ids), reverse=True):
-        lightest = loads.index(min(loads))
-        parts[lightest].append(sample)
-        loads[lightest] += len(sample.rollout.token_ids)
+    units = split_units(samples, num_parts, shares_prefix)
+    max_units = math.ceil(len(units) / num_parts)
+    for unit in sorted(units, key=lambda unit: num_computed_tokens(unit, shares_prefix), reverse=True):
+        open_parts = [part for part in range(num_parts) if len(parts[part]) < max_units]
+        lightest = min(open_parts, key=lambda part: loads[part])
+        parts[lightest].append(unit)
+        loads[lightest] += num_computed_tokens(unit, shares_prefix)
     return parts
 
 
 def make_batches(
-    samples: Sequence[Sample],
-    num_micro_batches: int,
-    denominators: Denominators,
-    policy_version: int,
-    metrics: Mapping[str, float],
+    parts: Sequence[Sequence[Unit]], denominators: Denominators, policy_version: int, metrics: Mapping[str, float]
 ) -> list[Batch]:
-    """Packs one optimizer step into exactly `num_micro_batches` micro-batches.
+    """Makes a micro-batch of each part.
 
     A part without rows becomes a row of padding, which trains nothing but lets every rank take the same steps.
 
     Args:
-        samples: This rank's rows.
-        num_micro_batches: The trainer's `accumulate_grad_batches`.
+        parts: This rank's rows, see `split_balanced`.
         denominators: Of the whole step and all ranks.
         policy_version: The step whose weights sampled the rows.
         metrics: The step's rollout figures.
     """
-    parts = split_balanced(samples, num_micro_batches)
     return [_collate(part, denominators, policy_version, metrics) for part in parts]
 
 
 def _collate(
-    samples: Sequence[Sample], denominators: Denominators, policy_version: int, metrics: Mapping[str, float]
+    units: Sequence[Unit], denominators: Denominators, policy_version: int, metrics: Mapping[str, float]
 ) -> Batch:
+    samples = [sample for unit in units for sample in unit]
     rollouts = [sample.rollout for sample in samples]
-    length = max([len(rollout.token_ids) for rollout in rollouts], default=2)
+    used = [num_used_tokens(rollout) for rollout in rollouts]
+    length = max(used, default=2)
     num_rows = max(len(samples), 1)
 
     def rows(values: Callable[[Rollout], Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
         tensor = torch.full((num_rows, length), fill, dtype=dtype)
-        for row, rollout in enumerate(rollouts):
-            tensor[row, : len(rollout.token_ids)] = torch.tensor(values(rollout), dtype=dtype)
+        for row, (rollout, size) in enumerate(zip(rollouts, used, strict=True)):
+            tensor[row, :size] = torch.tensor(values(rollout)[:size], dtype=dtype)
         return tensor
 
     def per_sampled_token(values: Callable[[Sample], Sequence[float] | None]) -> Tensor:
@@ -86,6 +159,8 @@ def _collate(
         sampling_logprobs=rows(lambda rollout: rollout.sampling_logprobs, 0.0, torch.float32)[:, 1:],
         advantages=per_sampled_token(lambda sample: sample.advantages),
         temperatures=torch.tensor([rollout.temperature for rollout in rollouts] or [1.0], dtype=torch.float32),
+        lengths=tuple(size - 1 for size in used) or (1,),
+        groups=tuple(PrefixGroup(len(unit), prefix_length(unit)) for unit in units) or (PrefixGroup(1, 1),),
         denominators=denominators,
         policy_version=policy_version,
         samples=tuple(samples),

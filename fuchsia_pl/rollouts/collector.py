@@ -111,24 +111,22 @@ class Collector:
         groups = (self._group(draw, index, ids) for index, ids in zip(draw.indices, prompts, strict=True))
         return await gather_or_cancel(groups)
 
-    def fitting(self, items: Sequence[Item]) -> list[int]:
+    def fitting(self, items: Sequence[Item]) -> dict[int, int]:
         """Renders the prompts of a whole split, so that one that is too long is found before anything is sampled.
 
         Returns:
-            Positions of the items whose prompts leave room for a completion.
+            Positions of the items whose prompts leave room for a completion, with the number of tokens of each prompt.
 
         Raises:
             PromptTooLongError: One does not, and `long_prompts` is "refuse".
         """
-        found = []
+        found = {}
         for index in range(len(items)):
             try:
-                self.prompt_ids(items, index)
+                found[index] = len(self.prompt_ids(items, index))
             except PromptTooLongError:
                 if self.config.long_prompts == "refuse":
                     raise
-                continue
-            found.append(index)
         return found
 
     def prompt_ids(self, items: Sequence[Item], index: int) -> list[int]:

@@ -18,6 +18,10 @@ class SamplingConfig:
         long_prompts: What a training item whose prompt leaves no room for `max_completion_tokens` does: "refuse" stops the run
             at its start, "drop" leaves such items out and counts them.
         validation_temperature: Temperature on the held-out split; 0 is greedy.
+        max_staleness: Optimizer steps by which sampling may run ahead of training, and by which the weights that sampled may be
+            older than those that learn from it. 0 samples and trains in turns.
+        in_flight: What rollouts do that are being sampled when new weights come: "finish" lets them end first, "continue" lets
+            them go on with the new ones.
         top_p: Only here to say why not: the loss is of the whole distribution, so all of it must be sampled from.
         top_k: As top_p.
         min_p: As top_p.
@@ -29,6 +33,8 @@ class SamplingConfig:
     max_length: int = 1024
     long_prompts: Literal["refuse", "drop"] = "refuse"
     validation_temperature: float = 0.0
+    max_staleness: int = 0
+    in_flight: Literal["finish", "continue"] = "finish"
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
@@ -37,6 +43,13 @@ class SamplingConfig:
         """Refuses what could not be sampled or learned from."""
         if self.group_size < 1:
             raise ConfigError(f"data.sampling.group_size must be 1 or more, got {self.group_size}")
+        if self.max_staleness < 0:
+            raise ConfigError(f"data.sampling.max_staleness must be 0 or more, got {self.max_staleness}")
+        if self.in_flight == "continue" and self.max_staleness == 0:
+            raise ConfigError(
+                'data.sampling.in_flight is "continue", and max_staleness is 0: no rollout is in flight when weights change. '
+                "Set max_staleness to 1 or more, or leave in_flight out"
+            )
         cut = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0), "min_p": (self.min_p, 0.0)}
         for name, (value, neutral) in cut.items():
             if value != neutral:

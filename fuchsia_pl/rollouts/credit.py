@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fuchsia_pl.batch import Batch, RolloutScores
 from fuchsia_pl.objectives.advantages import (
     batch_norm_advantages,
     group_mean_advantages,
@@ -21,7 +22,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
 from fuchsia_pl.objectives.returns import gae, rewards_to_go
 from fuchsia_pl.objectives.rewards import overlong_penalty
-from fuchsia_pl.types import Batch, Rollout, RolloutGroup, RolloutScores, RolloutStatus, Sample
+from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus, Sample
 
 OVERLONG = "overlong"
 OverRanks = Callable[[Tensor], Tensor]
@@ -64,6 +65,12 @@ def is_trained_on(config: LossConfig, rollout: Rollout) -> bool:
     """Whether a rollout becomes a row: it was scored, something was sampled, and it is not masked for being truncated."""
     masked = config.parts.truncated == "mask" and rollout.status is RolloutStatus.TRUNCATED
     return rollout.reward is not None and rollout.num_sampled_tokens > 0 and not masked
+
+
+def changes_nothing(config: LossConfig, sample: Sample) -> bool:
+    """Whether no weight would move by a row: its advantages are 0, and nothing else is asked of its tokens."""
+    asked = config.kl_in_loss or config.entropy_weight > 0.0 or config.parts.advantage == "gae"
+    return not asked and not any(sample.advantages)
 
 
 def make_samples(

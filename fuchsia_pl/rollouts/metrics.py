@@ -26,18 +26,22 @@ class StepRecord:
         dropped: Those without spread that dynamic sampling replaced, or found nothing to replace with.
         num_refills: Groups sampled to replace others.
         num_trained: Rollouts that became trainable rows.
+        num_without_effect: Those of them that no weight would move by, which the forward leaves out.
         seconds: Of sampling and scoring.
         num_dropped_prompts: Training items that are never drawn since their prompts are too long.
         kl: With the KL in the reward, its sum over the sampled tokens of the kept groups, and their number.
+        num_stale: Trainable rows that were dropped since weights older than allowed sampled them.
     """
 
     kept: Sequence[RolloutGroup]
     dropped: Sequence[RolloutGroup]
     num_refills: int
     num_trained: int
+    num_without_effect: int
     seconds: float
     num_dropped_prompts: int = 0
     kl: tuple[float, float] | None = None
+    num_stale: int = 0
 
 
 def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
@@ -94,6 +98,9 @@ def step_fractions(step: StepRecord, environment: Environment, world_size: int) 
         "rollout/dropped_groups": (float(len(step.dropped)), share),
         "rollout/dropped_prompts": (float(step.num_dropped_prompts), 1.0),
         "rollout/untrained": (float(num_kept_rollouts - step.num_trained), share),
+        "rollout/without_effect": (float(step.num_without_effect), share),
+        "rollout/stale": (float(step.num_stale), share),
+        "rollout/staleness": _staleness(rollouts),
         "perf/rollout_tokens_per_s": (
             float(sum(rollout.num_sampled_tokens for rollout in rollouts)),
             step.seconds / world_size,
@@ -102,6 +109,12 @@ def step_fractions(step: StepRecord, environment: Environment, world_size: int) 
     if step.kl is not None:
         found["train/kl"] = step.kl
     return found
+
+
+def _staleness(rollouts: Sequence[Rollout]) -> tuple[float, float]:
+    """Steps from the weights that sampled a token to those that were to be trained with it, and number of tokens."""
+    lags = [r.step - version for r in rollouts if r.step is not None for version in r.policy_versions if version >= 0]
+    return float(sum(lags)), float(len(lags))
 
 
 def over_ranks(fractions: Mapping[str, tuple[float, float]], add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:

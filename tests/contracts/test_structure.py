@@ -18,6 +18,8 @@ SOURCES = sorted([*ROOT.glob("fuchsia_pl/**/*.py"), *ROOT.glob("envs/**/*.py")])
 # DESIGN: a room may import rooms of a lower rank and itself. `engines.base` and `engines.vllm_*` are rooms of their own.
 RANKS = {
     "types": 0,
+    "loop": 0,
+    "batch": 0.5,
     "objectives": 1,
     "engines.base": 1,
     "envs": 1,
@@ -32,14 +34,17 @@ RANKS = {
 }
 # Narrower than the ranks: what these rooms may see of the others, and the third parties that the lowest rooms may use.
 ONLY_FROM = {
-    "module": {"policy", "objectives", "types"},
-    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types"},
-    "objectives": {"types"},
+    "batch": {"types"},
+    "module": {"policy", "objectives", "types", "batch"},
+    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types", "batch", "loop"},
+    "objectives": {"types", "batch"},
     "engines.base": {"types"},
     "envs": {"types"},
 }
 THIRD_PARTIES: dict[str, set[str]] = {
-    "types": {"torch"},
+    "types": set(),
+    "loop": set(),
+    "batch": {"torch"},
     "objectives": {"torch"},
     "engines.base": set(),
     "envs": {"datasets", "fastmcp", "jsonschema", "math_verify", "mcp", "mcp_types", "openai"},

@@ -6,6 +6,7 @@ Two engines are started, one per mode; a test that ends its engine comes last.
 import asyncio
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.policy.agreement import adapter_agreement
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.types import Rollout, Sample, ServedModel, Turn
 
@@ -31,7 +32,7 @@ class Pair:
     def __init__(self, folder, mode: str, log_file) -> None:
         self.chat = Chat(folder)
         self.policy = make_policy(folder, r=8)
-        self.engine = VLLMColocatedEngine(sync_mode=mode, kv_cache_gb=0.5, enforce_eager=True, request_timeout_s=120)
+        self.engine = VLLMColocatedEngine(sync_mode=mode, kv_cache_gb=0.5, enforce_eager=True, timeout_s=120)
         served = ServedModel(str(folder), "bfloat16", 8, resolve=Path)
         self.engine.start(EngineSpec(served, max_length=320, seed=0, log_file=log_file))
         self.prompts = [self.chat.render([{"role": "user", "content": question}]) for question in QUESTIONS]
@@ -66,7 +67,7 @@ class Pair:
             rollout.start(list(ids))
             rollout.append(Turn(completion, "", ""))
             samples.append(Sample(rollout, (0.0,) * len(completion.token_ids)))
-        return make_batches(samples, 1, count_denominators(samples, 12), 0, {})[0]
+        return make_batches(split_balanced(samples, 1), count_denominators(samples, 12), 0, {})[0]
 
 
 def make_policy(folder, **lora) -> Policy:
@@ -132,7 +133,7 @@ def test_logprobs_move_with_each_sync_and_match_the_trainers(pair, tmp_path):
             pair.policy.reference_logprobs(batch)[mask],
         )
         agreement = adapter_agreement(policy, reference, batch.sampling_logprobs[mask])
-        assert agreement.is_conclusive
+        assert agreement.error < 0.1  # standard errors from 0, where no adapter would be: more than ten
         assert agreement.holds
         assert logprob_gap(pair.policy, batch) < 0.1 < (policy - reference).abs().mean()
     assert len(seen) == 3
@@ -206,19 +207,77 @@ def test_weights_change_only_between_requests(pair, tmp_path):
             pair.engine.generate(pair.prompts[3], SamplingParams(1.0, 40, seed=0, stop_token_ids=()))
         )
         await asyncio.sleep(0.3)
-        with pytest.raises(EngineError, match="1 requests are in flight"):
+        with pytest.raises(EngineError, match="1 requests are in flight: weights change"):
             await pair.engine.load_adapter(folder, 7)
+        with pytest.raises(EngineError, match="1 requests are in flight: vLLM sleeps"):
+            await pair.engine.sleep()
         return await request
 
     assert asyncio.run(both()).token_ids
 
 
+def test_requests_in_flight_go_on_with_new_weights_and_every_token_says_whose_it_is(pair, tmp_path, monkeypatch):
+    perturb(pair.policy, seed=21)
+    pair.sync(tmp_path / "v21", 21)
+    monkeypatch.setattr(pair.engine, "_spec", replace(pair.engine._spec, loads_in_flight=True))
+    older = {name: p.detach().clone() for name, p in pair.policy.named_parameters() if "lora_" in name}
+    perturb(pair.policy, seed=22)
+    pair.policy.save_trained(tmp_path / "v22")
+    (tmp_path / "v22" / VERSION_FILE).write_text("22")
+
+    async def load_on_the_way():
+        params = [SamplingParams(1.0, 48, seed=seed, stop_token_ids=()) for seed in range(4)]
+        requests = [asyncio.create_task(pair.engine.generate(*one)) for one in zip(pair.prompts, params, strict=True)]
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            if pair.engine._in_flight and min(p.num_tokens for p in pair.engine._in_flight.values()) >= 8:
+                break
+        await pair.engine.load_adapter(tmp_path / "v22", 22)
+        return await asyncio.gather(*requests)
+
+    completions = asyncio.run(load_on_the_way())
+    spans = [completion for completion in completions if set(completion.policy_versions) == {21, 22}]
+    assert len(spans) >= 3
+    assert all(list(c.policy_versions) == sorted(c.policy_versions) for c in completions)
+    batch = pair.batch_of(completions)
+    versions = torch.tensor([v for sample in batch.samples for v in sample.rollout.policy_versions if v >= 0])
+    by_newer = pair.policy.evaluated_scores(batch).logprobs[batch.loss_mask]
+    pair.policy.load_state_dict(older, strict=False)
+    by_older = pair.policy.evaluated_scores(batch).logprobs[batch.loss_mask]
+    sampled = batch.sampling_logprobs[batch.loss_mask]
+    for version, own, other in ((21, by_older, by_newer), (22, by_newer, by_older)):
+        of_version = versions == version
+        assert (own - sampled)[of_version].abs().mean() < 0.1 < (other - sampled)[of_version].abs().mean()
+
+
+def test_an_engine_that_slept_samples_as_before(pair, tmp_path):
+    perturb(pair.policy, seed=7)
+    pair.sync(tmp_path / "v7", 7)
+    before = pair.sample()
+    for repeat in range(2):
+        asyncio.run(pair.engine.sleep())
+        with pytest.raises(EngineError, match="the engine is asleep: call wake first"):
+            pair.sample()
+        with pytest.raises(EngineError, match="the engine is asleep: call wake first"):
+            pair.sync(tmp_path / "v8", 8)
+        asyncio.run(pair.engine.wake())
+        if pair.engine.serves_lora:  # vLLM has kept base weights and adapter
+            assert pair.engine.policy_version == 7
+        else:
+            assert pair.engine.policy_version == -1
+            pair.sync(tmp_path / f"v7-{repeat}", 7)
+        after = pair.sample()
+        assert [c.token_ids for c in after] == [c.token_ids for c in before]
+        for one, other in zip(after, before, strict=True):
+            assert one.logprobs == (
+                pytest.approx(other.logprobs, abs=0.05) if pair.engine.serves_lora else other.logprobs
+            )
+
+
 def test_an_adapter_of_a_higher_rank_than_the_engine_was_started_with(pair, tmp_path, model_folder):
     policy = make_policy(model_folder, r=16)
     if pair.engine.serves_lora:
-        with pytest.raises(
-            EngineError, match=r"adapter has r=16, and the engine was started for r up to 8.*max_lora_rank"
-        ):
+        with pytest.raises(EngineError, match="adapter has r=16, and the engine was started for the policy's r=8"):
             pair.sync(tmp_path / "v", 1, policy)
     else:  # merged weights have no rank
         perturb(policy, seed=5)
@@ -243,10 +302,10 @@ def test_whole_weights_go_the_way_of_merge(pair, tmp_path, model_folder):
 
 
 def test_a_request_that_takes_too_long_is_an_error_and_the_engine_goes_on(pair):
-    pair.engine.request_timeout_s = 0.05
+    pair.engine.timeout_s = 0.05
     with pytest.raises(EngineError, match=r"a completion took longer than 0\.05 s\. The end of .*engine.log"):
         pair.sample(max_tokens=40)
-    pair.engine.request_timeout_s = 120
+    pair.engine.timeout_s = 120
     assert pair.sample(max_tokens=2)
 
 

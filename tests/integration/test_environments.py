@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from fuchsia_pl.cli import FuchsiaCLI
-from fuchsia_pl.cli.run_folder import RUN_FOLDER_VARIABLE
+from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from tests.contracts.test_readme import COMMANDS, write_files
 from tests.envs.test_gsm8k import DATA
 from tests.integration.kept_engine import KeptEngine

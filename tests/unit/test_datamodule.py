@@ -6,12 +6,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from fuchsia_pl import datamodule
-from fuchsia_pl.datamodule import PhaseDataset
+from fuchsia_pl.batch import Denominators
 from fuchsia_pl.envs import ToolServerError
 from fuchsia_pl.module import StaleBatchError
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.rollouts import batcher
 from fuchsia_pl.rollouts.collector import PromptTooLongError
-from fuchsia_pl.types import ConfigError, Denominators
-from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_sample, make_trainer
+from fuchsia_pl.rollouts.phases import PhaseDataset
+from fuchsia_pl.types import ConfigError
+from tests.doubles import Spread, TinyEngine, TinyEnvironment, make_data, make_module, make_sample, make_trainer
 
 
 def fit(tiny_model, root, **settings):
@@ -44,7 +47,7 @@ def test_the_length_of_the_dataset_is_what_keeps_that_order(tiny_model, tmp_path
     monkeypatch.setattr(datamodule, "PhaseDataset", WithoutLength)
     with pytest.raises(
         StaleBatchError,
-        match="step 0 got rollouts of policy version -1 for update 0 of their phase: the data loader ran ahead",
+        match=r"step 0 got rollouts of policy version -1 for update 0 of their phase.*the data loader ran ahead",
     ):
         fit(tiny_model, tmp_path)
 
@@ -126,6 +129,86 @@ def test_limits_that_would_cut_an_optimizer_step_are_refused(tiny_model, tmp_pat
         trainer.fit(module, datamodule=make_data(module))
 
 
+class Tokens(Callback):
+    """Keeps how many tokens each micro-batch computes."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        shared = sum((group.num_rows - 1) * group.prefix_length for group in batch.groups)
+        self.counts.append(sum(batch.lengths) - shared * pl_module.shares_prefix)
+
+
+@pytest.mark.parametrize("shared_prefix", ["auto", "never"])
+def test_a_budget_of_tokens_takes_the_place_of_the_number_of_micro_batches(tiny_model, tmp_path, shared_prefix):
+    # prompts of 10 or 11 tokens and 6 of a completion: a row takes 16, a group of 4 takes 11 + 4 x 5 = 31
+    expected = {"auto": 3, "never": 5}[shared_prefix]  # two groups of 5 in 62, or 4 rows of 20 in 64
+    module, tokens = make_module(tiny_model), Tokens()
+    module.policy_config.shared_prefix, module.policy_config.max_tokens_per_micro_batch = shared_prefix, 64
+    trainer = make_trainer(tmp_path, tokens, max_steps=2)
+    trainer.fit(module, datamodule=make_data(module))
+    assert trainer.accumulate_grad_batches == expected
+    assert trainer.global_step == 2
+    assert len(tokens.counts) == 2 * expected
+    assert max(tokens.counts) <= 64
+    assert module.shares_prefix == (shared_prefix == "auto")
+    # the same trainer once more: the number is its own, not the user's
+    trainer.fit(module, datamodule=trainer.datamodule)
+
+
+def test_with_several_turns_the_longest_row_is_the_longest_that_is_allowed(tiny_model, tmp_path):
+    class Chatty(TinyEnvironment):
+        def __init__(self):
+            super().__init__()
+            self.max_steps = 2
+
+        def step_rollout(self, rollout):
+            rollout.respond("and?")
+
+    module = make_module(tiny_model)
+    data = make_data(module, environment=Chatty())
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+    assert data.longest_batch().lengths[0] == 39  # of max_length 40 the last token is no input
+    assert data.longest_batch().groups[0].prefix_length == 10  # the shortest prompt
+
+
+def test_a_budget_and_a_number_of_micro_batches_are_refused_together(tiny_model, tmp_path):
+    module, engine = make_module(tiny_model), TinyEngine()
+    module.policy_config.max_tokens_per_micro_batch = 64
+    with pytest.raises(
+        ConfigError, match=r"accumulate_grad_batches=2 and model\.policy\.max_tokens_per_micro_batch=64 say the same"
+    ):
+        make_trainer(tmp_path, accumulate_grad_batches=2).fit(module, datamodule=make_data(module, engine))
+    assert not hasattr(engine, "spec")
+
+
+@pytest.mark.parametrize(("loss", "num_left_out"), [({}, 2), ({"beta": 0.1}, 0), ({"entropy_weight": 0.1}, 0)])
+def test_rows_that_move_no_weight_do_not_enter_the_forward_but_count_in_the_mean(
+    tiny_model, tmp_path, loss, num_left_out
+):
+    """Of five items some have siblings with equal rewards."""
+    module = make_module(tiny_model, LossConfig("grpo", reduction="token_mean", **loss))
+    seen = []
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch)
+
+    make_trainer(tmp_path, Keep(), max_steps=1).fit(module, datamodule=make_data(module, environment=Spread()))
+    (batch,) = seen
+    scored = sum(sample.rollout.num_sampled_tokens for sample in batch.samples)
+    left_out = sum(sample.rollout.num_sampled_tokens for sample in batch.without_effect)
+    assert batch.unused == ()
+    assert len(batch.without_effect) == 4 * num_left_out
+    assert not any(any(sample.advantages) for sample in batch.without_effect)
+    assert all(any(sample.advantages) for sample in batch.samples) or num_left_out == 0
+    assert batch.denominators.num_tokens == scored + left_out
+    assert batch.denominators.num_rows == 20
+    assert batch.denominators.num_scored_tokens == scored == int(batch.loss_mask.sum())
+    assert batch.metrics["rollout/without_effect"] == 4 * num_left_out
+
+
 def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
     class Unchecked(TinyEnvironment):
         def validation_items(self):
@@ -161,6 +244,7 @@ def test_what_the_engine_is_told(tiny_model, tmp_path):
     make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
     spec = engine.spec
     assert (spec.model.lora_rank, spec.model.dtype, spec.max_length, spec.seed) == (4, "float32", 33, 5)
+    assert (spec.num_ranks, spec.log_file) == (1, tmp_path / "engine.log")
     assert spec.log_file == tmp_path / "engine.log"
 
 
@@ -177,12 +261,13 @@ def test_validation_draws_every_held_out_item_once_and_greedily(tiny_model, tmp_
 
 
 def test_token_counts_survive_beyond_what_float32_can_count(tiny_model, tmp_path, monkeypatch):
-    counted = Denominators(num_tokens=2**24 + 1, num_rows=3, max_completion_tokens=8)
-    monkeypatch.setattr(datamodule, "count_denominators", lambda samples, longest: counted)
+    counted = Denominators(num_tokens=2**24 + 1, num_rows=3, max_completion_tokens=8, num_scored_tokens=2**24 + 1)
+    monkeypatch.setattr(batcher, "count_denominators", lambda samples, longest: counted)
     data = make_data(make_module(tiny_model))
     data.trainer = make_trainer(tmp_path)
     sample = make_sample([1], [5], advantage=1.0)
-    assert data._count([sample]) == (counted, None)
+    found, reason = batcher.count_over_ranks([sample], [sample], 8, data._add_up)
+    assert (found.num_tokens, found.num_rows, found.num_scored_tokens, reason) == (2**24 + 1, 3, 1, None)
 
 
 def test_items_with_long_prompts_are_left_out_and_counted(tiny_model, tmp_path):

@@ -17,8 +17,8 @@ from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
-from fuchsia_pl.types import Completion, Rollout, Sample, Turn
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
+from fuchsia_pl.types import Completion, ConfigError, Rollout, Sample, Turn
 from tests.doubles import TinyEngine, make_data, make_module, make_sample, make_trainer
 
 # Ten rows of different lengths and advantages, so that 1, 2 and 5 micro-batches are all possible.
@@ -37,13 +37,15 @@ OBJECTIVES = {
 }
 
 
-def step_gradient(module, samples, num_micro_batches: int, padding: int = 0) -> list[torch.Tensor]:
+def step_gradient(module, samples, num_micro_batches: int, padding: int = 0, shares=False) -> list[torch.Tensor]:
     """The gradient that one optimizer step sees: the sum over its micro-batches.
 
     The old logprobs are half way to the sampler's, so that ratios and sampler weights lie on both sides of their bounds.
     """
     module.zero_grad()
-    for batch in make_batches(samples, num_micro_batches, count_denominators(samples, 8), 0, {}):
+    for batch in make_batches(
+        split_balanced(samples, num_micro_batches, shares), count_denominators(samples, 8), 0, {}
+    ):
         batch = padded(batch, padding)
         reference = module.policy.reference_logprobs(batch) if module.loss_config.kl_in_loss else None
         scores = module.policy.scores(batch)
@@ -78,7 +80,7 @@ def randomised_module(tiny_model, loss: LossConfig):
 
 
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_the_gradient_is_the_same_for_any_split_order_and_padding(tiny_model, objective):
+def test_the_gradient_is_the_same_for_any_split_order_padding_and_shared_prefix(tiny_model, objective):
     samples = SAMPLES
     if objective == "ppo with a critic":
         samples = [
@@ -93,8 +95,14 @@ def test_the_gradient_is_the_same_for_any_split_order_and_padding(tiny_model, ob
     largest = max(gradient.abs().max().item() for gradient in whole)
     assert largest > 1e-3
     shuffled = [samples[index] for index in (3, 9, 1, 0, 7, 5, 2, 8, 6, 4)]
-    for rows, parts, padding in [(samples, 2, 0), (samples, 5, 0), (shuffled, 1, 0), (shuffled, 5, 0), (samples, 2, 6)]:
-        for got, expected in zip(step_gradient(module, rows, parts, padding), whole, strict=True):
+    splits = [(samples, 2, 0), (samples, 5, 0), (shuffled, 1, 0), (shuffled, 5, 0), (samples, 2, 6)]
+    shared = [
+        (samples, 1, 0, True),
+        (shuffled, 3, 0, True),
+        (samples, 2, 6, True),
+    ]  # one group of ten, halved as need be
+    for split in [*splits, *shared]:
+        for got, expected in zip(step_gradient(module, *split), whole, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
@@ -243,7 +251,7 @@ def test_the_kl_grows_from_zero_once_the_policy_moves(tiny_model, tmp_path):
 
 def test_rollouts_of_other_weights_are_refused(tiny_model):
     module = make_module(tiny_model)
-    batch = make_batches(SAMPLES, 1, count_denominators(SAMPLES, 8), policy_version=3, metrics={})[0]
+    batch = make_batches(split_balanced(SAMPLES, 1), count_denominators(SAMPLES, 8), policy_version=3, metrics={})[0]
     with pytest.raises(StaleBatchError, match="step 0 got rollouts of policy version 3"):
         module.training_step(batch, 0)
 
@@ -317,6 +325,15 @@ def test_a_checkpoint_holds_the_adapter_and_never_the_base(tiny_model, tmp_path)
     assert all("lora_" in name for name in state)
 
 
+def test_a_run_does_not_go_on_with_another_number_of_micro_batches(tiny_model, tmp_path):
+    _, trainer = train(tiny_model, tmp_path, accumulate=2, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    module = make_module(tiny_model)
+    again = make_trainer(tmp_path, max_epochs=-1, max_steps=2, accumulate_grad_batches=4)
+    with pytest.raises(ConfigError, match=r"counts 2 micro-batches a step, and this run has 4: set trainer.accumulate"):
+        again.fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
+
+
 def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
     _, trainer = train(tiny_model, tmp_path, accumulate=1, max_steps=1)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -353,13 +370,13 @@ def loss_and_scores(module, batch):
 def test_a_tools_tokens_are_context_and_their_labels_are_nothing(tiny_model):
     module = randomised_module(tiny_model, LossConfig("cispo"))
     sample = tool_conversation()
-    (batch,) = make_batches([sample], 1, count_denominators([sample], 8), 0, {})
+    (batch,) = make_batches(split_balanced([sample], 1), count_denominators([sample], 8), 0, {})
     assert batch.loss_mask[0].tolist() == [False, True, True, False, False, False, True, True]
     assert batch.denominators.num_tokens == 4
     loss, logprobs = loss_and_scores(module, batch)
 
     other = tool_conversation(tool_ids=(30, 21, 22))
-    (changed,) = make_batches([other], 1, count_denominators([other], 8), 0, {})
+    (changed,) = make_batches(split_balanced([other], 1), count_denominators([other], 8), 0, {})
     changed_loss, changed_logprobs = loss_and_scores(module, changed)
     assert changed_loss != loss
     assert changed_logprobs[1:3].equal(logprobs[1:3])  # what came before the tool
@@ -375,7 +392,7 @@ def test_a_tools_tokens_are_context_and_their_labels_are_nothing(tiny_model):
 def test_a_tools_labels_reach_no_gradient(tiny_model):
     module = randomised_module(tiny_model, LossConfig("grpo"))
     sample = tool_conversation()
-    (batch,) = make_batches([sample], 1, count_denominators([sample], 8), 0, {})
+    (batch,) = make_batches(split_balanced([sample], 1), count_denominators([sample], 8), 0, {})
     gradients = []
     for label in (20, 33):
         labels = batch.labels.clone()

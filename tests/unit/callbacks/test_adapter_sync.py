@@ -6,6 +6,7 @@ import torch
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync, SyncError
 from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
 from tests.doubles import TinyEngine, make_data, make_module, make_trainer
 
@@ -48,17 +49,22 @@ def test_an_engine_that_applies_it_twice_is_found_at_once(tiny_model, tmp_path):
         fit(tiny_model, tmp_path, TinyEngine(applied=2.0), AdapterSync(tolerance=10.0))
 
 
-def test_an_adapter_without_effect_is_probed_a_bounded_number_of_times(tiny_model, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("beta", "num_forwards"), [(0.0, 2), (0.1, 2 * 5)])
+def test_an_adapter_without_effect_is_probed_a_bounded_number_of_times(
+    tiny_model, tmp_path, monkeypatch, caplog, beta, num_forwards
+):
+    """A probe costs the reference's forward of one micro-batch, and none where the loss asks for it in each."""
     monkeypatch.setattr("fuchsia_pl.callbacks.adapter_sync.MAX_PROBES", 2)
     probes = []
     original = Policy.evaluated_scores
     monkeypatch.setattr(Policy, "evaluated_scores", lambda self, batch: probes.append(1) or original(self, batch))
-    module, sync = make_module(tiny_model, optimizer=partial(torch.optim.SGD, lr=0.0)), AdapterSync(tolerance=1e-3)
+    still = partial(torch.optim.SGD, lr=0.0)
+    module, sync = make_module(tiny_model, LossConfig(beta=beta), optimizer=still), AdapterSync(tolerance=1e-3)
     make_trainer(tmp_path, sync=sync, accumulate_grad_batches=2).fit(
         module, datamodule=make_data(module, steps_per_epoch=5)
     )
     assert sync.agreement is None
-    assert len(probes) == 2 * 2  # each probe runs the policy with and without its adapter, one micro-batch a step
+    assert len(probes) == num_forwards
     assert caplog.text.count("2 probes saw no effect of the adapter") == 1
 
 

@@ -37,11 +37,31 @@ def test_merged_by_hand(tmp_path, use_rslora, scale):
     assert torch.equal(merged["model.norm.weight"], torch.ones(2))
 
 
-def test_the_checkpoint_is_left_as_it_is(tmp_path):
+def test_a_block_that_the_adapter_reaches_is_whole_and_others_can_be_left_out(tmp_path):
     base, adapter = write(tmp_path)
+    names = ["layers.0.q_proj", "layers.0.k_proj", "layers.1.q_proj", "layers.10.q_proj", "embed_tokens"]
+    save_file({f"model.{name}.weight": WEIGHT.clone() for name in names}, base / "m.safetensors")
+    found = dict(merged_weights(base, adapter, only_reached=True))
+    assert found.keys() == {"model.layers.0.q_proj.weight", "model.layers.0.k_proj.weight"}
+    whole = dict(merged_weights(base, adapter))
+    assert whole.keys() == {f"model.{name}.weight" for name in names}
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
+
+
+def test_an_adapted_weight_outside_of_the_blocks_is_reached(tmp_path):
+    base, adapter = write(tmp_path, layer="model.project_in")
+    save_file({f"model.{name}.weight": WEIGHT.clone() for name in ("project_in", "norm")}, base / "m.safetensors")
+    assert dict(merged_weights(base, adapter, only_reached=True)).keys() == {"model.project_in.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_checkpoint_is_left_as_it_is(tmp_path, monkeypatch, dtype):
+    base, adapter = write(tmp_path)
+    held = {"model.layers.0.q_proj.weight": WEIGHT.to(dtype, copy=True)}  # as if every pass found the same memory
+    monkeypatch.setattr("fuchsia_pl.engines.merge.checkpoint_weights", lambda folder: iter(held.items()))
     for _ in range(2):
         merged = dict(merged_weights(base, adapter))
-    assert torch.equal(dict(checkpoint_weights(base))["model.layers.0.q_proj.weight"], WEIGHT.bfloat16())
+    assert torch.equal(held["model.layers.0.q_proj.weight"], WEIGHT.to(dtype))
     assert merged["model.layers.0.q_proj.weight"][0, 1] == 3.0  # once merged, not twice
 
 

@@ -12,7 +12,7 @@ from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.types import ConfigError, ServedModel
 
 
-@pytest.mark.parametrize("name", ["kv_cache_gb", "max_num_seqs", "start_timeout_s", "request_timeout_s"])
+@pytest.mark.parametrize("name", ["kv_cache_gb", "max_num_seqs", "tensor_parallel_size", "timeout_s"])
 def test_sizes_and_bounds_are_above_zero(name):
     with pytest.raises(ValueError, match=rf"{name} must be above 0, got 0"):
         VLLMColocatedEngine(**{name: 0})
@@ -23,13 +23,49 @@ def test_lora_mode_without_an_adapter_is_refused(tmp_path):
         VLLMColocatedEngine(sync_mode="lora").start(make_spec(tmp_path, lora_rank=0))
 
 
-def test_a_rank_above_the_engines_is_refused_before_it_starts(tmp_path):
-    with pytest.raises(ConfigError, match=r"max_lora_rank=8 is below model.policy.lora.r=16"):
-        VLLMColocatedEngine(sync_mode="lora", max_lora_rank=8).start(make_spec(tmp_path, lora_rank=16))
+def test_devices_share_a_copy_of_the_weights(monkeypatch):
+    engines = [VLLMColocatedEngine(), VLLMColocatedEngine(tensor_parallel_size=4)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [engine.weights_share for engine in engines] == [1.0, 0.25]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert [engine.weights_share for engine in engines] == [1.0, 1.0]
 
 
-def make_spec(root, lora_rank: int = 5, max_length: int = 64) -> EngineSpec:
-    return EngineSpec(ServedModel("/m", "float16", lora_rank, Path), max_length, seed=3, log_file=root / "engine.log")
+def test_tensor_parallelism_needs_a_trainer_of_one_rank(tmp_path, monkeypatch):
+    assert started_with(monkeypatch, tmp_path, tensor_parallel_size=2)["tensor_parallel_size"] == 2
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 needs a trainer of one rank, got 4.*fuchsia serve"):
+        VLLMColocatedEngine(tensor_parallel_size=2).start(make_spec(tmp_path, num_ranks=4))
+    started_with(monkeypatch, tmp_path, make_spec(tmp_path, num_ranks=4))
+
+
+def test_quantized_weights_are_refused_where_they_cannot_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match='quantization="int8" needs a GPU: vLLM has no kernels for it on a CPU'):
+        VLLMColocatedEngine(quantization="int8", sync_mode="lora").start(make_spec(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ConfigError, match='quantization="fp8" needs sync_mode "lora", got "merge"'):
+        VLLMColocatedEngine(quantization="fp8", sync_mode="merge").start(make_spec(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name"), [("int8", "int8_per_channel_weight_only"), ("fp8", "fp8_per_tensor"), (None, None)]
+)
+def test_the_quantization_reaches_vllm_by_its_own_name(tmp_path, monkeypatch, quantization, name):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    args = started_with(monkeypatch, tmp_path, quantization=quantization, sync_mode="lora")
+    assert args["quantization"] == name
+    assert args["block_size"] is None  # vLLM's own choice
+
+
+def test_on_a_cpu_siblings_share_blocks_and_no_core_is_kept_back(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU", raising=False)
+    assert started_with(monkeypatch, tmp_path)["block_size"] == 32
+    assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+
+
+def make_spec(root, lora_rank: int = 5, num_ranks: int = 1) -> EngineSpec:
+    model = ServedModel("/m", "float16", lora_rank, Path)
+    return EngineSpec(model, max_length=64, seed=3, log_file=root / "engine.log", num_ranks=num_ranks)
 
 
 class StoppedStartError(Exception):
@@ -66,7 +102,7 @@ def test_what_the_run_says_reaches_vllm_and_nothing_of_the_models_own(monkeypatc
         ({"max_num_seqs": 7}, "max_num_seqs", 7),
         ({"enforce_eager": True}, "enforce_eager", True),
         ({"sync_mode": "lora"}, "enable_lora", True),
-        ({"sync_mode": "lora", "max_lora_rank": 20}, "max_lora_rank", 32),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size", 2),
     ],
     ids=str,
 )
@@ -95,7 +131,7 @@ def test_a_start_that_takes_too_long_is_an_error_and_what_comes_up_late_is_shut_
     monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", slow)
     start = time.perf_counter()
     with pytest.raises(EngineError, match=r"vLLM did not start within 0\.1 s"):
-        VLLMColocatedEngine(start_timeout_s=0.1).start(make_spec(tmp_path))
+        VLLMColocatedEngine(timeout_s=0.1).start(make_spec(tmp_path))
     assert time.perf_counter() - start < 0.4
     assert late.wait(10)
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import fuchsia_pl.objectives.advantages as ours
+from fuchsia_pl.batch import Batch, Denominators, TokenScores
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.objectives.returns import rewards_to_go
-from fuchsia_pl.types import Batch, Denominators, TokenScores
 
 END, LONGEST, NO_BOUND, LEVELS = 2, 3, 1e6, ("token", "sequence", "sequence_token")
 POLICY, CHANGE, DISTANCE = 0.6 * torch.randn(3, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -77,8 +77,8 @@ def advantages_of(config, groups, tree, token_rewards):
 
 def batch_of(tree, group, sampling, advantages):
     mask, tokens = tree.mask[group], tree.tokens[group]
-    sizes = Denominators(int(mask.sum()), len(group), LONGEST)
-    return Batch(tokens, tokens, mask, sampling, advantages, torch.ones(len(group)), sizes, 0, (), {})
+    sizes = Denominators(int(mask.sum()), len(group), LONGEST, int(mask.sum()))
+    return Batch(tokens, tokens, mask, sampling, advantages, torch.ones(len(group)), (), (), sizes, 0, (), {})
 
 
 def estimates(config, groups, tree=TREE, token_rewards=None, old=POLICY, sampler=POLICY):

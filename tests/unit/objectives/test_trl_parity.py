@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fuchsia_pl.batch import Batch, Denominators, TokenScores
 from fuchsia_pl.objectives.advantages import group_mean_advantages, group_norm_advantages, leave_one_out_advantages
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.loss import LossOutput, policy_loss
 from fuchsia_pl.objectives.surrogates import ratio_log
-from fuchsia_pl.types import Batch, Denominators, TokenScores
 
 LENGTHS = (5, 2, 7, 3, 6, 4, 7, 7)
 MAX_COMPLETION = 16
@@ -134,9 +134,9 @@ def of_trl(trainer_class, tokens: Tokens, attributes=None, arguments=None, rewar
 def of_ours(settings, tokens: Tokens, advantages: Tensor) -> LossOutput:
     config = LossConfig(**{"sampler_correction": SamplerCorrection("disabled"), **settings})
     mask = tokens.present & tokens.own
-    denominators = Denominators(int(mask.sum()), int(mask.any(dim=1).sum()), MAX_COMPLETION)
+    denominators = Denominators(int(mask.sum()), int(mask.any(dim=1).sum()), MAX_COMPLETION, int(mask.sum()))
     ids, advantages = mask.long(), advantages.unsqueeze(1) * mask
-    batch = Batch(ids, ids, mask, tokens.sampling, advantages, torch.ones(len(mask)), denominators, 0, (), {})
+    batch = Batch(ids, ids, mask, tokens.sampling, advantages, torch.ones(len(mask)), (), (), denominators, 0, (), {})
     scores = TokenScores(tokens.policy, tokens.entropies, None)
     return policy_loss(config, batch, scores, tokens.old, tokens.old, tokens.reference)
 

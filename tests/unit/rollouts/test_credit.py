@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from fuchsia_pl.batch import RolloutScores
 from fuchsia_pl.objectives.config import CriticSettings, LossConfig
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, scores_by_rollout
-from fuchsia_pl.types import Completion, Rollout, RolloutScores, RolloutStatus, Turn
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 
 
 def rollout(length: int, reward: float | None, truncated: bool = False, **rewards) -> Rollout:
@@ -159,7 +160,7 @@ def test_the_trainers_scores_are_taken_apart_by_rollout():
     group = pair()
     config = LossConfig("dr_grpo")
     samples = make_samples(config, make_groups([group]), {}, {}, lambda values: values)
-    batches = make_batches(samples, 1, count_denominators(samples, 8), 0, {})
+    batches = make_batches(split_balanced(samples, 1), count_denominators(samples, 8), 0, {})
     # rows are ordered by length: row 0 is the rollout of two tokens
     kl = torch.tensor([[0.1, 0.2], [0.3, 9.0]])
     found = scores_by_rollout(batches, [RolloutScores(kl, None)])

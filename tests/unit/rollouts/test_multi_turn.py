@@ -9,7 +9,7 @@ import pytest
 from fuchsia_pl.envs import MultiTurnEnvironment
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import derived_seed
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw, EnvironmentStepError, PromptTooLongError
 from fuchsia_pl.rollouts.config import SamplingConfig
@@ -67,7 +67,7 @@ def test_over_four_turns_the_ids_trained_are_the_ids_sampled(tiny_model):
     assert [m["role"] for m in rollout.messages] == ["user", "assistant"] * 4
 
     sample = Sample(rollout, (1.0,) * 12)
-    batch = make_batches([sample], 1, count_denominators([sample], 40), 0, {})[0]
+    batch = make_batches(split_balanced([sample], 1), count_denominators([sample], 40), 0, {})[0]
     assert batch.labels[0][batch.loss_mask[0]].tolist() == [token for said in engine.said for token in said] == turn * 4
 
 
@@ -215,7 +215,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_left_out(tiny_model):
         config = SamplingConfig(max_completion_tokens=5, max_length=15, long_prompts=long_prompts)
         return Collector(SayingEngine(None), environment, chat, config).fitting(environment.train_items())
 
-    assert fitting("drop") == list(range(10))
+    assert fitting("drop") == dict.fromkeys(range(10), 10)
     with pytest.raises(PromptTooLongError, match="prompt of item 10 has 11 tokens"):
         fitting("refuse")
 

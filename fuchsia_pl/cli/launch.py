@@ -1,0 +1,74 @@
+"""One run folder for all ranks, whoever launched them: Lightning, torchrun or SLURM."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from torch.distributed import DistError, TCPStore
+
+from fuchsia_pl.types import ConfigError
+
+RUN_FOLDER_VARIABLE = "FUCHSIA_RUN_FOLDER"
+TIMEOUT_S = 120.0
+# torchrun's own store lives in its agent; where it has none, the first rank's lives here as long as the process.
+_stores: list[TCPStore] = []
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of the run."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            return environment().global_rank() == 0
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -> Path:
+    """The first rank's new folder, on every rank.
+
+    Args:
+        make: Makes a new numbered folder; called on the first rank only.
+        make_named: Makes the folder of a name that no other run has. All ranks of a SLURM job step call it.
+
+    Raises:
+        ConfigError: The first rank did not say within two minutes what its folder is.
+    """
+    if TorchElasticEnvironment.detect():
+        return _told_by_first_rank(make)
+    # A batch script without srun is one process, and may call the command again: its runs are numbered like any others.
+    if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        return make_named("slurm-" + ".".join(os.environ[name] for name in names if name in os.environ))
+    if not is_first_rank() and RUN_FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[RUN_FOLDER_VARIABLE])  # Lightning started this process from the first rank's
+    folder = make()
+    os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+    return folder
+
+
+def _told_by_first_rank(make: Callable[[], Path]) -> Path:
+    environment = TorchElasticEnvironment()
+    has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    key = f"fuchsia/run_folder/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    where = f"{environment.main_address}:{environment.main_port}"
+    try:
+        store = TCPStore(
+            environment.main_address,
+            environment.main_port,
+            is_master=is_first_rank() and not has_agent_store,
+            timeout=timedelta(seconds=TIMEOUT_S),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        _stores.append(store)
+        if is_first_rank():
+            store.set(key, str(make()))
+        folder = Path(store.get(key).decode())
+    except DistError as error:
+        raise ConfigError(
+            f"rank {environment.global_rank()} did not hear from rank 0 at {where} which folder the run has: {error}. Are "
+            "MASTER_ADDR and MASTER_PORT right, and can the machines reach each other?"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

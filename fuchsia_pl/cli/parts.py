@@ -1,0 +1,28 @@
+"""The configuration of `fuchsia fit` for commands that train nothing."""
+
+from abc import abstractmethod
+
+from fuchsia_pl.cli.app import FuchsiaCLI
+from fuchsia_pl.types import ConfigError
+
+
+class PartsCLI(FuchsiaCLI):
+    """Parses what `fuchsia fit` takes and makes module and data module, without a run folder or a trainer."""
+
+    @abstractmethod
+    def use_parts(self) -> None:
+        """What the command does with `self.model` and `self.datamodule`. A ConfigError is told like any other mistake."""
+
+    def instantiate_classes(self) -> None:
+        """Makes module and data module; neither loads anything."""
+        try:
+            self.config_init = self.parser.instantiate(self.config)
+        except ConfigError as error:
+            self._parser(self.subcommand).error(str(error))
+        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            self.use_parts()
+        except ConfigError as error:
+            self._parser(self.subcommand).error(str(error))

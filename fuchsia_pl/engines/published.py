@@ -1,0 +1,89 @@
+"""Folders of weights for servers: named by version and content, and there as a whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME
+
+from fuchsia_pl.engines.base import EngineError, check_version_file
+from fuchsia_pl.engines.merge import ADAPTER_CONFIG, is_adapter
+
+HASH_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """What servers can be given: an adapter, or where all weights are trained, all of them.
+
+    Attributes:
+        name: What requests ask for. It says version and content, so no server can answer with others.
+        version: The optimizer step whose weights these are.
+        folder: Where they lie; servers load adapters from there.
+
+    >>> PublishedWeights("policy-3-0123456789ab", 3, Path("/shared/policy-3-0123456789ab")).name
+    'policy-3-0123456789ab'
+    """
+
+    name: str
+    version: int
+    folder: Path
+
+
+def publish(path: Path, version: int, root: Path) -> PublishedWeights:
+    """Copies weights to where servers find them.
+
+    Args:
+        path: What `Policy.save_trained` wrote.
+        version: The version that must be there.
+        root: A folder that trainer and servers see under the same path.
+
+    Raises:
+        EngineError: They are of another version, or cannot be copied.
+    """
+    check_version_file(path, version)
+    name = f"policy-{version}-{_content_hash(path)}"
+    folder, partial = root / name, root / f".{name}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            shutil.copytree(path, partial, dirs_exist_ok=True)
+            _rename(partial, folder)
+    except OSError as error:
+        raise EngineError(
+            f"weights cannot be copied to data.engine.init_args.adapter_folder={root} ({type(error).__name__}: {error}): "
+            "name a folder that trainer and servers see under the same path"
+        ) from error
+    return PublishedWeights(name, version, folder.absolute())
+
+
+def remove_published(weights: PublishedWeights) -> None:
+    """Deletes a published folder, and the one that held it if that is empty now."""
+    shutil.rmtree(weights.folder, ignore_errors=True)
+    try:
+        weights.folder.parent.rmdir()
+    except OSError:  # it holds others
+        return
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # another rank was first; the name says that it is the same
+
+
+def _content_hash(path: Path) -> str:
+    """The same for the same weights: PEFT writes lists of layers in an order that differs from process to process."""
+    config = json.loads((path / (ADAPTER_CONFIG if is_adapter(path) else CONFIG_NAME)).read_text())
+    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
+    digest = hashlib.sha256(json.dumps(ordered, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:HASH_DIGITS]

@@ -1,0 +1,75 @@
+"""An event loop in a thread of its own, for what lives longer than the loops that ask it, or runs beside training."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines on one event loop, whoever asks and from whatever loop.
+
+    Args:
+        name: Of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Starts a coroutine."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
+        """Runs a coroutine to its end and blocks until then; it is cancelled where it takes too long or the wait is interrupted.
+
+        Args:
+            coroutine: What to run.
+            timeout_s: Bound in seconds; None where everything that it awaits has one of its own.
+
+        Raises:
+            TimeoutError: It took longer.
+        """
+        future = self.submit(coroutine)
+        try:
+            return future.result(timeout_s)
+        except BaseException:  # whatever ends the wait, nothing is to go on behind it
+            future.cancel()
+            raise
+
+    async def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """Awaits a coroutine from another loop; one that takes too long, or whose caller is cancelled, is cancelled.
+
+        Args:
+            coroutine: What to run.
+            timeout_s: Bound in seconds.
+
+        Raises:
+            TimeoutError: It took longer.
+        """
+        return await asyncio.wait_for(asyncio.wrap_future(self.submit(coroutine)), timeout_s)
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the loop and the thread. A loop that does not come to its end in time is left to the daemon thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+async def cancel_others(timeout_s: float) -> None:
+    """Cancels every other task of the running loop and waits for them.
+
+    Args:
+        timeout_s: Bound in seconds.
+    """
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=timeout_s)

@@ -1,0 +1,135 @@
+"""`make bench`: every figure of the README's table, measured in one run; one line per ratio at the end.
+
+    python -m tests.bench [README.md]      # with a file: writes the table into it
+
+Each part is a process of its own, one after the other. Nothing else should run on the machine meanwhile; it takes half an hour.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.work import MARK
+
+PARTS = (["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["sampling"], ["overlap"])
+TIMEOUT_S = 1800
+TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure with its bar, and whether it has to lie above or below."""
+
+    name: str
+    value: float
+    sign: str
+    bar: float
+
+    def __str__(self) -> str:
+        verdict = "" if (self.value >= self.bar if self.sign == ">=" else self.value <= self.bar) else "  <- missed"
+        return f"{self.name}: {self.value:.3g} ({self.sign} {self.bar:g}){verdict}"
+
+
+def measure() -> dict[str, float]:
+    """Runs every part and collects what it reports."""
+    figures: dict[str, float] = {}
+    for part, *arguments in PARTS:
+        sys.stderr.write(f"{part} {' '.join(arguments)} …\n")
+        command = [sys.executable, "-m", f"tests.bench.{part}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        if done.returncode:
+            raise SystemExit(f"{part} failed:\n{done.stderr[-3000:]}")
+        for line in done.stdout.splitlines():
+            if line.startswith(MARK):
+                figures |= json.loads(line.removeprefix(MARK))
+    return figures
+
+
+def ratios(f: dict[str, float]) -> list[Ratio]:
+    """The bars."""
+    linear = {name: f[f"scaling_{name}"] / f["scaling_4x8"] for name in ("8x8", "16x8", "4x16", "4x32")}
+    return [
+        Ratio("step of TRL / ours, quickstart's rewards, 32 tokens", f["trl_step_32"] / f["own_step_32"], ">=", 5),
+        Ratio("step of TRL / ours, quickstart's rewards, 64 tokens", f["trl_step_64"] / f["own_step_64"], ">=", 6),
+        Ratio(
+            "step of TRL / ours, every row in the forward, 32 tokens", f["trl_step_32"] / f["every_step_32"], ">=", 5
+        ),
+        Ratio(
+            "step of TRL / ours, every row in the forward, 64 tokens", f["trl_step_64"] / f["every_step_64"], ">=", 6
+        ),
+        Ratio("plain rows / shared prefix, prompt 40, completion 24", f["plain_short"] / f["shared_short"], ">=", 2.5),
+        Ratio("plain rows / shared prefix, prompt 150, completion 200", f["plain_long"] / f["shared_long"], ">=", 1.3),
+        Ratio("largest difference of logprobs, float32", f["logprob_difference"], "<=", 1e-4),
+        Ratio("relative difference of gradients, float32", f["gradient_difference"], "<=", 1e-4),
+        Ratio("share of the step outside sampling and training", f["every_rest_share_32"], "<=", 0.08),
+        Ratio("sampling / bare AsyncLLM", f["sampling_tokens_per_s"] / f["bare_tokens_per_s"], ">=", 0.95),
+        Ratio("sampling / bare AsyncLLM, 4 turns", f["turns_tokens_per_s"] / f["bare_turns_tokens_per_s"], ">=", 0.9),
+        Ratio(
+            "GB more for 8,192 tokens than for 1,024 at 150,000 words", f["peak_8192_gb"] - f["peak_1024_gb"], "<=", 0.3
+        ),
+        Ratio("kept activations with / without checkpointing", f["kept_checkpointed_gb"] / f["kept_gb"], "<=", 0.3),
+        Ratio("seconds of a sync", f["every_sync_32"], "<=", 1.0),
+        Ratio("step in turns / (sampling + training)", f["overlap_sum"], "<=", 1.1),
+        Ratio("step at staleness 1 / longer of sampling and training", f["overlap_max"], "<=", 1.1),
+        Ratio("cost at 2 x the prompts", linear["8x8"], "<=", 2.2),
+        Ratio("cost at 4 x the prompts", linear["16x8"], "<=", 4.4),
+        Ratio("cost at 2 x the completions", linear["4x16"], "<=", 2.2),
+        Ratio("cost at 4 x the completions", linear["4x32"], "<=", 4.4),
+    ]
+
+
+def table(f: dict[str, float]) -> str:
+    """The README's table."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{os.cpu_count()} cores of {processor()}, {memory:.0f} GiB"
+    lines = [
+        f"{machine}; medians of 5 steps or more, all in one run.",
+        "",
+        "| seconds per step, 8 prompts x 8 completions | sampling | forward and backward | sync | the rest | whole step | TRL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = {"own": "quickstart's rewards", "every": "every row in the forward"}
+    for tokens in (32, 64):
+        for name, words in rows.items():
+            seconds = [f[f"{name}_{part}_{tokens}"] for part in ("sampling", "training", "sync", "rest", "step")]
+            cells = [
+                f"{tokens} tokens, {words}",
+                *(f"{value:.2f}" for value in seconds),
+                f"{f[f'trl_step_{tokens}']:.1f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Peak memory of the trainer's process {f['trainer_peak_gb']:.1f} GB, of TRL's {f['trl_peak_gb']:.1f} GB.",
+        "",
+        "| ratio | value | bar |",
+        "|---|---|---|",
+        *(f"| {ratio.name} | {ratio.value:.3g} | {ratio.sign} {ratio.bar:g} |" for ratio in ratios(f)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """The processor's name."""
+    names = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    )
+    return names[0].strip() if names else platform.processor()
+
+
+def main() -> None:
+    figures = measure()
+    if len(sys.argv) > 1:
+        file = Path(sys.argv[1])
+        file.write_text(TABLE.sub(lambda found: found[1] + table(figures) + found[2], file.read_text()))
+    sys.stdout.write("\n".join([table(figures), *map(str, ratios(figures)), ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Forward and backward: shared prefixes against plain rows, what is kept for backward, and memory against the vocabulary."""
+
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.preflight import KeptBytes
+from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
+from fuchsia_pl.types import Sample
+from tests.bench.work import MARK, MODEL, model_folder, report
+from tests.doubles import make_sample
+
+NUM_ROUNDS, GROUP, VOCABULARY = 5, 8, 150_000
+
+
+def rows(num_prompts: int, prompt_tokens: int, own_tokens: int, vocabulary: int = 49_000) -> list[Sample]:
+    """Siblings of random ids, all of them as long as told."""
+    rng = random.Random(0)
+    samples = []
+    for item in range(num_prompts):
+        prompt = [rng.randrange(3, vocabulary) for _ in range(prompt_tokens)]
+        for _ in range(GROUP):
+            sample = make_sample(prompt, [rng.randrange(3, vocabulary) for _ in range(own_tokens)], 1.0)
+            sample.rollout.item_index = item
+            samples.append(sample)
+    return samples
+
+
+def make_policy(shares_prefix: bool, dtype: str = "bfloat16", **settings: object) -> Policy:
+    torch.manual_seed(0)
+    config = PolicyConfig(MODEL, dtype, shared_prefix="always" if shares_prefix else "never", **settings)
+    policy = Policy(config, model_folder(), with_reference=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    return policy.train()
+
+
+def batches_of(policy: Policy, samples: list[Sample], number: int) -> list[Batch]:
+    parts = split_balanced(samples, number, policy.shares_prefix)
+    return make_batches(parts, count_denominators(samples, 1), 0, {})
+
+
+def run(policy: Policy, batches: list[Batch], precision: torch.dtype = torch.bfloat16) -> dict[int, Tensor]:
+    """Forward and backward; the logprobs of each rollout by its id."""
+    found = {}
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+            logprobs = policy.scores(batch).logprobs
+        (logprobs * batch.loss_mask).sum().backward()
+        for sample, row, mask in zip(batch.samples, logprobs.detach(), batch.loss_mask, strict=True):
+            found[id(sample)] = row[mask]
+    return found
+
+
+def seconds(num_prompts: int, prompt_tokens: int, own_tokens: int, num_micro_batches: int) -> tuple[float, float]:
+    """Median seconds with shared prefixes and with plain rows, in turns."""
+    samples = rows(num_prompts, prompt_tokens, own_tokens)
+    found: dict[bool, list[float]] = {True: [], False: []}
+    policies = {shares: make_policy(shares) for shares in (True, False)}
+    for _ in range(NUM_ROUNDS + 1):
+        for shares, policy in policies.items():
+            batches, start = batches_of(policy, samples, num_micro_batches), time.perf_counter()
+            run(policy, batches)
+            found[shares].append(time.perf_counter() - start)
+    return median(found[True][1:]), median(found[False][1:])
+
+
+def differences() -> tuple[float, float]:
+    """Largest difference of logprobs, and relative difference of the whole gradient, in float32."""
+    samples = rows(2, 40, 24)
+    logprobs, gradients = [], []
+    for shares in (True, False):
+        policy = make_policy(shares, "float32")
+        logprobs.append(run(policy, batches_of(policy, samples, 1), torch.float32))
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable_parameters() if p.grad is not None]))
+    largest = max((logprobs[0][key] - logprobs[1][key]).abs().max().item() for key in logprobs[0])
+    return largest, ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+
+
+def kept_bytes(enabled: bool) -> int:
+    """What autograd keeps of one micro-batch."""
+    policy = make_policy(True, checkpointing=CheckpointingSettings(enabled=enabled))
+    (batch,) = batches_of(policy, rows(4, 40, 24), 1)
+    kept = KeptBytes(policy)
+    with kept, torch.autocast("cpu", torch.bfloat16):
+        policy.scores(batch)
+    return kept.num_bytes
+
+
+def vocabulary_peak(num_tokens: int) -> float:
+    """Peak memory in GB of a process that trains on so many tokens with a large vocabulary and little else."""
+    command = [sys.executable, "-m", "tests.bench.training", str(num_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    return float(next(line for line in done.stdout.splitlines() if line.startswith(MARK)).removeprefix(MARK))
+
+
+def train_with_large_vocabulary(num_tokens: int) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        policy = Policy(PolicyConfig("", lora=LoRASettings(r=4, alpha=8)), folder, with_reference=False)
+    run(policy, batches_of(policy, rows(1, 16, num_tokens // GROUP, VOCABULARY), 1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    sys.stdout.write(f"{MARK}{peak}\n")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        train_with_large_vocabulary(int(sys.argv[1]))
+        return
+    short, long = seconds(8, 40, 24, 2), seconds(1, 150, 200, 1)
+    logprob_difference, gradient_difference = differences()
+    report(
+        shared_short=short[0],
+        plain_short=short[1],
+        shared_long=long[0],
+        plain_long=long[1],
+        logprob_difference=logprob_difference,
+        gradient_difference=gradient_difference,
+        kept_gb=kept_bytes(False) / 2**30,
+        kept_checkpointed_gb=kept_bytes(True) / 2**30,
+        peak_1024_gb=vocabulary_peak(1024),
+        peak_8192_gb=vocabulary_peak(8192),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What the tests of several ranks run: each process is a rank that Lightning launches, over gloo.
+
+python -m tests.ranks equal|resume|uneven|fails MODEL_FOLDER FOLDER STRATEGY [NUMBER]
+"""
+
+import os
+import random
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+
+from fuchsia_pl.callbacks.adapter_export import AdapterExport
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.module import GRPOModule
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
+from fuchsia_pl.policy.sharding import FSDP2Strategy, whole
+from tests.doubles import RecordedEngine, TinyEnvironment, make_data, make_trainer
+
+STRATEGIES = {
+    "one": lambda: {"devices": 1},
+    "ddp": lambda: {"devices": 2, "strategy": "ddp"},
+    "fsdp": lambda: {"devices": 2, "strategy": FSDP2Strategy()},
+    "fsdp-folder": lambda: {"devices": 2, "strategy": FSDP2Strategy(save_distributed_checkpoint=True)},
+}
+# Names of what is trained and how; each has its own way through sharding.
+POLICIES = {
+    "adapter": {},
+    "adapter, clipped": {"clip": 0.05},
+    "checkpointed": {"checkpointing": CheckpointingSettings(enabled=True)},
+    "all weights": {"lora": LoRASettings(enabled=False)},
+    "critic": {"loss": LossConfig("ppo", advantage="gae")},
+    "plain rows": {"shared_prefix": "never"},
+}
+
+
+# Adam makes steps of one length from gradients that are nothing but rounding.
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+ADAM = partial(torch.optim.AdamW, lr=1e-2)
+
+
+def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, optimizer=SGD, ckpt_path=None) -> Trainer:
+    """Trains on recorded rollouts and leaves a checkpoint and the export behind."""
+    seed_everything(0, verbose=False)
+    chosen = dict(POLICIES[policy])
+    clip, loss = chosen.pop("clip", None), chosen.pop("loss", LossConfig(beta=0.01))
+    config = PolicyConfig(str(model), "float32", **{"lora": LoRASettings(r=4, alpha=8), **chosen})
+    module = GRPOModule(config, loss, optimizer)
+    data = make_data(module, RecordedEngine(), batch_size=4, steps_per_epoch=5)
+    trainer = make_trainer(
+        root,
+        AdapterExport(),
+        sync=AdapterSync(tolerance=100.0),
+        accumulate_grad_batches=2,
+        max_epochs=-1,
+        max_steps=num_steps,
+        log_every_n_steps=1,
+        gradient_clip_val=clip,
+        **{"logger": CSVLogger(root, name="", version=""), **STRATEGIES[strategy]()},
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    trainer.save_checkpoint(root / "end.ckpt")
+    weights = {name: whole(p.detach()) for name, p in module.policy.named_parameters() if p.requires_grad}
+    if trainer.is_global_zero:
+        torch.save(weights, root / "weights.pt")
+    trainer.strategy.barrier("the last gather has reached every rank")
+    return trainer
+
+
+def equal(model: Path, root: Path, strategy: str) -> None:
+    """Five steps of each kind of policy."""
+    for number, policy in enumerate(POLICIES):
+        fit(model, root / str(number), strategy, policy, num_steps=5)
+
+
+def resume(model: Path, root: Path, strategy: str) -> None:
+    """Two steps by one strategy and three more by another."""
+    before, after = strategy.split("+")
+    for num_steps in (1, 2):  # the second checkpoint takes the place of the first
+        fit(model, root / "before", before, "adapter", num_steps, ADAM)
+    saved = root / "before/end.ckpt"
+    if saved.is_dir() and not int(os.environ.get("LOCAL_RANK", "0")):  # as a kill between the two renames leaves it
+        saved.rename(saved.with_name(".end.ckpt.older"))
+    fit(model, root / "after", after, "adapter", 5, ADAM, ckpt_path=root / "before/end.ckpt")
+    fit(model, root / "straight", after, "adapter", 5, ADAM)
+
+
+class RandomSpread(TinyEnvironment):
+    """Siblings of an item differ or not by the toss of a coin."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(num_items=60)
+        numbers = random.Random(seed)
+        share = numbers.random()
+        self.spreads = [numbers.random() < share for _ in range(self.num_items)]
+
+        def by_coin(rollouts, *args, **kwargs):
+            return [float(r.sibling) if self.spreads[r.item["n"]] else 0.0 for r in rollouts]
+
+        self.reward_functions, self.reward_weights = [by_coin], {}
+
+
+def uneven(model: Path, root: Path, strategy: str, num_patterns: int) -> None:
+    """Many short runs in which each rank drops and refills other groups; every other also cuts its micro-batches otherwise."""
+    for seed in range(num_patterns):
+        numbers = random.Random(seed)
+        seed_everything(0, verbose=False)
+        config = PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8))
+        loss = LossConfig("dapo", max_refills=numbers.randrange(3))
+        module = GRPOModule(config, loss, ADAM)
+        data = make_data(
+            module, RecordedEngine(), RandomSpread(seed), batch_size=numbers.choice([2, 4, 6]), steps_per_epoch=3
+        )
+        trainer = make_trainer(
+            root,
+            sync=AdapterSync(tolerance=100.0),
+            accumulate_grad_batches=numbers.choice([1, 2, 3, 5]),
+            **STRATEGIES[strategy](),
+        )
+        trainer.fit(module, datamodule=data)
+        assert trainer.global_step == 3
+
+
+class FailingLoad(RecordedEngine):
+    """Does not take version 1 on its rank."""
+
+    async def load_adapter(self, path: Path, version: int) -> None:
+        if version == self.fails_at:
+            raise EngineError(f"no room for version {version}")
+        await super().load_adapter(path, version)
+
+
+def fails(model: Path, root: Path, strategy: str, rank: int) -> None:
+    """A rank whose engine fails, at a sync (ranks 0 and 1) or while it samples (ranks 10 and 11); the run must end."""
+    seed_everything(0, verbose=False)
+    config = PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8))
+    module = GRPOModule(config, LossConfig(), ADAM)
+    engine = (RecordedEngine if rank >= 10 else FailingLoad)(fails_at=1, on_rank=rank % 10)
+    trainer = make_trainer(root, sync=AdapterSync(tolerance=100.0), **STRATEGIES[strategy]())
+    trainer.fit(module, datamodule=make_data(module, engine, batch_size=4, steps_per_epoch=3))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, model, root, strategy, *numbers = sys.argv[1:]
+    tasks = {"equal": equal, "resume": resume, "uneven": uneven, "fails": fails}
+    start = time.perf_counter()
+    tasks[what](Path(model), Path(root), strategy, *map(int, numbers))
+    sys.stderr.write(f"{what} {strategy}: {time.perf_counter() - start:.1f} s\n")

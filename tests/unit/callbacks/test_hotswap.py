@@ -1,0 +1,241 @@
+"""Engine and trainer take turns: the order, that nothing is lost on the way, and what is refused."""
+
+from itertools import groupby
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from fuchsia_pl.callbacks import hotswap
+from fuchsia_pl.callbacks.hotswap import HotSwap, Turn, come_back, leave
+from fuchsia_pl.callbacks.preflight import Preflight
+from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.types import ConfigError
+from tests.doubles import SayingEngine, TinyEngine, make_data, make_module, make_trainer
+
+HOST, META = torch.device("cpu", 0), torch.device("meta")
+TO_ENGINE, TO_TRAINER = ["leave", "wake", "save"], ["sleep", "return", "forward"]
+TWO_UPDATES = LossConfig(num_policy_updates=2)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What engine and policy are asked for, in order. The CPU has two names here, one for the host and one for the device."""
+    calls: list[str] = []
+    monkeypatch.setattr(hotswap, "HOST", HOST)
+    for name in ("to_device", "scores", "save_trained"):
+        monkeypatch.setattr(Policy, name, spied(calls, name))
+    for name in ("sleep", "wake", "load_adapter", "generate"):
+        monkeypatch.setattr(TinyEngine, name, spied(calls, name))
+    return calls
+
+
+def spied(calls: list[str], name: str):
+    original = getattr(Policy if hasattr(Policy, name) else TinyEngine, name)
+    labels = {"scores": "forward", "save_trained": "save"}
+
+    def call(self, *arguments):
+        label = labels.get(name, name)
+        if name == "to_device":
+            label = "leave" if arguments[0] == HOST else "return"
+        elif name == "load_adapter":
+            label = f"load {arguments[1]}"
+        calls.append(label)
+        return original(self, *arguments)
+
+    return call
+
+
+def fit(tiny_model, root, *callbacks, loss=None, steps=3, engine=None, ckpt_path=None, **settings):
+    torch.manual_seed(0)
+    module = make_module(tiny_model, loss, dropout=0.2)
+    trainer = make_trainer(root, *callbacks, max_steps=steps, max_epochs=-1, **settings)
+    data = make_data(module, engine or TinyEngine(), steps_per_epoch=2)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def weights(module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.policy.trainable_parameters()]
+
+
+def assert_equal(first, second) -> None:
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def in_order(calls: list[str]) -> list[str]:
+    return [call for call, _ in groupby(calls)]
+
+
+def test_who_leaves_goes_before_the_other_comes(tiny_model, tmp_path, calls):
+    """Two phases of two updates in two micro-batches, and a held-out split after each."""
+    settings = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0}
+    fit(tiny_model, tmp_path, HotSwap(True), loss=TWO_UPDATES, steps=4, **settings)
+    assert in_order(calls) == [
+        "sleep",  # before Lightning moves the model to the device
+        *(*TO_ENGINE, "load 0", "generate", *TO_TRAINER),
+        *(*TO_ENGINE, "load 2", "generate", *TO_TRAINER),  # what is sampled here is held out, then trained on
+        *(*TO_ENGINE, "load 4", "generate"),
+    ]
+
+
+def test_the_preflight_runs_in_the_trainers_turn(tiny_model, tmp_path, calls):
+    fit(tiny_model, tmp_path, Preflight(), HotSwap(True), steps=1)
+    assert in_order(calls) == ["sleep", "forward", *TO_ENGINE, "load 0", "generate", *TO_TRAINER, *TO_ENGINE, "load 1"]
+
+
+def test_after_held_out_figures_before_training_the_preflight_gets_the_device(tiny_model, tmp_path, calls):
+    settings = {"num_sanity_val_steps": -1, "limit_val_batches": 1.0}
+    fit(tiny_model, tmp_path, Preflight(), HotSwap(True), steps=1, **settings)
+    first = ["sleep", *TO_ENGINE, "load 0", "generate", *TO_TRAINER, *TO_ENGINE, "load 0", "generate"]
+    assert in_order(calls)[: len(first)] == first
+
+
+def test_a_resumed_run_begins_with_the_engine_asleep(tiny_model, tmp_path, calls):
+    _, trainer = fit(tiny_model, tmp_path, HotSwap(True), steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")  # from the host
+    calls.clear()
+    module, _ = fit(tiny_model, tmp_path, HotSwap(True), steps=4, ckpt_path=tmp_path / "x.ckpt")
+    assert in_order(calls)[:6] == ["sleep", *TO_ENGINE, "load 2", "generate"]
+    straight, _ = fit(tiny_model, tmp_path, steps=4)
+    assert_equal(weights(module), weights(straight))
+
+
+@pytest.mark.parametrize("loss", [None, TWO_UPDATES], ids=["one update", "two updates"])
+def test_what_is_learned_is_the_same_bit_for_bit(tiny_model, tmp_path, loss):
+    """With held-out splits within a step too, where gradients wait beside the weights."""
+    settings = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0, "val_check_interval": 1, "steps": 4}
+    runs = [fit(tiny_model, tmp_path, HotSwap(enabled), loss=loss, **settings) for enabled in (True, False)]
+    assert_equal(*(weights(module) for module, _ in runs))
+    states = [list(trainer.optimizers[0].state.values()) for _, trainer in runs]
+    for one, other in zip(*states, strict=True):
+        assert_equal(one.values(), other.values())
+
+
+def test_used_up_gradients_do_not_wait_on_the_host(tiny_model, tmp_path):
+    kept = [fit(tiny_model, tmp_path, HotSwap(enabled), steps=1)[0] for enabled in (False, True)]
+    gradients = [[p.grad for p in module.policy.trainable_parameters() if p.grad is not None] for module in kept]
+    assert len(gradients[0]) > 0 == len(gradients[1])
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_held_out_splits_are_the_engines_turn(tiny_model, tmp_path, calls, verb):
+    module, swap = make_module(tiny_model), HotSwap(True)
+    trainer = make_trainer(tmp_path, swap, limit_val_batches=1.0)
+    getattr(trainer, verb)(module, datamodule=make_data(module))
+    assert in_order(calls) == ["sleep", *TO_ENGINE, "load 0", "generate"]
+    assert swap.turn is Turn.ENGINE
+
+
+def test_turned_off_it_does_nothing(tiny_model, tmp_path, calls):
+    engine = TinyEngine()
+    fit(tiny_model, tmp_path, HotSwap(), steps=1, engine=engine)
+    assert not {"sleep", "wake", "leave", "return"} & set(calls)
+    assert not engine.spec.sleeps
+    fit(tiny_model, tmp_path, HotSwap(True), steps=1, engine=engine)
+    assert engine.spec.sleeps
+
+
+def test_a_turn_that_is_taken_already_is_not_taken_again(tiny_model, tmp_path, calls):
+    swap = HotSwap(True)
+    module, trainer = fit(tiny_model, tmp_path, steps=1)
+    trainer.datamodule.setup("fit")
+    calls.clear()
+    for turn, expected in ((swap.to_engine, []), (swap.to_trainer, TO_TRAINER[:2]), (swap.to_engine, TO_ENGINE[:2])):
+        turn(trainer, module)
+        turn(trainer, module)
+        assert calls == expected
+        calls.clear()
+    trainer.datamodule.teardown("fit")
+
+
+def test_a_run_that_fails_in_either_turn_ends(tiny_model, tmp_path, monkeypatch):
+    class Failing(TinyEngine):
+        async def wake(self):
+            raise EngineError("no memory")
+
+    engine = Failing()
+    with pytest.raises(EngineError, match="no memory"):
+        fit(tiny_model, tmp_path, HotSwap(True), engine=engine)
+    assert engine._model is None  # closed
+    monkeypatch.setattr("fuchsia_pl.module.GRPOModule.training_step", lambda self, batch, batch_idx: 1 / 0)
+    engine = TinyEngine()
+    with pytest.raises(ZeroDivisionError):
+        fit(tiny_model, tmp_path, HotSwap(True), engine=engine)
+    assert engine._model is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "engine", "num_ranks", "reason"),
+    [
+        (None, SayingEngine(None), 1, "SayingEngine cannot sleep"),
+        (None, None, 2, "there are 2 ranks"),
+        (LossConfig("ppo", advantage="gae"), None, 1, "advantage gae, or a KL in the reward"),
+        (LossConfig("rloo", beta=0.1), None, 1, "advantage gae, or a KL in the reward"),
+    ],
+    ids=["engine", "ranks", "critic", "KL in the reward"],
+)
+def test_what_cannot_take_turns_is_refused_before_the_engine_starts(
+    tiny_model, tmp_path, monkeypatch, loss, engine, num_ranks, reason
+):
+    started = []
+    monkeypatch.setattr(TinyEngine, "start", lambda self, spec: started.append(spec))
+    monkeypatch.setattr(Trainer, "world_size", num_ranks)
+    module = make_module(tiny_model, loss)
+    trainer = make_trainer(tmp_path, HotSwap(True))
+    with pytest.raises(ConfigError, match=f"hotswap.enabled is true, but .*{reason}.*: set it to false"):
+        trainer.fit(module, datamodule=make_data(module, engine, batch_size=4))
+    assert not started
+
+
+def trained_policy(tiny_model, **settings) -> tuple[Policy, torch.optim.Optimizer]:
+    """A policy with gradients, and an optimizer that has state of it."""
+    policy = Policy(PolicyConfig(str(tiny_model), dtype="float32", **settings), tiny_model, with_reference=True)
+    optimizer = torch.optim.AdamW(policy.trainable_parameters())
+    for parameter in policy.trainable_parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return policy, optimizer
+
+
+@pytest.mark.parametrize("with_lora", [True, False], ids=["LoRA", "all weights"])
+def test_everything_of_the_trainers_leaves_but_what_was_not_on_the_device(tiny_model, with_lora):
+    policy, optimizer = trained_policy(tiny_model, lora=LoRASettings(enabled=with_lora, r=4, alpha=8))
+    for state in optimizer.state.values():
+        state["elsewhere"] = torch.ones(1, device=META)
+        state["number"] = 3
+    moved = leave(policy, [optimizer], META)
+    tensors = [*policy.parameters(), *policy.buffers(), *(p.grad for p in policy.trainable_parameters())]
+    tensors += [tensor for model in policy._frozen for tensor in model.parameters()]
+    assert len(policy._frozen) == (not with_lora)
+    tensors += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert {tensor.device for tensor in tensors} == {META}
+    assert {name for _, name in moved} == {"step", "exp_avg", "exp_avg_sq"}
+    assert len(moved) == 3 * len(optimizer.state)
+
+
+def test_only_what_left_comes_back(tiny_model):
+    policy, optimizer = trained_policy(tiny_model, lora=LoRASettings(r=4, alpha=8))
+    moved = [place for place in leave(policy, [optimizer], torch.device("cpu")) if place[1] != "step"]
+    come_back(policy, moved, META)
+    assert {tensor.device for tensor in policy.parameters()} == {META}
+    for state in optimizer.state.values():
+        assert {name: tensor.device.type for name, tensor in state.items()} == {
+            "step": "cpu",
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+        }
+
+
+def test_an_adapter_to_start_from_moves_too_and_parameters_stay_the_same_objects(tiny_model, tmp_path):
+    first, _ = trained_policy(tiny_model, lora=LoRASettings(r=4, alpha=8))
+    first.save_trained(tmp_path)
+    policy, _ = trained_policy(tiny_model, lora=LoRASettings(r=4, alpha=8, init_from=str(tmp_path)))
+    before = [id(parameter) for parameter in policy.parameters()]
+    policy.to_device(HOST)
+    assert [id(parameter) for parameter in policy.parameters()] == before
+    policy.to_device(META)
+    assert {tensor.device for tensor in policy._initial_adapter} == {META}

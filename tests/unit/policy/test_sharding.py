@@ -1,0 +1,21 @@
+from datetime import timedelta
+
+import pytest
+import torch
+
+from fuchsia_pl.policy.sharding import FSDP2Strategy, local, total_norm, whole
+from fuchsia_pl.types import ConfigError
+
+
+def test_the_bound_of_an_exchange_is_that_of_the_setting():
+    assert FSDP2Strategy(timeout_s=5.0)._timeout == timedelta(seconds=5)
+    with pytest.raises(ConfigError, match=r"timeout_s must be above 0, got 0"):
+        FSDP2Strategy(timeout_s=0)
+
+
+def test_what_is_not_sharded_is_whole_and_local_as_it_is():
+    tensor = torch.tensor([3.0, 4.0])
+    assert whole(tensor) is tensor
+    assert local(tensor) is tensor
+    # sqrt(3^2 + 4^2 + 12^2) = 13
+    assert total_norm([tensor, torch.tensor([[12.0]])]).item() == pytest.approx(13.0)

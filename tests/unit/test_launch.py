@@ -1,0 +1,76 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE, is_first_rank
+from fuchsia_pl.cli.run_folder import new_run_folder
+
+ROOT = Path(__file__).parents[2]
+SAY = "from fuchsia_pl.cli.run_folder import new_run_folder; import sys; sys.stdout.write(str(new_run_folder('runs', 'x')))"
+
+
+@pytest.fixture(autouse=True)
+def outside_of_a_run(monkeypatch):
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+
+
+def test_all_ranks_of_torchrun_have_the_folder_of_the_first(tmp_path):
+    """Two processes with torchrun's variables and nothing else in common; the second comes later."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "runs/x/4").mkdir(parents=True)
+
+    def start(rank: int) -> subprocess.Popen:
+        torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        # The first rank holds the store, so it stays until the other has read it.
+        code = SAY + ("; sys.stdout.flush(); sys.stdin.read()" if rank == 0 else "")
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, **torchrun, **where},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    first, second = start(0), start(1)
+    said_second, _ = second.communicate(timeout=100)
+    said_first, _ = first.communicate(timeout=100)
+    assert said_first == said_second == "runs/x/5"
+    assert sorted(folder.name for folder in (tmp_path / "runs/x").iterdir()) == ["4", "5"]
+
+
+def test_the_ranks_of_a_slurm_job_share_a_folder_of_its_name(tmp_path, monkeypatch):
+    for name, value in {
+        "NTASKS": "2",
+        "NTASKS_PER_NODE": "2",
+        "JOB_NAME": "train",
+        "JOB_ID": "71",
+        "STEP_ID": "3",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    folders = []
+    for rank in (1, 0):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        assert is_first_rank() == (rank == 0)
+        folders.append(new_run_folder(tmp_path, "x"))
+    assert folders == [tmp_path / "x/slurm-71.3"] * 2
+    assert folders[0].is_dir()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that is run again begins a folder of its own
+    assert new_run_folder(tmp_path, "x").name == "slurm-71.3.1"
+    monkeypatch.delenv("SLURM_STEP_ID")  # a batch script without srun may call the command twice
+    assert [new_run_folder(tmp_path, "x").name for _ in range(2)] == ["0", "1"]
+
+
+def test_a_rank_that_lightning_started_has_the_folder_of_the_rank_that_started_it(tmp_path, monkeypatch):
+    folder = new_run_folder(tmp_path, "x")
+    assert is_first_rank()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not is_first_rank()
+    assert new_run_folder(tmp_path, "x") == folder

@@ -1,0 +1,138 @@
+"""Several ranks: real processes over gloo, on rollouts that are the same everywhere. What they run stands in `tests/ranks.py`."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.ranks import POLICIES
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 300
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    command = [sys.executable, "-m", "tests.ranks", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
+
+
+def errors_of(done: subprocess.CompletedProcess[str]) -> str:
+    """What all ranks said, less the frames of their tracebacks: the first to fail is the one to read about."""
+    return "\n".join(line for line in done.stderr.splitlines() if not re.match(r"(\[rank\d\]:)?  ", line))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory) -> Path:
+    """A folder per strategy, with one per policy in it."""
+    root = tmp_path_factory.mktemp("ranks")
+    for strategy in ("one", "ddp", "fsdp"):
+        done = run("equal", tiny_model, root / strategy, strategy)
+        assert done.returncode == 0, errors_of(done)
+    return root
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_fsdp_ends_with_the_weights_of_ddp_and_both_with_those_of_one_rank(trained, policy):
+    number = str(list(POLICIES).index(policy))
+    one, ddp, fsdp = (weights_of(trained / strategy / number) for strategy in ("one", "ddp", "fsdp"))
+    assert one.keys() == ddp.keys() == fsdp.keys()
+    for name, tensor in one.items():
+        # The norm of a gradient is added up in another order where it is sharded, and clipping multiplies by it; gradients of
+        # all weights are added up over ranks before they are over micro-batches.
+        exact = {"rtol": 0, "atol": 1e-6 if policy in ("adapter, clipped", "all weights") else 0}
+        torch.testing.assert_close(fsdp[name], ddp[name], **exact)
+        torch.testing.assert_close(fsdp[name], tensor, rtol=0, atol=1e-5)
+    moved = [tensor.abs().max() for name, tensor in one.items() if "lora_B" in name]
+    assert all(step > 1e-4 for step in moved)
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_metrics_are_those_of_one_rank(trained, policy):
+    number = str(list(POLICIES).index(policy))
+    one, ddp, fsdp = (
+        list(csv.DictReader((trained / strategy / number / "metrics.csv").open()))
+        for strategy in ("one", "ddp", "fsdp")
+    )
+    assert len(one) == 5
+    for rows in zip(one, ddp, fsdp, strict=True):
+        assert rows[0].keys() == rows[1].keys() == rows[2].keys()
+        for name in rows[0].keys() - {"epoch", "step", "sync/seconds", "perf/rollout_tokens_per_s"}:
+            values = [float(row[name]) for row in rows]
+            assert values == pytest.approx([values[0]] * 3, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_export_is_whole(trained, tiny_model, strategy):
+    adapter = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), trained / strategy / "0/adapter"
+    )
+    learned = {name: p for name, p in adapter.named_parameters() if "lora_" in name}
+    expected = {name.removeprefix("model."): tensor for name, tensor in weights_of(trained / strategy / "0").items()}
+    assert learned.keys() == expected.keys()
+    assert all(torch.equal(learned[name], tensor) for name, tensor in expected.items())
+    number = str(list(POLICIES).index("all weights"))
+    whole = AutoModelForCausalLM.from_pretrained(trained / strategy / number / "adapter").state_dict()
+    for name, tensor in weights_of(trained / strategy / number).items():
+        assert torch.equal(whole[name.removeprefix("model.")], tensor)
+
+
+@pytest.mark.parametrize("strategy", ["one", "ddp", "fsdp"])
+def test_a_checkpoint_holds_what_was_trained_and_no_more(trained, strategy):
+    state = torch.load(trained / strategy / "0/end.ckpt", weights_only=True)["state_dict"]
+    assert {name.removeprefix("policy.") for name in state} == weights_of(trained / strategy / "0").keys()
+
+
+@pytest.mark.parametrize(
+    ("strategies", "is_exact"),
+    [
+        ("fsdp-folder+fsdp-folder", True),
+        ("fsdp+one", False),
+        ("ddp+fsdp", True),
+    ],
+)
+def test_a_run_resumes_with_another_strategy_or_number_of_ranks(tiny_model, tmp_path, strategies, is_exact):
+    done = run("resume", tiny_model, tmp_path, strategies)
+    assert done.returncode == 0, errors_of(done)
+    rows = csv.DictReader((tmp_path / "after/metrics.csv").open())
+    assert [int(row["step"]) for row in rows] == [2, 3, 4]
+    left = [folder.name for folder in (tmp_path / "before").glob(".end.ckpt*")]
+    assert left == ([".end.ckpt.older"] if strategies.startswith("fsdp-folder") else [])  # put there by the test
+    after, straight = weights_of(tmp_path / "after"), weights_of(tmp_path / "straight")
+    for name, tensor in straight.items():
+        exact = {"rtol": 0, "atol": 0 if is_exact else 1e-4}
+        torch.testing.assert_close(after[name], tensor, **exact)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_that_drop_groups_by_chance_never_wait_for_each_other(tiny_model, tmp_path, strategy):
+    done = run("uneven", tiny_model, tmp_path, strategy, 12)
+    assert done.returncode == 0, errors_of(done)
+
+
+@pytest.mark.parametrize(
+    ("where", "word"),
+    [
+        (1, "no room for version 1"),
+        (10, "no more at version 1"),
+    ],
+    ids=["at a sync on rank 1", "while it samples on rank 0"],
+)
+def test_a_rank_that_fails_ends_all_of_them(tiny_model, tmp_path, where, word):
+    start = time.perf_counter()
+    done = run("fails", tiny_model, tmp_path, "ddp", where)
+    assert done.returncode != 0
+    assert word in done.stderr
+    assert time.perf_counter() - start < 60

@@ -1,0 +1,190 @@
+"""`fuchsia serve`: what it makes of a run's configs, read by vLLM's own parser."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fuchsia_pl.cli.serve import serve
+from tests.unit.test_cli import TINY
+
+ROOT = Path(__file__).parents[2]
+
+COLOCATED = "fuchsia_pl.engines.vllm_colocated.VLLMColocatedEngine"
+
+
+class StartedError(Exception):
+    """Raised in place of the process that would take this one's place."""
+
+
+def start_nothing(*command) -> None:
+    raise StartedError(*command)
+
+
+@pytest.fixture
+def start(tiny_model, tmp_path, monkeypatch):
+    """The command line and environment that `fuchsia serve` starts the server with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuchsia"])
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    settings = yaml.safe_load(TINY % tiny_model)
+    settings["data"]["engine"] = {"class_path": COLOCATED}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr("os.execve", start_nothing)
+
+    def run(*words: str):
+        with pytest.raises(StartedError) as caught:
+            serve(["--config", "tiny.yaml", *words])
+        path, command, environment = caught.value.args
+        assert path == command[0] == sys.executable
+        return command, environment
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def parse():
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    return lambda command: vars(parser.parse_args(command[3:]))
+
+
+def test_the_server_is_started_with_what_the_run_says(start, parse, tiny_model):
+    command, environment = start()
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    said = parse(command)
+    expected = {
+        "model": str(tiny_model),
+        "dtype": "float32",
+        "max_model_len": 40,
+        "max_num_batched_tokens": 2048,
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 4 * 2**30,
+        "max_num_seqs": 64,
+        "enforce_eager": False,
+        "tensor_parallel_size": 1,
+        "quantization": None,
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "max_loras": 2,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "seed": 3,
+        "host": "127.0.0.1",
+        "port": 8000,
+        "api_key": None,
+    }
+    assert {name: said[name] for name in expected} == expected
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert environment["PATH"] == os.environ["PATH"]
+    assert not Path("runs").exists()
+
+
+ENGINE = "--data.engine.init_args."
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ([f"{ENGINE}kv_cache_gb", "0.5"], {"kv_cache_memory_bytes": 2**29}),
+        ([f"{ENGINE}max_num_seqs", "7"], {"max_num_seqs": 7}),
+        ([f"{ENGINE}enforce_eager", "true"], {"enforce_eager": True}),
+        ([f"{ENGINE}tensor_parallel_size", "2"], {"tensor_parallel_size": 2}),
+        (["--data.sampling.max_length", "3000"], {"max_model_len": 3000, "max_num_batched_tokens": 3000}),
+        (["--model.policy.lora.r", "20"], {"max_lora_rank": 32}),
+        (["--model.policy.dtype", "bfloat16"], {"dtype": "bfloat16"}),
+        (["--seed_everything", "5"], {"seed": 5}),
+        (["--host", "0.0.0.0"], {"host": "0.0.0.0"}),
+        (["--port", "8123"], {"port": 8123}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_every_setting_changes_what_it_says_and_nothing_else(start, parse, words, changes):
+    before, after = parse(start()[0]), parse(start(*words)[0])
+    assert {name: after[name] for name in after if after[name] != before[name]} == changes
+
+
+def test_quantization_is_passed_on_where_there_is_a_gpu(start, parse, monkeypatch, capsys):
+    words = [f"{ENGINE}quantization", "int8"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        start(*words)
+    assert 'quantization="int8" needs a GPU' in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert parse(start(*words)[0])["quantization"] == "int8_per_channel_weight_only"
+
+
+def test_the_key_is_in_the_environment_and_not_on_the_command_line(start, monkeypatch):
+    command, environment = start("--api_key", "secret")
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert not any("secret" in word for word in command)
+    monkeypatch.setenv("VLLM_API_KEY", "of the environment")
+    assert start()[1]["VLLM_API_KEY"] == "of the environment"
+    own = ("--config", "overlays/server.yaml", "--data.engine.init_args.api_key", "of the trainer")
+    assert start(*own)[1]["VLLM_API_KEY"] == "of the trainer"
+
+
+def test_a_server_that_everybody_reaches_and_that_asks_for_no_key_is_warned_of(start, monkeypatch, caplog):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    start("--host", "0.0.0.0")
+    assert "asks nobody for a key" in caplog.text
+    caplog.clear()
+    start()
+    start("--host", "0.0.0.0", "--api_key", "secret")
+    assert "asks nobody for a key" not in caplog.text
+
+
+def test_whole_weights_are_taken_where_there_is_a_gpu(start, parse, monkeypatch, caplog, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    command, environment = start("--model.policy.lora.enabled", "false")
+    said = parse(command)
+    assert said["weight_transfer_config"].backend == "nccl"
+    assert not said["enable_lora"]
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
+    assert "can replace its weights" not in caplog.text
+    start("--model.policy.lora.enabled", "false", "--host", "0.0.0.0", "--api_key", "secret")
+    assert "whoever reaches the server at 0.0.0.0 can replace its weights" in caplog.text
+    with pytest.raises(SystemExit):
+        start("--model.policy.lora.enabled", "false", f"{ENGINE}quantization", "fp8")
+    assert "would be sampled from in another precision" in capsys.readouterr().err
+
+
+def test_another_engine_leaves_the_defaults(start):
+    assert start("--config", "overlays/server.yaml")[0] == start()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--model.policy.lora.enabled", "false"], "this machine has no GPU: whole weights reach a vLLM server"),
+        (["--data.batch_sise", "3"], "Did you mean 'data.batch_size'?"),
+        (["--port", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_mistakes_are_told(start, capsys, words, error):
+    with pytest.raises(SystemExit) as caught:
+        start(*words)
+    assert caught.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_the_process_becomes_the_server(tmp_path, tiny_model):
+    """With a module in the server's place: signals reach it and its exit code is the command's."""
+    stand_in = tmp_path / "vllm/entrypoints/openai/api_server.py"
+    stand_in.parent.mkdir(parents=True)
+    for folder in (stand_in.parent, *stand_in.parent.parents[:2]):
+        (folder / "__init__.py").touch()
+    stand_in.write_text("import sys; print(sys.argv[1:3]); sys.exit(7)")
+    (tmp_path / "tiny.yaml").write_text(TINY % tiny_model)
+    words = [sys.executable, "-m", "fuchsia_pl", "serve", "--config", "tiny.yaml"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (7, f"['--model', '{tiny_model}']"), done.stderr
