@@ -81,6 +81,7 @@ class Batch:
         policy_update: How many optimizer steps were made with these rows already.
         skip_reason: Why the optimizer step is to be skipped, None where it is not.
         max_staleness: Optimizer steps by which `policy_version` may lie behind the weights that are trained.
+        dropout_seed: What its training forward draws from, where anything is dropped out.
 
     >>> zeros = torch.zeros(1, 4)
     >>> batch = Batch(
@@ -109,6 +110,7 @@ class Batch:
     policy_update: int = 0
     skip_reason: str | None = None
     max_staleness: int = 0
+    dropout_seed: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Returns the batch with its tensors on `device`."""

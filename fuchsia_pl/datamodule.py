@@ -1,6 +1,7 @@
 """The DataModule: each optimizer step's items become rollouts, groups, advantages and micro-batches."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,6 @@ from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,22 +20,22 @@ from fuchsia_pl.engines.base import Engine, EngineSpec
 from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
 from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.objectives.config import Learner
-from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
-from fuchsia_pl.rollouts.addressing import item_indices, refill_indices
+from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
 from fuchsia_pl.rollouts.ahead import PhasesAhead
 from fuchsia_pl.rollouts.batcher import Unit, count_denominators, count_over_ranks, make_batches, split_balanced
-from fuchsia_pl.rollouts.budget import LongestRow, longest_unit, plan_micro_batches
+from fuchsia_pl.rollouts.budget import LongestRow, check_budget, longest_row, longest_samples, plan_micro_batches
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
-from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
 from fuchsia_pl.rollouts.credit import OVERLONG, changes_nothing, make_samples, penalise_overlong, scores_by_rollout
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
-from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
+from fuchsia_pl.rollouts.phases import PhaseDataset, check_accumulation, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
 
 CLOSE_TIMEOUT_S = 60.0
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -90,25 +90,8 @@ class RolloutDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}.items():
-            if value < 1:
-                raise ConfigError(f"data.{name} must be 1 or more, got {value}")
         loss = learner.loss
-        if steps_per_epoch % loss.num_policy_updates:
-            raise ConfigError(
-                f"data.steps_per_epoch={steps_per_epoch} is no multiple of model.loss.num_policy_updates="
-                f"{loss.num_policy_updates}: an epoch would end within a phase"
-            )
-        if sampling.group_size < 2 and loss.parts.advantage in GROUP_ADVANTAGES:
-            raise ConfigError(
-                f"data.sampling.group_size must be 2 or more, got {sampling.group_size}: advantage "
-                f'"{loss.parts.advantage}" compares siblings of one item'
-            )
-        if sampling.max_staleness % loss.num_policy_updates:
-            raise ConfigError(
-                f"data.sampling.max_staleness={sampling.max_staleness} is no multiple of model.loss.num_policy_updates="
-                f"{loss.num_policy_updates}: weights come to the engine once in as many steps"
-            )
+        check_sizes(loss, sampling, batch_size, steps_per_epoch)
         check_environment(environment)
         if OVERLONG in [reward_name(function) for function in environment.reward_functions]:
             raise ConfigError(f"{type(environment).__name__} has a reward function {OVERLONG!r}: the name is taken")
@@ -124,6 +107,7 @@ class RolloutDataModule(LightningDataModule):
         self._loop: LoopThread | None = None
         self._phases: PhasesAhead[tuple[Sampled, float]] | None = None
         self._fitting: list[int] = []  # positions of the training items whose prompts are short enough
+        self._held_out: list[int] = []  # likewise, of the held-out items
         self._longest_row: LongestRow | None = None
         self._planned = 1  # micro-batches, as the budget decided
 
@@ -153,6 +137,8 @@ class RolloutDataModule(LightningDataModule):
         self._run(self._collector.prepare())
         if stage == "fit":
             self._check_training()
+        if stage != "fit" or trainer.limit_val_batches:
+            self._check_held_out()
         self.engine.start(
             EngineSpec(
                 self.served_model,
@@ -175,7 +161,10 @@ class RolloutDataModule(LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """The same for a run that failed: Lightning calls no teardown then."""
-        self._close()
+        try:
+            self._close()
+        except Exception:  # closing must not hide what ended the run
+            logger.exception("the environment and the engine were not closed in order")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves a batch's tensors; Lightning's own way into nested data refuses frozen records."""
@@ -225,11 +214,7 @@ class RolloutDataModule(LightningDataModule):
         prompts = self._collector.fitting(items)
         self._fitting = list(prompts)
         item_indices(self.seed, 0, len(self._fitting), self.batch_size)
-        shortest, longest = min(prompts.values()), max(prompts.values())
-        if self.environment.max_steps == 1:
-            self._longest_row = LongestRow(longest, self.sampling.max_completion_tokens)
-        else:  # responses of any length may come between the turns
-            self._longest_row = LongestRow(shortest, self.sampling.max_length - shortest)
+        self._longest_row = longest_row(prompts.values(), self.sampling, has_turns=self.environment.max_steps > 1)
         budget = self._scorer.max_tokens_per_micro_batch
         if budget is None:
             check_phases(trainer, self.steps_per_epoch, self.loss.num_policy_updates)
@@ -238,9 +223,23 @@ class RolloutDataModule(LightningDataModule):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} and model.policy.max_tokens_per_micro_batch="
                 f"{budget} say the same thing twice: leave the budget out, or set --trainer.accumulate_grad_batches 1"
             )
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        else:
+            check_budget(self._longest_row, budget)
+        check_accumulation(trainer)
+
+    def _check_held_out(self) -> None:
+        """Refuses, before anything is trained, a held-out split that could not be asked."""
+        assert self._collector is not None
+        items = self.environment.validation_items()
+        self._held_out = list(self._collector.fitting(items))
+        if len(self._held_out) < self._trainer.world_size:
             raise ConfigError(
-                "GradientAccumulationScheduler would cut optimizer steps: set trainer.accumulate_grad_batches"
+                f"{type(self.environment).__name__}.validation_items has {len(self._held_out)} items for "
+                f"{self._trainer.world_size} rank(s): add some, or set trainer.limit_val_batches to 0"
+            )
+        if len(self._held_out) < len(items):
+            logger.warning(
+                "%d held-out items are left out: their prompts are too long", len(items) - len(self._held_out)
             )
 
     def _plan_micro_batches(self, max_tokens: int) -> None:
@@ -248,7 +247,7 @@ class RolloutDataModule(LightningDataModule):
         assert self._longest_row is not None, "setup comes first"
         groups, shares_prefix = self.batch_size // self._trainer.world_size, self._scorer.shares_prefix
         arguments = self._longest_row, groups, self.sampling.group_size, shares_prefix, max_tokens
-        self._planned = plan_micro_batches(*arguments).num_micro_batches
+        self._planned = plan_micro_batches(*arguments)
         self._trainer.accumulate_grad_batches = self._planned
         check_phases(self._trainer, self.steps_per_epoch, self.loss.num_policy_updates)
 
@@ -256,11 +255,7 @@ class RolloutDataModule(LightningDataModule):
         """The largest micro-batch that can come, made of filler."""
         assert self._longest_row is not None, "setup comes first"
         groups, trainer = self.batch_size // self._trainer.world_size, self._trainer
-        samples = [
-            sample
-            for item in range(groups)
-            for sample in longest_unit(self._longest_row, self.sampling.group_size, item, self.sampling.temperature)
-        ]
+        samples = longest_samples(self._longest_row, groups, self.sampling.group_size, self.sampling.temperature)
         denominators = count_denominators(samples, self.sampling.max_completion_tokens)
         largest = max(self._split(samples), key=lambda units: sum(len(unit) for unit in units))
         return make_batches([largest], denominators, trainer.global_step, {})[0]
@@ -290,10 +285,14 @@ class RolloutDataModule(LightningDataModule):
 
     async def _end_environment(self, phases: PhasesAhead[tuple[Sampled, float]] | None) -> None:
         """Ends rollouts first and connections to tool servers last: those are held by tasks of their own."""
-        if phases is not None:
-            await phases.cancel()
-        await asyncio.wait_for(self.environment.close(), CLOSE_TIMEOUT_S)
-        await cancel_others(CLOSE_TIMEOUT_S)
+        try:
+            if phases is not None:
+                await phases.cancel()
+        finally:
+            try:
+                await asyncio.wait_for(self.environment.close(), CLOSE_TIMEOUT_S)
+            finally:
+                await cancel_others(CLOSE_TIMEOUT_S)
 
     def _share(self, indices: list[int]) -> list[int]:
         return indices[self._trainer.global_rank :: self._trainer.world_size]
@@ -335,7 +334,12 @@ class RolloutDataModule(LightningDataModule):
         batches[0] = replace(batches[0], unused=unused, without_effect=without_effect)
         staleness = self.sampling.max_staleness
         batches = [replace(batch, skip_reason=skip_reason, max_staleness=staleness) for batch in batches]
-        return [replace(batch, policy_update=update) for update in range(num_updates) for batch in batches]
+        address = (self.seed, "dropout", self._trainer.global_rank)
+        return [
+            replace(batch, policy_update=update, dropout_seed=derived_seed(*address, step + update, number))
+            for update in range(num_updates)
+            for number, batch in enumerate(batches)
+        ]
 
     async def _sample(self, phase: int) -> tuple[Sampled, float]:
         """The groups of a phase and the seconds they took."""
@@ -377,13 +381,7 @@ class RolloutDataModule(LightningDataModule):
 
     def _evaluate(self) -> list[Evaluation]:
         assert self._collector is not None, "setup comes first"
-        items = self.environment.validation_items()
-        if len(items) < self._trainer.world_size:
-            raise ConfigError(
-                f"{type(self.environment).__name__}.validation_items has {len(items)} items for {self._trainer.world_size} "
-                "rank(s): add some, or set trainer.limit_val_batches to 0"
-            )
-        indices = self._share(list(range(len(items))))
+        items, indices = self.environment.validation_items(), self._share(self._held_out)
         draw = Draw(items, indices, 1, self.sampling.validation_temperature, (self.seed, "validation"))
         siblings = self._run(self._collector.collect(draw))
         rollouts = tuple(rollout for group in siblings for rollout in group)

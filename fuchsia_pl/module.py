@@ -1,7 +1,8 @@
 """The LightningModule: a micro-batch becomes logprobs, logprobs a loss, and losses the metrics of an optimizer step."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from fuchsia_pl.policy.sharding import total_norm
 from fuchsia_pl.policy.sources import resolve_model
 from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
 
-RNG_KEY = "torch_rng_state"
 MICRO_BATCHES_KEY = "num_micro_batches"
 SHAPES_KEY = "trained_shapes"
 
@@ -72,7 +72,11 @@ class GRPOModule(LightningModule):
         self.strict_loading = False
 
     def configure_model(self) -> None:
-        """Loads the model, once per process, where Lightning's strategies want it loaded."""
+        """Loads the model, once per process, where Lightning's strategies want it loaded.
+
+        Raises:
+            ConfigError: The model cannot be trained as the config says, or the strategy does not average over all ranks.
+        """
         if self.policy is None:
             self.policy = Policy(
                 self.policy_config,
@@ -80,8 +84,14 @@ class GRPOModule(LightningModule):
                 with_reference=self.loss_config.beta > 0,
                 with_critic=self.loss_config.parts.advantage == "gae",
             )
-            if self.device_mesh is not None:  # FSDP2Strategy's; other strategies have none
-                self.policy.shard(self.device_mesh["data_parallel"])
+            if self.device_mesh is not None:
+                mesh = self.device_mesh["data_parallel"]
+                if mesh.size() != self.trainer.world_size:
+                    raise ConfigError(
+                        f"trainer.strategy averages over {mesh.size()} of {self.trainer.world_size} ranks, which would train "
+                        "apart: use fuchsia_pl.policy.sharding.FSDP2Strategy (--config overlays/fsdp.yaml), or ddp"
+                    )
+                self.policy.shard(mesh)
             self.policy.train()
 
     def configure_optimizers(self) -> Any:
@@ -130,7 +140,7 @@ class GRPOModule(LightningModule):
 
     def rehearse(self, batch: Batch) -> None:
         """Runs a micro-batch forward and backward and leaves nothing behind: no gradient, no metric, no number drawn."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with self._own_randomness(batch.dropout_seed):
             with self.trainer.precision_plugin.forward_context():
                 reference = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
                 scores = self._policy.scores(batch)
@@ -169,7 +179,8 @@ class GRPOModule(LightningModule):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         self._policy.end_accumulation(micro_batch + 1 == self.trainer.accumulate_grad_batches)
         self.ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
-        scores = self._policy.scores(batch)
+        with self._own_randomness(batch.dropout_seed):
+            scores = self._policy.scores(batch)
         if batch.policy_update == 0:
             # What sampled drops nothing out, so what is compared with it must not either.
             evaluated = self._policy.evaluated_scores(batch) if self._policy.has_dropout else scores
@@ -219,16 +230,15 @@ class GRPOModule(LightningModule):
         return [rollout.completion for rollout in batch.rollouts]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trained weights only, and the state of torch's generator (LoRA dropout draws from it)."""
+        """Keeps the trained weights only."""
         trained = self._trained_shapes()
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         # Sharded weights are loaded before this module is asked, and are no longer in the checkpoint then.
         checkpoint[SHAPES_KEY] = trained
-        checkpoint[RNG_KEY] = torch.get_rng_state()
         checkpoint[MICRO_BATCHES_KEY] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the generator, and refuses a checkpoint of another adapter or from within a phase.
+        """Refuses a checkpoint of another adapter or from within a step or a phase.
 
         Raises:
             ConfigError: The checkpoint's weights are not those that this config trains, or it cannot be gone on from.
@@ -239,14 +249,26 @@ class GRPOModule(LightningModule):
                 f"the checkpoint is of step {step}, which is no multiple of model.loss.num_policy_updates={num_updates}: the "
                 "rollouts of a phase are not saved, so a run goes on only from where one ends, as checkpoints/last.ckpt does"
             )
+        num_begun = _num_begun(checkpoint) % checkpoint[MICRO_BATCHES_KEY]
+        if self.trainer.state.fn == TrainerFn.FITTING and num_begun:
+            raise ConfigError(
+                f"the checkpoint was saved {num_begun} micro-batches into the step after {step}, whose gradients it does not "
+                "hold: a run goes on only from where a step ends, as checkpoints/last.ckpt does"
+            )
         trained, found = self._trained_shapes(), checkpoint[SHAPES_KEY]
         if trained != found:
             raise ConfigError(
                 f"the checkpoint holds {len(found)} trained tensors, this config trains {len(trained)}, and names or shapes "
                 f"differ, first at {_first_difference(trained, found)}: use the config.yaml of the run that wrote it"
             )
-        torch.set_rng_state(checkpoint[RNG_KEY])
         self.loaded_step, self.loaded_micro_batches = checkpoint["global_step"], checkpoint[MICRO_BATCHES_KEY]
+
+    @contextmanager
+    def _own_randomness(self, seed: int) -> Iterator[None]:
+        """Dropout by the address of a micro-batch: a resumed run drops what the run that it resumes would have."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     @property
     def _policy(self) -> Policy:
@@ -264,3 +286,9 @@ class GRPOModule(LightningModule):
 def _first_difference(trained: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     names = sorted(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
     return f"{names[0]} (trained {trained.get(names[0])}, found {found.get(names[0])})"
+
+
+def _num_begun(checkpoint: Mapping[str, Any]) -> int:
+    """Micro-batches of its epoch that had begun when a checkpoint was saved, by Lightning's own count."""
+    loops = checkpoint.get("loops") or {}
+    return loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] if loops else 0

@@ -196,7 +196,7 @@ class Rollout:
         """Answers the newest turn; the policy goes on after it. One turn may have several answers.
 
         Args:
-            text: The answer. No special token in it counts as one.
+            text: The answer. No special token in it counts as one, and half a surrogate pair becomes a question mark.
             role: Whose message it is in the chat template, "user" or "tool".
 
         Raises:
@@ -208,7 +208,7 @@ class Rollout:
             raise RuntimeError(f"rollout.respond was called on a rollout that {what}")
         if not isinstance(text, str):
             raise TypeError(f"rollout.respond takes a string, got {type(text).__name__}")
-        self._responses.append({"role": role, "content": text})
+        self._responses.append({"role": role, "content": text.encode("utf-8", "replace").decode()})
 
     def finish(self, status: RolloutStatus = RolloutStatus.COMPLETED) -> None:
         """Ends the interaction."""

@@ -1,14 +1,21 @@
 """The double of a vLLM server: its endpoints as `VLLMServerEngine` uses them, over real HTTP, and the ways in which it fails."""
 
+import asyncio
 import json
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
+
+from fuchsia_pl.engines.base import VERSION_FILE, EngineSpec, SamplingParams
+from fuchsia_pl.types import ServedModel
 
 IDS = [5, 2]
+SAMPLING = SamplingParams(1.0, max_tokens=4, seed=7, stop=("</a>",), stop_token_ids=(2,))
 
 
 class _Http(ThreadingHTTPServer):
@@ -156,3 +163,32 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def log_message(self, *args) -> None: ...
+
+
+def make_spec(root: Path, **changes) -> EngineSpec:
+    model = ServedModel("/models/tiny", "float32", changes.pop("lora_rank", 4), Path)
+    return EngineSpec(model, **{"max_length": 64, "seed": 0, "log_file": root / "run" / "engine.log", **changes})
+
+
+def wait_until(condition, timeout_s: float = 5.0) -> None:
+    end = time.perf_counter() + timeout_s
+    while not condition():
+        assert time.perf_counter() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def load(engine, root: Path, version: int, weight: float = -0.25) -> None:
+    """Gives the engine an adapter whose weights add up to `weight`, which the double returns as every logprob."""
+    folder = root / f"adapter-{version}-{weight}"
+    folder.mkdir(exist_ok=True)
+    save_file({"a": torch.tensor([weight])}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4}))
+    (folder / VERSION_FILE).write_text(str(version))
+    asyncio.run(engine.load_adapter(folder, version))
+
+
+def ask(engine, number: int = 1, sampling=SAMPLING):
+    async def gather():
+        return await asyncio.gather(*(engine.generate([1, 10 + n], sampling) for n in range(number)))
+
+    return asyncio.run(gather())

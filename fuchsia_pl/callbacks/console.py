@@ -160,6 +160,7 @@ def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
         "trained": f"{trained:,} of {total:,} parameters ({adapter})",
         "objective": objective_text(cast(RunModule, pl_module).loss_config),
         "rows per step": f"{data.rows_per_step} in {split}",
+        "prompts": "computed once for all siblings" if policy.shares_prefix else "computed in each row",
         "engine": type(data.engine).__name__,
         "memory": "; ".join(plan.text for plan in memory_plans(trainer)) or "not planned: there is no preflight",
         "run folder": trainer.default_root_dir,

@@ -53,7 +53,7 @@ class MemoryPlan:
     """Where a rank's memory goes, in bytes.
 
     Attributes:
-        base_weights: Weights that do not learn.
+        base_weights: Weights that do not learn, those of a reference that is a copy among them.
         trained: Weights that learn, with their gradients and two moments of Adam each.
         activations: What autograd kept for the backward of the longest micro-batch.
         engine_weights: What the engine has of the model beside the trainer.
@@ -110,7 +110,7 @@ class MemoryPlan:
             for name, (part, share) in SAVED_BY.items()
             if name in possible and not (part == "kv_cache" and self.takes_turns)
         ]
-        return sorted(saved, key=lambda entry: entry[1], reverse=True)[:3]
+        return sorted((entry for entry in saved if entry[1] > 0), key=lambda entry: entry[1], reverse=True)[:3]
 
 
 class Preflight(Callback):
@@ -160,8 +160,8 @@ class KeptBytes:
         self.num_bytes = 0
         self._model = model
         self._is_sharded = isinstance(model, FSDPModule)
-        self._seen: set[int] = set()
-        self._see_weights()
+        self._counted: set[int] = set()
+        self._weights = self._addresses()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> None:
@@ -171,23 +171,26 @@ class KeptBytes:
         self._hooks.__exit__(*exception)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if self._is_sharded and storage.data_ptr() not in self._seen:
-            self._see_weights()  # those of the block that computes lie together only now
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.num_bytes += storage.nbytes()
+        address = tensor.untyped_storage().data_ptr()
+        if self._is_sharded and address not in self._counted:
+            self._weights = (
+                self._addresses()
+            )  # those of the block that computes lie together only now, and not for long
+        if address not in self._weights | self._counted:
+            self._counted.add(address)
+            self.num_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
-    def _see_weights(self) -> None:
-        self._seen |= {local(parameter).untyped_storage().data_ptr() for parameter in self._model.parameters()}
+    def _addresses(self) -> set[int]:
+        return {local(parameter).untyped_storage().data_ptr() for parameter in self._model.parameters()}
 
 
 def memory_plan(policy: Policy, engine: Engine, num_activation_bytes: int, device: torch.device) -> MemoryPlan:
     """The plan of a rank."""
     sizes = {True: 0, False: 0}
     for parameter in policy.parameters():
-        sizes[parameter.requires_grad] += local(parameter).numel() * parameter.element_size()
+        sizes[parameter.requires_grad] += local(parameter).nbytes
+    sizes[False] += sum(local(weight).nbytes for weight in policy.reference_weights())
     served = policy.causal_lm.num_parameters()  # also right where they are packed in 4 bits
     return MemoryPlan(
         base_weights=sizes[False],

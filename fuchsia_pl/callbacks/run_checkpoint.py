@@ -1,12 +1,16 @@
 """Checkpoints in the run folder."""
 
 import math
+import os
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from fuchsia_pl.callbacks.adapter_sync import ends_phase
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.types import ConfigError
 
@@ -17,6 +21,27 @@ class PhasedModule(Protocol):
     """What this callback knows of the module."""
 
     loss_config: LossConfig
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the older one and then puts it in its place, so that a kill leaves one of them whole.
+
+    Lightning's own goes through the folder for temporary files, which may be on another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes it; addresses with a protocol are left to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(target)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -42,9 +67,17 @@ class RunCheckpoint(ModelCheckpoint):
         self._every_n_train_steps = math.ceil(self.every_n_steps / num_updates) * num_updates
         super().setup(trainer, pl_module, stage)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves where a phase ends: Lightning's own would also save the first micro-batch after a resume."""
+        if ends_phase(trainer, pl_module, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step, which need not be a multiple of `every_n_steps`."""
         assert self.dirpath is not None
-        if trainer.global_step % cast(PhasedModule, pl_module).loss_config.num_policy_updates:
-            return  # stopped within a phase
+        num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if not ends_phase(trainer, pl_module, num_batches - 1):
+            return  # stopped within a phase, by a time limit or a callback: the older checkpoint can be gone on from
         trainer.save_checkpoint(Path(self.dirpath) / f"{LAST}.ckpt")

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch
@@ -37,7 +38,9 @@ class StepTimer(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        pl_module.log("perf/train_tokens_per_s", self._num_tokens / self._train_seconds)
+        num_tokens = torch.tensor(float(self._num_tokens), device=trainer.strategy.root_device)
+        num_tokens = trainer.strategy.reduce(num_tokens, reduce_op="sum")
+        pl_module.log("perf/train_tokens_per_s", float(num_tokens) / self._train_seconds)
         pl_module.log("perf/step_seconds", now - self._step_start)
         self._begin_step()
 

@@ -1,11 +1,11 @@
 """LightningCLI with this project's parts wired in."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -18,14 +18,16 @@ from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.lost_rank import LostRank
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
-from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.launch import is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
-from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, find_configs, new_run_folder, run_name
+from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, SAVED_CONFIG, find_configs, new_run_folder, remove_unused, run_name
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.module import GRPOModule
+from fuchsia_pl.policy.adapter import check_adapter
+from fuchsia_pl.policy.policy import check_quantization
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_SEED = 0
@@ -36,7 +38,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on the first rank."""
-        file = Path(trainer.default_root_dir) / "config.yaml"
+        file = Path(trainer.default_root_dir) / SAVED_CONFIG
         self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
         # What the preset made of it; given as one more --config, it pins every part.
         loss = cast(GRPOModule, pl_module).loss_config.resolved()
@@ -101,17 +103,29 @@ class FuchsiaCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Makes the run folder and all parts; what a part refuses is told like any other mistake in a config."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
-        self.run_folder = new_run_folder(root, run_name(self.arguments))
+        try:
+            self.run_folder = new_run_folder(root, run_name(self.arguments))
+        except ConfigError as error:
+            self._parser(self.subcommand).error(str(error))
         chatter_to(self.run_folder)
         try:
             super().instantiate_classes()
+            check_quantization(self.model.policy_config.quantization)
+            check_adapter(self.model.policy_config.lora)
             self._announce()
             # Last, since it may download or convert: every setting has been accepted by now.
             _ = self.model.learner.served_model.folder
         except ConfigError as error:
             if is_first_rank():
-                shutil.rmtree(self.run_folder)  # nothing ran
+                remove_unused(self.run_folder)
             self._parser(self.subcommand).error(str(error))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs it; what only the model, the data or the devices show to be a mistake in a config is told like any other."""
+        try:
+            super()._run_subcommand(subcommand)
+        except ConfigError as error:
+            self._parser(subcommand).error(str(error))
 
     def _announce(self) -> None:
         bar = self.trainer.progress_bar_callback
@@ -141,7 +155,12 @@ class FuchsiaCLI(LightningCLI):
             loggers.append(given)
         elif isinstance(given, list):
             loggers.extend(given)
-        return super().instantiate_trainer(default_root_dir=str(self.run_folder), logger=loggers, **kwargs)
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(
+            default_root_dir=str(self.run_folder), logger=loggers, plugins=plugins, **kwargs
+        )
 
 
 def _run_seed(seed_everything: bool | int) -> int:

@@ -37,6 +37,7 @@ HOSTILE = {
     "null bytes": "<answer>\x00\x00</answer>",
     "long": "<answer>" + "1234567 " * 131_072 + "</answer>",
     "nested call": '<tool_call>{"name": ' + "[" * 5_000 + "</tool_call>",
+    "half a surrogate pair": '<tool_call>{"name": "python", "arguments": {"code": "\\ud83d"}}</tool_call>',
     "code": "<answer>__import__('os').system('true')</answer>",
     "special tokens": "<|im_end|><|im_start|>user\n<|endoftext|></s>",
 }

@@ -1,11 +1,11 @@
-"""One run folder for all ranks, whoever launched them: Lightning, torchrun or SLURM."""
+"""One run folder for all ranks, whoever launched them: Lightning on one machine, torchrun or SLURM."""
 
 import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch.distributed import DistError, TCPStore
 
 from fuchsia_pl.types import ConfigError
@@ -32,7 +32,8 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
         make_named: Makes the folder of a name that no other run has. All ranks of a SLURM job step call it.
 
     Raises:
-        ConfigError: The first rank did not say within two minutes what its folder is.
+        ConfigError: The first rank did not say within two minutes what its folder is, or it is on another machine and nobody
+            said where to reach it.
     """
     if TorchElasticEnvironment.detect():
         return _told_by_first_rank(make)
@@ -40,6 +41,11 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
     if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         return make_named("slurm-" + ".".join(os.environ[name] for name in names if name in os.environ))
+    if LightningEnvironment().node_rank() > 0:
+        raise ConfigError(
+            "this is not the first of several machines, and nothing tells it which folder the run has: start the run with "
+            "`torchrun -m fuchsia_pl` or `srun fuchsia`, see the README"
+        )
     if not is_first_rank() and RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])  # Lightning started this process from the first rank's
     folder = make()

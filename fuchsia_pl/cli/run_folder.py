@@ -1,15 +1,19 @@
 """Where configs are found and where a run's files go."""
 
+import itertools
 import re
+import shutil
 from pathlib import Path
 
 import fuchsia_pl
+from fuchsia_pl.cli.chatter import LOG_FILE
 from fuchsia_pl.cli.launch import agreed_folder
 from fuchsia_pl.types import ConfigError
 
 CONFIG_FOLDER = Path(fuchsia_pl.__file__).parents[1] / "configs"
 DEFAULT_ROOT = "runs"
 CONFIG_OPTIONS = ("-c", "--config")
+SAVED_CONFIG = "config.yaml"
 
 
 class ConfigNotFoundError(ConfigError):
@@ -65,7 +69,7 @@ def run_name(arguments: list[str]) -> str:
         if option not in CONFIG_OPTIONS or (not equals and position + 1 == len(arguments)):
             continue
         file = Path(value if equals else arguments[position + 1])
-        is_saved = file.stem == "config" and re.fullmatch(r"\d+|slurm-[\d.]+", file.parent.name) is not None
+        is_saved = file.name == SAVED_CONFIG and re.fullmatch(r"\d+|slurm-[\d.]+(-\d+)?", file.parent.name) is not None
         return file.parent.parent.name if is_saved else file.stem
     return "default"
 
@@ -75,10 +79,19 @@ def new_run_folder(root: str | Path, name: str) -> Path:
     parent = Path(root) / name
 
     def make_named(own: str) -> Path:
-        (parent / own).mkdir(parents=True, exist_ok=True)
-        return parent / own
+        # A job step may call the command again. Its first run saved this file only after all ranks had their folder.
+        names = itertools.chain([own], (f"{own}-{number}" for number in itertools.count(1)))
+        folder = next(parent / name for name in names if not (parent / name / SAVED_CONFIG).exists())
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     return agreed_folder(lambda: _numbered(parent), make_named)
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes the folder of a run that was refused before it began, unless it holds more than what libraries said."""
+    if {entry.name for entry in folder.iterdir()} <= {LOG_FILE}:
+        shutil.rmtree(folder)
 
 
 def _numbered(parent: Path) -> Path:

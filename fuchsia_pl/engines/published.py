@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ class PublishedWeights:
     folder: Path
 
 
-def publish(path: Path, version: int, root: Path) -> PublishedWeights:
-    """Copies weights to where servers find them.
+def named(path: Path, version: int, root: Path) -> PublishedWeights:
+    """What weights are called when they are published, on whichever rank.
 
     Args:
         path: What `Policy.save_trained` wrote.
@@ -42,11 +42,23 @@ def publish(path: Path, version: int, root: Path) -> PublishedWeights:
         root: A folder that trainer and servers see under the same path.
 
     Raises:
-        EngineError: They are of another version, or cannot be copied.
+        EngineError: They are of another version.
     """
     check_version_file(path, version)
-    name = f"policy-{version}-{_content_hash(path)}"
-    folder, partial = root / name, root / f".{name}-{os.getpid()}"
+    # The root is part of it: an earlier run may have left the same weights on a server, in a folder that is gone.
+    name = f"policy-{version}-{_digest(path, root.absolute())}"
+    return PublishedWeights(name, version, (root / name).absolute())
+
+
+def publish(path: Path, version: int, root: Path) -> PublishedWeights:
+    """Copies weights to where servers find them; for the arguments see `named`.
+
+    Raises:
+        EngineError: They are of another version, or cannot be copied.
+    """
+    weights = named(path, version, root)
+    # Ranks of one process id on different machines or in different containers may see one folder.
+    folder, partial = weights.folder, weights.folder.with_name(f".{weights.name}-{uuid.uuid4().hex}")
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
@@ -57,7 +69,7 @@ def publish(path: Path, version: int, root: Path) -> PublishedWeights:
             f"weights cannot be copied to data.engine.init_args.adapter_folder={root} ({type(error).__name__}: {error}): "
             "name a folder that trainer and servers see under the same path"
         ) from error
-    return PublishedWeights(name, version, folder.absolute())
+    return weights
 
 
 def remove_published(weights: PublishedWeights) -> None:
@@ -78,11 +90,11 @@ def _rename(partial: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # another rank was first; the name says that it is the same
 
 
-def _content_hash(path: Path) -> str:
-    """The same for the same weights: PEFT writes lists of layers in an order that differs from process to process."""
+def _digest(path: Path, root: Path) -> str:
+    """The same for the same weights in the same place: PEFT writes lists of layers in an order of its own in each process."""
     config = json.loads((path / (ADAPTER_CONFIG if is_adapter(path) else CONFIG_NAME)).read_text())
     ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
-    digest = hashlib.sha256(json.dumps(ordered, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([str(root), ordered], sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -20,6 +20,9 @@ CPU_BLOCK_SIZE = 32
 # Without chunked prefill a prompt must fit into one batch; shorter ones share it.
 MIN_BATCHED_TOKENS = 2048
 GIB = 2**30
+# With the cache's size given, the share of a GPU's memory decides nothing but whether vLLM starts: so much must be free. By its
+# default nothing else could be on the GPU.
+FREE_SHARE = 0.05
 # What a server holds: the newest adapter and the one before it, whose requests may still run.
 NUM_SERVED_ADAPTERS = 2
 
@@ -93,6 +96,7 @@ def vllm_arguments(settings: VLLMSettings, model: ServedModel, max_length: int, 
         "enable_prefix_caching": True,
         "block_size": None if torch.cuda.is_available() else CPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": int(settings.kv_cache_gb * GIB),
+        "gpu_memory_utilization": FREE_SHARE,
         "enforce_eager": settings.enforce_eager,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "quantization": None if quantization is None else VLLM_QUANTIZATION[quantization],

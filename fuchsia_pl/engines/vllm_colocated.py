@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -42,14 +41,6 @@ MAX_SETTLE_S = 2.0
 
 logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "fuchsia_pl.engines.vllm_worker.WorkerExtension"
-
-
-@dataclass
-class _Progress:
-    """How far a request is, and which weights sampled its tokens before newer ones came."""
-
-    num_tokens: int = 0
-    earlier_versions: list[int] = field(default_factory=list)
 
 
 class VLLMColocatedEngine(Engine):
@@ -92,7 +83,7 @@ class VLLMColocatedEngine(Engine):
         self._llm: Any = None
         self._lora_request: Any = None
         self._request_ids = itertools.count()
-        self._in_flight: dict[str, _Progress] = {}
+        self._in_flight: set[str] = set()
         self._loading = asyncio.Lock()
         self._pause: asyncio.Future[None] | None = None
         self._resume: asyncio.Task[None] | None = None
@@ -248,15 +239,14 @@ class VLLMColocatedEngine(Engine):
 
         self._check_awake()
         assert self._spec is not None
-        params, progress = to_vllm(sampling, self._spec.loads_in_flight), _Progress()
-        request_id = str(next(self._request_ids))
+        params, request_id = to_vllm(sampling), str(next(self._request_ids))
         async with self._loading:  # what would resume the engine must not do so while weights are being loaded
             pass
         if not self._in_flight:
             self._pause = asyncio.ensure_future(self._hold())
             self._resume = asyncio.ensure_future(self._resume_when_settled(self._pause))
             self._resume.add_done_callback(lambda task: task.cancelled() or task.exception())  # the requests say it
-        self._in_flight[request_id] = progress
+        self._in_flight.add(request_id)
         try:
             assert self._pause is not None
             await asyncio.shield(self._pause)
@@ -265,10 +255,9 @@ class VLLMColocatedEngine(Engine):
             )
             async for output in stream:
                 final = output.outputs[0]
-                progress.num_tokens = len(final.token_ids)
         finally:
-            del self._in_flight[request_id]
-        return to_completion(final, self._version, tuple(progress.earlier_versions))
+            self._in_flight.remove(request_id)
+        return to_completion(final)
 
     async def _hold(self) -> None:
         """Lets vLLM schedule the requests of a burst together.
@@ -298,21 +287,16 @@ class VLLMColocatedEngine(Engine):
                 raise EngineError(
                     f"{len(self._in_flight)} requests are in flight: weights change only between requests"
                 )
-            await self._replace_weights(path)
-            self._version = version
+            await self._replace_weights(path, version)
             return
         async with self._loading:
             if self._resume is not None:
                 await asyncio.wait([self._resume])
-            # What is in flight stays where it is; its tokens so far have arrived when this returns.
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
-            for progress in self._in_flight.values():
-                progress.earlier_versions += [self._version] * (progress.num_tokens - len(progress.earlier_versions))
-            await self._replace_weights(path)
-            self._version = version
+            await self._llm.pause_generation(mode="keep", clear_cache=False)  # what is in flight stays where it is
+            await self._replace_weights(path, version)
             await self._llm.resume_generation()
 
-    async def _replace_weights(self, path: Path) -> None:
+    async def _replace_weights(self, path: Path, version: int) -> None:
         assert self._spec is not None
         if self.serves_lora:
             await self._serve_adapter(path)
@@ -325,6 +309,8 @@ class VLLMColocatedEngine(Engine):
             raise EngineError(
                 "vLLM did not reset its prefix cache: it would go on with the old weights' keys and values"
             )
+        await self._llm.update_weight_version(str(version))  # which it says of every token from now on
+        self._version = version
 
     async def _sleep(self) -> None:
         if self._in_flight:
@@ -369,7 +355,7 @@ class VLLMColocatedEngine(Engine):
         self._thread.stop(wait_s)
         self._llm, self._thread, self._lora_request, self._version = None, None, None, -1
         self._pause, self._resume, self._is_asleep = None, None, False
-        self._in_flight, self._loading = {}, asyncio.Lock()
+        self._in_flight, self._loading = set(), asyncio.Lock()
 
     def _words(self, what: str) -> str:
         assert self._spec is not None

@@ -27,13 +27,8 @@ NEUTRAL: dict[str, Any] = {
 JSON_FLOOR = -9999.0
 
 
-def to_vllm(sampling: SamplingParams, says_progress: bool = False) -> Any:
-    """A `vllm.SamplingParams` in which every value is said.
-
-    Args:
-        sampling: How to sample.
-        says_progress: Whether every new token is told, in place of the whole completion at its end.
-    """
+def to_vllm(sampling: SamplingParams) -> Any:
+    """A `vllm.SamplingParams` in which every value is said."""
     from vllm import SamplingParams as VLLMSamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -41,7 +36,7 @@ def to_vllm(sampling: SamplingParams, says_progress: bool = False) -> Any:
         **NEUTRAL,
         **_ours(sampling),
         detokenize=bool(sampling.stop),
-        output_kind=RequestOutputKind.CUMULATIVE if says_progress else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -64,22 +59,21 @@ def to_request(model: str, prompt_ids: Sequence[int], sampling: SamplingParams) 
     }
 
 
-def to_completion(output: Any, version: int, earlier_versions: tuple[int, ...] = ()) -> Completion:
-    """Checks and converts a `vllm.CompletionOutput`.
-
-    Args:
-        output: What vLLM returned.
-        version: The policy version that sampled it.
-        earlier_versions: Those that sampled its first tokens, where others did.
+def to_completion(output: Any) -> Completion:
+    """Checks and converts a `vllm.CompletionOutput` of an engine that was told the version of its weights.
 
     Raises:
-        EngineError: It was aborted, or an id has no logprob, or one that is no number.
+        EngineError: It was aborted, or an id has no logprob, or one that is no number, or no version.
     """
     token_ids, logprobs = tuple(output.token_ids), output.logprobs
     if logprobs is not None and len(logprobs) == len(token_ids):
         logprobs = [entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)]
-    completion = _checked(token_ids, logprobs, output.finish_reason, output.stop_reason, version)
-    return replace(completion, earlier_versions=earlier_versions)
+    versions = [int(span.version) for span in output.weight_versions or () for _ in range(span.start, span.end)]
+    if len(versions) < max(len(token_ids), 1):
+        raise EngineError(f"vLLM returned the versions of {len(versions)} tokens for {len(token_ids)} sampled ids")
+    versions, newest = versions[: len(token_ids)], versions[-1]
+    completion = _checked(token_ids, logprobs, output.finish_reason, output.stop_reason, newest)
+    return replace(completion, earlier_versions=tuple(version for version in versions if version != newest))
 
 
 def from_response(answer: dict[str, Any], model: str, version: int) -> Completion:

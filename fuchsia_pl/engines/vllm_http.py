@@ -56,9 +56,9 @@ class VLLMClient:
         """The model that the server was started with: `id`, `root`, `max_model_len`."""
         return next(card for card in await self._models() if card.get("parent") is None)
 
-    async def adapters(self) -> dict[str, str]:
-        """The folder of each adapter that the server has, by name."""
-        return {card["id"]: card["root"] for card in await self._models() if card.get("parent") is not None}
+    async def adapters(self) -> set[str]:
+        """The names of the adapters that the server has."""
+        return {card["id"] for card in await self._models() if card.get("parent") is not None}
 
     async def serve(self, weights: PublishedWeights, timeout_s: float) -> None:
         """Makes the server answer to the name of some weights, or returns at once where it does.
@@ -71,18 +71,15 @@ class VLLMClient:
             ServerGoneError: The server does not answer or is broken.
             EngineError: It runs and refuses.
         """
-        present = (await self.adapters()).get(weights.name)
-        if present == str(weights.folder):
+        if weights.name in await self.adapters():
             return
-        if present is not None:  # of an earlier run, whose folder is gone
-            await self.unload_adapter(weights.name)
         await self.load_adapter(weights.name, weights.folder, timeout_s)
         if weights.name not in await self.adapters():
             raise EngineError(f"the vLLM server {self.url} does not list {weights.name} after its load")
 
     async def forget(self, names: set[str]) -> None:
         """Frees what the server keeps of weights that no request asks for any more."""
-        for name in names & (await self.adapters()).keys():
+        for name in names & await self.adapters():
             await self.unload_adapter(name)
 
     async def load_adapter(self, name: str, folder: Path, timeout_s: float) -> None:

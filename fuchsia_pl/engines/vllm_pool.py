@@ -164,7 +164,8 @@ class ServerPool:
             logger.warning("the vLLM server %s is asked from now on", server.client.url)
         else:
             self._started.set_result(None)
-        server.is_healthy, server.gone = True, asyncio.Event()
+        server.is_healthy = True
+        server.gone.clear()  # the same event: requests from before still wait on it
         self._some_healthy.set()
 
     async def _load_or_drop(self, server: PooledServer, weights: PublishedWeights) -> bool:

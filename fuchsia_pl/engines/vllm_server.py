@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import os
+import resource
 from collections.abc import Coroutine, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams
-from fuchsia_pl.engines.published import PublishedWeights, publish, remove_published
+from fuchsia_pl.engines.published import PublishedWeights, named, publish, remove_published
 from fuchsia_pl.engines.vllm_arguments import API_KEY_VARIABLE, NUM_SERVED_ADAPTERS
 from fuchsia_pl.engines.vllm_convert import from_response, to_request
 from fuchsia_pl.engines.vllm_http import VLLMClient
@@ -19,6 +20,7 @@ from fuchsia_pl.types import Completion, ConfigError, ServedModel
 
 ADAPTER_FOLDER = "adapters"
 CLOSE_TIMEOUT_S = 30.0
+NUM_OPEN_FILES = 65536
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -80,11 +82,6 @@ class VLLMServerEngine(Engine):
         """The servers have the weights, on devices of their own."""
         return 0.0
 
-    @property
-    def num_drops(self) -> int:
-        """How often a server was dropped."""
-        return 0 if self._pool is None else self._pool.num_drops
-
     def start(self, spec: EngineSpec) -> None:
         """Waits until a server answers, and checks that it serves what is trained.
 
@@ -105,6 +102,7 @@ class VLLMServerEngine(Engine):
                 '"finish", or VLLMColocatedEngine'
             )
         self._spec = spec
+        allow_many_connections()
         self._thread = LoopThread("vllm-servers")
         try:
             self._pool = self._thread.run(self._start(spec), self.timeout_s + CLOSE_TIMEOUT_S)
@@ -175,11 +173,13 @@ class VLLMServerEngine(Engine):
         assert self._spec is not None
         assert self._pool is not None
         root = Path(self.adapter_folder) if self.adapter_folder else self._spec.log_file.parent / ADAPTER_FOLDER
-        weights = await asyncio.to_thread(publish, path, version, root)
+        # All weights go from the first rank's GPU to the servers; the others only have to know their name.
+        publishes = self._spec.model.lora_rank > 0 or self._spec.rank == 0
+        weights = await asyncio.to_thread(publish if publishes else named, path, version, root)
         self._published = [*(known for known in self._published if known != weights), weights]
         num_kept = NUM_SERVED_ADAPTERS if self._spec.model.lora_rank else 1
         retired = self._published[:-num_kept]
-        self._pool.retired = {known.name for known in retired}
+        self._pool.retired |= {known.name for known in retired}
         await self._pool.load(weights)
         self._serving = weights
         for known in retired:
@@ -203,6 +203,14 @@ class VLLMServerEngine(Engine):
         assert self._thread is not None
         self._thread.stop(CLOSE_TIMEOUT_S)
         self._thread, self._pool, self._serving, self._published = None, None, None, []
+
+
+def allow_many_connections() -> None:
+    """Raises this process's limit of open files: each rollout in flight has a connection of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = NUM_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, NUM_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_served(url: str, card: dict[str, Any], spec: EngineSpec) -> None:

@@ -42,14 +42,11 @@ class WeightSender:
         """Sends a model folder to a server's GPUs.
 
         Raises:
-            EngineError: It failed, or an earlier one never ended.
+            EngineError: It failed.
         """
         async with self._turn:
-            if self._sending is not None and not self._sending.done():
-                raise EngineError(
-                    "an earlier transfer of weights never ended, and NCCL lets none pass by it: resume the run from its last "
-                    "checkpoint"
-                )
+            if self._sending is not None:  # one that its caller gave up; NCCL lets none pass by it
+                await asyncio.wait([asyncio.wrap_future(self._sending)])
             self._sending = in_thread(lambda: send_over_nccl(url, folder, num_workers, self._device_index, timeout_s))
             try:
                 # Shielded: what is no longer waited for still has the GPU.
@@ -76,6 +73,7 @@ class WeightTransferClient(VLLMClient):
     def __init__(self, url: str, api_key: str | None, sender: WeightSender | None) -> None:
         super().__init__(url, api_key)
         self._sender = sender
+        self._base: str | None = None
 
     async def serve(self, weights: PublishedWeights, timeout_s: float) -> None:
         """Sends weights to the server, or waits until they were sent, or returns at once where it has them.
@@ -97,7 +95,10 @@ class WeightTransferClient(VLLMClient):
                 while await self._served(timeout_s) != weights.name:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
-            words = f"the vLLM server {self.url} did not have {weights.name} within {timeout_s:g} s"
+            words = (
+                f"the vLLM server {self.url} did not have {weights.name} within {timeout_s:g} s: resume the run from its last "
+                "checkpoint, with a server that was started anew"
+            )
             raise (ServerGoneError if self._sender is None else EngineError)(words) from None
 
     async def forget(self, names: set[str]) -> None:
@@ -105,12 +106,18 @@ class WeightTransferClient(VLLMClient):
 
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Asks for a completion by the weights of the body's name; see `VLLMClient.complete`."""
-        base = (await self.base_model())["id"]
-        answer = await super().complete({**body, "model": base}, timeout_s)
-        served = await self._served(timeout_s)  # they change where nothing runs, so these are what answered
-        if served != body["model"]:
-            raise UnknownWeightsError(f"it has {served}")
+        if self._base is None:
+            self._base = (await self.base_model())["id"]
+        await self._check_served(body["model"], timeout_s)
+        answer = await super().complete({**body, "model": self._base}, timeout_s)
+        # They change only where nothing runs, and never back to what they were: those of before and after are what answered.
+        await self._check_served(body["model"], timeout_s)
         return {**answer, "model": body["model"]}
+
+    async def _check_served(self, name: str, timeout_s: float) -> None:
+        served = await self._served(timeout_s)
+        if served != name:
+            raise UnknownWeightsError(f"it has {served}")
 
     async def _replace(self, sender: WeightSender, weights: PublishedWeights, timeout_s: float) -> None:
         """Leaves a server whose weights are half there paused and without a name: nobody is answered by it."""
@@ -194,6 +201,10 @@ class ControlPlane:
         """Makes the server's GPUs leave the group."""
         self._post("/shutdown_weight_transfer_engine", {})
 
+    def close(self) -> None:
+        """Closes the connection."""
+        self._http.close()
+
     def _post(self, path: str, body: dict[str, Any]) -> None:
         response = self._http.post(path, json=body)
         if response.is_error:
@@ -218,12 +229,15 @@ def send_over_nccl(url: str, folder: Path, num_workers: int, device_index: int, 
     info = NCCLTrainerInitInfo(address, port, world_size=num_workers + 1, rank=0)
     source: Any = FolderSource(folder, torch.device("cuda", device_index))
     control = ControlPlane(url, timeout_s)
-    sender = WeightTransferTrainerFactory.trainer_init(info, client=control, source=source)
     try:
-        sender.send_weights()
-        control.shutdown_weight_transfer_engine()
+        sender = WeightTransferTrainerFactory.trainer_init(info, client=control, source=source)
+        try:
+            sender.send_weights()
+            control.shutdown_weight_transfer_engine()
+        finally:
+            sender.shutdown()
     finally:
-        sender.shutdown()
+        control.close()
 
 
 def own_address(url: str) -> tuple[str, int]:

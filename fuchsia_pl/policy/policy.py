@@ -14,13 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from fuchsia_pl.batch import Batch, TokenScores
+from fuchsia_pl.policy.adapter import add_adapter
 from fuchsia_pl.policy.checkpointing import checkpoint_blocks, offloaded
-from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.critic import Critic
 from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores, fastest_chunk_tokens
 from fuchsia_pl.policy.sharding import shard, whole
 from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, lay_out, shares_prefix
-from fuchsia_pl.policy.sources import public_name
 from fuchsia_pl.types import ConfigError
 
 # Largest difference in logits that rounding explains in the head check, relative to the largest logit, in units of the
@@ -85,11 +85,20 @@ class Policy(nn.Module):
     @property
     def has_dropout(self) -> bool:
         """Whether the training forward drops out activations, so that its logprobs are not those an engine computes."""
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+        settings = (
+            self.causal_lm.config.get_text_config().to_dict()
+        )  # attention and residuals have dropouts that are no modules
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()) or any(
+            "drop" in name and isinstance(value, float) and value > 0 for name, value in settings.items()
+        )
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The weights that learn, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def reference_weights(self) -> list[Tensor]:
+        """What the reference keeps beside the weights of the policy: a frozen copy, or the adapter as it was loaded."""
+        return [*self._initial_adapter, *(weight for model in self._frozen for weight in model.parameters())]
 
     def to_device(self, device: torch.device) -> None:
         """Moves weights, gradients, buffers and the reference. Parameters stay the objects that an optimizer knows."""
@@ -212,74 +221,15 @@ class Policy(nn.Module):
             return
         dtype = getattr(torch, self.config.dtype)
         state = {}
+        once = {name for kind in (self.model.named_parameters(), self.model.named_buffers()) for name, _ in kind}
         for name, tensor in self.model.state_dict().items():
+            if name not in once:  # a head that is tied to the embeddings
+                continue
             gathered = whole(tensor)
             if writes:  # one at a time: all of them may be more than a device holds
                 state[name] = gathered.to("cpu", dtype)
         if writes:
             self.causal_lm.save_pretrained(str(folder), state_dict=state)
-
-
-def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
-    """Wraps a model with an adapter in float32, fresh (B = 0) or loaded; everything else is frozen.
-
-    Raises:
-        ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve, or the one to load
-            is not of the config's kind.
-    """
-    lora = config.lora
-    if lora.init_from is not None:
-        _check_adapter(lora)
-        adapted = peft.PeftModel.from_pretrained(model, lora.init_from, is_trainable=True, autocast_adapter_dtype=True)
-    else:
-        adapted = _fresh_adapter(model, lora)
-    # PEFT writes the folder it was loaded from; a name that means something elsewhere is of more use in an exported adapter.
-    adapted.peft_config["default"].base_model_name_or_path = public_name(config.name)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-            raise ConfigError(
-                f"model.policy.lora.target_modules={lora.target_modules!r} reaches {type(layer).__name__}, an embedding or the "
-                'output head, which vLLM cannot serve: name linear layers inside the blocks, or use "all-linear"'
-            )
-    return adapted
-
-
-def _fresh_adapter(model: PreTrainedModel, lora: LoRASettings) -> peft.PeftModel:
-    peft_config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-    )
-    return peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
-
-
-def _check_adapter(lora: LoRASettings) -> None:
-    """Refuses an adapter that is not there, or that the engine would not be started for."""
-    try:
-        found = peft.PeftConfig.from_pretrained(lora.init_from)
-    except ValueError as error:
-        raise ConfigError(
-            f"model.policy.lora.init_from={lora.init_from!r} is no folder of a PEFT adapter: {error}"
-        ) from error
-    if not isinstance(found, peft.LoraConfig) or found.use_dora or found.modules_to_save:
-        raise ConfigError(
-            f"model.policy.lora.init_from={lora.init_from!r} is no plain LoRA adapter, and vLLM serves no other: DoRA and "
-            "modules_to_save are among what it cannot"
-        )
-    wanted = {
-        "r": (lora.r, found.r),
-        "alpha": (lora.alpha, found.lora_alpha),
-        "use_rslora": (lora.use_rslora, found.use_rslora),
-    }
-    for name, (given, own) in wanted.items():
-        if given != own:
-            raise ConfigError(
-                f"model.policy.lora.{name} is {given}, and that of the adapter in init_from={lora.init_from!r} is {own}: "
-                f"set it to {own}"
-            )
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -290,16 +240,25 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return OutputHead(head.weight, head.bias, scale=scale, softcap=config.get("final_logit_softcapping"))
 
 
+def check_quantization(quantization: Literal["nf4"] | None) -> None:
+    """Refuses 4-bit weights where nothing can compute with them.
+
+    Raises:
+        ConfigError: There is no CUDA device, or no bitsandbytes.
+    """
+    if quantization is not None and not torch.cuda.is_available():
+        missing = "a CUDA device, and torch sees none"
+    elif quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        missing = "bitsandbytes, which is not installed"
+    else:
+        return
+    raise ConfigError(f'model.policy.quantization="{quantization}" needs {missing}: leave it out, or get that')
+
+
 def _load(folder: str | Path, dtype: torch.dtype, quantization: Literal["nf4"] | None = None) -> PreTrainedModel:
     if quantization is None:
         return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        missing = (
-            "bitsandbytes, which is not installed"
-            if torch.cuda.is_available()
-            else "a CUDA device, and torch sees none"
-        )
-        raise ConfigError(f'model.policy.quantization="{quantization}" needs {missing}: leave it out, or get that')
+    check_quantization(quantization)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,

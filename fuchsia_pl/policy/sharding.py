@@ -61,14 +61,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         """The trained weights; Lightning would gather the frozen base as well, for the module to throw away."""
         assert self.model is not None
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        return trained if self._save_distributed_checkpoint else {name: _on_host(p) for name, p in trained.items()}
+        return trained if self._save_distributed_checkpoint else tree_map_only(Tensor, self._on_writer, trained)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's own state dict, whole where the checkpoint is one file: then every strategy reads it."""
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return tree_map_only(Tensor, _on_host, inner.state_dict())
+        return tree_map_only(Tensor, self._on_writer, inner.state_dict())
+
+    def _on_writer(self, tensor: Tensor) -> Tensor:
+        """The whole tensor on the host of the rank that writes; all ranks take part, and the others keep nothing of it."""
+        gathered = whole(tensor)
+        return gathered.cpu() if self.is_global_zero else gathered.new_empty(0, device="cpu")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a file, or a folder that takes the place of an older one only when all ranks have written their parts."""
@@ -152,10 +157,6 @@ def _spread_like(weight: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return tensor
     return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return whole(tensor).cpu()
 
 
 def shard(policy: nn.Module, model: PreTrainedModel, mesh: DeviceMesh) -> None:

@@ -1,8 +1,10 @@
 """How many micro-batches a step needs, so that even the longest rows that the config allows fit into a budget of tokens."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import Completion, ConfigError, Rollout, Sample, Turn
 
 # Ids of rows that are only computed to see whether they fit; every vocabulary has so many.
@@ -35,25 +37,23 @@ class LongestRow:
         return num_siblings * self.num_inputs - saved
 
 
-@dataclass(frozen=True)
-class MicroBatchPlan:
-    """How a rank's rows of a step are dealt out.
+def check_budget(row: LongestRow, max_tokens: int) -> None:
+    """Refuses a budget that not even one row fits into.
 
-    Attributes:
-        num_micro_batches: What becomes the trainer's `accumulate_grad_batches`.
-        units_per_batch: Units (sibling groups, parts of them, or rows) in one micro-batch at most.
-        siblings_per_unit: Rows of a unit at most.
+    Raises:
+        ConfigError: It does not.
     """
+    if row.num_inputs > max_tokens:
+        raise ConfigError(
+            f"model.policy.max_tokens_per_micro_batch={max_tokens} is less than the longest row has, {row.num_inputs} tokens "
+            f"({row.prompt_tokens} of the prompt, {row.own_tokens} after it): raise it to that, or lower data.sampling.max_length"
+        )
 
-    num_micro_batches: int
-    units_per_batch: int
-    siblings_per_unit: int
 
+def plan_micro_batches(row: LongestRow, num_groups: int, group_size: int, shares_prefix: bool, max_tokens: int) -> int:
+    """The fewest micro-batches that hold `max_tokens` at most, if every row is the longest.
 
-def plan_micro_batches(
-    row: LongestRow, num_groups: int, group_size: int, shares_prefix: bool, max_tokens: int
-) -> MicroBatchPlan:
-    """Finds the fewest micro-batches that hold `max_tokens` at most, if every row is the longest.
+    Groups are cut in halves, and these again, where siblings share a prefix and one group alone is above the budget.
 
     Args:
         row: The longest row.
@@ -66,20 +66,15 @@ def plan_micro_batches(
         ConfigError: Not even one row fits.
 
     >>> plan_micro_batches(LongestRow(40, 24), num_groups=8, group_size=8, shares_prefix=True, max_tokens=512)
-    MicroBatchPlan(num_micro_batches=4, units_per_batch=2, siblings_per_unit=8)
+    4
     """
-    if row.num_inputs > max_tokens:
-        raise ConfigError(
-            f"model.policy.max_tokens_per_micro_batch={max_tokens} is less than the longest row has, {row.num_inputs} tokens "
-            f"({row.prompt_tokens} of the prompt, {row.own_tokens} after it): raise it to that, or lower data.sampling.max_length"
-        )
+    check_budget(row, max_tokens)
     siblings = group_size if shares_prefix else 1
     while row.num_computed(siblings, shares_prefix) > max_tokens:
         siblings = math.ceil(siblings / 2)
     units = num_groups * _num_parts(group_size, siblings)
     per_batch = max_tokens // row.num_computed(siblings, shares_prefix)
-    number = math.ceil(units / per_batch)
-    return MicroBatchPlan(number, math.ceil(units / number), siblings)
+    return math.ceil(units / per_batch)
 
 
 def _num_parts(group_size: int, siblings: int) -> int:
@@ -87,15 +82,42 @@ def _num_parts(group_size: int, siblings: int) -> int:
     return group_size if siblings == 1 else 2 ** math.ceil(math.log2(group_size / siblings))
 
 
-def longest_unit(row: LongestRow, num_siblings: int, item_index: int, temperature: float) -> list[Sample]:
-    """Siblings that are as long as can be, made of filler: what the memory of a run has to hold."""
+def longest_row(prompt_lengths: Collection[int], sampling: SamplingConfig, has_turns: bool) -> LongestRow:
+    """The longest row that the prompts of a split leave room for.
+
+    Args:
+        prompt_lengths: Tokens of each prompt that may be drawn.
+        sampling: The lengths that are allowed.
+        has_turns: Whether responses, of any length, may come between turns.
+
+    >>> longest_row([5, 9], SamplingConfig(max_completion_tokens=8, max_length=32), has_turns=False)
+    LongestRow(prompt_tokens=9, own_tokens=8)
+    >>> longest_row([5, 9], SamplingConfig(max_completion_tokens=8, max_length=32), has_turns=True)
+    LongestRow(prompt_tokens=5, own_tokens=27)
+    """
+    shortest, longest = min(prompt_lengths), max(prompt_lengths)
+    if has_turns:
+        return LongestRow(shortest, sampling.max_length - shortest)
+    return LongestRow(longest, sampling.max_completion_tokens)
+
+
+def longest_samples(row: LongestRow, num_groups: int, num_siblings: int, temperature: float) -> list[Sample]:
+    """Groups that are as long as can be, made of filler: what the memory of a run has to hold."""
+    return [
+        Sample(rollout, filler, old_values=filler, value_targets=filler)
+        for item_index in range(num_groups)
+        for rollout in _longest_group(row, item_index, num_siblings, temperature)
+        for filler in [(1.0,) * row.own_tokens]
+    ]
+
+
+def _longest_group(row: LongestRow, item_index: int, num_siblings: int, temperature: float) -> list[Rollout]:
     prompt = [position % NUM_FILLER_IDS for position in range(row.prompt_tokens)]
-    samples = []
+    rollouts = []
     for sibling in range(num_siblings):
         rollout = Rollout({}, item_index, sibling, temperature, prompt="")
         rollout.start(prompt)
         own = tuple((sibling + position) % NUM_FILLER_IDS for position in range(row.own_tokens))
         rollout.append(Turn(Completion(own, (-1.0,) * len(own), "length", None, policy_version=0), "", ""))
-        filler = (1.0,) * len(own)
-        samples.append(Sample(rollout, filler, old_values=filler, value_targets=filler))
-    return samples
+        rollouts.append(rollout)
+    return rollouts

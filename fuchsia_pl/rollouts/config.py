@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
 from fuchsia_pl.types import ConfigError
 
 
@@ -70,3 +72,35 @@ class SamplingConfig:
                 f"data.sampling.max_completion_tokens must be above 0 and below max_length={self.max_length}, "
                 f"got {self.max_completion_tokens}: prompt and completion share max_length"
             )
+
+
+def check_sizes(loss: LossConfig, sampling: SamplingConfig, batch_size: int, steps_per_epoch: int) -> None:
+    """Refuses sizes that do not go together.
+
+    Args:
+        loss: The objective.
+        sampling: How rollouts are sampled.
+        batch_size: Items of a phase of rollouts.
+        steps_per_epoch: Optimizer steps of an epoch.
+
+    Raises:
+        ConfigError: One is below 1 or does not fit the objective.
+    """
+    for name, value in {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}.items():
+        if value < 1:
+            raise ConfigError(f"data.{name} must be 1 or more, got {value}")
+    if steps_per_epoch % loss.num_policy_updates:
+        raise ConfigError(
+            f"data.steps_per_epoch={steps_per_epoch} is no multiple of model.loss.num_policy_updates="
+            f"{loss.num_policy_updates}: an epoch would end within a phase"
+        )
+    if sampling.group_size < 2 and loss.parts.advantage in GROUP_ADVANTAGES:
+        raise ConfigError(
+            f"data.sampling.group_size must be 2 or more, got {sampling.group_size}: advantage "
+            f'"{loss.parts.advantage}" compares siblings of one item'
+        )
+    if sampling.max_staleness % loss.num_policy_updates:
+        raise ConfigError(
+            f"data.sampling.max_staleness={sampling.max_staleness} is no multiple of model.loss.num_policy_updates="
+            f"{loss.num_policy_updates}: weights come to the engine once in as many steps"
+        )

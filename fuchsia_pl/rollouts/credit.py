@@ -19,7 +19,7 @@ from fuchsia_pl.objectives.advantages import (
     moments,
 )
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
+from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES, Advantage
 from fuchsia_pl.objectives.returns import gae, rewards_to_go
 from fuchsia_pl.objectives.rewards import overlong_penalty
 from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus, Sample
@@ -175,9 +175,17 @@ def _sibling_advantages(
     if not groups:
         return rewards
     if config.parts.reward_aggregation == "normalize_then_sum":
-        return _sum_of_normalised(groups, weights)
-    rewards = rewards - kl_cost.reshape(rewards.shape)
-    match config.parts.advantage:
+        advantages = _sum_of_normalised(groups, weights)
+    else:
+        advantages = _compared(config.parts.advantage, rewards - kl_cost.reshape(rewards.shape))
+    if config.parts.truncated == "penalise":  # by then siblings differ by their length, which alone is no spread
+        alike = torch.tensor([not group.has_spread for group in groups])
+        advantages = advantages.masked_fill(alike.unsqueeze(1), 0.0)
+    return advantages
+
+
+def _compared(advantage: Advantage, rewards: Tensor) -> Tensor:
+    match advantage:
         case "group_norm":
             return group_norm_advantages(rewards)
         case "leave_one_out":

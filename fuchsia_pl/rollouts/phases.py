@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from fuchsia_pl.types import ConfigError
@@ -45,18 +46,37 @@ def phase_loader(dataset: PhaseDataset) -> DataLoader[Any]:
 
 
 def num_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> int | None:
-    """Phases of a whole run, None where it has no end.
+    """Phases of a whole run, None where it has no end but `trainer.max_time`.
 
     Args:
         trainer: With the run's steps or epochs.
         steps_per_epoch: Optimizer steps of an epoch.
         num_updates: Optimizer steps of a phase.
     """
+    limits = []
     if trainer.max_steps > 0:
-        return trainer.max_steps // num_updates
-    if trainer.max_epochs is None or trainer.max_epochs < 0:
-        return None
-    return trainer.max_epochs * steps_per_epoch // num_updates
+        limits.append(trainer.max_steps // num_updates)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        num_batches = _batches_per_epoch(trainer, steps_per_epoch)
+        limits.append(trainer.max_epochs * num_batches // (trainer.accumulate_grad_batches * num_updates))
+    return min(limits, default=None)
+
+
+def _batches_per_epoch(trainer: Trainer, steps_per_epoch: int) -> int:
+    limit, num_batches = trainer.limit_train_batches, steps_per_epoch * trainer.accumulate_grad_batches
+    return min(limit, num_batches) if isinstance(limit, int) else int(num_batches * limit)
+
+
+def check_accumulation(trainer: Trainer) -> None:
+    """Refuses a number of micro-batches that changes on the way.
+
+    Raises:
+        ConfigError: It would.
+    """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError(
+            "GradientAccumulationScheduler would cut optimizer steps: set trainer.accumulate_grad_batches"
+        )
 
 
 def check_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> None:
@@ -65,13 +85,12 @@ def check_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> No
     Raises:
         ConfigError: It would.
     """
-    limit, num_micro_batches = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    batches_per_phase = num_micro_batches * num_updates
-    num_batches = limit if isinstance(limit, int) else int(steps_per_epoch * num_micro_batches * limit)
-    if num_batches % batches_per_phase:
+    batches_per_phase = trainer.accumulate_grad_batches * num_updates
+    if _batches_per_epoch(trainer, steps_per_epoch) % batches_per_phase:
         raise ConfigError(
-            f"trainer.limit_train_batches={limit} would cut a phase: it has {batches_per_phase} micro-batches "
-            "(trainer.accumulate_grad_batches x model.loss.num_policy_updates); use data.steps_per_epoch or trainer.max_steps"
+            f"trainer.limit_train_batches={trainer.limit_train_batches} would cut a phase: it has {batches_per_phase} "
+            "micro-batches (trainer.accumulate_grad_batches x model.loss.num_policy_updates); use data.steps_per_epoch or "
+            "trainer.max_steps"
         )
     if trainer.max_steps > 0 and trainer.max_steps % num_updates:
         raise ConfigError(

@@ -115,6 +115,8 @@ def main() -> None:
         )
         figures[f"scaling_{prompts}x{group}"] = found["sampling"] + found["training"]
     KeptEngine.end()
+    # Only now has vLLM's worker ended, with which its peak is known: weights, keys and values among it.
+    figures["worker_peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     report(**figures)
 
 

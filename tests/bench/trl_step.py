@@ -1,5 +1,7 @@
 """The same work by TRL's `GRPOTrainer` through its public API: transformers samples, since its vLLM mode does not sync on a CPU.
 
+Its rewards are the quickstart's for what is right; it computes every row whatever the rewards are.
+
 python -m tests.bench.trl_step 32
 """
 
@@ -14,12 +16,12 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from envs.arithmetic import Arithmetic, last_integer
-from tests.bench.work import NUM_STEPS, length_of, model_folder, report
+from tests.bench.work import NUM_STEPS, model_folder, report
 
 
-def reward(completions: list[Any], a: list[int], b: list[int], **_: Any) -> list[float]:
+def correct(completions: list[Any], a: list[int], b: list[int], **_: Any) -> list[float]:
     texts = [completion[0]["content"] for completion in completions]
-    return [float(last_integer(text) == x + y) + length_of(text) for text, x, y in zip(texts, a, b, strict=True)]
+    return [float(last_integer(text) == x + y) for text, x, y in zip(texts, a, b, strict=True)]
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     trainer = GRPOTrainer(
         model=str(model_folder()),
-        reward_funcs=reward,
+        reward_funcs=correct,
         args=config,
         train_dataset=Dataset.from_list(rows),
         peft_config=adapter,
@@ -58,7 +60,7 @@ def main() -> None:
     sys.stderr.write(f"{seconds}\n")
     report(
         **{f"trl_step_{max_tokens}": median(seconds)},
-        trl_peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        **{f"trl_peak_{max_tokens}_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20},
     )
 
 

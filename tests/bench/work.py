@@ -17,11 +17,7 @@ NUM_STEPS = 7
 
 def length(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
     """A thousandth per character: siblings differ in every group, so that no row is left out of the forward."""
-    return [length_of(rollout.completion) for rollout in rollouts]
-
-
-def length_of(text: str) -> float:
-    return len(text) / 1000
+    return [len(rollout.completion) / 1000 for rollout in rollouts]
 
 
 class Addition(Arithmetic):

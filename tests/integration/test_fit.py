@@ -66,7 +66,7 @@ class SpyBatches(AdapterSync):
         self.gaps.append(float(pl_module.step_metrics["train/logprob_gap"]))
 
 
-def fit(root: Path, folder: Path, takes_turns: bool) -> tuple[SpyEngine, SpyBatches]:
+def fit(root: Path, folder: Path, takes_turns: bool, max_staleness: int = 0) -> tuple[SpyEngine, SpyBatches]:
     from lightning.pytorch import seed_everything
     from lightning.pytorch.loggers import CSVLogger
     from torch.optim import AdamW
@@ -75,7 +75,7 @@ def fit(root: Path, folder: Path, takes_turns: bool) -> tuple[SpyEngine, SpyBatc
     engine, spy = SpyEngine(), SpyBatches()
     policy = PolicyConfig(name=str(folder), lora=LoRASettings(r=8, alpha=16))
     module = GRPOModule(policy, LossConfig(beta=0.01), optimizer=lambda parameters: AdamW(parameters, lr=2e-3))
-    sampling = SamplingConfig(group_size=4, max_completion_tokens=12, max_length=96)
+    sampling = SamplingConfig(group_size=4, max_completion_tokens=12, max_length=96, max_staleness=max_staleness)
     data = RolloutDataModule(Arithmetic(), engine, module.learner, sampling, batch_size=3, steps_per_epoch=3)
     settings = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "logger": CSVLogger(root, name="", version="")}
     callbacks = [StepTimer(), HotSwap(takes_turns), RolloutLog(), AdapterExport()]
@@ -137,3 +137,15 @@ def test_two_runs_give_the_same_rollouts_metrics_and_adapter_bit_for_bit(runs):
     assert adapters[0].keys() == adapters[1].keys()
     assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0])
     assert any(tensor.abs().max() > 0 for name, tensor in adapters[0].items() if "lora_B" in name)
+
+
+def test_at_a_staleness_of_one_no_token_is_older_than_that(tmp_path, model_folder):
+    """Real parts, whose durations nobody sets; that it learns was measured, see the README."""
+    engine, spy = fit(tmp_path, model_folder, takes_turns=False, max_staleness=1)
+    assert spy.versions == [(step, max(step - 1, 0)) for step in range(3) for _ in range(12)]
+    assert sorted(spy.trained) == sorted(engine.sampled)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert {line["step"] - line["policy_version"] for line in lines} == {0, 1}
+    with (tmp_path / "metrics.csv").open() as stream:
+        assert [float(row["rollout/staleness"]) for row in csv.DictReader(stream)] == [0.0, 1.0, 1.0]
+    assert all(0 < gap < 0.3 for gap in spy.gaps)

@@ -112,8 +112,9 @@ class Run:
             self.process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, env=environment)
 
     def lines(self) -> list[dict]:
-        file = self.folder / "rollouts.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [
+            json.loads(line) for file in self.folder.glob("rollouts.jsonl*") for line in file.read_text().splitlines()
+        ]
 
     def wait_for_step(self, number: int) -> None:
         end = time.monotonic() + 120
@@ -192,14 +193,14 @@ def test_logprobs_follow_each_load_and_no_older_keys_and_values_are_used(servers
 
 
 def test_one_of_two_servers_dies_and_no_step_is_lost(servers, fit):
-    run = fit(servers, 6)
+    run = fit(servers, 10)
     run.wait_for_step(2)
     while not any(name.startswith("policy-2-") for name in adapters_of(servers[0])):
         assert run.process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)  # by now it samples the third step, which takes some seconds
     servers[0].kill()
-    run.check_all_steps(6)
+    run.check_all_steps(10)
     assert f"{servers[0].url} is dropped (drop 1): /v1/completions failed" in run.log.read_text()
 
 
@@ -236,13 +237,16 @@ async def gather(pair: ServedPair, number: int):
     return await asyncio.gather(*requests)
 
 
-def test_when_both_die_the_run_ends_within_its_bound_and_says_what_to_do(servers, fit):
-    run = fit(servers, 100, "--data.engine.init_args.recovery_timeout_s", "5")
+def test_when_both_die_all_ranks_end_within_their_bound_and_say_what_to_do(servers, fit):
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accumulate_grad_batches", "1"]
+    run = fit(servers, 100, *ranks, "--data.engine.init_args.recovery_timeout_s", "5")
     run.wait_for_step(1)
+    ranks = psutil.Process(run.process.pid).children(recursive=True)
     for server in servers:
         server.kill()
     begin = time.monotonic()
     assert run.process.wait(60) != 0
+    assert not psutil.wait_procs(ranks, 30)[1]
     assert time.monotonic() - begin < 40
     printed = run.log.read_text()
     for words in (

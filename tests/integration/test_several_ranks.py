@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from envs.arithmetic import Arithmetic, last_integer
 from tests.integration.held_out import greedy_answers
 
 pytestmark = pytest.mark.engine
@@ -62,3 +63,6 @@ def test_the_adapter_reloaded_elsewhere_says_what_the_engines_said(run):
     # Rounding in bfloat16 makes a few greedy answers turn elsewhere.
     assert sum(said[n] == by_adapter[n] for n in said) >= 48
     assert sum(said[n] == by_base[n] for n in said) < 32
+    sums = [item["a"] + item["b"] for item in Arithmetic().validation_items()]
+    right = [sum(last_integer(answers[n]) == sums[n] for n in said) for answers in (said, by_adapter)]
+    assert abs(right[0] - right[1]) <= 6

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
+from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from fuchsia_pl.cli.run_folder import CONFIG_FOLDER, find_configs, new_run_folder, run_name
@@ -153,6 +155,13 @@ def test_the_trainers_own_switches_leave_the_commands_callbacks_out(config):
     assert cli.trainer.progress_bar_callback is None
 
 
+def test_checkpoints_are_written_in_place_unless_the_trainer_has_a_writer_of_its_own(config):
+    words = ["fit", "--config", str(config)]
+    assert type(FuchsiaCLI(words).trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+    plugin = ["--trainer.plugins", "lightning.fabric.plugins.io.TorchCheckpointIO"]
+    assert type(FuchsiaCLI([*words, *plugin]).trainer.strategy.checkpoint_io) is TorchCheckpointIO
+
+
 def test_taking_turns_trains_the_same_and_checkpoints_are_written_from_the_host(config, tmp_path):
     words = ["fit", "--config", str(config), "--trainer.limit_val_batches", "1.0", "--trainer.max_epochs", "-1"]
     words += ["--checkpoint.every_n_steps", "1"]
@@ -187,6 +196,7 @@ def test_print_config_shows_a_config_that_can_be_used(config, capsys):
         (["--model.policy.lora.use_dora", "true"], ["vLLM cannot serve DoRA"]),
         (["--model.policy.lora.target_modules", "[lm_head]"], ["vLLM cannot serve"]),
         (["--model.policy.name", "./nowhere"], ["the model './nowhere' does not exist"]),
+        (["--model.policy.quantization", "nf4"], ['quantization="nf4" needs a CUDA device, and torch sees none']),
         (["--model.loss.reduction", "sum"], ["model.loss.reduction", "token_mean"]),
         (["--seed_everything", "true"], ["seed_everything must be a number, got True"]),
         (["--data.environment.class_path", "envs.arithmetic.Arithmetik"], ["Arithmetik"]),
@@ -199,6 +209,22 @@ def test_mistakes_are_told_with_what_to_do(config, capsys, arguments, words):
         assert word in printed
     assert "Traceback" not in printed
     assert not list(Path("runs").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.batch_size", "100"], "fewer than data.batch_size=100"),
+        (["--model.policy.max_tokens_per_micro_batch", "3"], "max_tokens_per_micro_batch"),
+        (["--hotswap.enabled", "true", "--data.sampling.max_staleness", "1"], "hotswap.enabled is true, but"),
+        (["--trainer.precision", "bf16-true"], "in which small updates are lost"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_that_only_the_data_or_the_model_shows_are_told_in_the_same_way(config, capsys, arguments, words):
+    printed = refused(capsys, "fit", "--config", str(config), *arguments)
+    assert words in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,26 @@ def test_a_prompt_that_is_too_long_is_found_before_the_engine_starts(tiny_model,
     assert not hasattr(engine, "spec")
 
 
+def test_the_held_out_split_is_looked_at_before_the_engine_starts(tiny_model, tmp_path):
+    class Wordy(TinyEnvironment):
+        def validation_items(self):
+            return [{"n": 1}, {"n": 10**40}, {"n": 2}]
+
+    module, engine = make_module(tiny_model), TinyEngine()
+    with pytest.raises(PromptTooLongError, match="prompt of item 1 has"):
+        make_trainer(tmp_path, limit_val_batches=1.0).fit(module, datamodule=make_data(module, engine, Wordy()))
+    assert not hasattr(engine, "spec")
+    seen = []
+
+    class Keep(Callback):
+        def on_validation_batch_start(self, trainer, pl_module, batch, *args):
+            seen.extend(rollout.item["n"] for rollout in batch.rollouts)
+
+    data = make_data(module, engine, Wordy(), sampling={"long_prompts": "drop"})
+    make_trainer(tmp_path, Keep(), limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    assert seen == [1, 2]
+
+
 def test_limits_that_would_cut_an_optimizer_step_are_refused(tiny_model, tmp_path):
     words = r"limit_train_batches=3 would cut a phase: it has 2 micro-batches"
     with pytest.raises(ConfigError, match=words):
@@ -221,23 +241,6 @@ def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
         )
 
 
-def test_the_engine_is_closed_at_the_end_and_after_a_failure(tiny_model, tmp_path):
-    class Failing(TinyEnvironment):
-        def messages(self, item):
-            raise LookupError("no question")
-
-    for environment in (TinyEnvironment(), Failing()):
-        module, engine = make_module(tiny_model), TinyEngine()
-        data = make_data(module, engine, environment)
-        trainer = make_trainer(tmp_path, max_steps=1)
-        if isinstance(environment, Failing):
-            with pytest.raises(LookupError, match="no question"):
-                trainer.fit(module, datamodule=data)
-        else:
-            trainer.fit(module, datamodule=data)
-        assert engine._model is None
-
-
 def test_what_the_engine_is_told(tiny_model, tmp_path):
     module, engine = make_module(tiny_model), TinyEngine()
     data = make_data(module, engine, seed=5, sampling={"max_length": 33})
@@ -246,6 +249,20 @@ def test_what_the_engine_is_told(tiny_model, tmp_path):
     assert (spec.model.lora_rank, spec.model.dtype, spec.max_length, spec.seed) == (4, "float32", 33, 5)
     assert (spec.num_ranks, spec.log_file) == (1, tmp_path / "engine.log")
     assert spec.log_file == tmp_path / "engine.log"
+
+
+def test_training_samples_at_the_temperature_of_the_settings(tiny_model, tmp_path):
+    asked = []
+
+    class AskedEngine(TinyEngine):
+        async def generate(self, prompt_ids, sampling):
+            asked.append(sampling.temperature)
+            return await super().generate(prompt_ids, sampling)
+
+    module = make_module(tiny_model)
+    data = make_data(module, AskedEngine(), sampling={"temperature": 0.6})
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+    assert set(asked) == {0.6}
 
 
 def test_validation_draws_every_held_out_item_once_and_greedily(tiny_model, tmp_path):

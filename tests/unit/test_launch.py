@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE, is_first_rank
-from fuchsia_pl.cli.run_folder import new_run_folder
+from fuchsia_pl.cli.run_folder import new_run_folder, remove_unused, run_name
+from fuchsia_pl.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SAY = "from fuchsia_pl.cli.run_folder import new_run_folder; import sys; sys.stdout.write(str(new_run_folder('runs', 'x')))"
@@ -64,6 +65,11 @@ def test_the_ranks_of_a_slurm_job_share_a_folder_of_its_name(tmp_path, monkeypat
     assert folders[0].is_dir()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that is run again begins a folder of its own
     assert new_run_folder(tmp_path, "x").name == "slurm-71.3.1"
+    (tmp_path / "x/slurm-71.3.1/config.yaml").write_text("")  # as may a script that srun started
+    (tmp_path / "x/slurm-71.3.1/metrics.csv").write_text("")
+    again = new_run_folder(tmp_path, "x")
+    assert again.name == "slurm-71.3.1-1"
+    assert run_name(["fit", f"--config={again}/config.yaml"]) == "x"
     monkeypatch.delenv("SLURM_STEP_ID")  # a batch script without srun may call the command twice
     assert [new_run_folder(tmp_path, "x").name for _ in range(2)] == ["0", "1"]
 
@@ -74,3 +80,20 @@ def test_a_rank_that_lightning_started_has_the_folder_of_the_rank_that_started_i
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert not is_first_rank()
     assert new_run_folder(tmp_path, "x") == folder
+
+
+def test_what_ran_is_not_removed_for_a_config_that_is_refused(tmp_path):
+    for name, files in {"refused": ["run.log"], "ran": ["run.log", "config.yaml"]}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("")
+        remove_unused(tmp_path / name)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["ran"]
+
+
+def test_a_machine_that_nobody_tells_the_run_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(ConfigError, match=r"not the first of several machines.*torchrun"):
+        new_run_folder(tmp_path, "x")
+    monkeypatch.setenv("NODE_RANK", "0")
+    assert new_run_folder(tmp_path, "x").name == "0"

@@ -1,18 +1,17 @@
 import csv
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
-from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
@@ -262,84 +261,21 @@ def test_a_precision_that_rounds_the_trained_weights_is_refused(tiny_model, tmp_
         make_trainer(tmp_path, precision="bf16-true").fit(module, datamodule=make_data(module))
 
 
+def test_a_strategy_that_does_not_average_over_all_ranks_is_refused(tiny_model, monkeypatch):
+    """Lightning's own ModelParallelStrategy takes the ranks of a machine for parts of one model."""
+    module = make_module(tiny_model)
+    module._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: 1)}
+    module._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ConfigError, match=r"averages over 1 of 2 ranks, which would train apart: use .*FSDP2Strategy"):
+        module.configure_model()
+
+
 def test_without_lora_all_weights_train_and_are_synced(tiny_model, tmp_path):
     module = make_module(tiny_model, LossConfig(beta=0.01), enabled=False)
     assert module.learner.served_model.lora_rank == 0
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(module, datamodule=make_data(module))  # the sync's tolerance of 1e-3 holds at both steps
     assert trainer.global_step == 2
-
-
-class RecordRows(AdapterSync):
-    """Keeps the ids of every micro-batch that was trained. Its tolerance holds with dropout, which no engine has."""
-
-    def __init__(self):
-        super().__init__(tolerance=1e-3)
-        self.rows = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.rows.append([sample.rollout.token_ids for sample in batch.samples])
-
-
-class CopyCheckpoint(RunCheckpoint):
-    """Keeps a copy of the checkpoint of step 2, as a run killed later would have left it."""
-
-    def on_train_batch_end(self, trainer, *args):
-        super().on_train_batch_end(trainer, *args)
-        if trainer.global_step == 2:
-            shutil.copy(f"{self.dirpath}/last.ckpt", trainer.default_root_dir)
-
-
-@pytest.mark.parametrize("killed", [True, False], ids=["killed in mid-epoch", "ended after two steps"])
-def test_five_steps_are_two_steps_saved_loaded_and_three_more(tiny_model, tmp_path, killed):
-    """Bit for bit, with dropout drawing from torch's generator and validation on the way."""
-
-    def run(name, max_steps, ckpt_path=None):
-        torch.manual_seed(0)
-        module, sync = make_module(tiny_model, dropout=0.1), RecordRows()
-        settings = {"max_epochs": -1, "max_steps": max_steps, "accumulate_grad_batches": 2, "limit_val_batches": 1.0}
-        checkpoint = CopyCheckpoint(every_n_steps=2)
-        trainer = make_trainer(tmp_path / name, checkpoint, sync=sync, enable_checkpointing=True, **settings)
-        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4), ckpt_path=ckpt_path)
-        return module, sync.rows
-
-    straight, rows = run("straight", 5)
-    if not killed:
-        run("first", 2)
-    saved = tmp_path / "straight/last.ckpt" if killed else tmp_path / "first/checkpoints/last.ckpt"
-    resumed, rows_after = run("second", 5, ckpt_path=saved)
-    assert len(rows) == 10
-    assert rows_after == rows[4:]
-    for got, expected in zip(
-        resumed.policy.trainable_parameters(), straight.policy.trainable_parameters(), strict=True
-    ):
-        assert torch.equal(got, expected)
-
-
-def test_a_checkpoint_holds_the_adapter_and_never_the_base(tiny_model, tmp_path):
-    _, trainer = train(tiny_model, tmp_path, accumulate=1, max_steps=1)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    assert state
-    assert all("lora_" in name for name in state)
-
-
-def test_a_run_does_not_go_on_with_another_number_of_micro_batches(tiny_model, tmp_path):
-    _, trainer = train(tiny_model, tmp_path, accumulate=2, max_steps=1)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    module = make_module(tiny_model)
-    again = make_trainer(tmp_path, max_epochs=-1, max_steps=2, accumulate_grad_batches=4)
-    with pytest.raises(ConfigError, match=r"counts 2 micro-batches a step, and this run has 4: set trainer.accumulate"):
-        again.fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
-
-
-def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
-    _, trainer = train(tiny_model, tmp_path, accumulate=1, max_steps=1)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    module = make_module(tiny_model, r=2)
-    with pytest.raises(ValueError, match=r"names or shapes differ, first at policy.*config.yaml of the run"):
-        make_trainer(tmp_path, max_steps=2).fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
 
 
 def test_a_scheduler_steps_once_per_optimizer_step(tiny_model, tmp_path):

@@ -11,6 +11,7 @@ from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.objectives.config import CriticSettings, LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
+from fuchsia_pl.rollouts.phases import num_phases
 from tests.doubles import Constant, Spread, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 
 
@@ -123,6 +124,23 @@ def test_a_run_with_several_updates_resumes_at_a_phase_bit_for_bit(tiny_model, t
 def test_what_would_end_within_a_phase_is_refused(tiny_model, tmp_path, data, settings, words):
     with pytest.raises(ValueError, match=words):
         fit(tiny_model, tmp_path, LossConfig("ppo", num_policy_updates=2), data=data, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_updates", "expected"),
+    [
+        ({"max_steps": 6, "max_epochs": -1}, 2, 3),
+        ({"max_steps": -1, "max_epochs": -1}, 1, None),
+        ({"max_steps": -1, "max_epochs": 2}, 1, 8),
+        ({"max_steps": 9, "max_epochs": 2}, 1, 8),  # whichever comes first
+        ({"max_steps": 3, "max_epochs": 2}, 1, 3),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 4}, 1, 4),  # two steps of an epoch's four
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 0.25}, 1, 2),
+    ],
+)
+def test_the_number_of_phases_of_a_run_by_hand(tmp_path, settings, num_updates, expected):
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=2, **settings)
+    assert num_phases(trainer, steps_per_epoch=4, num_updates=num_updates) == expected
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "rloo"])

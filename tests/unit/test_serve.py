@@ -67,6 +67,7 @@ def test_the_server_is_started_with_what_the_run_says(start, parse, tiny_model):
         "enable_prefix_caching": True,
         "block_size": 32,
         "kv_cache_memory_bytes": 4 * 2**30,
+        "gpu_memory_utilization": 0.05,
         "max_num_seqs": 64,
         "enforce_eager": False,
         "tensor_parallel_size": 1,

@@ -75,8 +75,11 @@ class ToolConvention:
             return [_unreadable(f"it has {len(body)} characters, {MAX_CALL_CHARS} are allowed")]
         try:
             found = json.loads(body)
+            json.dumps(
+                found, ensure_ascii=False
+            ).encode()  # JSON can spell half a surrogate pair, which no tool can be sent
         except ValueError as error:
-            return [_unreadable(f"it is not JSON ({error})")]
+            return [_unreadable(f"it is not JSON of Unicode text ({error})")]
         except RecursionError:
             return [_unreadable("its JSON is nested too deeply")]
         return [self._call(entry) for entry in (found if isinstance(found, list) else [found])]

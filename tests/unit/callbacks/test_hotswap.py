@@ -169,17 +169,18 @@ def test_a_run_that_fails_in_either_turn_ends(tiny_model, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("loss", "engine", "num_ranks", "reason"),
+    ("loss", "engine", "num_ranks", "max_staleness", "reason"),
     [
-        (None, SayingEngine(None), 1, "SayingEngine cannot sleep"),
-        (None, None, 2, "there are 2 ranks"),
-        (LossConfig("ppo", advantage="gae"), None, 1, "advantage gae, or a KL in the reward"),
-        (LossConfig("rloo", beta=0.1), None, 1, "advantage gae, or a KL in the reward"),
+        (None, SayingEngine(None), 1, 0, "SayingEngine cannot sleep"),
+        (None, None, 2, 0, "there are 2 ranks"),
+        (None, None, 1, 2, "data.sampling.max_staleness is 2: sampling beside training needs both"),
+        (LossConfig("ppo", advantage="gae"), None, 1, 0, "advantage gae, or a KL in the reward"),
+        (LossConfig("rloo", beta=0.1), None, 1, 0, "advantage gae, or a KL in the reward"),
     ],
-    ids=["engine", "ranks", "critic", "KL in the reward"],
+    ids=["engine", "ranks", "staleness", "critic", "KL in the reward"],
 )
 def test_what_cannot_take_turns_is_refused_before_the_engine_starts(
-    tiny_model, tmp_path, monkeypatch, loss, engine, num_ranks, reason
+    tiny_model, tmp_path, monkeypatch, loss, engine, num_ranks, max_staleness, reason
 ):
     started = []
     monkeypatch.setattr(TinyEngine, "start", lambda self, spec: started.append(spec))
@@ -187,7 +188,9 @@ def test_what_cannot_take_turns_is_refused_before_the_engine_starts(
     module = make_module(tiny_model, loss)
     trainer = make_trainer(tmp_path, HotSwap(True))
     with pytest.raises(ConfigError, match=f"hotswap.enabled is true, but .*{reason}.*: set it to false"):
-        trainer.fit(module, datamodule=make_data(module, engine, batch_size=4))
+        trainer.fit(
+            module, datamodule=make_data(module, engine, batch_size=4, sampling={"max_staleness": max_staleness})
+        )
     assert not started
 
 

@@ -114,6 +114,15 @@ def test_the_plan_counts_what_there_is(tiny_model, tmp_path):
     assert 0 < checkpointed.plan.activations < flight.plan.activations
 
 
+def test_a_reference_that_is_a_copy_is_counted(tiny_model):
+    """Where all weights learn, and nothing of the policy itself is frozen."""
+    for beta, copies in ((0.0, 0), (0.1, 1)):
+        module = make_module(tiny_model, LossConfig(beta=beta), enabled=False)
+        module.configure_model()
+        plan = memory_plan(module.policy, TinyEngine(), 0, torch.device("cpu"))
+        assert plan.base_weights == copies * 4 * sum(p.numel() for p in module.policy.parameters())
+
+
 def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(tiny_model, tmp_path, monkeypatch):
     def fail(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -123,7 +132,9 @@ def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(ti
         fit(tiny_model, tmp_path, Preflight())
     (note,) = caught.value.__notes__
     assert note.startswith("Memory: weights ")
-    assert note.count("--") >= 3
+    settings = note.split("What would save most: ")[1].split("; ")
+    assert len(settings) == 3
+    assert all(setting.startswith("--") for setting in settings)
     assert "--model.policy.checkpointing.enabled true" in note
 
 
@@ -136,6 +147,7 @@ def test_savings_by_hand():
         ("--model.policy.quantization", 5.6),
     ]
     assert PLAN.total == 41 * GB
+    assert replace(PLAN, kv_cache=0).savings({"--data.engine.init_args.kv_cache_gb half"}) == []
 
 
 def test_taking_turns_by_hand():

@@ -2,16 +2,21 @@
 
 import csv
 import io
+import itertools
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from fuchsia_pl.callbacks import step_timer
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel, conversation_text
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
@@ -130,6 +135,21 @@ def test_the_last_checkpoint_is_of_the_last_step(run):
     assert torch.load(checkpoints[0], weights_only=True)["global_step"] == 3
 
 
+def test_tokens_per_second_are_those_of_all_ranks(tiny_model, tmp_path, monkeypatch):
+    """Two ranks with the same rows, and a clock that ticks once per look."""
+    found, reduce = [], SingleDeviceStrategy.reduce
+    for num_ranks in (1, 2):
+        monkeypatch.setattr(step_timer, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+        monkeypatch.setattr(SingleDeviceStrategy, "reduce", lambda self, t, *a, n=num_ranks, **k: n * reduce(self, t))
+        module, timer = make_module(tiny_model), StepTimer()
+        data = make_data(module)
+        trainer = make_trainer(tmp_path, timer, sync=AdapterSync(tolerance=100.0), max_steps=1)
+        monkeypatch.setattr(data, "_add_up", lambda values: values)
+        trainer.fit(module, datamodule=data)
+        found.append(float(trainer.callback_metrics["perf/train_tokens_per_s"]))
+    assert found[1] == 2 * found[0] > 0
+
+
 def test_a_checkpoint_is_saved_every_n_steps(tiny_model, tmp_path):
     saved = []
 
@@ -154,6 +174,7 @@ def test_the_console_says_what_runs_how_it_goes_and_what_is_written(run):
     assert "LoRA r=4" in table["trained"]
     assert "20 in 2 micro-batches on 1 rank(s)" in table["rows per step"]
     assert "TinyEngine" in table["engine"]
+    assert "computed once for all siblings" in table["prompts"]
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == ["1", "2", "3"]
     for label in ("reward", "accuracy", "kl", "length", "sampled tok/s", "trained tok/s", "s/step"):
@@ -189,7 +210,7 @@ def test_no_completion_is_shown_with_an_interval_of_zero(tiny_model, tmp_path):
     report.console = Console(file=io.StringIO(), width=200)
     module = make_module(tiny_model)
     make_trainer(tmp_path, report, enable_progress_bar=True).fit(module, datamodule=make_data(module))
-    assert "sibling" not in report.console.file.getvalue()
+    assert ", sibling " not in report.console.file.getvalue()
 
 
 def test_a_conversation_is_shown_with_the_environments_answers_and_without_the_prompts_examples():

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from fuchsia_pl.engines.base import VERSION_FILE, EngineError
-from fuchsia_pl.engines.published import publish, remove_published
+from fuchsia_pl.engines.published import named, publish, remove_published
 
 
 def write(folder: Path, version: int = 3, weight: float = 1.0, **config) -> Path:
@@ -30,6 +31,8 @@ def test_the_name_says_version_and_content(tmp_path):
     ]
     assert len({first.name, *(other.name for other in others)}) == 4
     assert others[2].name.removeprefix("policy-4-") == first.name.removeprefix("policy-3-")
+    # A server may still have the same weights of an earlier run, whose folder is gone.
+    assert publish(write(tmp_path / "b"), 3, tmp_path / "elsewhere").name != first.name
     assert sorted(f.name for f in root.iterdir()) == sorted([first.name, *(other.name for other in others)])
 
 
@@ -79,6 +82,30 @@ def test_another_rank_may_be_first(tmp_path, monkeypatch):
     assert publish(source, 3, root) == expected
     assert seen
     assert [folder.name for folder in root.iterdir()] == [expected.name]
+
+
+def test_a_rank_that_does_not_publish_knows_the_name(tmp_path):
+    source, root = write(tmp_path / "a"), tmp_path / "shared"
+    weights = named(source, 3, root)
+    assert not root.exists()
+    assert publish(source, 3, root) == weights
+
+
+def test_ranks_of_one_process_id_do_not_write_into_each_others_copy(tmp_path, monkeypatch):
+    """As in two containers that see one folder: the second copies while the first has not ended."""
+    source, root, copied = write(tmp_path / "a"), tmp_path / "shared", []
+    copytree = shutil.copytree
+
+    def copy_while_another_does(path, partial, **kwargs):
+        copied.append(partial)
+        if len(copied) == 1:
+            publish(source, 3, root)
+        return copytree(path, partial, **kwargs)
+
+    monkeypatch.setattr("fuchsia_pl.engines.published.shutil.copytree", copy_while_another_does)
+    weights = publish(source, 3, root)
+    assert len(set(copied)) == 2
+    assert [folder.name for folder in root.iterdir()] == [weights.name]
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):

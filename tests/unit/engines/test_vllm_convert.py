@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.outputs import WeightVersionSpan
 
 from fuchsia_pl.engines.base import EngineError, SamplingParams
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
@@ -18,27 +19,39 @@ def test_every_sampling_value_is_said_and_neutral_where_it_is_not_ours():
 def output(**changes):
     logprobs = [{5: SimpleNamespace(logprob=-0.5)}, {2: SimpleNamespace(logprob=-0.1)}]
     fields = {"token_ids": [5, 2], "logprobs": logprobs, "finish_reason": "stop", "stop_reason": None}
-    return SimpleNamespace(**{**fields, **changes})
+    return SimpleNamespace(**{**fields, "weight_versions": [WeightVersionSpan("3", 0, 2)], **changes})
 
 
 def test_the_logprob_taken_is_the_sampled_ids():
     extra = [{9: SimpleNamespace(logprob=-0.01), 5: SimpleNamespace(logprob=-0.5)}, {2: SimpleNamespace(logprob=-0.1)}]
-    completion = to_completion(output(logprobs=extra), version=3)
+    completion = to_completion(output(logprobs=extra))
     assert (completion.token_ids, completion.logprobs, completion.policy_version) == ((5, 2), (-0.5, -0.1), 3)
+
+
+def test_versions_are_those_of_each_token():
+    spans = [WeightVersionSpan("3", 0, 1), WeightVersionSpan("4", 1, 2)]
+    completion = to_completion(output(weight_versions=spans))
+    assert (completion.policy_version, completion.earlier_versions, completion.policy_versions) == (4, (3,), (3, 4))
+
+
+@pytest.mark.parametrize("spans", [None, [], [WeightVersionSpan("3", 0, 1)]])
+def test_a_token_without_a_version_is_an_error(spans):
+    with pytest.raises(EngineError, match=r"versions of [01] tokens for 2 sampled ids"):
+        to_completion(output(weight_versions=spans))
 
 
 @pytest.mark.parametrize("logprobs", [None, [], [{5: SimpleNamespace(logprob=-0.5)}]])
 def test_a_missing_logprob_is_an_error_and_never_zero(logprobs):
     with pytest.raises(EngineError, match=r"logprobs for 2 sampled ids"):
-        to_completion(output(logprobs=logprobs), version=0)
+        to_completion(output(logprobs=logprobs))
 
 
 def test_a_logprob_that_is_no_number_is_an_error():
     unknown = [{5: SimpleNamespace(logprob=float("nan"))}, {2: SimpleNamespace(logprob=-0.1)}]
     with pytest.raises(EngineError, match=r"logprobs that are no numbers for ids that it sampled: \(nan, -0.1\)"):
-        to_completion(output(logprobs=unknown), version=0)
+        to_completion(output(logprobs=unknown))
 
 
 def test_an_aborted_completion_is_an_error():
     with pytest.raises(EngineError, match="ended a completion with 'abort'"):
-        to_completion(output(finish_reason="abort"), version=0)
+        to_completion(output(finish_reason="abort"))

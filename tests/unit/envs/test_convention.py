@@ -37,6 +37,7 @@ def test_calls_are_read_in_order(convention, text, names):
         ("[" * 50_000, "nested too deeply"),
         ("x" * (MAX_CALL_CHARS + 1), f"it has {MAX_CALL_CHARS + 1} characters"),
         ("\x00", "it is not JSON"),
+        (r'{"name": "add", "arguments": {"a": "\ud83d"}}', "it is not JSON of Unicode text"),
     ],
 )
 def test_a_call_that_cannot_be_read_says_why(body, words):

@@ -5,6 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -269,50 +270,6 @@ def test_the_saved_adapter_names_its_base_as_others_know_it(tiny_model, tmp_path
     assert saved["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.fixture
-def trained_adapter(tiny_model, tmp_path):
-    """A folder with an adapter that has learned something, and what the model says with it."""
-    config = PolicyConfig(name="", dtype="float32", lora=LoRASettings(r=4, alpha=8))
-    policy = Policy(config, tiny_model, with_reference=False)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    policy.save_trained(tmp_path / "adapter")
-    return str(tmp_path / "adapter"), policy.evaluated_scores(make_batch()).logprobs
-
-
-def test_a_run_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(tiny_model, trained_adapter):
-    folder, expected = trained_adapter
-    lora = LoRASettings(r=4, alpha=8, init_from=folder)
-    policy = Policy(PolicyConfig(name="", dtype="float32", lora=lora), tiny_model, with_reference=True)
-    batch = make_batch()
-    fresh = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=True)
-    assert (fresh.reference_logprobs(batch) - expected).abs().max() > 0.1  # the base says something else
-    torch.testing.assert_close(policy.evaluated_scores(batch).logprobs, expected)
-    torch.testing.assert_close(policy.reference_logprobs(batch), expected)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            assert parameter.dtype is torch.float32
-            parameter.add_(0.1)
-    torch.testing.assert_close(policy.reference_logprobs(batch), expected)
-    learned = policy.scores(batch).logprobs
-    assert (learned - expected).abs().max() > 0.1
-    learned.sum().backward()  # the swap left nothing behind that would stop a gradient
-    assert all(parameter.grad is not None for parameter in policy.trainable_parameters())
-
-
-def test_an_adapter_that_cannot_be_gone_on_from_is_refused(tiny_model, trained_adapter, tmp_path):
-    folder, _ = trained_adapter
-    for lora, words in (
-        (LoRASettings(r=8, alpha=8, init_from=folder), r"lora\.r is 8, and that of the adapter .* is 4: set it to 4"),
-        (LoRASettings(r=4, alpha=9, init_from=folder), r"lora\.alpha is 9.* is 8: set it to 8"),
-        (LoRASettings(r=4, alpha=8, use_rslora=True, init_from=folder), r"lora\.use_rslora is True.* is False"),
-        (LoRASettings(init_from=str(tmp_path / "nowhere")), "is no folder of a PEFT adapter"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            Policy(PolicyConfig(name="", dtype="float32", lora=lora), tiny_model, with_reference=True)
-
-
 def test_entropies_are_those_of_the_tempered_distribution(tiny_model):
     # at T = 0.7, against the definition -sum p ln p on the model's own logits
     policy = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=False).eval()
@@ -360,3 +317,21 @@ def test_without_lora_an_empty_batch_reaches_a_head_of_its_own_too(tmp_path):
     scores = policy.scores(make_batches(split_balanced([], 1), denominators(0, 0), 0, {})[0])
     (scores.logprobs.sum() + scores.entropies.sum() + scores.values.sum()).backward()
     assert [name for name, parameter in policy.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_head_that_is_tied_is_written_once(tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
+    config = PolicyConfig(name="", dtype="bfloat16", lora=LoRASettings(enabled=False))
+    policy = Policy(config, tmp_path / "model", with_reference=False)
+    policy.save_trained(tmp_path / "trained")
+    assert "lm_head.weight" not in load_file(tmp_path / "trained/model.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.bfloat16)
+    assert torch.equal(again.lm_head.weight, policy.causal_lm.lm_head.weight.bfloat16())
+
+
+def test_dropout_of_attention_counts_too(tmp_path):
+    for dropout in (0.0, 0.1):
+        LlamaForCausalLM(LlamaConfig(**SMALL, attention_dropout=dropout)).save_pretrained(tmp_path)
+        policy = Policy(PolicyConfig(name="", dtype="float32"), tmp_path, with_reference=False)
+        assert policy.has_dropout is (dropout > 0)

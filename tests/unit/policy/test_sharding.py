@@ -19,3 +19,10 @@ def test_what_is_not_sharded_is_whole_and_local_as_it_is():
     assert local(tensor) is tensor
     # sqrt(3^2 + 4^2 + 12^2) = 13
     assert total_norm([tensor, torch.tensor([[12.0]])]).item() == pytest.approx(13.0)
+
+
+def test_what_is_written_is_kept_by_the_rank_that_writes(monkeypatch):
+    strategy, tensor = FSDP2Strategy(), torch.ones(3)
+    for writes, num_kept in ((True, 3), (False, 0)):
+        monkeypatch.setattr(FSDP2Strategy, "is_global_zero", writes)
+        assert strategy._on_writer(tensor).numel() == num_kept

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from fuchsia_pl.rollouts.batcher import num_computed_tokens, split_balanced
-from fuchsia_pl.rollouts.budget import LongestRow, MicroBatchPlan, longest_unit, plan_micro_batches
+from fuchsia_pl.rollouts.budget import LongestRow, longest_row, longest_samples, plan_micro_batches
+from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_sample
 
@@ -13,14 +14,14 @@ from tests.doubles import make_sample
 def test_plans_by_hand():
     row = LongestRow(prompt_tokens=40, own_tokens=24)
     # a row takes 63 tokens: 8 fit into 512, and 64 rows make 8 micro-batches
-    assert plan_micro_batches(row, 8, 8, False, 512) == MicroBatchPlan(8, 8, 1)
+    assert plan_micro_batches(row, 8, 8, False, 512) == 8
     # a group takes 40 + 8 x 23 = 224: two fit into 512, and one, with nothing beside it, into 300
-    assert plan_micro_batches(row, 8, 8, True, 512) == MicroBatchPlan(4, 2, 8)
-    assert plan_micro_batches(row, 8, 8, True, 300) == MicroBatchPlan(8, 1, 8)
+    assert plan_micro_batches(row, 8, 8, True, 512) == 4
+    assert plan_micro_batches(row, 8, 8, True, 300) == 8
     # halves take 40 + 4 x 23 = 132, quarters 86, single rows 63
-    assert plan_micro_batches(row, 8, 8, True, 200) == MicroBatchPlan(16, 1, 4)
-    assert plan_micro_batches(row, 8, 8, True, 100) == MicroBatchPlan(32, 1, 2)
-    assert plan_micro_batches(row, 8, 8, True, 63) == MicroBatchPlan(64, 1, 1)
+    assert plan_micro_batches(row, 8, 8, True, 200) == 16
+    assert plan_micro_batches(row, 8, 8, True, 100) == 32
+    assert plan_micro_batches(row, 8, 8, True, 63) == 64
 
 
 def test_a_budget_below_one_row_is_refused():
@@ -35,7 +36,7 @@ def test_no_micro_batch_is_above_the_budget_whatever_is_sampled(shares_prefix, s
     num_groups, group_size = rng.randint(1, 6), rng.randint(2, 9)
     row = LongestRow(rng.randint(1, 12), rng.randint(1, 20))
     budget = rng.randint(row.num_inputs, 6 * row.num_inputs)
-    plan = plan_micro_batches(row, num_groups, group_size, shares_prefix, budget)
+    number = plan_micro_batches(row, num_groups, group_size, shares_prefix, budget)
     samples = []
     for item in range(num_groups):
         prompt = [rng.randrange(5, 9) for _ in range(rng.randint(1, row.prompt_tokens))]
@@ -48,14 +49,22 @@ def test_no_micro_batch_is_above_the_budget_whatever_is_sampled(shares_prefix, s
             if rng.random() < 0.3:  # a response after which there was no room for a turn
                 sample.rollout._extend([7] * 30, [False] * 30, [0.0] * 30)
             samples.append(sample)
-    parts = split_balanced(samples, plan.num_micro_batches, shares_prefix)
-    assert len(parts) == plan.num_micro_batches
+    parts = split_balanced(samples, number, shares_prefix)
+    assert len(parts) == number
     assert sorted(id(sample) for part in parts for unit in part for sample in unit) == sorted(map(id, samples))
     assert max(sum(num_computed_tokens(unit, shares_prefix) for unit in part) for part in parts) <= budget
 
 
+def test_with_turns_the_shortest_prompt_leaves_most_to_each_sibling():
+    sampling = SamplingConfig(max_completion_tokens=8, max_length=32)
+    assert longest_row([5, 9, 7], sampling, has_turns=False).num_inputs == 16
+    assert longest_row([5, 9, 7], sampling, has_turns=True) == LongestRow(5, 27)
+
+
 def test_filler_is_as_long_as_can_be_and_shares_its_prompt_only():
-    unit = longest_unit(LongestRow(40, 24), 8, item_index=3, temperature=0.7)
+    samples = longest_samples(LongestRow(40, 24), num_groups=2, num_siblings=8, temperature=0.7)
+    assert [sample.rollout.item_index for sample in samples] == [0] * 8 + [1] * 8
+    unit = samples[:8]
     assert {len(sample.rollout.token_ids) for sample in unit} == {64}
     assert num_computed_tokens(unit, True) == 40 + 8 * 23
     assert {sample.rollout.temperature for sample in unit} == {0.7}

@@ -79,11 +79,21 @@ def test_overlong_completions_are_punished_softly():
     assert [sibling.reward for sibling in group] == [1.0, 0.5, -1.0, None]
 
 
-def test_a_length_alone_is_no_spread():
-    group = [rollout(6, 0.0), rollout(10, 0.0)]
-    groups = make_groups([group])
-    penalise_overlong(LossConfig("dapo"), groups, max_completion_tokens=10)
-    assert not groups[0].has_spread
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_a_length_alone_is_no_spread(aggregation):
+    """Siblings that are all wrong learn nothing from their lengths; of a group that differs, the penalty counts."""
+    config = LossConfig("dapo", reward_aggregation=aggregation)
+    alike = [rollout(6, 0.0, right=0.0), rollout(10, 0.0, right=0.0)]
+    differing = [rollout(6, 0.0, right=0.0), rollout(10, 1.0, right=1.0)]
+    groups = make_groups([alike, differing])
+    penalise_overlong(config, groups, max_completion_tokens=10)
+    assert [sibling.reward for sibling in alike] == [0.0, -1.0]
+    samples = make_samples(config, groups, {"right": 2.0}, {}, lambda values: values)
+    assert [set(sample.advantages) for sample in samples[:2]] == [{0.0}, {0.0}]
+    # Summed first, 0 and 1 - 1 = 0 are alike and so 0 as well. Each for itself, the right one has 2 * 0.707 - 0.707 and the
+    # wrong one the opposite; over the step's 0, 0, -0.707, 0.707 the deviation is sqrt(1 / 3), and 0.707 / 0.577 = 1.225.
+    expected = 0.0 if aggregation == "sum_then_normalize" else 1.2247
+    assert samples[3].advantages[0] == pytest.approx(expected, abs=2e-3)
 
 
 def of(group, **rows) -> dict[int, RolloutScores]:

@@ -1,0 +1,112 @@
+"""The adapter of a policy: a fresh one, or one to go on from."""
+
+import peft
+from transformers import PreTrainedModel
+
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.sources import public_name
+from fuchsia_pl.types import ConfigError
+
+# What a PEFT config may say of a plain adapter: where it comes from, which layers it is on, how it learns. Whatever else is
+# set changes the map W + scale * B A, which is all that an engine computes.
+PLAIN_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "ephemeral_gpu_offload"),
+}
+# Other ways to start an adapter change the weights below it.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
+    """Wraps a model with an adapter in float32, fresh (B = 0) or loaded; everything else is frozen.
+
+    Raises:
+        ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve, or the one to load
+            is not of the config's kind.
+    """
+    lora = config.lora
+    found = check_adapter(lora)
+    adapted = _fresh_adapter(model, lora) if found is None else _loaded_adapter(model, lora, found)
+    # PEFT writes the folder it was loaded from; a name that means something elsewhere is of more use in an exported adapter.
+    adapted.peft_config["default"].base_model_name_or_path = public_name(config.name)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+            raise ConfigError(
+                f"model.policy.lora.target_modules={lora.target_modules!r} reaches {type(layer).__name__}, an embedding or the "
+                'output head, which vLLM cannot serve: name linear layers inside the blocks, or use "all-linear"'
+            )
+    return adapted
+
+
+def _fresh_adapter(model: PreTrainedModel, lora: LoRASettings) -> peft.PeftModel:
+    peft_config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+    )
+    return peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+
+
+def _loaded_adapter(model: PreTrainedModel, lora: LoRASettings, found: peft.LoraConfig) -> peft.PeftModel:
+    """The adapter of a folder; how it learns on, its dropout, is the settings'."""
+    found.lora_dropout = lora.dropout
+    return peft.PeftModel.from_pretrained(
+        model, str(lora.init_from), config=found, is_trainable=True, autocast_adapter_dtype=True
+    )
+
+
+def check_adapter(lora: LoRASettings) -> peft.LoraConfig | None:
+    """The PEFT config of the adapter to go on from, None where a fresh one is made.
+
+    Raises:
+        ConfigError: It is not there, or is not what the engine would be started for.
+    """
+    if lora.init_from is None:
+        return None
+    folder = lora.init_from
+    try:
+        found = peft.PeftConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise ConfigError(f"model.policy.lora.init_from={folder!r} is no folder of a PEFT adapter: {error}") from error
+    unusual = _unusual(found) if isinstance(found, peft.LoraConfig) else [f"peft_type={found.peft_type}"]
+    if unusual:
+        raise ConfigError(
+            f"model.policy.lora.init_from={folder!r} is no plain LoRA adapter, and vLLM serves no other: it has "
+            f"{', '.join(unusual)}"
+        )
+    wanted = {
+        "r": (lora.r, found.r),
+        "alpha": (lora.alpha, found.lora_alpha),
+        "use_rslora": (lora.use_rslora, found.use_rslora),
+    }
+    for name, (given, own) in wanted.items():
+        if given != own:
+            raise ConfigError(
+                f"model.policy.lora.{name} is {given}, and that of the adapter in init_from={folder!r} is {own}: set it to {own}"
+            )
+    return found
+
+
+def _unusual(found: peft.LoraConfig) -> list[str]:
+    plain, settings = peft.LoraConfig().to_dict(), found.to_dict()
+    unusual = {
+        name: value
+        for name, value in settings.items()
+        if name not in PLAIN_FIELDS and value and value != plain.get(name)
+    }
+    if settings["init_lora_weights"] not in PLAIN_STARTS:
+        unusual["init_lora_weights"] = settings["init_lora_weights"]
+    return [f"{name}={value!r}" for name, value in unusual.items()]

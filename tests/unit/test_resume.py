@@ -1,0 +1,174 @@
+"""What a checkpoint holds, what goes on from it, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.types import ConfigError
+from tests.doubles import make_data, make_module, make_trainer
+
+
+def save_one_step(tiny_model, root, accumulate_grad_batches=1) -> None:
+    """Writes `x.ckpt`, of a run of one step."""
+    module = make_module(tiny_model)
+    trainer = make_trainer(root, max_steps=1, accumulate_grad_batches=accumulate_grad_batches)
+    trainer.fit(module, datamodule=make_data(module))
+    trainer.save_checkpoint(root / "x.ckpt")
+
+
+class RecordRows(AdapterSync):
+    """Keeps the ids of every micro-batch that was trained. Its tolerance holds with dropout, which no engine has."""
+
+    def __init__(self):
+        super().__init__(tolerance=1e-3)
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.rows.append([sample.rollout.token_ids for sample in batch.samples])
+
+
+class CopyCheckpoint(RunCheckpoint):
+    """Keeps a copy of the checkpoint of step 2, as a run killed later would have left it."""
+
+    def on_train_batch_end(self, trainer, *args):
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == 2 and Path(self.dirpath, "last.ckpt").exists():
+            shutil.copy(f"{self.dirpath}/last.ckpt", trainer.default_root_dir)
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed in mid-epoch", "ended after two steps"])
+def test_five_steps_are_two_steps_saved_loaded_and_three_more(tiny_model, tmp_path, killed):
+    """Bit for bit, with dropout drawing from torch's generator and validation on the way."""
+
+    def run(name, max_steps, ckpt_path=None):
+        torch.manual_seed(0)
+        module, sync = make_module(tiny_model, dropout=0.1), RecordRows()
+        settings = {"max_epochs": -1, "max_steps": max_steps, "accumulate_grad_batches": 2, "limit_val_batches": 1.0}
+        checkpoint = CopyCheckpoint(every_n_steps=2)
+        trainer = make_trainer(tmp_path / name, checkpoint, sync=sync, enable_checkpointing=True, **settings)
+        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4), ckpt_path=ckpt_path)
+        return module, sync.rows
+
+    straight, rows = run("straight", 5)
+    if not killed:
+        run("first", 2)
+    saved = tmp_path / "straight/last.ckpt" if killed else tmp_path / "first/checkpoints/last.ckpt"
+    resumed, rows_after = run("second", 5, ckpt_path=saved)
+    assert len(rows) == 10
+    assert rows_after == rows[4:]
+    for got, expected in zip(
+        resumed.policy.trainable_parameters(), straight.policy.trainable_parameters(), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_a_checkpoint_holds_the_adapter_and_never_the_base(tiny_model, tmp_path):
+    save_one_step(tiny_model, tmp_path)
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
+
+
+def test_a_run_does_not_go_on_with_another_number_of_micro_batches(tiny_model, tmp_path):
+    save_one_step(tiny_model, tmp_path, accumulate_grad_batches=2)
+    module = make_module(tiny_model)
+    again = make_trainer(tmp_path, max_epochs=-1, max_steps=2, accumulate_grad_batches=4)
+    with pytest.raises(ConfigError, match=r"counts 2 micro-batches a step, and this run has 4: set trainer.accumulate"):
+        again.fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
+    save_one_step(tiny_model, tmp_path)
+    module = make_module(tiny_model, r=2)
+    with pytest.raises(ValueError, match=r"names or shapes differ, first at policy.*config.yaml of the run"):
+        make_trainer(tmp_path, max_steps=2).fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
+
+
+class Stop(Callback):
+    """Asks for the end after some micro-batches, as a time limit does."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+
+    def on_train_batch_end(self, trainer, *args):
+        self.num_batches -= 1
+        trainer.should_stop = self.num_batches <= 0
+
+
+class Saved(RunCheckpoint):
+    """Keeps the step and the micro-batches of its epoch that each checkpoint was saved after."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        super().__init__(every_n_steps)
+        self.saved: list[tuple[int, int]] = []
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.saved.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.ready))
+
+
+def run_on(tiny_model, root, *callbacks, ckpt_path=None, **settings):
+    """A run of two micro-batches a step, four steps an epoch."""
+    module = make_module(tiny_model)
+    settings = {"accumulate_grad_batches": 2, "max_epochs": -1, "enable_checkpointing": True, **settings}
+    trainer = make_trainer(root, *callbacks, **settings)
+    trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_checkpoints_are_saved_between_steps_only_and_a_resumed_run_is_resumed_from(tiny_model, tmp_path):
+    """The first micro-batch after a resume has the step number of the checkpoint, and would be saved again."""
+    run_on(tiny_model, tmp_path / "first", RunCheckpoint(every_n_steps=2), max_steps=2)
+    resumed = Saved(every_n_steps=2)
+    checkpoints = "checkpoints/last.ckpt"
+    run_on(tiny_model, tmp_path / "second", resumed, Stop(3), max_steps=9, ckpt_path=tmp_path / "first" / checkpoints)
+    assert resumed.saved == []  # 3 micro-batches are a step and a half
+    assert not (tmp_path / "second" / checkpoints).exists()
+    again = Saved(every_n_steps=2)
+    run_on(tiny_model, tmp_path / "third", again, max_steps=5, ckpt_path=tmp_path / "first" / checkpoints)
+    assert again.saved == [(4, 8), (5, 2)]
+    last = run_on(tiny_model, tmp_path / "fourth", max_steps=6, ckpt_path=tmp_path / "third" / checkpoints)
+    assert last.global_step == 6
+
+
+def test_a_run_that_is_stopped_within_a_step_keeps_the_checkpoint_before_it(tiny_model, tmp_path):
+    run_on(tiny_model, tmp_path, RunCheckpoint(every_n_steps=1), Stop(5), max_steps=9)
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 2
+    assert run_on(tiny_model, tmp_path, max_steps=3, ckpt_path=tmp_path / "checkpoints/last.ckpt").global_step == 3
+
+
+def test_a_checkpoint_from_within_a_step_is_refused(tiny_model, tmp_path):
+    trainer = run_on(tiny_model, tmp_path, Stop(3), max_steps=9)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(
+        ConfigError, match="saved 1 micro-batches into the step after 1, whose gradients it does not hold"
+    ):
+        run_on(tiny_model, tmp_path, max_steps=9, ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(tmp_path, monkeypatch):
+    """Nothing goes through the folder for temporary files, which may be on another file system."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    path, io = tmp_path / "checkpoints/last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+    save = torch.save
+
+    def killed(checkpoint, stream):
+        save(checkpoint, stream)
+        stream.truncate(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        io.save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    monkeypatch.setattr(torch, "save", save)
+    io.save_checkpoint({"step": 3}, path)
+    assert torch.load(path, weights_only=True) == {"step": 3}
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
