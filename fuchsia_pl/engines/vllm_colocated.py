@@ -138,6 +138,7 @@ class VLLMColocatedEngine(Engine):
                 llm = future.result(self.timeout_s)
                 if not torch.cuda.is_available():
                     self._thread.run(llm.collective_rpc("give_way"), self.timeout_s)
+                self._thread.run(llm.update_weight_version(str(self._version)), self.timeout_s)
                 _log_to(spec.log_file)
                 self._llm = llm
             except TimeoutError:
@@ -322,6 +323,7 @@ class VLLMColocatedEngine(Engine):
             await self._llm.sleep(level=1)
         else:
             self._version = -1
+            await self._llm.update_weight_version(str(self._version))
             await self._llm.sleep(level=2)
 
     async def _wake(self) -> None:

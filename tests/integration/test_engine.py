@@ -228,9 +228,10 @@ def test_requests_in_flight_go_on_with_new_weights_and_every_token_says_whose_it
     async def load_on_the_way():
         params = [SamplingParams(1.0, 48, seed=seed, stop_token_ids=()) for seed in range(4)]
         requests = [asyncio.create_task(pair.engine.generate(*one)) for one in zip(pair.prompts, params, strict=True)]
+        states = pair.engine._llm.output_processor.request_states
         for _ in range(1000):
             await asyncio.sleep(0.01)
-            if pair.engine._in_flight and min(p.num_tokens for p in pair.engine._in_flight.values()) >= 8:
+            if len(states) == 4 and min(state.detokenizer.num_output_tokens() for state in states.values()) >= 8:
                 break
         await pair.engine.load_adapter(tmp_path / "v22", 22)
         return await asyncio.gather(*requests)
@@ -238,6 +239,7 @@ def test_requests_in_flight_go_on_with_new_weights_and_every_token_says_whose_it
     completions = asyncio.run(load_on_the_way())
     spans = [completion for completion in completions if set(completion.policy_versions) == {21, 22}]
     assert len(spans) >= 3
+    assert min(completion.policy_versions.count(21) for completion in completions) >= 8
     assert all(list(c.policy_versions) == sorted(c.policy_versions) for c in completions)
     batch = pair.batch_of(completions)
     versions = torch.tensor([v for sample in batch.samples for v in sample.rollout.policy_versions if v >= 0])
