@@ -212,7 +212,10 @@ class GRPOModule(LightningModule):
         shares["train/grad_norm"] = total_norm(gradients)
         shares["train/skipped"] = torch.tensor(float(self.skip_reason is not None))
         if self.skip_reason is not None:
-            logger.warning("step %d is skipped, the weights stay as they are: %s", self.global_step, self.skip_reason)
+            # Counted from 1, as on the console.
+            logger.warning(
+                "step %d is skipped, the weights stay as they are: %s", self.global_step + 1, self.skip_reason
+            )
             optimizer.zero_grad(set_to_none=True)
         self.log_dict({**shares, **self.rollout_metrics})
         self.step_metrics.clear()

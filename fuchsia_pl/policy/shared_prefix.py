@@ -42,10 +42,9 @@ class SharedPrefixLayout:
         prefix_places: int64 [R, P], where each prefix lies; 0 behind its end.
         branch_places: int64 [M, L], where each branch lies; 0 behind its end.
         branch_groups: int64 [M], the prefix of each branch.
-        distances: int32 [M, 1, L, P + L], how far each key, of the prefix and then of the branch, lies before each token of a
-            branch; -1 where it is none that the token may see.
+        prefix_lengths: int64 [M], tokens of each branch's prefix.
         outputs: int64 [S], where each token lies among the R * P and M * L that attention computes.
-        masks: What was made of `distances` for each window and type that layers asked for; all layers then keep the same one.
+        masks: What was made of the lengths for each window and type that layers asked for; all layers then keep the same one.
     """
 
     input_ids: Tensor
@@ -54,18 +53,30 @@ class SharedPrefixLayout:
     prefix_places: Tensor
     branch_places: Tensor
     branch_groups: Tensor
-    distances: Tensor
+    prefix_lengths: Tensor
     outputs: Tensor
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to the scores of branches, [M, 1, L, P + L]: 0 where a key is seen, -inf where not."""
         if (window, dtype) not in self.masks:
-            visible = (self.distances >= 0) & (self.distances < window) if window else self.distances >= 0
-            self.masks[window, dtype] = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-                ~visible, -torch.inf
+            seen, hidden = (
+                torch.full((), value, dtype=dtype, device=self.places.device) for value in (0.0, -torch.inf)
             )
+            self.masks[window, dtype] = torch.where(self._visible(window), seen, hidden)
         return self.masks[window, dtype]
+
+    def _visible(self, window: int | None) -> Tensor:
+        num_branches, num_tokens = self.branch_places.shape
+        at = torch.arange(num_tokens, device=self.places.device).unsqueeze(1)
+        keys = torch.arange(self.prefix_places.shape[1], device=self.places.device)
+        lengths = self.prefix_lengths.reshape(-1, 1, 1)
+        to_prefix, to_branch = keys < lengths, at >= at.T
+        if window:
+            to_prefix = to_prefix & (lengths + at - keys < window)
+            to_branch = to_branch & (at - at.T < window)
+        sides = [side.expand(num_branches, num_tokens, -1) for side in (to_prefix, to_branch)]
+        return torch.cat(sides, dim=2).unsqueeze(1)
 
 
 def lay_out(input_ids: Tensor, lengths: Sequence[int], groups: Sequence[PrefixGroup]) -> SharedPrefixLayout:
@@ -109,7 +120,7 @@ def lay_out(input_ids: Tensor, lengths: Sequence[int], groups: Sequence[PrefixGr
         prefix_places.to(device),
         branch_places.to(device),
         torch.tensor(branch_groups, dtype=torch.int64).to(device),
-        _distances(prefix_lengths[branch_groups], prefix_places.shape[1], branch_places.shape[1]).to(device),
+        prefix_lengths[branch_groups].to(device),
         outputs.to(device),
     )
 
@@ -122,14 +133,6 @@ def _filled(pieces: Sequence[Tensor]) -> Tensor:
     """Whether each place of the padded pieces, row by row, holds a token; bool."""
     lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
     return (torch.arange(int(lengths.max()) if pieces else 0) < lengths.unsqueeze(1)).flatten()
-
-
-def _distances(prefix_lengths: Tensor, num_prefix: int, num_branch: int) -> Tensor:
-    at, keys = torch.arange(num_branch, dtype=torch.int32).unsqueeze(1), torch.arange(num_prefix, dtype=torch.int32)
-    lengths = prefix_lengths.to(torch.int32).reshape(-1, 1, 1)
-    to_prefix = torch.where(keys < lengths, lengths + at - keys, -1)
-    to_branch = (at - at.T).clamp(min=-1).expand(len(prefix_lengths), -1, -1)
-    return torch.cat([to_prefix, to_branch], dim=2).unsqueeze(1)
 
 
 def shared_prefix_attention(

@@ -107,6 +107,18 @@ def test_requests_give_the_same_ids_and_logprobs_in_any_order(pair):
         assert pair.sample(order=-1 if repeat % 2 else 1) == first
 
 
+def test_a_fresh_adapter_serves_the_base(pair, tmp_path):
+    """B = 0; until something is loaded, vLLM has the checkpoint's own weights."""
+    base = pair.sample()
+    assert {completion.policy_version for completion in base} == {-1}
+    pair.sync(tmp_path / "fresh", 0)
+    fresh = pair.sample()
+    assert {completion.policy_version for completion in fresh} == {0}
+    assert [c.token_ids for c in fresh] == [c.token_ids for c in base]
+    for one, other in zip(fresh, base, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=0.05 if pair.engine.serves_lora else 0.0)
+
+
 def test_the_logprobs_are_those_of_the_sampling_temperature_and_of_no_generation_config(pair, tmp_path):
     perturb(pair.policy, seed=0)
     pair.sync(tmp_path / "v0", 0)

@@ -160,7 +160,7 @@ def test_a_step_without_any_spread_is_skipped_with_a_reason(tiny_model, tmp_path
     reason = (
         "none of the step's rollouts can be trained on" if loss_type == "dapo" else "every advantage of the step is 0"
     )
-    assert said[0].startswith(f"step 0 is skipped, the weights stay as they are: {reason}")
+    assert said[0].startswith(f"step 1 is skipped, the weights stay as they are: {reason}")
     sampled = sum(call[0] == "generate" for call in engine.calls)
     assert sampled == 3 * 5 * 4 * (2 if loss_type == "dapo" else 1)  # and no more than one refill
 

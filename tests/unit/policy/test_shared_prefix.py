@@ -1,6 +1,7 @@
 """Rows that share a prefix are computed as one, and nothing else changes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from fuchsia_pl.batch import PrefixGroup
 from fuchsia_pl.policy import shared_prefix
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.policy.shared_prefix import lay_out
+from fuchsia_pl.policy.shared_prefix import SharedPrefixLayout, lay_out
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from fuchsia_pl.types import ConfigError, Sample
 from tests.doubles import denominators, make_sample
@@ -145,8 +146,11 @@ def test_the_layout_drawn_with_letters():
     assert layout.prefix_places.tolist() == [[0, 1, 0], [5, 6, 7]]
     assert layout.branch_places.tolist() == [[2, 3], [4, 0]]
     assert layout.branch_groups.tolist() == [0, 0]
-    # keys P Q and one of padding, then the branch itself; -1 is not seen
-    assert layout.distances[:, 0].tolist() == [[[2, 1, -1, 0, -1], [3, 2, -1, 1, 0]]] * 2
+    # Keys P Q and one of padding, then the branch itself: 2 1 - 0 - tokens before its first token, 3 2 - 1 0 before the second.
+    seen = {window: (layout.mask(window, torch.float32)[:, 0] == 0).int().tolist() for window in (None, 2)}
+    assert seen[None] == [[[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]] * 2
+    assert seen[2] == [[[0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]] * 2
+    assert layout.mask(None, torch.float32).unique().tolist() == [-torch.inf, 0.0]
     # computed are P Q - X Y Z, then A B, C -
     assert layout.outputs.tolist() == [0, 1, 6, 7, 8, 3, 4, 5]
 
@@ -202,14 +206,16 @@ def test_a_model_that_is_more_than_attention_gets_plain_rows(model, tmp_path):
 
 
 def test_the_check_notices_a_branch_that_sees_its_sibling_or_not_its_prefix(tiny_model, monkeypatch):
-    original = shared_prefix._distances
+    original = SharedPrefixLayout._visible
     for wrong in (
-        lambda *args: original(*args).clamp(min=0),  # the future and the padding are seen
-        lambda lengths, prefix, branch: original(torch.zeros_like(lengths), prefix, branch),  # the prefix is not
+        lambda layout, window: torch.ones_like(original(layout, window)),  # the future and the padding are seen
+        lambda layout, window: original(
+            replace(layout, prefix_lengths=0 * layout.prefix_lengths), window
+        ),  # the prefix is not
     ):
-        monkeypatch.setattr(shared_prefix, "_distances", wrong)
+        monkeypatch.setattr(SharedPrefixLayout, "_visible", wrong)
         assert not policy_of(tiny_model, "auto").shares_prefix
-    monkeypatch.setattr(shared_prefix, "_distances", original)
+    monkeypatch.setattr(SharedPrefixLayout, "_visible", original)
     assert policy_of(tiny_model, "auto").shares_prefix
 
 
