@@ -1,4 +1,4 @@
-"""Folders of weights for servers: named by version and content, and there as a whole or not at all."""
+"""Folders of weights for servers: named by version, content and, of adapters, place; there as a whole or not at all."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ class PublishedWeights:
     """What servers can be given: an adapter, or where all weights are trained, all of them.
 
     Attributes:
-        name: What requests ask for. It says version and content, so no server can answer with others.
+        name: What requests ask for. It says version, content and, of an adapter, place: no server can answer with others.
         version: The optimizer step whose weights these are.
         folder: Where they lie; servers load adapters from there.
 
@@ -45,8 +45,9 @@ def named(path: Path, version: int, root: Path) -> PublishedWeights:
         EngineError: They are of another version.
     """
     check_version_file(path, version)
-    # The root is part of it: an earlier run may have left the same weights on a server, in a folder that is gone.
-    name = f"policy-{version}-{_digest(path, root.absolute())}"
+    # An earlier run may have left the same adapter on a server, which loads it again from a folder that is gone.
+    place = str(root.absolute()) if is_adapter(path) else ""
+    name = f"policy-{version}-{_digest(path, place)}"
     return PublishedWeights(name, version, (root / name).absolute())
 
 
@@ -90,11 +91,11 @@ def _rename(partial: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # another rank was first; the name says that it is the same
 
 
-def _digest(path: Path, root: Path) -> str:
+def _digest(path: Path, place: str) -> str:
     """The same for the same weights in the same place: PEFT writes lists of layers in an order of its own in each process."""
     config = json.loads((path / (ADAPTER_CONFIG if is_adapter(path) else CONFIG_NAME)).read_text())
     ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
-    digest = hashlib.sha256(json.dumps([str(root), ordered], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([place, ordered], sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

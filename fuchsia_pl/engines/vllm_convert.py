@@ -69,11 +69,12 @@ def to_completion(output: Any) -> Completion:
     if logprobs is not None and len(logprobs) == len(token_ids):
         logprobs = [entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)]
     versions = [int(span.version) for span in output.weight_versions or () for _ in range(span.start, span.end)]
+    newest = versions[-1] if versions else -1
+    completion = _checked(token_ids, logprobs, output.finish_reason, output.stop_reason, newest)
     if len(versions) < max(len(token_ids), 1):
         raise EngineError(f"vLLM returned the versions of {len(versions)} tokens for {len(token_ids)} sampled ids")
-    versions, newest = versions[: len(token_ids)], versions[-1]
-    completion = _checked(token_ids, logprobs, output.finish_reason, output.stop_reason, newest)
-    return replace(completion, earlier_versions=tuple(version for version in versions if version != newest))
+    earlier = tuple(version for version in versions[: len(token_ids)] if version != newest)
+    return replace(completion, earlier_versions=earlier)
 
 
 def from_response(answer: dict[str, Any], model: str, version: int) -> Completion:

@@ -85,11 +85,11 @@ class Policy(nn.Module):
     @property
     def has_dropout(self) -> bool:
         """Whether the training forward drops out activations, so that its logprobs are not those an engine computes."""
-        settings = (
-            self.causal_lm.config.get_text_config().to_dict()
-        )  # attention and residuals have dropouts that are no modules
+        # Attention and residuals may have dropouts that are no modules. Those of other heads are set even where there are none.
+        settings = self.causal_lm.config.get_text_config().to_dict()
+        own = {name: value for name, value in settings.items() if not name.startswith(("classifier", "summary"))}
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()) or any(
-            "drop" in name and isinstance(value, float) and value > 0 for name, value in settings.items()
+            "drop" in name and isinstance(value, float) and value > 0 for name, value in own.items()
         )
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -175,13 +175,17 @@ def _sibling_advantages(
     if not groups:
         return rewards
     if config.parts.reward_aggregation == "normalize_then_sum":
-        advantages = _sum_of_normalised(groups, weights)
-    else:
-        advantages = _compared(config.parts.advantage, rewards - kl_cost.reshape(rewards.shape))
-    if config.parts.truncated == "penalise":  # by then siblings differ by their length, which alone is no spread
-        alike = torch.tensor([not group.has_spread for group in groups])
-        advantages = advantages.masked_fill(alike.unsqueeze(1), 0.0)
-    return advantages
+        return _sum_of_normalised(groups, weights)
+    rewards = rewards - torch.tensor(_penalties_of_alike(groups), dtype=torch.float64)
+    return _compared(config.parts.advantage, rewards - kl_cost.reshape(rewards.shape))
+
+
+def _penalties_of_alike(groups: Sequence[RolloutGroup]) -> list[list[float]]:
+    """What length took from siblings that are otherwise alike and are not to be told apart by it; 0 for all others."""
+    return [
+        [0.0 if group.has_spread else rollout.rewards.get(OVERLONG) or 0.0 for rollout in group.rollouts]
+        for group in groups
+    ]
 
 
 def _compared(advantage: Advantage, rewards: Tensor) -> Tensor:
@@ -200,6 +204,8 @@ def _sum_of_normalised(groups: Sequence[RolloutGroup], weights: dict[str, float]
     for name in groups[0].rollouts[0].rewards:
         values = [[rollout.rewards[name] for rollout in group.rollouts] for group in groups]
         own = torch.tensor([[torch.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
+        if name == OVERLONG:
+            own -= torch.tensor(_penalties_of_alike(groups), dtype=torch.float64)
         total += weights.get(name, 1.0) * group_norm_advantages(own)
     return total
 

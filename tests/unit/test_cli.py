@@ -160,6 +160,14 @@ def test_checkpoints_are_written_in_place_unless_the_trainer_has_a_writer_of_its
     assert type(FuchsiaCLI(words).trainer.strategy.checkpoint_io) is AtomicCheckpointIO
     plugin = ["--trainer.plugins", "lightning.fabric.plugins.io.TorchCheckpointIO"]
     assert type(FuchsiaCLI([*words, *plugin]).trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    own = [
+        "--trainer.strategy",
+        "lightning.pytorch.strategies.SingleDeviceStrategy",
+        "--trainer.strategy.device",
+        "cpu",
+    ]
+    own += ["--trainer.strategy.checkpoint_io", "lightning.fabric.plugins.io.TorchCheckpointIO"]
+    assert type(FuchsiaCLI([*words, *own]).trainer.strategy.checkpoint_io) is TorchCheckpointIO
 
 
 def test_taking_turns_trains_the_same_and_checkpoints_are_written_from_the_host(config, tmp_path):

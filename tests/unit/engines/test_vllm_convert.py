@@ -55,3 +55,6 @@ def test_a_logprob_that_is_no_number_is_an_error():
 def test_an_aborted_completion_is_an_error():
     with pytest.raises(EngineError, match="ended a completion with 'abort'"):
         to_completion(output(finish_reason="abort"))
+    nothing = {"token_ids": [], "logprobs": [], "weight_versions": []}
+    with pytest.raises(EngineError, match="ended a completion with 'error'"):
+        to_completion(output(finish_reason="error", **nothing))

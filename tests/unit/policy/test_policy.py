@@ -332,6 +332,7 @@ def test_a_head_that_is_tied_is_written_once(tmp_path):
 
 def test_dropout_of_attention_counts_too(tmp_path):
     for dropout in (0.0, 0.1):
-        LlamaForCausalLM(LlamaConfig(**SMALL, attention_dropout=dropout)).save_pretrained(tmp_path)
+        settings = {"attention_dropout": dropout, "classifier_dropout": 0.1}
+        LlamaForCausalLM(LlamaConfig(**SMALL, **settings)).save_pretrained(tmp_path)
         policy = Policy(PolicyConfig(name="", dtype="float32"), tmp_path, with_reference=False)
         assert policy.has_dropout is (dropout > 0)

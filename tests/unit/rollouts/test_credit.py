@@ -96,6 +96,27 @@ def test_a_length_alone_is_no_spread(aggregation):
     assert samples[3].advantages[0] == pytest.approx(expected, abs=2e-3)
 
 
+def test_what_else_tells_siblings_apart_is_still_learned_beside_a_length_penalty():
+    """A KL in the reward, and with GDPO rewards that only add up to the same: all but the lengths is as without the penalty."""
+    for penalised in (True, False):
+        truncated = "penalise" if penalised else "keep"
+        alike = [rollout(6, 1.0), rollout(10, 1.0)]
+        groups, config = make_groups([alike]), LossConfig("rloo", beta=0.1, truncated=truncated)
+        penalise_overlong(config, groups, max_completion_tokens=10)
+        scores = of(alike, kl=[[0.5] * 6, [0.0] * 10])
+        samples = make_samples(config, groups, {}, scores, lambda values: values)
+        # 1 - 0.1 * 3 against 1
+        assert [sample.advantages[0] for sample in samples] == pytest.approx([-0.3, 0.3])
+        trade = [rollout(6, 1.0, a=1.0, b=0.0), rollout(10, 1.0, a=0.0, b=1.0), rollout(10, 1.0, a=0.0, b=1.0)]
+        groups = make_groups([trade])
+        config = LossConfig("dapo", reward_aggregation="normalize_then_sum", truncated=truncated)
+        penalise_overlong(config, groups, max_completion_tokens=10)
+        samples = make_samples(config, groups, {"b": 2.0}, {}, lambda values: values)
+        # a is 2/3, -1/3, -1/3 and b the opposite, both over 0.577: with b twice, the first has -1.155 and the others 0.577.
+        # Over the step the deviation is 1, but for the 1e-4 in each division.
+        assert [s.advantages[0] for s in samples] == pytest.approx([-1.1547, 0.5774, 0.5774], abs=2e-3)
+
+
 def of(group, **rows) -> dict[int, RolloutScores]:
     def row(name, index):
         return torch.tensor(rows[name][index]) if name in rows else None
