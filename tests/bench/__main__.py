@@ -23,7 +23,8 @@ TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOTES = """\
 The quickstart's work with `beta: 0`, as TRL's. Under its own rewards, groups whose siblings score alike move no weight and
 stay out of the forward; with `every row in the forward` the rewards are such that there are none. TRL computes every row
-either way. Checkpoints come every fifth step and are in none of the medians.""".splitlines()
+either way. Checkpoints come every fifth step and are in none of the medians. In the first nine steps the sync is probed four
+times, for which the reference runs; at a `beta` above 0 it has run anyway.""".splitlines()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from tests.bench.work import NUM_STEPS, report
 from tests.integration.kept_engine import KeptEngine
 
 NUM_SCALING_STEPS = 5
+# In these the sync is probed four times, against the reference, which at `beta: 0` nothing else needs.
+NUM_PROBED_STEPS = 9
 WORK = ["--model.loss.beta", "0.0", "--model.optimizer.init_args.lr", "2.0e-4"]
 # The quickstart's own rewards, by which a group may have no spread and stay out of the forward, and rewards by which none does.
 ENVIRONMENTS = {"own": "envs.arithmetic.Arithmetic", "every": "tests.bench.work.Addition"}
@@ -67,8 +69,8 @@ class PartTimer(Callback):
             self.step_start, engine.busy_s, self.training_s = now, 0.0, 0.0
 
 
-def fit(num_steps: int, *overrides: str) -> dict[str, float]:
-    """Median seconds of the steps of a run of the quickstart's work, the first left out."""
+def fit(num_steps: int, *overrides: str, num_left_out: int = 1) -> dict[str, float]:
+    """Median seconds of the steps of a run of the quickstart's work, after those that are left out."""
     timer = PartTimer()
     os.chdir(tempfile.mkdtemp())
 
@@ -79,16 +81,18 @@ def fit(num_steps: int, *overrides: str) -> dict[str, float]:
             return trainer
 
     cli = Timed(
-        ["fit", "--config", "quickstart.yaml", "--trainer.max_steps", str(num_steps + 1), "--trainer.num_sanity_val_steps", "0",
-         "--trainer.limit_val_batches", "0", "--data.engine", "tests.bench.step.TimedEngine", *WORK, *overrides]
+        ["fit", "--config", "quickstart.yaml", "--trainer.max_steps", str(num_left_out + num_steps),
+         "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0",
+         "--data.engine", "tests.bench.step.TimedEngine", *WORK, *overrides]
     )  # fmt: skip
     with (Path(cli.trainer.default_root_dir) / "metrics.csv").open() as stream:
         syncs = [float(row["sync/seconds"]) for row in csv.DictReader(stream) if row.get("sync/seconds")]
-    found = {part: median(step[part] for step in timer.steps[1:]) for part in ("step", "sampling", "training")}
-    rests = [step["step"] - step["sampling"] - step["training"] for step in timer.steps[1:]]
-    shares = [rest / step["step"] for rest, step in zip(rests, timer.steps[1:], strict=True)]
+    steps = timer.steps[num_left_out:]
+    found = {part: median(step[part] for step in steps) for part in ("step", "sampling", "training")}
+    rests = [step["step"] - step["sampling"] - step["training"] for step in steps]
+    shares = [rest / step["step"] for rest, step in zip(rests, steps, strict=True)]
     sys.stderr.write(f"{overrides}: {timer.steps}\n")
-    sync = median(syncs[1:])
+    sync = median(syncs[num_left_out:])
     return {**found, "rest_share": median(shares), "rest": median(rests) - sync, "sync": sync}
 
 
@@ -102,6 +106,8 @@ def main() -> None:
             figures |= {f"{name}_{part}_{tokens}": seconds for part, seconds in found.items()}
         # Of the first run: the process goes on, and what later runs leave would count.
         figures.setdefault("trainer_peak_gb", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    later = fit(NUM_STEPS, "--data.environment", ENVIRONMENTS["own"], num_left_out=NUM_PROBED_STEPS)
+    figures["later_rest_share"] = later["rest_share"]
     for prompts, group in ((4, 8), (8, 8), (16, 8), (4, 16), (4, 32)):
         sizes = ["--data.batch_size", str(prompts), "--data.sampling.group_size", str(group)]
         accumulate = str(max(prompts * group // 32, 1))
