@@ -81,6 +81,7 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
             "share of the step outside sampling and training, quickstart's rewards", f["own_rest_share_32"], "<=", 0.08
         ),
         Ratio("share of the step outside sampling and training, every row", f["every_rest_share_32"], "<=", 0.08),
+        Ratio("the same from the tenth step on, quickstart's rewards", f["later_rest_share"], "<=", 0.08),
         Ratio("sampling / bare AsyncLLM", f["sampling_tokens_per_s"] / f["bare_tokens_per_s"], ">=", 0.95),
         Ratio("sampling / bare AsyncLLM, 4 turns", f["turns_tokens_per_s"] / f["bare_turns_tokens_per_s"], ">=", 0.9),
         Ratio(
