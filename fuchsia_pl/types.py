@@ -99,14 +99,18 @@ class Turn:
         completion: The sampled ids.
         text: Their text without special tokens, for people and reward functions.
         raw_text: Their text with special tokens but without the end of the turn: some models mark tool calls with such tokens.
+        answer: `text` without the thinking. Rewards read this.
+        raw_answer: `raw_text` without the thinking. Tool calls are read from this.
 
-    >>> Turn(Completion((52, 2), (-0.1, -0.02), "stop", None, 3), text="7", raw_text="7").text
+    >>> Turn(Completion((52, 2), (-0.1, -0.02), "stop", None, 3), "<think>3+4</think>7", "<think>3+4</think>7", "7", "7").answer
     '7'
     """
 
     completion: Completion
     text: str
     raw_text: str
+    answer: str
+    raw_answer: str
 
 
 @dataclass
@@ -138,7 +142,7 @@ class Rollout:
 
     >>> rollout = Rollout({"a": 3, "b": 4}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
     >>> rollout.start([11, 12])
-    >>> rollout.append(Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), "7", "7"))
+    >>> rollout.append(Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), "7", "7", "7", "7"))
     >>> rollout.respond("Are you sure?")
     >>> rollout.take_responses()
     [{'role': 'user', 'content': 'Are you sure?'}]

@@ -17,6 +17,7 @@ from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import merged_weights
 from fuchsia_pl.envs import SingleTurnEnvironment
+from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
@@ -218,7 +219,7 @@ def make_sample(prompt_ids: list[int], token_ids: list[int], advantage: float, l
     rollout = Rollout({"n": 0}, item_index=0, sibling=0, temperature=1.0, prompt="")
     rollout.start(prompt_ids)
     completion = Completion(tuple(token_ids), (logprob,) * len(token_ids), "stop", None, policy_version=0)
-    rollout.append(Turn(completion, text="", raw_text=""))
+    rollout.append(Turn(completion, "", "", "", ""))
     rollout.finish()
     return Sample(rollout, (advantage,) * len(token_ids))
 
@@ -281,10 +282,16 @@ class RecordedEngine(Engine):
         return Completion((*ids, EOS), (-1.5,) * (len(ids) + 1), "stop", None, version)
 
 
+def written(text: str) -> Turn:
+    """A turn that the policy wrote."""
+    answer = without_thinking(text)
+    return Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text, answer, answer)
+
+
 def said(text: str, item=None, counts=(), status: RolloutStatus = RolloutStatus.COMPLETED) -> Rollout:
     """A finished rollout of one turn with this text."""
     rollout = Rollout(item or {}, item_index=0, sibling=0, temperature=1.0, prompt="")
-    rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text))
+    rollout.append(written(text))
     rollout.counts.update(counts)
     rollout.finish(status)
     return rollout

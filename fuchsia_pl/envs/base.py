@@ -5,15 +5,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
 from fuchsia_pl.envs.items import load_items
+from fuchsia_pl.envs.thinking import THINKING_MARKS
 from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention
 from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
-# What a reward function may have beside a name: the names under which it counts in `Rollout.counts`, and its end.
+# What a reward function may have beside a name: the names under which it counts in `Rollout.counts`, its end, and what is
+# wrong with an item's gold answer.
 COUNTERS = "counters"
 CLOSE = "close"
+CHECK_GOLD = "check_gold"
 
 
 class Environment(ABC):
@@ -42,6 +45,7 @@ class Environment(ABC):
         counters: Names that its rollouts may count under, see `Rollout.counts`.
         tools: What the policy may call, known after `prepare`.
         tool_convention: How the policy's model writes tool calls; set before the first rollout.
+        thinking_marks: Pairs of marks that enclose reasoning, which is neither an answer nor a tool call. Empty for none.
     """
 
     max_steps = 1
@@ -72,6 +76,7 @@ class Environment(ABC):
         self.counters: list[str] = []
         self.tools: list[ToolSpec] = []
         self.tool_convention: ToolConvention = PLAIN
+        self.thinking_marks: Sequence[tuple[str, str]] = THINKING_MARKS
 
     def train_items(self) -> Sequence[Item]:
         """The rows that training draws from."""
@@ -93,6 +98,15 @@ class Environment(ABC):
     def gold_turns(self, item: Item) -> list[str] | None:
         """What a perfect policy would write, turn by turn; None where that is not known. `fuchsia check-env` plays it."""
         return None
+
+    def check_gold(self, item: Item) -> str | None:
+        """What is wrong with an item's gold answer, None where the rewards can use it.
+
+        `fuchsia check-env` and the start of `fuchsia fit` call it for every item: no gold answer may end a run in the middle.
+        By default each reward function that has a `check_gold(item)` of its own is asked.
+        """
+        checks = [getattr(function, CHECK_GOLD) for function in self.reward_functions if hasattr(function, CHECK_GOLD)]
+        return next((problem for check in checks if (problem := check(item)) is not None), None)
 
     async def prepare(self) -> None:
         """Called before every batch of rollouts: starts what does not run, such as tool servers."""

@@ -99,7 +99,7 @@ class ToolEnvironment(MultiTurnEnvironment):
 
     async def step_rollout(self, rollout: Rollout) -> None:
         """Runs the calls of the newest turn and answers with their results; a turn without a call is the last one."""
-        calls = self.tool_convention.parse(rollout.turns[-1].raw_text)
+        calls = self.tool_convention.parse(rollout.turns[-1].raw_answer)
         if not calls:
             rollout.finish()
             return

@@ -118,6 +118,6 @@ def _longest_group(row: LongestRow, item_index: int, num_siblings: int, temperat
         rollout = Rollout({}, item_index, sibling, temperature, prompt="")
         rollout.start(prompt)
         own = tuple((sibling + position) % NUM_FILLER_IDS for position in range(row.own_tokens))
-        rollout.append(Turn(Completion(own, (-1.0,) * len(own), "length", None, policy_version=0), "", ""))
+        rollout.append(Turn(Completion(own, (-1.0,) * len(own), "length", None, policy_version=0), "", "", "", ""))
         rollouts.append(rollout)
     return rollouts

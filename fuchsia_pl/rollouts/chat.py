@@ -110,6 +110,12 @@ class Chat:
         ended = bool(token_ids) and token_ids[-1] in self.stop_token_ids
         return self.raw_text(token_ids[:-1] if ended else token_ids)
 
+    def without_special_tokens(self, text: str) -> str:
+        """A raw text without the special tokens in it."""
+        for token in self._special_tokens:
+            text = text.replace(token, "")
+        return text
+
     @cached_property
     def _special_tokens(self) -> list[str]:
         added = self._tokenizer.added_tokens_decoder.values()

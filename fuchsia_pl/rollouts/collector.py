@@ -9,14 +9,16 @@ from typing import Any, TypeVar
 from fuchsia_pl.engines.base import Engine, SamplingParams
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.bounded import call_bounded
+from fuchsia_pl.envs.thinking import ends_in_opening_mark, without_thinking
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.scoring import score_group
-from fuchsia_pl.types import ConfigError, Item, Message, Rollout, RolloutStatus, Turn
+from fuchsia_pl.types import Completion, ConfigError, Item, Message, Rollout, RolloutStatus, Turn
 
 T = TypeVar("T")
+MARK_TOKENS = 16  # the last tokens of a header, among which an opening mark of thinking is looked for
 logger = logging.getLogger(__name__)
 
 
@@ -186,9 +188,10 @@ class Collector:
             )
             if room < 1:
                 break
+            starts_in_thinking = self._starts_in_thinking(rollout)
             completion = await self.engine.generate(rollout.token_ids, self._sampling(draw, rollout, turn, room))
             ids = completion.token_ids
-            rollout.append(Turn(completion, self.chat.text(ids), self.chat.turn_text(ids)))
+            rollout.append(self._turn(completion, starts_in_thinking))
             if completion.finish_reason == "length":
                 break
             responses = await self._step(rollout)
@@ -198,6 +201,20 @@ class Collector:
                 last_id = ids[-1] if ids else None
                 rollout.append_environment(self.chat.bridge(asked, responses, last_id, self._template_tools))
         rollout.finish(RolloutStatus.TRUNCATED)
+
+    def _starts_in_thinking(self, rollout: Rollout) -> bool:
+        """Whether the header of the policy's turn ends in an opening mark of thinking."""
+        tail = self.chat.raw_text(rollout.token_ids[-MARK_TOKENS:])
+        return ends_in_opening_mark(tail, self.environment.thinking_marks)
+
+    def _turn(self, completion: Completion, starts_in_thinking: bool) -> Turn:
+        ids, marks = completion.token_ids, self.environment.thinking_marks
+        # Some models' marks are special tokens, which `text` leaves out: thinking is found in the raw text.
+        raw_text = self.chat.turn_text(ids)
+        raw_answer = without_thinking(raw_text, marks, starts_in_thinking)
+        text = self.chat.text(ids)
+        answer = text if raw_answer == raw_text else self.chat.without_special_tokens(raw_answer)
+        return Turn(completion, text, raw_text, answer, raw_answer)
 
     def _sampling(self, draw: Draw, rollout: Rollout, turn: int, max_tokens: int) -> SamplingParams:
         address = (*draw.address, rollout.item_index, rollout.sibling)

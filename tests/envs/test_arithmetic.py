@@ -2,12 +2,12 @@ import pytest
 
 from envs.arithmetic import Arithmetic, correct, ended, last_integer
 from fuchsia_pl.envs import Rollout, RolloutStatus
-from fuchsia_pl.types import Completion, Turn
+from tests.doubles import written
 
 
 def answered(text: str, a: int = 27, b: int = 45, status: RolloutStatus = RolloutStatus.COMPLETED) -> Rollout:
     rollout = Rollout({"a": a, "b": b}, item_index=0, sibling=0, temperature=1.0, prompt="")
-    rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text))
+    rollout.append(written(text))
     rollout.finish(status)
     return rollout
 

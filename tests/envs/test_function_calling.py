@@ -16,7 +16,8 @@ from envs.function_calling.items import KINDS
 from fuchsia_pl.envs import ConfigError, MCPServer
 from fuchsia_pl.envs.tools.convention import PLAIN
 from fuchsia_pl.envs.tools.mcp import ROLLOUT_KEY, STATUS_KEY, ToolServer
-from fuchsia_pl.types import Completion, Rollout, Turn
+from fuchsia_pl.types import Rollout
+from tests.doubles import written
 
 COMMAND = [sys.executable, "-P", "-m", "envs.function_calling.server", "--time-limit-s", "1.5", "--memory-mb", "512"]
 MARKER = "fuchsia-left-behind"
@@ -256,7 +257,7 @@ def test_the_server_knows_the_keys_of_the_client():
 def talked(*texts: str, counts=(), answer="46908330") -> Rollout:
     rollout = Rollout({"answer": answer}, item_index=0, sibling=0, temperature=1.0, prompt="")
     for text in texts:
-        rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text))
+        rollout.append(written(text))
     rollout.counts.update(counts)
     rollout.finish()
     return rollout

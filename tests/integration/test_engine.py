@@ -65,7 +65,7 @@ class Pair:
         for ids, completion in zip(self.prompts, completions, strict=True):
             rollout = Rollout({}, item_index=0, sibling=0, temperature=temperature, prompt="")
             rollout.start(list(ids))
-            rollout.append(Turn(completion, "", ""))
+            rollout.append(Turn(completion, "", "", "", ""))
             samples.append(Sample(rollout, (0.0,) * len(completion.token_ids)))
         return make_batches(split_balanced(samples, 1), count_denominators(samples, 12), 0, {})[0]
 

@@ -43,7 +43,7 @@ def sample_step(policy: Policy, target: int, generator: torch.Generator) -> list
     for row, own in zip(ids[:, len(PROMPT) :].tolist(), torch.cat(logprobs, dim=1).tolist(), strict=True):
         rollout = Rollout({}, 0, 0, 1.0, "", reward=row.count(target) / LENGTH)
         rollout.start(list(PROMPT))
-        rollout.append(Turn(Completion(tuple(row), tuple(own), "stop", None, policy_version=0), "", ""))
+        rollout.append(Turn(Completion(tuple(row), tuple(own), "stop", None, policy_version=0), "", "", "", ""))
         rollout.finish(RolloutStatus.COMPLETED)
         rollouts.append(rollout)
     return [rollouts[start : start + SIBLINGS] for start in range(0, len(rollouts), SIBLINGS)]

@@ -291,7 +291,7 @@ def tool_conversation(tool_ids=(20, 21, 22), logprob=-1.0) -> Sample:
     rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="")
     rollout.start([5, 6])
     for ids, answer in (((7, 8), list(tool_ids)), ((9, 2), [])):
-        rollout.append(Turn(Completion(ids, (logprob,) * 2, "stop", None, policy_version=0), "", ""))
+        rollout.append(Turn(Completion(ids, (logprob,) * 2, "stop", None, policy_version=0), "", "", "", ""))
         rollout.append_environment(answer)
     rollout.finish()
     return Sample(rollout, (1.0, 1.0, 0.5, 0.5))

@@ -65,7 +65,7 @@ def format_tags(*tags: str, name: str = "format") -> Reward:
 
     >>> from fuchsia_pl.types import Completion, Turn
     >>> rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="")
-    >>> rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), "<answer>2</answer>", ""))
+    >>> rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), "<answer>2</answer>", "", "<answer>2</answer>", ""))
     >>> format_tags("answer")([rollout]), format_tags("thinking", "answer")([rollout])
     ([1.0], [0.25])
     """

@@ -23,8 +23,8 @@ from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.types import Completion, Rollout, Turn
-from tests.doubles import make_data, make_module, make_sample, make_trainer
+from fuchsia_pl.types import Rollout
+from tests.doubles import make_data, make_module, make_sample, make_trainer, written
 
 EXPECTED_METRICS = {
     "reward/mean",
@@ -220,7 +220,7 @@ def test_a_conversation_is_shown_with_the_environments_answers_and_without_the_p
         {"role": "user", "content": "What is 2 plus 2?"},
     ]
     for text, answer in (("5", "no"), ("4", None)):
-        rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), text, text))
+        rollout.append(written(text))
         if answer is not None:
             rollout.respond(answer, role="tool")
         rollout.take_responses()

@@ -117,7 +117,7 @@ def test_matches_by_hand():
 def test_the_length_penalty_by_hand():
     def of(length):
         rollout = said("")
-        rollout.append(Turn(Completion((5,) * (length - 1), (-1.0,) * (length - 1), "stop", None, 0), "", ""))
+        rollout.append(Turn(Completion((5,) * (length - 1), (-1.0,) * (length - 1), "stop", None, 0), "", "", "", ""))
         return rollout
 
     # free up to 10, 1 at 30: a length of 15 is a quarter of the way

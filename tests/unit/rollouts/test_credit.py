@@ -11,7 +11,7 @@ from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 def rollout(length: int, reward: float | None, truncated: bool = False, **rewards) -> Rollout:
     made = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="", rewards=rewards, reward=reward)
     made.start([1])
-    made.append(Turn(Completion((5,) * length, (-1.0,) * length, "stop", None, policy_version=0), "", ""))
+    made.append(Turn(Completion((5,) * length, (-1.0,) * length, "stop", None, policy_version=0), "", "", "", ""))
     made.finish(RolloutStatus.TRUNCATED if truncated else RolloutStatus.COMPLETED)
     return made
 

@@ -10,7 +10,7 @@ from tests.doubles import TinyEnvironment
 def rollout(length: int, reward: float | None, truncated: bool = False) -> Rollout:
     rewards = {"even": reward, "ended": None}
     made = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="", rewards=rewards, reward=reward)
-    made.append(Turn(Completion((5,) * length, (-1.0,) * length, "stop", None, policy_version=0), "", ""))
+    made.append(Turn(Completion((5,) * length, (-1.0,) * length, "stop", None, policy_version=0), "", "", "", ""))
     made.finish(RolloutStatus.TRUNCATED if truncated else RolloutStatus.COMPLETED)
     return made
 
