@@ -210,8 +210,8 @@ class RolloutDataModule(LightningDataModule):
         assert self._collector is not None
         trainer, items = self._trainer, self.environment.train_items()
         item_indices(self.seed, 0, len(items), self.batch_size)
-        self._collector.check_template(items[0])
-        prompts = self._collector.fitting(items)
+        self._collector.check_template(items, 0)
+        prompts = self._collector.fitting(items, "training")
         self._fitting = list(prompts)
         item_indices(self.seed, 0, len(self._fitting), self.batch_size)
         self._longest_row = longest_row(prompts.values(), self.sampling, has_turns=self.environment.max_steps > 1)
@@ -231,7 +231,7 @@ class RolloutDataModule(LightningDataModule):
         """Refuses, before anything is trained, a held-out split that could not be asked."""
         assert self._collector is not None
         items = self.environment.validation_items()
-        self._held_out = list(self._collector.fitting(items))
+        self._held_out = list(self._collector.fitting(items, "held-out"))
         if len(self._held_out) < self._trainer.world_size:
             raise ConfigError(
                 f"{type(self.environment).__name__}.validation_items has {len(self._held_out)} items for "

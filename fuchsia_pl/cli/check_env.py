@@ -148,7 +148,7 @@ async def play_all(environment: Environment, chat: Chat, sampling: Any, num_item
         await collector.prepare()
         items = environment.train_items()
         indices = item_indices(seed, 0, len(items), min(num_items, len(items)))
-        collector.check_template(items[indices[0]])
+        collector.check_template(items, indices[0])
         found = []
         for index in indices:
             found += [
