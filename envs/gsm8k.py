@@ -53,7 +53,7 @@ class GSM8K(SingleTurnEnvironment):
     first, and one that has it right keeps being paid for it.
 
     Args:
-        train_file: JSON lines with "question" and "answer", in place of the hub.
+        train_file: A local file with "question" and "answer", or several, in place of the hub.
         validation_file: The same for the held-out split.
         dataset: The dataset on the hub.
         form_weight: Weight of `format` and of `number` in the end.

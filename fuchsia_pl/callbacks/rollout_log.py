@@ -64,7 +64,7 @@ def json_line(line: dict[str, Any]) -> str:
     r"""A log line as JSON. An item that JSON cannot hold, such as one with a tuple as a key, is written as its `repr`.
 
     >>> json_line({"step": 1, "item": {(0, 1): "a"}})
-    '{"step": 1, "item": "{(0, 1): \'a\'}"}\\n'
+    '{"step": 1, "item": "{(0, 1): \'a\'}"}\n'
     """
     try:
         return json.dumps(line, ensure_ascii=False, default=str) + "\n"

@@ -85,7 +85,7 @@ def call_in_thread(function: Callable[..., Any], *arguments: Any) -> "asyncio.Fu
         failure: BaseException | None = None
         try:
             result = function(*arguments)
-        except StopIteration as error:  # no future takes one: it would end a generator somewhere else
+        except (StopIteration, GeneratorExit) as error:  # awaited, they would end a coroutine in silence
             failure = StrayError(reason(error))
             failure.__cause__ = error
         except BaseException as error:  # handed to the waiting coroutine whatever it is, or that would wait in vain

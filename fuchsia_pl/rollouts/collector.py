@@ -168,8 +168,9 @@ class Collector:
         room = self.config.max_length - self.config.max_completion_tokens
         if len(ids) > room:
             raise PromptTooLongError(
-                f"the prompt of {where} has {len(ids)} tokens, and data.sampling.max_length={self.config.max_length} leaves "
-                f"{room} beside max_completion_tokens={self.config.max_completion_tokens}: raise max_length, lower "
+                f"the prompt of {place_of(items, index)} has {len(ids)} tokens, and "
+                f"data.sampling.max_length={self.config.max_length} leaves {room} beside "
+                f"max_completion_tokens={self.config.max_completion_tokens}: raise max_length, lower "
                 'max_completion_tokens, or set data.sampling.long_prompts to "drop"'
             )
         return Prompt(item, tuple(messages), tuple(ids))

@@ -7,14 +7,14 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from fuchsia_pl import datamodule
 from fuchsia_pl.batch import Denominators
-from fuchsia_pl.envs import ToolServerError
+from fuchsia_pl.envs import SingleTurnEnvironment, ToolServerError
 from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts import batcher
 from fuchsia_pl.rollouts.collector import PromptTooLongError
 from fuchsia_pl.rollouts.phases import PhaseDataset
 from fuchsia_pl.types import ConfigError
-from tests.doubles import Spread, TinyEngine, TinyEnvironment, make_data, make_module, make_sample, make_trainer
+from tests.doubles import Spread, TinyEngine, TinyEnvironment, even, make_data, make_module, make_sample, make_trainer
 
 
 def fit(tiny_model, root, **settings):
@@ -116,6 +116,29 @@ def test_a_prompt_that_is_too_long_is_found_before_the_engine_starts(tiny_model,
     with pytest.raises(PromptTooLongError, match="prompt of item 13 has 58 tokens"):
         make_trainer(tmp_path).fit(module, datamodule=make_data(module, engine, Wordy()))
     assert not hasattr(engine, "spec")
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train", r"^training item 1 \(\S+rows\.jsonl, line 2\): field 'prompt' is null"),
+        ("validation", r"^held-out item 1 \(\S+rows\.jsonl, line 2\): field 'prompt' is null"),
+    ],
+)
+def test_an_item_without_a_prompt_is_found_before_the_engine_starts(tiny_model, tmp_path, split, words):
+    class FromFiles(SingleTurnEnvironment):
+        def __init__(self) -> None:
+            whole, broken = tmp_path / "whole.jsonl", tmp_path / "rows.jsonl"
+            whole.write_text('{"prompt": "a"}\n' * 5)
+            broken.write_text('{"prompt": "a"}\n{"prompt": null}\n' * 5)
+            super().__init__(**{"train_file": str(whole), "validation_file": str(whole), f"{split}_file": str(broken)})
+            self.reward_functions = [even]
+
+    module, engine = make_module(tiny_model), TinyEngine()
+    with pytest.raises(ConfigError, match=words):
+        make_trainer(tmp_path, limit_val_batches=1.0).fit(module, datamodule=make_data(module, engine, FromFiles()))
+    assert engine.calls == []
+    assert not hasattr(engine, "spec")  # never started
 
 
 def test_the_held_out_split_is_looked_at_before_the_engine_starts(tiny_model, tmp_path):

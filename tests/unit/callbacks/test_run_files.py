@@ -24,7 +24,7 @@ from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.types import Rollout
-from tests.doubles import make_data, make_module, make_sample, make_trainer, written
+from tests.doubles import TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
 
 EXPECTED_METRICS = {
     "reward/mean",
@@ -225,3 +225,17 @@ def test_a_conversation_is_shown_with_the_environments_answers_and_without_the_p
             rollout.respond(answer, role="tool")
         rollout.take_responses()
     assert conversation_text(rollout) == "5\n[tool] no\n4"
+
+
+def test_items_that_json_or_utf8_cannot_hold_end_no_run_and_every_line_stays_json(tiny_model, tmp_path):
+    class Odd(TinyEnvironment):
+        def train_items(self):
+            return [item | ({(0, 1): "a"} if item["n"] % 2 else {"text": "\ud83d"}) for item in super().train_items()]
+
+    module = make_module(tiny_model)
+    make_trainer(tmp_path, RolloutLog(), max_steps=1).fit(module, datamodule=make_data(module, environment=Odd()))
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    expected = {n: f"{{'n': {n}, (0, 1): 'a'}}" if n % 2 else {"n": n, "text": "\ud83d"} for n in range(20)}
+    assert len(lines) == 20
+    assert {line["item_index"] % 2 for line in lines} == {0, 1}
+    assert all(line["item"] == expected[line["item_index"]] for line in lines)

@@ -9,8 +9,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 from pyarrow import parquet
 
+from envs.gsm8k import GSM8K
 from fuchsia_pl.envs import ConfigError, SingleTurnEnvironment
 from fuchsia_pl.envs.base import check_environment
 from fuchsia_pl.envs.items import read_rows
@@ -295,6 +297,20 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
         rows_of(tmp_path / "*.nothing")
     with pytest.raises(ConfigError, match=r"init_args\.train_file is an empty list"):
         FromData(train_file=[]).train_items()
+
+
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        (["--env.train_file", "a.jsonl"], "a.jsonl"),
+        (["--env.train_file", '["a.jsonl", "b*.csv"]'], ["a.jsonl", "b*.csv"]),
+        (["--env.train_file+", "a.jsonl", "--env.train_file+", "b*.csv"], ["a.jsonl", "b*.csv"]),
+    ],
+)
+def test_one_file_or_several_are_named_on_the_command_line(words, files):
+    parser = ArgumentParser()
+    parser.add_class_arguments(GSM8K, "env")
+    assert parser.parse_args(words).env.train_file == files
 
 
 def test_what_is_not_there_is_told(monkeypatch):

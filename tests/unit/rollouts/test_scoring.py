@@ -151,7 +151,7 @@ def large(rollouts):
             {},
             r"total reward of sibling 0 is inf on item 3, \{\"n\": 7\}: huge 1e\+308 x weight 1 \+ large 1e\+308 x",
         ),
-        ((first,), {"first": 1e308 * 10}, r"sibling 0 is inf on item 3, .*: first 1 x weight inf\."),
+        ((huge,), {"huge": 10.0}, r"sibling 0 is inf on item 3, .*: huge 1e\+308 x weight 10\."),
         ((first,), {"first": float("nan")}, r"sibling 0 is nan .*: first 1 x weight nan"),
         # Finite as float64, infinite as the float32 of an advantage; and a difference of two such.
         (

@@ -7,7 +7,7 @@ from tests.doubles import make_sample
 def sample_of(version: int):
     sample = make_sample([1], [5], advantage=1.0)
     turn = sample.rollout.turns[0]
-    sample.rollout.turns[0] = type(turn)(type(turn.completion)((5,), (-1.0,), "stop", None, version), "", "")
+    sample.rollout.turns[0] = type(turn)(type(turn.completion)((5,), (-1.0,), "stop", None, version), "", "", "", "")
     return sample
 
 
