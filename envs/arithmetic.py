@@ -10,13 +10,22 @@ import re
 from typing import Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, RolloutStatus, SingleTurnEnvironment
+from fuchsia_pl.envs.rewards import checks_gold, last_turn, parse_number
 
-NUMBER = re.compile(r"-?[0-9]+")
+# Digits with what people write between them: of "1,072" or "7.5" no part is a number of its own.
+NUMBER = re.compile(r"[-\u2212]?[0-9](?:[0-9.,]*[0-9])?")
 
 
+def gold_problem(item: Item) -> str | None:
+    """What is wrong with the two numbers of an item."""
+    wrong = [name for name in ("a", "b") if type(item[name]) is not int]
+    return f"{wrong[0]!r} is no whole number: {item[wrong[0]]!r}" if wrong else None
+
+
+@checks_gold(gold_problem)
 def correct(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1.0 where the last integer of the answer is the sum."""
-    return [1.0 if last_integer(r.completion) == r.item["a"] + r.item["b"] else 0.0 for r in rollouts]
+    """1.0 where the last number of the answer is the sum."""
+    return [1.0 if last_integer(last_turn(r)) == r.item["a"] + r.item["b"] else 0.0 for r in rollouts]
 
 
 def ended(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
@@ -30,13 +39,14 @@ def ended(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
 
 
 def last_integer(text: str) -> int | None:
-    """The last integer in a text, None where there is none or it is too long to be one.
+    """The last number in a text, None where there is none, where it is not whole or too long.
 
-    >>> last_integer("27 plus 45 is 72."), last_integer("no idea")
-    (72, None)
+    >>> last_integer("27 plus 45 is 72."), last_integer("1,072"), last_integer("no idea"), last_integer("7.5")
+    (72, 1072, None, None)
     """
     found = NUMBER.findall(text)
-    return int(found[-1]) if found and len(found[-1]) < 20 else None
+    number = parse_number(found[-1].replace("\u2212", "-")) if found and len(found[-1]) < 20 else None
+    return int(number) if number is not None and number.denominator == 1 else None
 
 
 class Arithmetic(SingleTurnEnvironment):

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, SingleTurnEnvironment
-from fuchsia_pl.envs.rewards import format_tags, last_between
+from fuchsia_pl.envs.rewards import checks_gold, format_tags, last_between, last_turn, parse_number, unwrapped
 
 # An expression of a handful of small numbers is short. Parsing and evaluating anything of this size takes microseconds.
 MAX_CHARS = 200
@@ -26,6 +26,8 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = 
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+# What a policy may write in place of the signs that Python reads.
+SIGNS = {"\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\\times": "*", "\\cdot": "*", "\\div": "/"}
 SYSTEM = (
     "Think inside <thinking> and </thinking>, then give one expression inside <answer> and </answer>, with + - * / and "
     "parentheses, without an equals sign."
@@ -35,22 +37,44 @@ SYSTEM = (
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """The exact value of an expression of whole numbers, and the numbers in it; None for anything else.
 
-    Only + - * / and parentheses count. The tree is walked on rationals, nothing is executed, and there are no powers, so
-    a result is never much larger than its expression.
+    Only + - * / and parentheses count, and the signs that people write for them. The expression may stand in a box, between
+    dollar signs or in bold, and one result that is right may follow it: "(25 + 7) * 3 = 96". The tree is walked on rationals,
+    nothing is executed, and there are no powers, so a result is never much larger than its expression.
 
     >>> evaluate("(1 + 2) / 4")
     (Fraction(3, 4), [1, 2, 4])
     >>> evaluate("9**9**9"), evaluate("1 / 0"), evaluate("__import__('os')"), evaluate("٣ + 1")
     (None, None, None, None)
     """
-    if len(expression) > MAX_CHARS or not expression.isascii():
+    if len(expression) > MAX_CHARS:
         return None
-    tree = _parsed(expression.strip())
+    plain = unwrapped(expression)
+    for sign, operation in SIGNS.items():
+        plain = plain.replace(sign, operation)
+    left, equals, result = plain.partition("=")
+    tree = _parsed(left.strip()) if plain.isascii() else None
     numbers: list[int] = []
     value = _value(tree.body, numbers) if tree is not None else None
-    return None if value is None else (value, numbers)
+    if value is None or (equals and parse_number(result) != value):
+        return None
+    return value, numbers
 
 
+def gold_problem(item: Item) -> str | None:
+    """What is wrong with the numbers and the target of an item.
+
+    >>> gold_problem({"numbers": [1, "2"], "target": 3, "use_all": False})
+    "'numbers' is no list of whole numbers: [1, '2']"
+    """
+    numbers, target = item["numbers"], item["target"]
+    if not isinstance(numbers, list) or not numbers or any(type(number) is not int for number in numbers):
+        return f"'numbers' is no list of whole numbers: {numbers!r}"
+    if type(target) is not int:
+        return f"'target' is no whole number: {target!r}"
+    return None if type(item["use_all"]) is bool else f"'use_all' is neither true nor false: {item['use_all']!r}"
+
+
+@checks_gold(gold_problem)
 def correct(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
     """1.0 where the last `<answer>` equals the target with each number used at most once (or exactly, if the item says so)."""
     return [float(_is_right(r)) for r in rollouts]
@@ -139,6 +163,9 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction | None:
     if isinstance(node, ast.Constant) and type(node.value) is int and node.value <= MAX_NUMBER:
         numbers.append(node.value)
         return Fraction(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _value(node.operand, numbers)
+        return None if value is None else -value
     if not isinstance(node, ast.BinOp) or type(node.op) not in OPERATORS:
         return None
     left, right = _value(node.left, numbers), _value(node.right, numbers)
@@ -148,7 +175,7 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction | None:
 
 
 def _is_right(rollout: Rollout) -> bool:
-    answer = last_between(rollout.completion, "answer")
+    answer = last_between(last_turn(rollout), "answer")
     found = evaluate(answer) if answer is not None else None
     if found is None:
         return False

@@ -8,8 +8,8 @@ gold    72: what stands behind "####" in the item's answer, without the commas, 
 import re
 from typing import Any
 
-from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, SingleTurnEnvironment
-from fuchsia_pl.envs.rewards import format_tags, last_between, parse_number
+from fuchsia_pl.envs import ConfigError, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
+from fuchsia_pl.envs.rewards import Scorer, format_tags, last_between, last_turn, number_match, parse_number
 
 # The official extraction, github.com/openai/grade-school-math, grade_school_math/dataset.py: ANS_RE and extract_answer.
 OFFICIAL_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -34,14 +34,27 @@ def official_answer(solution: str) -> str:
     return found.group(1).strip().replace(",", "")
 
 
-def correct(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1.0 where the last `<answer>` is the gold number: "1,072", "$1072" and "1072.00" are the same, "1072 clips" is none."""
-    return [float(_is_right(r.completion, official_answer(r.item["answer"]))) for r in rollouts]
+def in_tags(text: str) -> str | None:
+    """What stands in the last `<answer>` of a text."""
+    return last_between(text, "answer")
+
+
+def correct_by(scorer: Scorer) -> RewardFunction:
+    """The reward `correct`: 1.0 where the last `<answer>` outside of the thinking is the gold number.
+
+    Args:
+        scorer: "lenient" takes the number however a person would write it ("1,072", "$1072", "**1072**", "1072 dollars"),
+            "strict" a bare number alone ("1,072", "$1072"). Neither takes "1072 clips" or "x = 1072".
+    """
+    return number_match("answer", in_tags, scorer=scorer, read_gold=official_answer)
+
+
+correct = correct_by("lenient")
 
 
 def number(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1.0 where the last `<answer>` is a number, right or wrong."""
-    answers = (last_between(r.completion, "answer") for r in rollouts)
+    """1.0 where the last `<answer>` outside of the thinking is a bare number, right or wrong: the strict scorer's form."""
+    answers = (in_tags(last_turn(r)) for r in rollouts)
     return [float(answer is not None and parse_number(answer) is not None) for answer in answers]
 
 
@@ -53,30 +66,30 @@ class GSM8K(SingleTurnEnvironment):
     first, and one that has it right keeps being paid for it.
 
     Args:
-        train_file: A local file with "question" and "answer", or several, in place of the hub.
+        train_file: A local file with "question" and "answer", or several, in place of "openai/gsm8k" on the hub.
         validation_file: The same for the held-out split.
-        dataset: The dataset on the hub.
         form_weight: Weight of `format` and of `number` in the end.
         initial_form_weight: Their weight at the first step.
         ramp_steps: Steps until then; 0 has the last weight from the start.
         num_validation: Held-out problems, from the start of the split; None takes all 1,319.
+        scorer: What `correct` takes as the gold number: "lenient" the value, "strict" a bare number alone.
 
     Raises:
-        ConfigError: A number is below 0.
+        ConfigError: A number is out of range, or there is no such scorer.
     """
 
     def __init__(
         self,
         train_file: str | list[str] | None = None,
         validation_file: str | list[str] | None = None,
-        dataset: str = "openai/gsm8k",
         form_weight: float = 0.1,
         initial_form_weight: float = 0.5,
         ramp_steps: int = 100,
         num_validation: int | None = 200,
+        scorer: Scorer = "lenient",
     ) -> None:
         super().__init__(
-            dataset=dataset,
+            dataset="openai/gsm8k",
             dataset_config="main",
             train_file=train_file,
             validation_file=validation_file,
@@ -86,7 +99,7 @@ class GSM8K(SingleTurnEnvironment):
             raise ConfigError(
                 f"GSM8K takes ramp_steps of 0 or more and num_validation of 1 or more, got {ramp_steps} and {num_validation}"
             )
-        self.reward_functions = [correct, format_tags("thinking", "answer"), number]
+        self.reward_functions = [correct_by(scorer), format_tags("thinking", "answer"), number]
         self.reward_weights = {"format": form_weight, "number": form_weight}
         if ramp_steps:
             self.initial_reward_weights = {"format": initial_form_weight, "number": initial_form_weight}
@@ -106,8 +119,3 @@ class GSM8K(SingleTurnEnvironment):
         """The dataset's own solution, without its calculator notes."""
         solution = re.sub(r"<<[^>]*>>", "", item["answer"].partition("####")[0]).strip()
         return [f"<thinking>{solution}</thinking>\n<answer>{official_answer(item['answer'])}</answer>"]
-
-
-def _is_right(completion: str, gold: str) -> bool:
-    answer = last_between(completion, "answer")
-    return answer is not None and parse_number(answer) is not None and parse_number(answer) == parse_number(gold)

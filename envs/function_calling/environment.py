@@ -10,7 +10,7 @@ from typing import Any
 
 from envs.function_calling.items import KINDS, Kind, make_items
 from fuchsia_pl.envs import ConfigError, Item, MCPServer, Message, Rollout, ToolEnvironment
-from fuchsia_pl.envs.rewards import last_between, last_turn, parse_number
+from fuchsia_pl.envs.rewards import last_between, last_turn, number_match, parse_number
 
 SYSTEM = (
     "Answer the question. Use the tool for every computation, never your head. When you have its result, give the answer as a "
@@ -20,15 +20,21 @@ SYSTEM = (
 EXAMPLE_SEED = 1
 
 
-def correct(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1.0 where the last `<answer>` of the last turn is the gold number."""
-    return [float(_answer(r) is not None and _answer(r) == parse_number(r.item["answer"])) for r in rollouts]
+def in_tags(text: str) -> str | None:
+    """What stands in the last `<answer>` of a text."""
+    return last_between(text, "answer")
+
+
+# 1.0 where the last `<answer>` of the last turn is the gold number, however a person would write it.
+correct = number_match("answer", in_tags)
 
 
 def well_formed(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1/2 for at least one call of the tool and none that is malformed, 1/2 for a number in `<answer>` in the last turn."""
+    """1/2 for at least one call of the tool and none that is malformed, 1/2 for a bare number in `<answer>` in the last turn."""
     called = (r.counts["tool_calls"] > 0 and r.counts["tool_invalid_call"] == 0 for r in rollouts)
-    return [0.5 * calls + 0.5 * (_answer(r) is not None) for r, calls in zip(rollouts, called, strict=True)]
+    answers = (in_tags(last_turn(r)) for r in rollouts)
+    is_number = (answer is not None and parse_number(answer) is not None for answer in answers)
+    return [0.5 * calls + 0.5 * number for calls, number in zip(called, is_number, strict=True)]
 
 
 class FunctionCalling(ToolEnvironment):
@@ -112,8 +118,3 @@ class FunctionCalling(ToolEnvironment):
     def gold_turns(self, item: Item) -> list[str]:
         """The call of the item's code, then its answer."""
         return [self.tool_convention.call("python", {"code": item["code"]}), f"<answer>{item['answer']}</answer>"]
-
-
-def _answer(rollout: Rollout) -> Any:
-    answer = last_between(last_turn(rollout), "answer")
-    return None if answer is None else parse_number(answer)

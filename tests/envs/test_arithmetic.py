@@ -2,6 +2,7 @@ import pytest
 
 from envs.arithmetic import Arithmetic, correct, ended, last_integer
 from fuchsia_pl.envs import Rollout, RolloutStatus
+from fuchsia_pl.envs.golds import bad_golds
 from tests.doubles import written
 
 
@@ -25,6 +26,13 @@ def answered(text: str, a: int = 27, b: int = 45, status: RolloutStatus = Rollou
         ("no number", 0.0),
         ("9" * 10_000, 0.0),
         ("\u0667\u0662", 0.0),
+        ("\u221272", 0.0),
+        ("1,072", 0.0),
+        ("7.72", 0.0),
+        ("72.0", 1.0),
+        ("<think>72", 0.0),
+        ("<think>72? no</think>I do not know", 0.0),
+        ("<think>71? no</think>72", 1.0),
     ],
 )
 def test_only_the_last_integer_counts(text, reward):
@@ -63,6 +71,16 @@ def test_the_gold_answer_is_right_for_every_held_out_question():
 def test_the_question():
     message = Arithmetic().messages({"a": 3, "b": 4})
     assert message == [{"role": "user", "content": "What is 3 plus 4? Answer with a number."}]
+
+
+def test_an_item_that_would_end_a_run_is_found_before_it():
+    items = [{"a": 1, "b": 2}, {"a": 1, "b": "2"}, {"a": 1.5, "b": 2}, {"a": None, "b": 2}, {"b": 2}]
+    assert bad_golds(Arithmetic(), items, limit=4) == [
+        "item 1: 'b' is no whole number: '2'",
+        "item 2: 'a' is no whole number: 1.5",
+        "item 3: 'a' is no whole number: None",
+        "item 4: there is no field 'a'",
+    ]
 
 
 def test_no_integer_is_none():

@@ -5,6 +5,7 @@ import pytest
 
 from envs.countdown import Countdown, correct, evaluate
 from fuchsia_pl.envs import ConfigError
+from fuchsia_pl.envs.golds import bad_golds
 from tests.doubles import said
 
 ITEM = {"numbers": [3, 25, 7, 4], "target": 96, "solution": "(25 - 4 + 3) * 4", "use_all": False}
@@ -24,7 +25,21 @@ def answer(text: str, **item):
         ("96", 0.0),
         ("100 - 4", 0.0),
         ("25 * 4 - 3", 0.0),  # 97
-        ("(25 + 7) * 3 = 96", 0.0),
+        ("(25 + 7) * 3 = 96", 1.0),
+        ("(25 + 7) \u00d7 3", 1.0),
+        ("(25 + 7) \u00d7 3 = 96.", 1.0),
+        ("$(25 + 7) \\times 3$", 1.0),
+        ("\\boxed{(25 + 7) \\cdot 3 = 96}", 1.0),
+        ("**(25 + 7) * 3**", 1.0),
+        ("-(4 \u2212 25\u00d74)", 0.0),  # 96, with 4 twice
+        ("-7 + 25*4 + 3", 1.0),
+        ("\u22127 + 25*4 + 3", 1.0),
+        ("(25 + 7) * 3 = 97", 0.0),
+        ("25 + 7 = 96", 0.0),
+        ("(25 + 7) * 3 = 96 = 96", 0.0),
+        ("(25 + 7) * 3 =", 0.0),
+        ("(25 + 7) * 3 == 96", 0.0),
+        ("= 96", 0.0),
         ("(25 + 7) * 3.0", 0.0),
         ("(25 + 7) * -3 * -1", 0.0),
         ("(25 + 7) * True * 3", 0.0),
@@ -47,6 +62,34 @@ def test_each_number_at_most_once_or_exactly_once():
         1.0,
         1.0,
         0.0,
+    ]
+
+
+def test_the_signs_that_people_write():
+    assert evaluate("14 \u00f7 4 \u2212 1 \u00d7 2") == (Fraction(3, 2), [14, 4, 1, 2])
+    assert evaluate("-4 + 3") == evaluate("\u22124 + 3 = \u22121".replace("\u2212", "-")) == (Fraction(-1), [4, 3])
+
+
+def test_an_expression_that_was_only_thought_of_is_no_answer():
+    assert correct([said("<thinking><answer>25*4 - 7 + 3</answer></thinking>No.", ITEM)]) == [0.0]
+    assert correct([said("<thinking><answer>25*4 - 7 + 3</answer>", ITEM)]) == [0.0]
+    assert correct([said("<thinking><answer>1</answer></thinking><answer>25*4 - 7 + 3</answer>", ITEM)]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"numbers": None}, "item 0: 'numbers' is no list of whole numbers: None"),
+        ({"numbers": [1, "2"]}, "'numbers' is no list of whole numbers"),
+        ({"target": 9.5}, "'target' is no whole number: 9.5"),
+        ({"use_all": "no"}, "'use_all' is neither true nor false: 'no'"),
+    ],
+)
+def test_an_item_that_would_end_a_run_is_found_before_it(changed, words):
+    (found,) = bad_golds(Countdown(num_train=5, num_validation=5), [{**ITEM, **changed}, ITEM])
+    assert words in found
+    assert bad_golds(Countdown(num_train=5, num_validation=5), [{"numbers": [1]}]) == [
+        "item 0: there is no field 'target'"
     ]
 
 

@@ -14,6 +14,7 @@ from envs.function_calling import sandbox, server
 from envs.function_calling.environment import FunctionCalling, correct, well_formed
 from envs.function_calling.items import KINDS
 from fuchsia_pl.envs import ConfigError, MCPServer
+from fuchsia_pl.envs.golds import bad_golds
 from fuchsia_pl.envs.tools.convention import PLAIN
 from fuchsia_pl.envs.tools.mcp import ROLLOUT_KEY, STATUS_KEY, ToolServer
 from fuchsia_pl.types import Rollout
@@ -276,6 +277,24 @@ def test_rewards_by_hand():
     ]
     assert correct(rollouts) == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     assert well_formed(rollouts) == [1.0, 0.5, 1.0, 0.5, 0.5, 0.0, 0.0]
+
+
+def test_only_what_stands_outside_of_the_thinking_is_an_answer_and_its_value_counts():
+    called = ["tool_calls", "tool_ok"]
+    texts = [
+        "<think><answer>46908330</answer></think>",
+        "<think><answer>46908330</answer>",
+        "<answer>**46908330**</answer>",
+    ]
+    rollouts = [talked(text, counts=called) for text in texts]
+    assert correct(rollouts) == [0.0, 0.0, 1.0]
+    assert well_formed(rollouts) == [0.5, 0.5, 0.5]  # the form is a bare number
+    items = [{"answer": "1"}, {"answer": None}, {"question": ""}, {"answer": "many"}]
+    assert bad_golds(FunctionCalling(num_train=1, num_validation=1), items) == [
+        "item 1: the gold answer None in 'answer' is neither text nor a number",
+        "item 2: there is no field 'answer', there are ['question']",
+        "item 3: the gold answer 'many' is no number",
+    ]
 
 
 def test_every_gold_answer_is_what_its_code_computes(interpreter, key):

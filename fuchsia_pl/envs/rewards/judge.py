@@ -5,9 +5,16 @@ import os
 import re
 from typing import Any
 
+from fuchsia_pl.envs.rewards.matches import last_turn
+from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.types import ConfigError, Rollout
 
-SCORE = re.compile(r"score\s*[:=]\s*([0-9]{1,3}(?:\.[0-9]+)?)", flags=re.IGNORECASE | re.ASCII)
+MARKS = r"[\s*_`$]{0,20}"  # Markdown and spaces around a score
+NUMBER = r"([0-9]{1,3}(?:\.[0-9]+)?)"
+SCORE = re.compile(
+    rf"score{MARKS}(?:\([^()\n]{{0,40}}\))?{MARKS}[:=]{MARKS}{NUMBER}{MARKS}(?:(?:/|out\s+of){MARKS}{NUMBER})?(?!{MARKS}[/%]|[0-9]|\.[0-9])",
+    flags=re.IGNORECASE | re.ASCII,
+)
 JUDGE_UNREADABLE = "judge_unreadable"
 MAX_SCORE = 10
 MAX_CONCURRENT = 8
@@ -19,10 +26,12 @@ INSTRUCTIONS = (
 
 
 class Judge:
-    """A model's opinion of each completion, between 0 and 1.
+    """A model's opinion of each answer, between 0 and 1.
 
-    A reply without a readable score scores nothing (None) and is counted as `judge_unreadable`. An endpoint that cannot be
-    reached after `max_retries` raises, and the environment's `on_error` says what that means.
+    The judge reads the conversation without the policy's thinking; override `describe` to show it more or less. An empty
+    answer scores 0 without a request. A reply without a readable score scores nothing (None) and is counted as
+    `judge_unreadable`; `Score: 7` and `Score: 7/10` are 0.7, `**Score:** 1/5` is 0.2. An endpoint that cannot be reached after
+    `max_retries` raises, and the environment's `on_error` determines what follows.
 
     Args:
         model: The model's name at the endpoint.
@@ -62,8 +71,14 @@ class Judge:
         self.max_retries = max_retries
 
     def describe(self, rollout: Rollout) -> str:
-        """What the judge reads of a rollout: the conversation, message by message."""
-        return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in rollout.messages)
+        """What the judge reads of a rollout: the conversation, message by message, without the policy's thinking."""
+        shown, turns = [], list(rollout.turns)
+        for message in reversed(rollout.messages):
+            content = message["content"]
+            if turns and message["role"] == "assistant" and content == turns[-1].text:
+                content = turns.pop().answer
+            shown.append(f"[{message['role']}]\n{content}")
+        return "\n\n".join(reversed(shown))
 
     async def __call__(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float | None]:
         """The scores of some rollouts."""
@@ -82,14 +97,28 @@ class Judge:
             return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
 
     async def _score(self, client: Any, rollout: Rollout) -> float | None:
+        if not last_turn(rollout).strip():  # no answer, or a thinking that never ended
+            return 0.0
         marked = f"<answer_to_grade>\n{self.describe(rollout)}\n</answer_to_grade>"
         reply = await client.chat.completions.create(
             model=self.model,
             temperature=0.0,
             messages=[{"role": "system", "content": self.instructions}, {"role": "user", "content": marked}],
         )
-        found = SCORE.findall(reply.choices[0].message.content or "")
-        if not found or float(found[-1]) > MAX_SCORE:
+        score = read_score(reply.choices[0].message.content or "")
+        if score is None:
             rollout.counts[JUDGE_UNREADABLE] += 1
-            return None
-        return float(found[-1]) / MAX_SCORE
+        return score
+
+
+def read_score(reply: str) -> float | None:
+    """The last score in a judge's reply, as a share of the highest; None where there is none that can be read.
+
+    >>> read_score("**Score:** 7"), read_score("Score: **1/5**"), read_score("<think>Score: 9?</think>Score: 11")
+    (0.7, 0.2, None)
+    """
+    found = SCORE.findall(without_thinking(reply))
+    if not found:
+        return None
+    score, highest = float(found[-1][0]), float(found[-1][1] or MAX_SCORE)
+    return score / highest if highest > 0 and score <= highest else None

@@ -6,18 +6,20 @@ import queue
 import select
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fuchsia_pl.envs.rewards.text import last_turn
-from fuchsia_pl.types import ConfigError, Rollout
+from fuchsia_pl.envs.rewards.matches import Extract, gold_problem, gold_text, last_turn
+from fuchsia_pl.envs.rewards.numbers import read_number, same_number
+from fuchsia_pl.envs.rewards.wrappers import has_box, last_boxed, last_sentences
+from fuchsia_pl.types import ConfigError, Item, Rollout
 
 WORKER = Path(__file__).with_name("math_worker.py")
 START_TIMEOUT_S = 60.0
 MATH_TIMEOUT = "math_timeout"
 MATH_TOO_LONG = "math_too_long"
+PERCENT = "%"
 
 
 class MathAnswer:
@@ -27,12 +29,17 @@ class MathAnswer:
     minutes, and stops itself by signals, which only work in a main thread. So it runs in processes of its own, each limited in
     memory and killed at the time limit; what was killed scores 0 and is counted as `math_timeout`.
 
+    The answer is in the last turn, without its thinking: the last `\boxed{…}`, which must be complete; else what math-verify
+    finds in the last sentences. Two plain numbers, as `read_number` reads them (`1 1/2`, `\$32,\!348`, `1e-07`), are compared
+    exactly and without math-verify, which reads some of these otherwise.
+
     Args:
         field: The item's field with the gold answer, in LaTeX or as an expression.
-        extract: Takes the answer out of the last turn, None where there is none. By default math-verify looks for it itself.
+        extract: Takes the part of the last turn that holds the answer, None where there is none. By default all of it.
         timeout_s: Bound of one comparison.
         num_workers: Processes, None for one per core up to four.
-        max_chars: A longer answer is not compared: it scores 0 and is counted as `math_too_long`.
+        max_chars: A longer answer is not compared: it scores 0 and is counted as `math_too_long`. What the policy wrote before
+            its box, or before the last sentences that fit, is not the answer and may be of any length.
         name: The reward's name in logs.
 
     Raises:
@@ -44,7 +51,7 @@ class MathAnswer:
     def __init__(
         self,
         field: str = "answer",
-        extract: Callable[[str], str | None] | None = None,
+        extract: Extract | None = None,
         timeout_s: float = 2.0,
         num_workers: int | None = None,
         max_chars: int = 2000,
@@ -75,21 +82,70 @@ class MathAnswer:
             worker.kill()
             self._workers.put(worker)
 
+    def check_gold(self, item: Item) -> str | None:
+        """What is wrong with an item's gold answer, None where an answer that repeats it would be right."""
+        problem = gold_problem(lambda: gold_text(item, self.field))
+        if problem is not None:
+            return problem
+        gold = gold_text(item, self.field)
+        if read_number(gold) is not None:
+            return None
+        try:
+            equal = self._compare(gold, _in_box(gold))
+        except ValueError as error:
+            return str(error)
+        if equal is None:
+            return f"math-verify does not read the gold answer {gold[:80]!r} within {self.timeout_s:g} s"
+        return None if equal else f"math-verify does not find the gold answer {gold[:80]!r} equal to itself"
+
     def _score(self, rollout: Rollout) -> float:
-        answer = self.extract(last_turn(rollout)) if self.extract is not None else last_turn(rollout)
-        if answer is None:
+        turn = last_turn(rollout)
+        part = turn if self.extract is None else self.extract(turn)
+        boxed = part is not None and has_box(part)
+        answer = None if part is None else last_boxed(part) if boxed else last_sentences(part, self.max_chars)
+        if not answer:  # nothing was written, or a box is not complete
             return 0.0
         if len(answer) > self.max_chars:
             rollout.counts[MATH_TOO_LONG] += 1
             return 0.0
-        worker = self._workers.get()
-        try:
-            equal = worker.compare(str(rollout.item[self.field]), answer)
-        finally:
-            self._workers.put(worker)
+        gold = gold_text(rollout.item, self.field)
+        equal = _equal_numbers(answer, gold)
+        if equal is None:
+            equal = self._compare(_for_math_verify(gold), _in_box(answer) if boxed else answer)
         if equal is None:
             rollout.counts[MATH_TIMEOUT] += 1
         return float(bool(equal))
+
+    def _compare(self, gold: str, answer: str) -> bool | None:
+        worker = self._workers.get()
+        try:
+            try:
+                return worker.compare(gold, answer)
+            except ValueError:  # what an earlier answer left in the process's memory may keep it from reading anything
+                worker.kill()
+                return worker.compare(gold, answer)
+        finally:
+            self._workers.put(worker)
+
+
+def _in_box(text: str) -> str:
+    return f"\\boxed{{{text}}}"
+
+
+def _equal_numbers(answer: str, gold: str) -> bool | None:
+    """Whether two plain numbers are equal, None where one is none and math-verify has to look at them."""
+    expected, got = read_number(gold), read_number(answer)
+    if expected is None or got is None:
+        return None
+    equal = same_number(answer, expected, "lenient")
+    # 10 % is also 0.1, which math-verify knows.
+    return equal or (None if PERCENT in (expected.unit, got.unit) else False)
+
+
+def _for_math_verify(gold: str) -> str:
+    """A gold answer as math-verify reads it: of `1 1/2` it would take the 1."""
+    amount = read_number(gold)
+    return gold if amount is None or amount.unit == PERCENT else str(amount.value)
 
 
 class _Worker:

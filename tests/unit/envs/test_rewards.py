@@ -12,18 +12,20 @@ import psutil
 import pytest
 
 from fuchsia_pl.envs import ConfigError
+from fuchsia_pl.envs.golds import bad_golds
 from fuchsia_pl.envs.rewards import (
     Judge,
     MathAnswer,
     exact_match,
     format_tags,
     last_between,
+    last_boxed,
     length_penalty,
     number_match,
     parse_number,
 )
 from fuchsia_pl.types import Completion, Turn
-from tests.doubles import said
+from tests.doubles import TinyEnvironment, said
 
 GOOD = "<thinking>2 and 2</thinking>\n<answer>4</answer>"
 
@@ -32,6 +34,7 @@ GOOD = "<thinking>2 and 2</thinking>\n<answer>4</answer>"
     ("text", "score"),
     [
         (GOOD, 1.0),
+        (f"{GOOD[:10]}<answer>3</answer>{GOOD[10:]}", 0.25),
         (f"  {GOOD}\n", 1.0),
         # all four tags once is 1/2; the form adds the other half
         (f"well, {GOOD}", 0.5),
@@ -102,16 +105,91 @@ def test_the_last_pair_of_tags_counts():
 
 
 def test_matches_by_hand():
-    rollouts = [said("<answer>1,000.0</answer>", {"answer": 1000}), said("<answer>1000</answer>", {"answer": "1000"})]
+    rollouts = [
+        said("<answer>1,000.0</answer>", {"answer": 1000}),
+        said("<answer> 1000 </answer>", {"answer": " 1000"}),
+    ]
 
     def inside(text):
         return last_between(text, "answer")
 
+    def unstripped(text):
+        return text.partition("<answer>")[2].partition("</answer>")[0]
+
     assert number_match(extract=inside)(rollouts) == [1.0, 1.0]
+    assert exact_match(extract=unstripped)(rollouts) == [0.0, 1.0]
     assert exact_match(extract=inside)(rollouts) == [0.0, 1.0]
     assert exact_match("gold", name="same")([said(" yes ", {"gold": "yes"})]) == [1.0]
     with pytest.raises(ValueError, match="gold answer 'many' is no number"):
         number_match()([said("3", {"answer": "many"})])
+
+
+THINKING = [
+    ("<think>Let me try 3", 0.0),
+    ("<think>\\boxed{3}? no</think>I do not know", 0.0),
+    ("<think>3</think>", 0.0),
+    ("3? no</think>4", 0.0),
+    ("<thinking>3</thinking>4<thinking>3", 0.0),
+    ("<think>4? no</think>3", 1.0),
+    ("<thinking>4</thinking> 3 ", 1.0),
+]
+
+
+@pytest.mark.parametrize(("text", "score"), THINKING)
+def test_reasoning_is_not_an_answer(math, text, score):
+    rollout = said(text, {"answer": "3"})
+    assert [reward([rollout]) for reward in (exact_match(), number_match(), math)] == [[score]] * 3
+
+
+def test_the_scorer_of_a_number_match_decides_what_is_a_number():
+    rollouts = [said(text, {"answer": r"\$32,\!348"}) for text in ("32348", "**32,348**", "32348 dollars", "$32,349$")]
+    assert number_match()(rollouts) == number_match(scorer="lenient")(rollouts) == [1.0, 1.0, 1.0, 0.0]
+    assert number_match(scorer="strict")(rollouts) == [1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ConfigError, match=r"a scorer of \['lenient', 'strict'\], got 'loose'"):
+        number_match(scorer="loose")
+
+
+NO_TEXT = [
+    (None, "None in 'answer' is neither text nor a number"),
+    (True, "True in 'answer' is neither text nor a number"),
+    ({"a": 1}, "is neither text nor a number"),
+    (["1", "2"], "is a list, and a reward takes one answer"),
+    (float("nan"), "is not finite"),
+    ("  ", "is empty"),
+]
+
+
+@pytest.mark.parametrize(("gold", "words"), NO_TEXT)
+def test_a_gold_that_is_no_text_is_refused_by_every_reward(math, gold, words):
+    for reward in (exact_match(), number_match(), math):
+        assert words in reward.check_gold({"answer": gold})
+        assert "there is no field 'answer', there are ['gold']" in reward.check_gold({"gold": gold})
+
+
+@pytest.mark.parametrize(
+    "gold", [r"\$36", r"\$18.90", r"\$32,\!348", "1 1/2", "50 km/h", 1e-07, "1e-07", 72, 0.5, "-3"]
+)
+def test_golds_that_are_numbers_are_accepted_and_earned(math, gold):
+    item = {"answer": gold}
+    assert [reward.check_gold(item) for reward in (exact_match(), number_match(), math)] == [None] * 3
+    boxed = said(f"it is $\\boxed{{{gold}}}$.", item)
+    assert math([boxed]) == [1.0]
+    assert number_match(extract=last_boxed)([boxed]) == [1.0]
+    wrong = [said(f"\\boxed{{{answer}}}", item) for answer in ("1", "0", "35", "18.9001", "50 m/s", "0.500001")]
+    assert math(wrong) == number_match(extract=last_boxed)(wrong) == [0.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("gold", "words"),
+    [
+        ("many", "'many' is no number"),
+        ("1,2", "'1,2' is no number"),
+        ("x + 1", "is no number"),
+    ],
+)
+def test_a_gold_that_is_no_number_is_refused_where_numbers_are_compared(gold, words):
+    assert words in number_match().check_gold({"answer": gold})
+    assert exact_match().check_gold({"answer": gold}) is None
 
 
 def test_the_length_penalty_by_hand():
@@ -144,6 +222,18 @@ def math():
         ("3", "", 0.0),
         ("3", "\u0663", 0.0),
         ("3", "\x00", 0.0),
+        ("x+1", "\\boxed{x}, no, \\boxed{1 + x}", 1.0),
+        ("x+1", "\\boxed{x + 1}, no, \\boxed{x}", 0.0),
+        ("3", "\\boxed{2}, no, \\boxed{3}", 1.0),
+        ("3", "\\boxed{3}, no, \\boxed{3", 0.0),
+        ("3", "\\boxed{}", 0.0),
+        ("1 1/2", "so it is $\\frac{3}{2}$", 1.0),
+        ("1 1/2", "so it is $1$", 0.0),
+        ("\\$36", "the price is $36$", 1.0),
+        ("10\\%", "\\boxed{0.1}", 1.0),
+        ("1/3", "\\boxed{0.333333}", 0.0),
+        ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}", 1.0),
+        ("\\text{Evelyn}", "\\boxed{\\text{Briana}}", 0.0),
     ],
 )
 def test_mathematics_is_compared_and_not_text(math, gold, answer, score):
@@ -153,7 +243,7 @@ def test_mathematics_is_compared_and_not_text(math, gold, answer, score):
 def test_answers_are_compared_from_any_thread(math):
     """math-verify's own limits are signals, which outside of a main thread made every answer wrong."""
     found = []
-    thread = threading.Thread(target=lambda: found.append(math([said("$\\frac{2}{4}$", {"answer": "0.5"})])))
+    thread = threading.Thread(target=lambda: found.append(math([said("$2x + x$", {"answer": "3x"})])))
     thread.start()
     thread.join(30)
     assert found == [[1.0]]
@@ -180,18 +270,53 @@ def test_a_hostile_answer_scores_nothing_is_counted_and_holds_up_nobody(math, an
 def test_no_process_is_left_behind():
     before = set(psutil.Process().children())
     reward = MathAnswer(num_workers=2)
-    reward([said("$1$", {"answer": "1"}), said("$2$", {"answer": "1"})])
+    reward([said("$x$", {"answer": "y"}), said("$y$", {"answer": "y"})])
     workers = set(psutil.Process().children()) - before
     assert 1 <= len(workers) <= 2
     reward.close()
     assert not any(worker.is_running() for worker in workers)
-    assert reward([said("$1$", {"answer": "1"})]) == [1.0]  # started again where it is needed
+    assert reward([said("$x$", {"answer": "x"})]) == [1.0]  # started again where it is needed
     reward.close()
 
 
+def test_what_comes_before_the_answer_may_be_of_any_length(math):
+    long = "I add two numbers and look at the sum. " * 72  # 2,808 characters
+    rollouts = [
+        said(f"{long}\\boxed{{3}}", {"answer": "3"}),
+        said(f"{long}\nSo it is $3$.", {"answer": "3"}),
+        said(f"{long}\nSo it is $4$.", {"answer": "3"}),
+        said(f"\\boxed{{{'1+' * 1100}1}}", {"answer": "3"}),
+    ]
+    assert math(rollouts) == [1.0, 1.0, 0.0, 0.0]
+    assert [rollout.counts["math_too_long"] for rollout in rollouts] == [0, 0, 0, 1]
+
+
+def test_golds_are_checked_in_the_worker_processes(math):
+    class Maths(TinyEnvironment):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reward_functions, self.reward_weights = [math], {}
+
+    golds = [
+        "x^2 + 1",
+        "\\frac{a}{b}",
+        "(1, 2]",
+        "\\text{east}",
+        "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+        "$",
+        "72",
+        None,
+    ]
+    found = bad_golds(Maths(), [{"answer": gold} for gold in golds])
+    assert len(found) == 2
+    assert found[0].startswith("item 5: math-verify cannot read the gold answer '$'")
+    assert found[1].startswith("item 7: the gold answer None in 'answer' is neither")
+    assert "does not read the gold answer '((((" in math.check_gold({"answer": "(" * 1900})
+
+
 def test_a_gold_answer_that_is_no_mathematics_is_told(math):
-    with pytest.raises(ValueError, match="cannot read the gold answer ''"):
-        math([said("$3$", {"answer": ""})])
+    with pytest.raises(ValueError, match="cannot read the gold answer '\\$'"):
+        math([said("$3$", {"answer": "$"})])
     with pytest.raises(ConfigError, match="timeout_s above 0, got 0"):
         MathAnswer(timeout_s=0)
 
@@ -238,6 +363,16 @@ def endpoint():
         ("Score: 2\nno, Score: 4.5", 0.45),
         ("Score: 11", None),
         ("I like it", None),
+        ("**Score:** 7", 0.7),
+        ("Score: **7**", 0.7),
+        ("Score: 1/5", 0.2),
+        ("**Score: 7/10**", 0.7),
+        ("Score (0-10): 7 out of 10", 0.7),
+        ("Score: 6/5", None),
+        ("Score: 7/1000", None),
+        ("Score: 70%", None),
+        ("<think>Score: 9?</think>Score: 3", 0.3),
+        ("<think>Score: 9", None),
     ],
 )
 def test_a_judges_score_is_read_or_counted(endpoint, reply, score):
@@ -250,6 +385,16 @@ def test_a_judges_score_is_read_or_counted(endpoint, reply, score):
     system, user = Endpoint.asked[0]["messages"]
     assert "It is polite." in system["content"]
     assert "<answer_to_grade>\n[assistant]\nthe answer\n</answer_to_grade>" in user["content"]
+
+
+def test_a_judge_reads_no_thinking_and_nothing_where_there_is_no_answer(endpoint):
+    Endpoint.replies = [(200, "Score: 7")]
+    rollout, silent = said("<think>secret</think>the answer"), said("<think>it would be the answer")
+    rollout.messages.insert(0, {"role": "user", "content": "<think>mine</think>?"})
+    judge = Judge("judge", "x", endpoint)
+    assert asyncio.run(judge([rollout, silent])) == [0.7, 0.0]
+    assert len(Endpoint.asked) == 1
+    assert judge.describe(rollout) == "[user]\n<think>mine</think>?\n\n[assistant]\nthe answer"
 
 
 def test_a_judge_is_asked_again_after_a_failure_a_bounded_number_of_times(endpoint):

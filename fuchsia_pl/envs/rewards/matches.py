@@ -1,0 +1,133 @@
+"""Rewards that compare the answer with the gold answer of the item. Nothing that a policy writes is evaluated."""
+
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from numbers import Real
+from typing import Any, get_args
+
+from fuchsia_pl.envs.golds import checks_gold
+from fuchsia_pl.envs.rewards.numbers import Amount, Scorer, read_number, same_number
+from fuchsia_pl.types import ConfigError, Item, Rollout
+
+Reward = Callable[..., list[float]]
+Extract = Callable[[str], str | None]
+
+
+def last_between(text: str, tag: str) -> str | None:
+    """What stands in the last `<tag>…</tag>` of a text, stripped; None where there is none.
+
+    >>> last_between("<answer>1</answer> no, <answer> 2 </answer>", "answer")
+    '2'
+    """
+    before, closed, _ = text.rpartition(f"</{tag}>")
+    _, opened, inside = before.rpartition(f"<{tag}>")
+    return inside.strip() if closed and opened else None
+
+
+def last_turn(rollout: Rollout) -> str:
+    """The answer: what the policy wrote in its last turn without the thinking; "" where it never came to it."""
+    return rollout.turns[-1].answer if rollout.turns else ""
+
+
+def exact_match(field: str = "answer", extract: Extract = str.strip, name: str = "correct") -> Reward:
+    """1.0 where what is extracted from the answer equals the item's field as a string, both stripped.
+
+    Args:
+        field: The item's field with the gold answer.
+        extract: Takes the answer out of the last turn without its thinking, None where there is none.
+        name: The reward's name in logs.
+
+    Raises:
+        ValueError: When called, if an item's field is not a text or a number.
+    """
+
+    @checks_gold(lambda item: gold_problem(lambda: gold_text(item, field)))
+    def reward(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
+        answers = [(extract(last_turn(rollout)), gold_text(rollout.item, field)) for rollout in rollouts]
+        return [float(answer is not None and answer.strip() == gold) for answer, gold in answers]
+
+    return named(reward, name)
+
+
+def number_match(
+    field: str = "answer",
+    extract: Extract = str.strip,
+    name: str = "correct",
+    scorer: Scorer = "lenient",
+    read_gold: Callable[[str], str] = str.strip,
+) -> Reward:
+    """1.0 where what is extracted from the answer is the same number as the item's field, exactly.
+
+    Args:
+        field: The item's field with the gold number, in any form that the lenient scorer reads.
+        extract: Takes the answer out of the last turn without its thinking, None where there is none.
+        name: The reward's name in logs.
+        scorer: "lenient" takes the number however a person would write it, "strict" a bare number alone; the table in
+            `numbers.py` shows what each reads.
+        read_gold: Takes the number out of the item's field.
+
+    Raises:
+        ConfigError: There is no such scorer.
+        ValueError: When called, if an item's field is no number.
+    """
+    if scorer not in get_args(Scorer):
+        raise ConfigError(f"number_match takes a scorer of {list(get_args(Scorer))}, got {scorer!r}")
+
+    @checks_gold(lambda item: gold_problem(lambda: gold_number(item, field, read_gold)))
+    def reward(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
+        answers = [(extract(last_turn(rollout)), gold_number(rollout.item, field, read_gold)) for rollout in rollouts]
+        return [float(answer is not None and same_number(answer, gold, scorer)) for answer, gold in answers]
+
+    return named(reward, name)
+
+
+def gold_text(item: Item, field: str) -> str:
+    """An item's gold answer as text, stripped.
+
+    Raises:
+        ValueError: It is missing, empty, or neither text nor a number.
+
+    >>> gold_text({"answer": 1e-07}, "answer")
+    '1e-07'
+    """
+    if field not in item:
+        raise ValueError(f"there is no field {field!r}, there are {[str(key) for key in item][:10]}")
+    gold = item[field]
+    if isinstance(gold, list | tuple | set):
+        raise ValueError(f"the gold answer {str(gold)[:80]} in {field!r} is a list, and a reward takes one answer")
+    if isinstance(gold, bool) or not isinstance(gold, str | Real | Decimal):
+        raise ValueError(f"the gold answer {str(gold)[:80]} in {field!r} is neither text nor a number")
+    if not isinstance(gold, str) and not math.isfinite(gold):
+        raise ValueError(f"the gold answer {gold} in {field!r} is not finite")
+    if not str(gold).strip():
+        raise ValueError(f"the gold answer in {field!r} is empty")
+    return str(gold).strip()
+
+
+def gold_number(item: Item, field: str, read_gold: Callable[[str], str]) -> Amount:
+    """An item's gold answer as a number.
+
+    Raises:
+        ValueError: It is none.
+    """
+    gold = read_gold(gold_text(item, field))
+    amount = read_number(gold)
+    if amount is None:
+        raise ValueError(f"the gold answer {gold[:80]!r} is no number")
+    return amount
+
+
+def gold_problem(read: Callable[[], object]) -> str | None:
+    """What a reader of a gold answer finds wrong, None where it finds nothing."""
+    try:
+        read()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def named(reward: Reward, name: str) -> Reward:
+    """The reward function with its name in logs."""
+    reward.__name__ = name
+    return reward

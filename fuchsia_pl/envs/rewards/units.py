@@ -1,0 +1,80 @@
+"""Units that may stand at a number. Other words do not: "72 thousand", "72 short" and "72 dozen" are not 72."""
+
+import re
+
+# One spelling of each unit, and its others.
+SPELLINGS = {
+    "$": ("us$", "usd", "dollar", "dollars", "us dollars", "bucks"),
+    "€": ("eur", "euro", "euros"),
+    "pound": ("£", "gbp", "pounds", "lb", "lbs"),
+    "¥": ("yen", "jpy"),
+    "₹": ("rupee", "rupees", "inr"),
+    "%": ("percent", "per cent"),
+    "mm": ("millimeter", "millimeters", "millimetre", "millimetres"),
+    "cm": ("centimeter", "centimeters", "centimetre", "centimetres"),
+    "meter": ("meters", "metre", "metres"),
+    "km": ("kilometer", "kilometers", "kilometre", "kilometres"),
+    "inch": ("inches", "in"),
+    "foot": ("feet", "ft"),
+    "yard": ("yards", "yd"),
+    "mile": ("miles", "mi"),
+    "mg": ("milligram", "milligrams"),
+    "gram": ("g", "grams"),
+    "kg": ("kilogram", "kilograms"),
+    "ounce": ("ounces", "oz"),
+    "ml": ("milliliter", "milliliters", "millilitre", "millilitres"),
+    "liter": ("liters", "litre", "litres"),
+    "gallon": ("gallons",),
+    "second": ("seconds", "s", "sec"),
+    "minute": ("minutes", "min"),
+    "hour": ("hours", "h", "hr", "hrs"),
+    "day": ("days",),
+    "week": ("weeks",),
+    "month": ("months",),
+    "year": ("years",),
+    "°": ("degree", "degrees"),
+    "°c": ("degrees celsius",),
+    "°f": ("degrees fahrenheit",),
+    "mile/hour": ("mph",),
+    "meter/second": ("m/s",),
+    "km/hour": ("kph", "kmh"),
+}
+UNITS = {spelling: unit for unit, others in SPELLINGS.items() for spelling in (unit, *others)}
+SIGNS = ("US$", "$", "€", "£", "¥", "₹", "USD", "EUR", "GBP")
+CURRENCY = "|".join(re.escape(sign) for sign in SIGNS)
+LENGTHS = ("mm", "cm", "meter", "km", "inch", "foot", "yard", "mile")
+POWERS = {"square": 2, "sq": 2, "cubic": 3, "^2": 2, "^{2}": 2, "\u00b2": 2, "^3": 3, "^{3}": 3, "\u00b3": 3}
+PER = re.compile(r"\s*/\s*|(?:^|\s+)(?:per|an?)\s+")
+
+
+def canonical_unit(currency: str, written: str) -> str | None:
+    """A number's unit in one spelling, "" where there is none, None where it is not known.
+
+    Args:
+        currency: The sign before the number, "" where there is none.
+        written: What stands behind the number.
+
+    >>> canonical_unit("$", ""), canonical_unit("", "Dollars"), canonical_unit("$", "per hour"), canonical_unit("", "dozen")
+    ('$', '$', '$/hour', None)
+    >>> canonical_unit("", "square feet"), canonical_unit("", "cm^2"), canonical_unit("", "^2"), canonical_unit("$", "million")
+    ('foot^2', 'cm^2', None, None)
+    """
+    before, after = UNITS[currency.lower()] if currency else "", _unit(" ".join(written.lower().split()))
+    if after is None or not before:
+        return after
+    if after in ("", before):
+        return before
+    return before + after if after.startswith("/") else None
+
+
+def _unit(text: str) -> str | None:
+    if not text or text in UNITS:
+        return UNITS.get(text, "")
+    for mark, power in POWERS.items():
+        length = UNITS.get(text.removeprefix(f"{mark} ") if mark.isalpha() else text.removesuffix(mark).rstrip())
+        if length in LENGTHS:
+            return f"{length}^{power}"
+    first, *others = PER.split(text)
+    if len(others) != 1 or others[0] not in UNITS or (first and first not in UNITS):
+        return None
+    return f"{UNITS.get(first, '')}/{UNITS[others[0]]}"
