@@ -18,6 +18,7 @@ from fuchsia_pl.rollouts.scoring import score_group
 from fuchsia_pl.types import Completion, ConfigError, Item, Message, Rollout, RolloutStatus, Turn
 
 T = TypeVar("T")
+RESPONSE = "some response"  # stands for what an environment answers
 MARK_TOKENS = 16  # the last tokens of a header, among which an opening mark of thinking is looked for
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,13 @@ class Collector:
         environment = self.environment
         if environment.max_steps == 1:
             return
-        response = {"role": environment.tool_convention.role, "content": "a"}
-        self.chat.bridge(environment.messages(item), [response], None, self._template_tools)
+        response = {"role": environment.tool_convention.role, "content": RESPONSE}
+        ids = self.chat.bridge(environment.messages(item), [response], None, self._template_tools)
+        if RESPONSE not in self.chat.raw_text(ids):
+            raise ConfigError(
+                f"the model's chat template leaves out the text of a response with the role {response['role']!r}: use another "
+                "template (model.policy.chat_template) or another model"
+            )
         if self.chat.rewrites_earlier_turns:
             logger.warning(
                 "the model's chat template shows earlier turns otherwise than they were written (some leave thinking out). "
