@@ -6,9 +6,10 @@ import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fuchsia_pl.batch import Batch, Denominators, RolloutScores
-from fuchsia_pl.engines.base import Engine, EngineSpec
+from fuchsia_pl.engines.base import Engine, EngineSpec, engine_log
 from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
 from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.loop import LoopThread, cancel_others
@@ -31,6 +32,7 @@ from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
 from fuchsia_pl.rollouts.credit import OVERLONG, changes_nothing, make_samples, penalise_overlong, scores_by_rollout
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
+from fuchsia_pl.rollouts.parts import Scorer, engine_sleeps
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_accumulation, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
@@ -38,29 +40,6 @@ from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
 CLOSE_TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Scorer(Protocol):
-    """What the data module knows of the module: it says of rollouts what only the model can."""
-
-    @property
-    def shares_prefix(self) -> bool:
-        """Whether what siblings have in common is computed once."""
-
-    @property
-    def max_tokens_per_micro_batch(self) -> int | None:
-        """The budget that decides the number of micro-batches, if there is one."""
-
-    def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
-        """KL and values of the tokens of some micro-batches."""
-
-
-@runtime_checkable
-class TurnTaker(Protocol):
-    """What the data module knows of a callback that lets engine and trainer take turns on one device."""
-
-    def engine_sleeps(self, trainer: Trainer) -> bool:
-        """Whether the engine will be asked to sleep; refuses what that does not work with."""
 
 
 class RolloutDataModule(LightningDataModule):
@@ -104,6 +83,8 @@ class RolloutDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
+        self._started_at = datetime.now()  # of the run: what a chat template that writes the date takes for the present
+        self._stage = ""
         self._collector: Collector | None = None
         self._loop: LoopThread | None = None
         self._phases: PhasesAhead[tuple[Sampled, float]] | None = None
@@ -125,21 +106,17 @@ class RolloutDataModule(LightningDataModule):
             ToolServerError: A tool server did not start.
             EngineError: The engine did not start.
         """
-        trainer = self._trainer
+        trainer, self._stage = self._trainer, stage
         if self.batch_size % trainer.world_size:
             raise ConfigError(
                 f"data.batch_size={self.batch_size} is no multiple of the {trainer.world_size} ranks, which each sample their "
                 "share of the items"
             )
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        sleeps = any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, TurnTaker))
-        chat = Chat(self.served_model.folder)
-        self._collector = Collector(self.engine, self.environment, chat, self.sampling)
+        sleeps = engine_sleeps(trainer)
+        self._started_at = trainer.strategy.broadcast(self._started_at)
+        self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
         self._run(self._collector.prepare())
-        if stage == "fit":
-            self._check_training()
-        if stage != "fit" or trainer.limit_val_batches:
-            self._check_held_out()
+        self._check_prompts()
         self.engine.start(
             EngineSpec(
                 self.served_model,
@@ -155,6 +132,22 @@ class RolloutDataModule(LightningDataModule):
                 sleeps=sleeps,
             )
         )
+
+    def make_chat(self) -> Chat:
+        """The model's chat, as the config has it."""
+        model = self.served_model
+        return Chat(model.folder, model.chat_template, self._started_at, self.sampling.special_tokens_in_text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: when the run was started."""
+        return {"started_at": self._started_at.isoformat()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the start of the run that is resumed, so that its prompts are the same. Lightning calls this after `setup`."""
+        self._started_at = datetime.fromisoformat(state_dict["started_at"])
+        if self._collector is not None and self._collector.chat.template.writes_date:
+            self._collector.chat = self.make_chat()
+            self._check_prompts()
 
     def teardown(self, stage: str) -> None:
         """Ends the environment's servers and the engine, while the interpreter is still whole."""
@@ -205,6 +198,13 @@ class RolloutDataModule(LightningDataModule):
     @property
     def _scorer(self) -> Scorer:
         return cast(Scorer, self._trainer.lightning_module)
+
+    def _check_prompts(self) -> None:
+        """Renders all prompts that the stage will need."""
+        if self._stage == "fit":
+            self._check_training()
+        if self._stage != "fit" or self._trainer.limit_val_batches:
+            self._check_held_out()
 
     def _check_training(self) -> None:
         """Refuses, before the engine starts, what would fail or silently drop rows later."""
@@ -389,12 +389,3 @@ class RolloutDataModule(LightningDataModule):
         rollouts = tuple(rollout for group in siblings for rollout in group)
         fractions = reward_fractions(rollouts, self.environment, self._trainer.world_size)
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]
-
-
-def engine_log(rank: int) -> str:
-    """Name of the file that a rank's engine writes to.
-
-    >>> engine_log(0), engine_log(3)
-    ('engine.log', 'engine.rank3.log')
-    """
-    return f"engine.rank{rank}.log" if rank else "engine.log"

@@ -18,7 +18,7 @@ from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import total_norm
-from fuchsia_pl.policy.sources import resolve_model
+from fuchsia_pl.policy.sources import read_template, resolve_model
 from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
 
 MICRO_BATCHES_KEY = "num_micro_batches"
@@ -58,7 +58,8 @@ class GRPOModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         lora_rank = policy.lora.r if policy.lora.enabled else 0
-        self.learner = Learner(ServedModel(policy.name, policy.dtype, lora_rank, resolve_model), loss)
+        template = read_template(policy.chat_template)
+        self.learner = Learner(ServedModel(policy.name, policy.dtype, lora_rank, resolve_model, template), loss)
         self.policy: Policy | None = None
         self.step_metrics: dict[str, Tensor] = {}
         self.rollout_metrics: Mapping[str, float] = {}

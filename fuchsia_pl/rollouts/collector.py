@@ -20,6 +20,7 @@ from fuchsia_pl.rollouts.scoring import score_group
 from fuchsia_pl.types import Completion, ConfigError, Item, Message, Prompt, Rollout, RolloutStatus, Turn
 
 T = TypeVar("T")
+RESPONSE = "some response"  # stands for what an environment answers
 MARK_TOKENS = 16  # the last tokens of a header, among which an opening mark of thinking is looked for
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,14 @@ class Collector:
         environment = self.environment
         if environment.max_steps == 1:
             return
-        response = {"role": environment.tool_convention.role, "content": "a"}
+        response = {"role": environment.tool_convention.role, "content": RESPONSE}
         messages = self._messages(items[index], place_of(items, index))
-        self.chat.bridge(messages, [response], None, self._template_tools)
+        ids = self.chat.bridge(messages, [response], None, self._template_tools)
+        if RESPONSE not in self.chat.raw_text(ids):
+            raise ConfigError(
+                f"the model's chat template leaves out the text of a response with the role {response['role']!r}: use another "
+                "template (model.policy.chat_template) or another model"
+            )
         if self.chat.rewrites_earlier_turns:
             logger.warning(
                 "the model's chat template shows earlier turns otherwise than they were written (some leave thinking out). "

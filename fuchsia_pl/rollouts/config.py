@@ -22,6 +22,8 @@ class SamplingConfig:
         validation_temperature: Temperature on the held-out split; 0 is greedy.
         max_staleness: Optimizer steps by which sampling may run ahead of training, and by which the weights that sampled may be
             older than those that learn from it. 0 samples and trains in turns.
+        special_tokens_in_text: Whether the name of a control token (`<|im_end|>`, `<tool_call>`) in an item's text or in what a
+            tool returns becomes that token. By default it is text, with which nobody ends a turn or a block.
         in_flight: What rollouts do that are being sampled when new weights come: "finish" lets them end first, "continue" lets
             them go on with the new ones.
         top_p: Only here to say why not: the loss is of the whole distribution, so all of it must be sampled from.
@@ -37,6 +39,7 @@ class SamplingConfig:
     validation_temperature: float = 0.0
     max_staleness: int = 0
     in_flight: Literal["finish", "continue"] = "finish"
+    special_tokens_in_text: bool = False
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0

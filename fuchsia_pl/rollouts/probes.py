@@ -33,7 +33,10 @@ def after_turn(render: Render, messages: list[Message], responses: list[Message]
     Raises:
         ConfigError: The template refuses the exchange, or does not show the policy's turn exactly once.
     """
-    exchange = [*messages, {"role": "assistant", "content": TURN}, *responses]
+    turn = TURN
+    while any(turn in message["content"] for message in [*messages, *responses]):
+        turn += "x"
+    exchange = [*messages, {"role": "assistant", "content": turn}, *responses]
     try:
         text = render(exchange, True, tools)
     except TEMPLATE_ERRORS as error:
@@ -41,13 +44,29 @@ def after_turn(render: Render, messages: list[Message], responses: list[Message]
             f"the model's chat template cannot render a response with the roles {[m['role'] for m in responses]} ({error}): call "
             'rollout.respond(text, role=…) with a role that it has, mostly "user", once a turn, or use another model'
         ) from error
-    _, found, after = text.partition(TURN)
-    if not found or after.count(TURN) > sum(m["content"].count(TURN) for m in responses):
+    _, found, after = text.partition(turn)
+    if not found or turn in after:
         raise ConfigError(
             "the model's chat template does not show an earlier turn of the policy exactly once, so no further turn can be put "
             "after it: use a single-turn environment, or another model"
         )
     return after
+
+
+def turn_edges(render: Render) -> tuple[str, list[str]]:
+    """What the template writes before a first question, and behind turns: the policy's last one, and a user's.
+
+    A token that begins what stands behind a turn ends it. In some templates nothing does, and the next header follows at once.
+    """
+    question, answer = {"role": "user", "content": TURN}, {"role": "assistant", "content": TURN}
+    header, endings = "", []
+    for messages, adds_header in (([QUESTION, answer], False), ([question], True)):
+        try:
+            header, _, ending = render(messages, adds_header, ()).rpartition(TURN)
+        except TEMPLATE_ERRORS:
+            continue
+        endings.append(ending)
+    return header, endings
 
 
 def rewrites_earlier_turns(render: Render) -> bool:

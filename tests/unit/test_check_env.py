@@ -116,6 +116,22 @@ def test_what_cannot_be_checked_is_an_error(run, capsys):
     assert "Did you mean 'data.batch_size'?" in capsys.readouterr().err
 
 
+def test_it_shows_the_prompts_that_the_chat_template_of_the_config_makes(run, tmp_path, capsys):
+    _, out = run("Right")
+    assert "<|im_start|>user" in out
+    code, out = run("Right", "--model.policy.chat_template", "none")
+    assert code == 0
+    assert "<|im_start|>" not in out.partition("text")[0]  # the table below has a row of special tokens
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}Question: {{ m['content'] }}{% endfor %} Answer:")
+    code, out = run("Right", "--model.policy.chat_template", "chat.jinja")
+    assert code == 0
+    assert "Question: " in out
+    with pytest.raises(SystemExit) as caught:
+        run("Right", "--model.policy.chat_template", "other.jinja")
+    assert caught.value.code == 2
+    assert "'other.jinja' is no template" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("config", ["quickstart.yaml", "countdown.yaml", "function_calling.yaml"])
 def test_the_environments_that_come_with_it_hold(config, tmp_path):
     command = [

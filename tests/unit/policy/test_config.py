@@ -26,3 +26,8 @@ def test_what_cannot_be_trained_or_served_is_refused(setting, words):
 def test_sizes_need_a_token(name):
     with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
         PolicyConfig(name="m", **{name: 0})
+
+
+def test_a_chat_template_must_be_there():
+    with pytest.raises(ValueError, match=r"model\.policy\.chat_template='no.jinja' is no template"):
+        PolicyConfig(name="m", chat_template="no.jinja")

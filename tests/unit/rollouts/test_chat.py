@@ -226,3 +226,34 @@ def test_a_tokenizer_without_a_template_is_refused(tiny_model, tmp_path):
 def test_roles_that_the_template_does_not_know_are_told(chat_of):
     with pytest.raises(ConfigError, match=r"cannot render the roles \['user', 'user'\]"):
         chat_of("gemma").render([*QUESTION, *QUESTION])
+
+
+@pytest.mark.parametrize(
+    ("family", "ends", "bridge"),
+    [
+        ("qwen2_5", ["<|im_end|>", "<|endoftext|>"], "\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "llama3_1",
+            ["<|eot_id|>", "<|eom_id|>"],
+            "<|start_header_id|>user<|end_header_id|>\n\nsure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        # nothing ends a turn but the next header, which must stay
+        ("glm4moe", ["<|endoftext|>"], "<|user|>\nsure?<|assistant|>"),
+    ],
+)
+def test_a_turn_that_ended_with_any_of_the_models_ends_gets_no_second_one(tmp_path, family, ends, bridge):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    template = (TEMPLATES / f"{family}.jinja").read_text()
+    names = [*ends, "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.eos_token, tokenizer.chat_template = ends[0], template
+    tokenizer.save_pretrained(tmp_path)
+    end_ids = tokenizer.convert_tokens_to_ids(ends)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end_ids}))
+    chat = Chat(tmp_path)
+    for end in end_ids:
+        got = chat.raw_text(chat.bridge(QUESTION, [{"role": "user", "content": "sure?"}], end))
+        assert got.removesuffix("\n<think></think>") == bridge, chat.raw_text([end])
+    # where a stop string ended it, the end is the template's
+    cut = chat.raw_text(chat.bridge(QUESTION, [{"role": "user", "content": "sure?"}], 36))
+    assert cut.removesuffix("\n<think></think>") == (bridge if family == "glm4moe" else ends[0] + bridge)

@@ -1,0 +1,147 @@
+"""Text of items and tools stays text: the name of an added token in it, such as `<|im_end|>`, becomes no control id.
+
+A letters-and-digits mark, the cut, is put inside every such name before the chat template renders the messages. All other
+characters pass through the template as they are, so trimming and JSON escaping work as always. In the rendered text only
+the template's own tokens are whole. They are replaced by aliases, the cuts are removed, and a copy of the tokenizer that
+knows the added tokens by their aliases alone encodes the result in one piece: ordinary text keeps the ids it always had.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from fuchsia_pl.envs.tools.spec import ToolSpec
+from fuchsia_pl.types import Message
+
+
+class Spelling:
+    """Encodes rendered conversations in which the content of messages and tools is only text.
+
+    White space that a tokenizer has as an added token is ordinary text. In a message of the role "assistant" the added tokens
+    that are not special, such as `<think>` or `<tool_call>`, are left whole: it shows how the policy itself writes.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._names = {token_id: str(t.content) for token_id, t in added.items() if len(str(t.content).strip()) > 1}
+        self._special = frozenset(token_id for token_id in self._names if added[token_id].special)
+        # Content cannot hold what it cannot know. "z" is no hex digit, so no other part of the mark looks like its start.
+        self._nonce = f"z{secrets.token_hex(8)}"
+        self._alias_nonce = f"x{secrets.token_hex(8)}"
+
+    @property
+    def control_ids(self) -> AbstractSet[int]:
+        """The ids of added tokens that stand for more than their text."""
+        return self._names.keys()
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with a cut in every name of an added token."""
+        return [self._cut(m, self._special if m.get("role") == "assistant" else self.control_ids) for m in messages]
+
+    def tools(self, tools: Sequence[ToolSpec]) -> list[ToolSpec]:
+        """Tools with a cut in every name of an added token."""
+        every = self.control_ids
+        return [
+            replace(
+                tool,
+                name=self._cut(tool.name, every),
+                description=self._cut(tool.description, every),
+                parameters=self._cut(tool.parameters, every),
+            )
+            for tool in tools
+        ]
+
+    def joined(self, text: str) -> str:
+        """A rendered text without its cuts."""
+        return text.replace(self._nonce, "")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a rendered text: an added token's id where its name stands whole, text where there is a cut in it."""
+        if self._nonce not in text:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        for token_id, start, end in reversed(self._found(text, self.control_ids)):
+            text = f"{text[:start]}{self._alias(token_id)}{text[end:]}"
+        tokenizer, own_ids = self._aliased
+        ids = tokenizer.encode(self.joined(text), add_special_tokens=False).ids
+        return [own_ids.get(token_id, token_id) for token_id in ids]
+
+    def _cut(self, value: Any, token_ids: AbstractSet[int]) -> Any:
+        """A JSON value with a cut in every name of these tokens, in its keys too."""
+        if isinstance(value, str):
+            return self._cut_text(value, token_ids)
+        if isinstance(value, Mapping):
+            return {self._cut(key, token_ids): self._cut(entry, token_ids) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._cut(entry, token_ids) for entry in value]
+        return value
+
+    def _cut_text(self, text: str, token_ids: AbstractSet[int]) -> str:
+        while found := self._found(text, token_ids):  # what is left of a name may hold another one
+            for token_id, start, end in reversed(found):
+                # A name may be matched together with white space around it, or in another Unicode form.
+                at = max(text.find(self._names[token_id], start, end), start) + 1
+                text = f"{text[:at]}{self._nonce}{text[at:]}"
+        return text
+
+    def _found(self, text: str, token_ids: AbstractSet[int]) -> list[tuple[int, int, int]]:
+        """Where the tokenizer finds these added tokens in a text: id, first and last position."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        unknown = self._tokenizer.unk_token_id
+        return [
+            (token_id, start, end)
+            for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if token_id in token_ids
+            and end - start > 1
+            # Any character that the vocabulary lacks has this id.
+            and (token_id != unknown or self._names[token_id] in text[start:end])
+        ]
+
+    def _alias(self, token_id: int) -> str:
+        return f"{self._alias_nonce}x{token_id}x"
+
+    @cached_property
+    def _aliased(self) -> tuple[Tokenizer, dict[int, int]]:
+        """The tokenizer with an alias in place of each added token's name, and the ids that it gives them."""
+        content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        content["post_processor"] = content["truncation"] = content["padding"] = None
+        for token in content["added_tokens"]:
+            if token["id"] in self._names:
+                token["content"] = self._alias(token["id"])
+        # Where the model's own vocabulary lists the names, it could put one together from ordinary text.
+        _rename(content["model"], {name: self._alias(token_id) for token_id, name in self._names.items()})
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        given = {tokenizer.token_to_id(self._alias(token_id)): token_id for token_id in self._names}
+        return tokenizer, {theirs: ours for theirs, ours in given.items() if theirs is not None}
+
+
+def _rename(model: dict[str, Any], aliases: Mapping[str, str]) -> None:
+    """Renames entries of a tokenizer's vocabulary, as `tokenizer.json` holds it, and drops the merges that made them.
+
+    >>> model = {"type": "BPE", "vocab": {"<": 0, "s>": 1, "<s>": 2}, "merges": [["<", "s>"]], "unk_token": "<s>"}
+    >>> _rename(model, {"<s>": "alias"})
+    >>> model["vocab"], model["merges"], model["unk_token"]
+    ({'<': 0, 's>': 1, 'alias': 2}, [], 'alias')
+    """
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {aliases.get(name, name): token_id for name, token_id in vocabulary.items()}
+    elif isinstance(vocabulary, list):  # Unigram: names with scores
+        model["vocab"] = [[aliases.get(name, name), score] for name, score in vocabulary]
+    if model.get("unk_token") in aliases:
+        model["unk_token"] = aliases[model["unk_token"]]
+    if "merges" in model:
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [
+            [left, right] for left, right in pairs if aliases.keys().isdisjoint((left, right, left + right))
+        ]

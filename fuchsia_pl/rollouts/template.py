@@ -1,0 +1,114 @@
+"""A model's chat template, rendered at the time at which the run was started."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from fuchsia_pl.envs.tools.spec import ToolSpec
+from fuchsia_pl.rollouts.probes import QUESTION, TEMPLATE_ERRORS, TURN, with_call_id
+from fuchsia_pl.types import PLAIN_TEXT, ConfigError, Message
+
+# Of a model that has no chat template: messages are text, and the policy continues the last one.
+BLANK_LINES = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
+
+
+class Template:
+    """Renders conversations to text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        source: The template, "none" for messages joined by blank lines, None for the tokenizer's own.
+        started_at: What the template takes for the present. Some write today's date into every prompt.
+
+    Raises:
+        ConfigError: There is no template, or it leaves the text of messages out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, source: str | None, started_at: datetime) -> None:
+        if source is None and not tokenizer.chat_template:
+            raise ConfigError(
+                "the model's tokenizer has no chat template, so a conversation cannot become ids: set "
+                'model.policy.chat_template to a file, a template, or "none" (a base model continues the messages\' text)'
+            )
+        self._tokenizer = tokenizer
+        self.is_plain = source == PLAIN_TEXT
+        self._source = BLANK_LINES if self.is_plain else source
+        self.started_at = started_at
+        self._checked: set[tuple[str, ...]] = set()
+        self.check_roles(["user"])
+
+    def __call__(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[ToolSpec]
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether the header of the policy's turn comes last.
+            tools: What the template tells the policy that it may call.
+        """
+        return self._render(messages, add_generation_prompt, tools, self.started_at)
+
+    @cached_property
+    def writes_date(self) -> bool:
+        """Whether a prompt depends on the day."""
+        later = self.started_at + timedelta(days=400)  # another day, month and year
+        try:
+            return self([QUESTION], True, ()) != self._render([QUESTION], True, (), later)
+        except TEMPLATE_ERRORS:
+            return True
+
+    @cached_property
+    def _shows_system(self) -> bool:
+        try:
+            return TURN in self([{"role": "system", "content": TURN}, QUESTION], True, ())
+        except TEMPLATE_ERRORS:
+            return False
+
+    def fitted(self, messages: list[Message]) -> list[Message]:
+        """Messages with the system text before the question, where the template has no such role."""
+        asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        if not messages or messages[0]["role"] != "system" or asked is None or self._shows_system:
+            return messages
+        question = {**messages[asked], "content": f"{messages[0]['content']}\n\n{messages[asked]['content']}"}
+        return [*messages[1:asked], question, *messages[asked + 1 :]]
+
+    def check_roles(self, roles: Sequence[str]) -> None:
+        """Refuses a template that leaves out the text of a message in a conversation of these roles.
+
+        A template that cannot render them at all raises its own error once it is used.
+
+        Raises:
+            ConfigError: Which role it leaves out.
+        """
+        if tuple(roles) in self._checked:
+            return
+        messages = [{"role": role, "content": f"{TURN}{i}x"} for i, role in enumerate(roles)]
+        try:
+            text = self(messages, True, ())
+        except TEMPLATE_ERRORS:
+            return
+        missing = next((m["role"] for m in messages if m["content"] not in text), None)
+        if missing is not None:
+            raise ConfigError(
+                f"the model's chat template leaves out the text of messages of the role {missing!r}: use another template "
+                "(model.policy.chat_template) or another model"
+            )
+        self._checked.add(tuple(roles))
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[ToolSpec], now: datetime
+    ) -> str:
+        text = self._tokenizer.apply_chat_template(
+            [with_call_id(message) for message in messages],
+            tools=[tool.for_template() for tool in tools] or None,
+            chat_template=self._source,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            strftime_now=now.strftime,  # in place of the wall clock
+        )
+        assert isinstance(text, str)
+        return text
