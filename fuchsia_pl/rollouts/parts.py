@@ -1,0 +1,68 @@
+"""What the data module knows of the module and of the callbacks beside it."""
+
+from typing import Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+
+from fuchsia_pl.batch import Batch, RolloutScores
+from fuchsia_pl.types import ConfigError
+
+
+class Scorer(Protocol):
+    """What the data module knows of the module: it computes of rollouts what only the model can."""
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what siblings have in common is computed once."""
+
+    @property
+    def max_tokens_per_micro_batch(self) -> int | None:
+        """The budget that decides the number of micro-batches, if there is one."""
+
+    def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
+        """KL and values of the tokens of some micro-batches."""
+
+
+@runtime_checkable
+class TurnTaker(Protocol):
+    """A callback that lets engine and trainer take turns on one device."""
+
+    def engine_sleeps(self, trainer: Trainer) -> bool:
+        """Whether the engine will be asked to sleep; refuses what that does not work with."""
+
+
+@runtime_checkable
+class Syncer(Protocol):
+    """A callback that gives the engine the trained weights."""
+
+    def sync(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """Loads the current weights into the engine unless it has them; returns the seconds that took."""
+
+
+@runtime_checkable
+class RunChecker(Protocol):
+    """A module or a callback with requirements on the rest of a run."""
+
+    def check_run(self, trainer: Trainer) -> None:
+        """Refuses, before the engine starts, a run that it does not work with."""
+
+
+def check_parts(trainer: Trainer) -> bool:
+    """Lets the module and every callback check the run, before the engine starts.
+
+    Returns:
+        Whether the engine will be asked to sleep.
+
+    Raises:
+        ConfigError: No callback syncs the engine, or one refuses the run.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, Syncer) for callback in callbacks):
+        raise ConfigError(
+            "the trainer has no AdapterSync, so the engine would never get the trained weights: add "
+            "fuchsia_pl.callbacks.adapter_sync.AdapterSync() to its callbacks"
+        )
+    for part in (trainer.lightning_module, *callbacks):
+        if isinstance(part, RunChecker):
+            part.check_run(trainer)
+    return any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, TurnTaker))
