@@ -31,9 +31,10 @@ from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
 from fuchsia_pl.rollouts.credit import OVERLONG, changes_nothing, make_samples, penalise_overlong, scores_by_rollout
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
+from fuchsia_pl.rollouts.flags import Limits, check_settings, return_limits, take_limits
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
-from fuchsia_pl.rollouts.parts import Scorer, engine_sleeps
-from fuchsia_pl.rollouts.phases import PhaseDataset, check_accumulation, check_phases, num_phases, phase_loader
+from fuchsia_pl.rollouts.parts import Scorer, check_parts
+from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
 
@@ -92,6 +93,7 @@ class RolloutDataModule(LightningDataModule):
         self._held_out: list[int] = []  # likewise, of the held-out items
         self._longest_row: LongestRow | None = None
         self._planned = 1  # micro-batches, as the budget decided
+        self._limits: Limits | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -112,7 +114,9 @@ class RolloutDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is no multiple of the {trainer.world_size} ranks, which each sample their "
                 "share of the items"
             )
-        sleeps = engine_sleeps(trainer)
+        sleeps = check_parts(trainer)
+        num_updates = self.loss.num_policy_updates
+        self._limits = take_limits(trainer, stage, self.steps_per_epoch, num_updates, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
         self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
         self._run(self._collector.prepare())
@@ -166,16 +170,16 @@ class RolloutDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Phases of `accumulate_grad_batches` micro-batches for each of their `num_policy_updates` optimizer steps."""
-        num_updates = self.loss.num_policy_updates
+        num_updates, steps_per_epoch = self.loss.num_policy_updates, self._taken.steps_per_epoch
         budget = self._scorer.max_tokens_per_micro_batch
         if budget is not None:
             self._plan_micro_batches(budget)
         batches_per_phase = self._trainer.accumulate_grad_batches * num_updates
         if self._phases is None:
             num_ahead = self.sampling.max_staleness // num_updates
-            last = num_phases(self._trainer, self.steps_per_epoch, num_updates)
+            last = num_phases(self._trainer, steps_per_epoch, num_updates)
             self._phases = PhasesAhead(self._loop_thread, self._sample, num_ahead, last)
-        return phase_loader(PhaseDataset(self._train_phase, self.steps_per_epoch // num_updates, batches_per_phase))
+        return phase_loader(PhaseDataset(self._train_phase, steps_per_epoch // num_updates, batches_per_phase))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out split, sampled all at once."""
@@ -196,6 +200,11 @@ class RolloutDataModule(LightningDataModule):
         return self.trainer
 
     @property
+    def _taken(self) -> Limits:
+        assert self._limits is not None, "setup comes first"
+        return self._limits
+
+    @property
     def _scorer(self) -> Scorer:
         return cast(Scorer, self._trainer.lightning_module)
 
@@ -203,13 +212,14 @@ class RolloutDataModule(LightningDataModule):
         """Renders all prompts that the stage will need."""
         if self._stage == "fit":
             self._check_training()
-        if self._stage != "fit" or self._trainer.limit_val_batches:
+        if self._taken.held_out:
             self._check_held_out()
 
     def _check_training(self) -> None:
         """Refuses, before the engine starts, what would fail or silently drop rows later."""
         assert self._collector is not None
         trainer, items = self._trainer, self.environment.train_items()
+        check_settings(trainer)
         item_indices(self.seed, 0, len(items), self.batch_size)
         self._collector.check_template(items, 0)
         prompts = self._collector.fitting(items, "training")
@@ -218,7 +228,7 @@ class RolloutDataModule(LightningDataModule):
         self._longest_row = longest_row(prompts.values(), self.sampling, has_turns=self.environment.max_steps > 1)
         budget = self._scorer.max_tokens_per_micro_batch
         if budget is None:
-            check_phases(trainer, self.steps_per_epoch, self.loss.num_policy_updates)
+            check_phases(trainer, self._taken.steps_per_epoch, self.loss.num_policy_updates)
         elif trainer.accumulate_grad_batches not in (1, self._planned):
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} and model.policy.max_tokens_per_micro_batch="
@@ -226,7 +236,6 @@ class RolloutDataModule(LightningDataModule):
             )
         else:
             check_budget(self._longest_row, budget)
-        check_accumulation(trainer)
 
     def _check_held_out(self) -> None:
         """Refuses, before anything is trained, a held-out split that could not be asked."""
@@ -243,6 +252,7 @@ class RolloutDataModule(LightningDataModule):
             logger.warning(
                 "%d held-out items are left out: their prompts are too long", len(items) - len(self._held_out)
             )
+        self._held_out = self._taken.first_held_out(self._held_out, self._trainer.world_size)
 
     def _plan_micro_batches(self, max_tokens: int) -> None:
         """Sets the trainer's number of micro-batches; only now does the model say whether it shares prefixes."""
@@ -251,7 +261,7 @@ class RolloutDataModule(LightningDataModule):
         arguments = self._longest_row, groups, self.sampling.group_size, shares_prefix, max_tokens
         self._planned = plan_micro_batches(*arguments)
         self._trainer.accumulate_grad_batches = self._planned
-        check_phases(self._trainer, self.steps_per_epoch, self.loss.num_policy_updates)
+        check_phases(self._trainer, self._taken.steps_per_epoch, self.loss.num_policy_updates)
 
     def longest_batch(self) -> Batch:
         """The largest micro-batch that can come, made of filler."""
@@ -277,6 +287,9 @@ class RolloutDataModule(LightningDataModule):
 
     def _close(self) -> None:
         loop, phases, self._loop, self._phases = self._loop, self._phases, None, None
+        if self._limits is not None and self.trainer is not None:
+            return_limits(self.trainer, self._limits)
+            self._limits = None
         try:
             if loop is not None:
                 loop.run(self._end_environment(phases), 3 * CLOSE_TIMEOUT_S)
@@ -347,7 +360,8 @@ class RolloutDataModule(LightningDataModule):
         """The groups of a phase and the seconds they took."""
         assert self._collector is not None, "setup comes first"
         start = time.perf_counter()
-        places = item_indices(self.seed, phase, len(self._fitting), self.batch_size)
+        drawn = self._taken.drawn_phase(phase)
+        places = item_indices(self.seed, drawn, len(self._fitting), self.batch_size)
         draw = Draw(
             items=self.environment.train_items(),
             indices=self._share([self._fitting[place] for place in places]),
@@ -357,7 +371,7 @@ class RolloutDataModule(LightningDataModule):
             step=phase * self.loss.num_policy_updates,
         )
         max_refills = self.loss.parts.max_refills
-        others = refill_indices(self.seed, phase, len(self._fitting), set(places)) if max_refills else []
+        others = refill_indices(self.seed, drawn, len(self._fitting), set(places)) if max_refills else []
         spare = self._share([self._fitting[place] for place in others])
         sampled = await sample_groups(self._collector, draw, spare, max_refills)
         return sampled, time.perf_counter() - start
@@ -383,9 +397,12 @@ class RolloutDataModule(LightningDataModule):
 
     def _evaluate(self) -> list[Evaluation]:
         assert self._collector is not None, "setup comes first"
-        items, indices = self.environment.validation_items(), self._share(self._held_out)
-        draw = Draw(items, indices, 1, self.sampling.validation_temperature, (self.seed, "validation"))
+        trainer, held_out = self._trainer, self._held_out
+        if trainer.sanity_checking and trainer.num_sanity_val_steps < len(held_out):
+            held_out = held_out[: max(int(trainer.num_sanity_val_steps), trainer.world_size)]
+        items = self.environment.validation_items()
+        draw = Draw(items, self._share(held_out), 1, self.sampling.validation_temperature, (self.seed, "validation"))
         siblings = self._run(self._collector.collect(draw))
         rollouts = tuple(rollout for group in siblings for rollout in group)
-        fractions = reward_fractions(rollouts, self.environment, self._trainer.world_size)
+        fractions = reward_fractions(rollouts, self.environment, trainer.world_size)
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]

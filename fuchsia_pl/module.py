@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -16,7 +16,9 @@ from fuchsia_pl.objectives.config import Learner, LossConfig
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
 from fuchsia_pl.policy.config import PolicyConfig
+from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.policy.schedules import check_optimization, lightning_config
 from fuchsia_pl.policy.sharding import total_norm
 from fuchsia_pl.policy.sources import read_template, resolve_model
 from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
@@ -41,7 +43,8 @@ class GRPOModule(LightningModule):
         policy: The model that learns.
         loss: What is optimised.
         optimizer: Made from the trained weights.
-        lr_scheduler: Made from the optimizer, stepped once per optimizer step; None keeps the learning rate.
+        lr_scheduler: Made from the optimizer, stepped once per optimizer step (one that watches a held-out figure, once per
+            validation); None keeps the learning rate.
 
     """
 
@@ -100,7 +103,16 @@ class GRPOModule(LightningModule):
         optimizer = self.optimizer(self._policy.trainable_parameters())
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": lightning_config(self.lr_scheduler(optimizer), self.trainer)}
+
+    def check_run(self, trainer: Trainer) -> None:
+        """Refuses, before the engine starts, settings of optimizer and scheduler that cannot be.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_optimization(self.optimizer, self.lr_scheduler, trainer)
 
     def on_fit_start(self) -> None:
         """Refuses a precision that would round the trained weights.
@@ -111,7 +123,7 @@ class GRPOModule(LightningModule):
         rounded = {str(p.dtype) for p in self._policy.trainable_parameters() if p.dtype != torch.float32}
         if rounded:
             raise ConfigError(
-                f"the trained weights are {sorted(rounded)}, in which small updates are lost: trainer.precision is "
+                f"the trained weights are {sorted(rounded)}, and must be float32: trainer.precision is "
                 f"{self.trainer.precision!r}, use 32-true or bf16-mixed (frozen weights have model.policy.dtype either way)"
             )
 
@@ -265,6 +277,8 @@ class GRPOModule(LightningModule):
                 f"the checkpoint holds {len(found)} trained tensors, this config trains {len(trained)}, and names or shapes "
                 f"differ, first at {_first_difference(trained, found)}: use the config.yaml of the run that wrote it"
             )
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            checkpoint["state_dict"] = checkpoint.get(AVERAGED_WEIGHTS, checkpoint["state_dict"])
         self.loaded_step, self.loaded_micro_batches = checkpoint["global_step"], checkpoint[MICRO_BATCHES_KEY]
 
     @contextmanager

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fuchsia_pl.callbacks.weight_average import WeightAverage
 from fuchsia_pl.policy.policy import Policy
 
 ADAPTER_FOLDER = "adapter"
@@ -34,11 +36,17 @@ class AdapterExport(Callback):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial leaves nothing behind
         policy = cast(ExportedModule, pl_module).policy
-        if trainer.is_global_zero:
-            self._write(policy, Path(trainer.default_root_dir) / ADAPTER_FOLDER)
-        else:
-            policy.save_trained(Path(), writes=False)
+        with ExitStack() as stack:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAverage):
+                    stack.enter_context(callback.applied())
+            if trainer.is_global_zero:
+                self._write(policy, Path(trainer.default_root_dir) / ADAPTER_FOLDER)
+            else:
+                policy.save_trained(Path(), writes=False)
         # A rank whose process ends closes its connections, also those over which the first still receives its shards.
         trainer.strategy.barrier("export")
 

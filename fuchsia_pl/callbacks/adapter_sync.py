@@ -1,6 +1,5 @@
 """Keeps the engine on the trainer's weights, and stops the run where it is not."""
 
-import asyncio
 import logging
 import shutil
 import tempfile
@@ -15,8 +14,10 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.engines.base import VERSION_FILE, EngineOwner
+from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
+from fuchsia_pl.policy.contents import fingerprint
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.types import ConfigError
 
@@ -73,28 +74,39 @@ class AdapterSync(Callback):
         self._num_probes = 0
         self._probed: Batch | None = None
         self._root: tempfile.TemporaryDirectory[str] | None = None
+        self._loaded: tuple[int, tuple[int, ...]] | None = None  # version and content of what the engine has
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step 0, or the first after a resume, is sampled with the weights it trains."""
-        self._ensure_synced(trainer, pl_module)
+        self.sync(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Held-out figures are of the weights at hand: before training, or those of `fuchsia validate`'s checkpoint."""
-        self._ensure_synced(trainer, pl_module)
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Held-out figures are of the weights at hand, those that another callback has put in at the start included."""
+        self.sync(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is sampled for training next is sampled with the weights that learn, where others were put in for validation."""
+        self.sync(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """`fuchsia test` samples with the checkpoint's weights."""
-        self._ensure_synced(trainer, pl_module)
+        self.sync(trainer, pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """`fuchsia predict` samples with the checkpoint's weights."""
-        self._ensure_synced(trainer, pl_module)
+        self.sync(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Chooses what to probe: the first rollouts of trained weights, and later ones while the effect is lost in rounding."""
+        """Chooses what to probe: the first rollouts of trained weights, and later ones while the effect is lost in rounding.
+
+        Raises:
+            SyncError: The weights are not those that were synced last.
+        """
         policy = cast(SyncedModule, pl_module).policy
         self._probed = None
         first_of_step = batch_idx % trainer.accumulate_grad_batches == 0 and batch.policy_update == 0
+        if first_of_step:
+            self._check_content(trainer, policy)
         self._lag = trainer.global_step - batch.policy_update - batch.policy_version
         # What sampled is compared with what is trained now, so the steps between them must be few beside those that trained.
         is_comparable = batch.policy_version > MIN_STEPS_PER_LAG * self._lag
@@ -165,7 +177,7 @@ class AdapterSync(Callback):
         """Syncs at the end of a phase: only then are rollouts sampled again."""
         if not ends_phase(trainer, pl_module, batch_idx):
             return
-        seconds = self._ensure_synced(trainer, pl_module)
+        seconds = self.sync(trainer, pl_module)
         if seconds is not None:
             pl_module.log("sync/seconds", seconds)
 
@@ -175,13 +187,23 @@ class AdapterSync(Callback):
             self._root.cleanup()
             self._root = None
 
-    def _ensure_synced(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+    def _check_content(self, trainer: Trainer, policy: Policy) -> None:
+        changed = self._loaded is None or fingerprint(policy.trainable_parameters()) != self._loaded[1]
+        if _num_ranks(trainer, changed):
+            raise SyncError(
+                "the trained weights were changed outside of the optimizer after the engine got those of step "
+                f"{trainer.global_step}, so the rollouts are not of the weights that would learn from them. A callback that "
+                "changes weights must stand before AdapterSync in the trainer's callbacks"
+            )
+
+    def sync(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Loads the current weights into the engine unless it has them; returns the seconds that took."""
         module = cast(SyncedModule, pl_module)
         version = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else module.loaded_step
         owner = cast(EngineOwner, trainer.datamodule)  # type: ignore[attr-defined]
         engine = owner.engine
-        if engine.policy_version == version:
+        loaded = (version, fingerprint(module.policy.trainable_parameters()))
+        if not _num_ranks(trainer, engine.policy_version != version or loaded != self._loaded):
             return None
         start = time.perf_counter()
         if self._root is None:
@@ -197,19 +219,25 @@ class AdapterSync(Callback):
             # Ranks may share servers, whose weights must not change under the requests of another.
             trainer.strategy.barrier("sync")
             try:
-                asyncio.run(engine.load_adapter(folder, version))
+                run_blocking(engine.load_adapter(folder, version))
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 failure = error
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         # Every rank hears of it, so that none waits for one that has ended.
-        failed = torch.tensor(float(failure is not None), device=trainer.strategy.root_device)
-        num_failed = int(trainer.strategy.reduce(failed, reduce_op="sum"))
+        num_failed = _num_ranks(trainer, failure is not None)
         if failure is not None:
             raise failure
         if num_failed:
             raise SyncError(f"version {version} was not loaded on {num_failed} other rank(s), whose output says why")
+        self._loaded = loaded
         return time.perf_counter() - start
+
+
+def _num_ranks(trainer: Trainer, holds: bool) -> int:
+    """The number of ranks on which something holds. All ranks have to call it at the same time."""
+    holding = torch.tensor(float(holds), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(holding, reduce_op="sum"))
 
 
 def ends_phase(trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:

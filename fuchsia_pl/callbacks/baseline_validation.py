@@ -11,7 +11,9 @@ class BaselineValidation(Callback):
     """
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands the figures to every logger."""
+        """Hands the figures to every logger; those of a few items would not compare with later ones."""
+        if trainer.num_sanity_val_steps != float("inf"):
+            return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=0)

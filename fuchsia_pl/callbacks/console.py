@@ -110,7 +110,10 @@ class ConsoleReport(ProgressBar):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the held-out figures before training."""
-        self._print_evaluation(trainer, "before training")
+        number = trainer.num_sanity_val_steps
+        self._print_evaluation(
+            trainer, "before training" if number == float("inf") else f"before training, first {number} items"
+        )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the held-out figures."""

@@ -1,6 +1,5 @@
 """One device for both: engine and trainer take turns on it."""
 
-import asyncio
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Protocol, cast
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.adapter_sync import ends_phase
 from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.config import SamplingConfig
@@ -76,7 +76,7 @@ class HotSwap(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The engine has started and the model is not on the device yet."""
         if self.enabled:
-            asyncio.run(_engine(trainer).sleep())
+            run_blocking(_engine(trainer).sleep())
             self.turn, self._moved = Turn.TRAINER, []
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,13 +116,13 @@ class HotSwap(Callback):
         """The trainer leaves the device, then the engine wakes, unless it is the engine's turn."""
         if self.enabled and self.turn is Turn.TRAINER:
             self._moved = leave(cast(SwappedModule, pl_module).policy, trainer.optimizers, HOST)
-            asyncio.run(_engine(trainer).wake())
+            run_blocking(_engine(trainer).wake())
             self.turn = Turn.ENGINE
 
     def to_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The engine falls asleep, then the trainer comes back to the device, unless it is the trainer's turn."""
         if self.enabled and self.turn is Turn.ENGINE:
-            asyncio.run(_engine(trainer).sleep())
+            run_blocking(_engine(trainer).sleep())
             come_back(cast(SwappedModule, pl_module).policy, self._moved, trainer.strategy.root_device)
             self.turn, self._moved = Turn.TRAINER, []
 

@@ -77,6 +77,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step, which need not be a multiple of `every_n_steps`."""
         assert self.dirpath is not None
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial leaves nothing behind
         num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if not ends_phase(trainer, pl_module, num_batches - 1):
             return  # stopped within a phase, by a time limit or a callback: the older checkpoint can be gone on from

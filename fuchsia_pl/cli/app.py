@@ -16,7 +16,9 @@ from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.hotswap import HotSwap
+from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.lost_rank import LostRank
+from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
@@ -83,6 +85,8 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(BaselineValidation, "baseline_validation")
         parser.add_lightning_class_args(RolloutLog, "rollout_log")
         parser.add_lightning_class_args(LostRank, "lost_rank")
+        parser.add_lightning_class_args(HyperparameterLog, "hyperparameter_log")
+        parser.add_lightning_class_args(Outcome, "outcome")
         parser.add_lightning_class_args(ConsoleReport, "console")
         parser.add_lightning_class_args(AdapterExport, "adapter_export")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 LOG_FILE = "run.log"
 LOGGERS = (
     "datasets",
     "fastmcp",
+    "fuchsia_pl.notices",
     "httpx",
     "huggingface_hub",
     "lightning.fabric",
@@ -17,6 +19,8 @@ LOGGERS = (
     "py.warnings",
     "transformers",
 )
+
+PROFILER_LOGGER = "lightning.pytorch.profilers.profiler"
 
 
 def chatter_to(run_folder: Path) -> None:
@@ -32,5 +36,7 @@ def chatter_to(run_folder: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
+    # Whoever sets trainer.profiler wants to see its table.
+    logging.getLogger(PROFILER_LOGGER).handlers = [logging.StreamHandler(sys.stdout)]
     transformers_logging.disable_progress_bar()
     disable_progress_bars()

@@ -21,6 +21,7 @@ from rich.text import Text
 from fuchsia_pl.cli.parts import PartsCLI
 from fuchsia_pl.engines.base import Engine, EngineSpec, SamplingParams
 from fuchsia_pl.envs.base import Environment, check_environment
+from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
@@ -125,7 +126,7 @@ class CheckEnvCLI(PartsCLI):
         chat = data.make_chat()
         # A hostile text is played whole: what must hold out is the environment, not the length limit before it.
         sampling = replace(data.sampling, max_length=10**8, max_completion_tokens=10**7)
-        played = asyncio.run(play_all(data.environment, chat, sampling, self.num_items, data.seed))
+        played = run_blocking(play_all(data.environment, chat, sampling, self.num_items, data.seed))
         self.holds = report(console, data.environment, played)
 
 

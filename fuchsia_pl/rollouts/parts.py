@@ -1,14 +1,15 @@
-"""What the data module knows of the module and of the trainer's callbacks."""
+"""What the data module knows of the module and of the callbacks beside it."""
 
 from typing import Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch, RolloutScores
+from fuchsia_pl.types import ConfigError
 
 
 class Scorer(Protocol):
-    """The module: it says of rollouts what only the model can."""
+    """What the data module knows of the module: it computes of rollouts what only the model can."""
 
     @property
     def shares_prefix(self) -> bool:
@@ -30,7 +31,38 @@ class TurnTaker(Protocol):
         """Whether the engine will be asked to sleep; refuses what that does not work with."""
 
 
-def engine_sleeps(trainer: Trainer) -> bool:
-    """Whether a callback of the trainer will let the engine sleep."""
+@runtime_checkable
+class Syncer(Protocol):
+    """A callback that gives the engine the trained weights."""
+
+    def sync(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """Loads the current weights into the engine unless it has them; returns the seconds that took."""
+
+
+@runtime_checkable
+class RunChecker(Protocol):
+    """A module or a callback with requirements on the rest of a run."""
+
+    def check_run(self, trainer: Trainer) -> None:
+        """Refuses, before the engine starts, a run that it does not work with."""
+
+
+def check_parts(trainer: Trainer) -> bool:
+    """Lets the module and every callback check the run, before the engine starts.
+
+    Returns:
+        Whether the engine will be asked to sleep.
+
+    Raises:
+        ConfigError: No callback syncs the engine, or one refuses the run.
+    """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, Syncer) for callback in callbacks):
+        raise ConfigError(
+            "the trainer has no AdapterSync, so the engine would never get the trained weights: add "
+            "fuchsia_pl.callbacks.adapter_sync.AdapterSync() to its callbacks"
+        )
+    for part in (trainer.lightning_module, *callbacks):
+        if isinstance(part, RunChecker):
+            part.check_run(trainer)
     return any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, TurnTaker))

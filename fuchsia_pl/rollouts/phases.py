@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from fuchsia_pl.types import ConfigError
@@ -67,18 +66,6 @@ def _batches_per_epoch(trainer: Trainer, steps_per_epoch: int) -> int:
     return min(limit, num_batches) if isinstance(limit, int) else int(num_batches * limit)
 
 
-def check_accumulation(trainer: Trainer) -> None:
-    """Refuses a number of micro-batches that changes on the way.
-
-    Raises:
-        ConfigError: It would.
-    """
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ConfigError(
-            "GradientAccumulationScheduler would cut optimizer steps: set trainer.accumulate_grad_batches"
-        )
-
-
 def check_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> None:
     """Refuses a run that would end, or begin an epoch, within a phase; for the arguments see `num_phases`.
 
@@ -86,7 +73,8 @@ def check_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> No
         ConfigError: It would.
     """
     batches_per_phase = trainer.accumulate_grad_batches * num_updates
-    if _batches_per_epoch(trainer, steps_per_epoch) % batches_per_phase:
+    num_batches = _batches_per_epoch(trainer, steps_per_epoch)
+    if num_batches % batches_per_phase or (trainer.limit_train_batches and not num_batches):
         raise ConfigError(
             f"trainer.limit_train_batches={trainer.limit_train_batches} would cut a phase: it has {batches_per_phase} "
             "micro-batches (trainer.accumulate_grad_batches x model.loss.num_policy_updates); use data.steps_per_epoch or "

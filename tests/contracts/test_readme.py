@@ -150,6 +150,14 @@ def test_the_command_finds_environments_in_the_current_folder(tmp_path):
     assert yaml.safe_load(done.stdout)["data"]["environment"]["class_path"] == "my_envs.Mention"
 
 
+def test_the_settings_that_it_shows_train(tiny_config):
+    file = Path("shown.yaml")
+    file.write_text(code_block("Use", "yaml"))
+    run(f"fuchsia fit --config quickstart.yaml --config {file}", tiny_config)
+    with Path("runs/quickstart/0/hparams.yaml").open() as stream:
+        assert yaml.safe_load(stream)["lr_scheduler"] == "TransformersSchedule"
+
+
 def test_the_make_targets_exist():
     defined = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {"quickstart", "test", "setup"} <= set(MAKE_TARGETS) <= defined

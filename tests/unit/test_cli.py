@@ -225,7 +225,10 @@ def test_mistakes_are_told_with_what_to_do(config, capsys, arguments, words):
         (["--data.batch_size", "100"], "fewer than data.batch_size=100"),
         (["--model.policy.max_tokens_per_micro_batch", "3"], "max_tokens_per_micro_batch"),
         (["--hotswap.enabled", "true", "--data.sampling.max_staleness", "1"], "hotswap.enabled is true, but"),
-        (["--trainer.precision", "bf16-true"], "in which small updates are lost"),
+        (["--trainer.precision", "bf16-true"], "the trained weights would not be float32"),
+        (["--trainer.precision", "64-true"], "no engine samples in it"),
+        (["--trainer.limit_val_batches", "0.1"], "takes 0 of 4 held-out items"),
+        (["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"], "no metric to watch"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -283,12 +286,17 @@ def test_what_libraries_say_goes_to_a_file(tmp_path):
     code = (
         "import logging, warnings; from pathlib import Path; from fuchsia_pl.cli.chatter import chatter_to;"
         "import lightning.pytorch, transformers; chatter_to(Path('.')); warnings.warn('careful');"
-        "logging.getLogger('lightning.pytorch.x').warning('loud'); logging.getLogger('transformers').warning('also')"
+        "logging.getLogger('lightning.pytorch.x').warning('loud'); logging.getLogger('transformers').warning('also');"
+        "from fuchsia_pl.callbacks.notice import notice; notice('read this');"
+        "from lightning.pytorch.profilers import SimpleProfiler; p = SimpleProfiler(); p.start('a'); p.stop('a'); p.describe()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout + done.stderr == ""
+    # What a person set out to see is on the console as well: notices, and the table of trainer.profiler.
+    assert done.stderr == "warning: read this\n"
+    assert done.stdout.startswith("Profiler Report")
+    assert "Percentage %" in done.stdout
     logged = (tmp_path / "run.log").read_text()
-    assert all(word in logged for word in ("careful", "loud", "also"))
+    assert all(word in logged for word in ("careful", "loud", "also", "read this", "Profiler Report"))
 
 
 def test_weights_and_biases_runs_offline_beside_the_csv_log(config, tmp_path, monkeypatch):
@@ -304,6 +312,14 @@ def test_tensorboard_runs_beside_the_csv_log(config, tmp_path):
     logger = f"{{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {{save_dir: {tmp_path}}}}}"
     FuchsiaCLI(["fit", "--config", str(config), "--trainer.logger", logger])
     assert list((tmp_path / "lightning_logs").glob("version_0/events*"))
+
+
+def test_a_trial_run_trains_one_step_and_leaves_no_weights(config, tmp_path):
+    cli = FuchsiaCLI(["fit", "--config", str(config), "--trainer.fast_dev_run", "1", "--trainer.profiler", "simple"])
+    assert cli.trainer.global_step == 1
+    assert "validation/reward/mean" in cli.trainer.callback_metrics
+    assert {file.name for file in (tmp_path / "runs/tiny/0").iterdir()}.isdisjoint({"adapter", "checkpoints"})
+    assert "run_training_epoch" in cli.trainer.profiler.recorded_durations
 
 
 def test_the_logger_can_be_switched_off(config):

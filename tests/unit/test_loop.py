@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from fuchsia_pl.loop import LoopThread, cancel_others
+from fuchsia_pl.loop import LoopThread, cancel_others, run_blocking
 
 
 @pytest.fixture
@@ -69,3 +69,35 @@ def test_code_that_would_end_the_process_ends_its_own_coroutine_alone(thread, er
         with pytest.raises(RuntimeError, match=f"raised {error.__name__}: 0"):
             thread.run(coroutine, 5)
     assert other.result(5) == "done"
+
+
+def test_a_coroutine_runs_to_its_end_where_a_loop_runs_already_and_leaves_no_task_behind():
+    cancelled = threading.Event()
+
+    async def left_behind() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
+    async def work() -> str:
+        task = asyncio.create_task(left_behind())
+        await asyncio.sleep(0)
+        assert not task.done()
+        return threading.current_thread().name
+
+    async def cell() -> str:
+        return run_blocking(work())
+
+    before = threading.active_count()
+    assert asyncio.run(cell()) == run_blocking(work()) == "once"
+    assert cancelled.is_set()
+    assert threading.active_count() == before
+
+
+def test_an_error_of_a_coroutine_is_the_callers():
+    async def fails() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        run_blocking(fails())

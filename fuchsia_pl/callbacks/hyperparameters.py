@@ -1,0 +1,85 @@
+"""What a run was made with, for every logger."""
+
+from dataclasses import asdict
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.config import PolicyConfig
+from fuchsia_pl.rollouts.config import SamplingConfig
+
+
+class DescribedModule(Protocol):
+    """What this callback knows of the module."""
+
+    policy_config: PolicyConfig
+    loss_config: LossConfig
+
+
+class DescribedData(Protocol):
+    """What this callback knows of the data module."""
+
+    environment: Environment
+    engine: Engine
+    sampling: SamplingConfig
+    batch_size: int
+    steps_per_epoch: int
+    seed: int
+
+
+class HyperparameterLog(Callback):
+    """Hands objective, sizes, model and optimizer to every logger, once, when training starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The optimizer exists now, with what a checkpoint has changed in it."""
+        described = hyperparameters(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(described)
+
+
+def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """The settings by which runs are compared, as plain data.
+
+    Arguments of environments and engines are left out: they may hold keys of services.
+    """
+    module = cast(DescribedModule, pl_module)
+    data = cast(DescribedData, trainer.datamodule)  # type: ignore[attr-defined]
+    return {
+        "model": asdict(module.policy_config),
+        "objective": module.loss_config.resolved(),
+        "optimizer": _optimizer(trainer.optimizers[0]),
+        "lr_scheduler": next((type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs), None),
+        "data": {
+            "environment": type(data.environment).__name__,
+            "engine": type(data.engine).__name__,
+            "batch_size": data.batch_size,
+            "steps_per_epoch": data.steps_per_epoch,
+            "seed": data.seed,
+            "sampling": asdict(data.sampling),
+        },
+        "trainer": {
+            "max_steps": trainer.max_steps,
+            "max_epochs": trainer.max_epochs,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "precision": str(trainer.precision),
+            "num_ranks": trainer.world_size,
+        },
+    }
+
+
+def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """The class and the settings of an optimizer; a schedule changes the rate, so it is the one that it began with."""
+    group = optimizer.param_groups[0]
+    settings = {name: _plain(value) for name, value in group.items() if name not in ("params", "initial_lr")}
+    return {**settings, "lr": float(group.get("initial_lr", group["lr"])), "class": type(optimizer).__name__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, bool | int | float | str) or value is None else str(value)

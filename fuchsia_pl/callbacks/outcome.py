@@ -1,0 +1,64 @@
+"""Says so where a run cannot learn, or has not."""
+
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.notice import notice
+from fuchsia_pl.policy.config import PolicyConfig
+
+LOW_RATE = 1e-6
+
+
+class ConfiguredModule(Protocol):
+    """What this callback knows of the module."""
+
+    policy_config: PolicyConfig
+
+
+class Outcome(Callback):
+    """Prints a warning where the learning rate is too low for an adapter, and where a finished run has trained nothing."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._num_skipped = 0
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the highest rate that the optimizer was made with: a warm-up begins at 0."""
+        self._num_steps, self._num_skipped, self._last_step = 0, 0, trainer.global_step
+        rates = [float(group.get("initial_lr", group["lr"])) for o in trainer.optimizers for group in o.param_groups]
+        lora = cast(ConfiguredModule, pl_module).policy_config.lora
+        if trainer.is_global_zero and lora.enabled and max(rates) < LOW_RATE:
+            notice(
+                f"the learning rate is {max(rates):g}, and an adapter hardly learns below {LOW_RATE:g}: the usual ones are from "
+                "1e-5 to 1e-3 (model.optimizer.init_args.lr)"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Counts the optimizer steps, and those that were skipped."""
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._num_steps += 1
+            self._num_skipped += batch.skip_reason is not None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says why nothing was trained, if so."""
+        if trainer.is_global_zero and self._num_steps == self._num_skipped:
+            notice(f"nothing was trained: {self._reason(trainer)}")
+        self._num_steps, self._num_skipped = 0, 0
+
+    def _reason(self, trainer: Trainer) -> str:
+        step, max_epochs = trainer.global_step, trainer.max_epochs
+        if self._num_steps:
+            return f"all {self._num_steps} steps were skipped, since no rollout had an advantage; see train/skipped and reward/*"
+        if 0 <= trainer.max_steps <= step:
+            return f"trainer.max_steps={trainer.max_steps} is reached already, at step {step}. Raise it"
+        if max_epochs is not None and 0 <= max_epochs <= trainer.current_epoch:
+            return f"trainer.max_epochs={max_epochs} is reached already, at epoch {trainer.current_epoch}. Raise it"
+        if not trainer.limit_train_batches:
+            return f"trainer.limit_train_batches is {trainer.limit_train_batches}. Leave it out"
+        return "the run was stopped before its first step"

@@ -1,0 +1,124 @@
+"""Learning rates over optimizer steps: schedules of transformers by name, and what Lightning has to know of a schedule."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+
+from fuchsia_pl.types import ConfigError
+
+# These two watch a metric, which transformers' own trainer hands to them.
+WATCHING = ("reduce_lr_on_plateau", "greedy")
+NAMES = tuple(kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION if kind.value not in WATCHING)
+HELD_OUT = "validation/"
+
+
+class TransformersSchedule(LambdaLR):
+    """A schedule of transformers by its name, such as "cosine": warm-up, then half a cosine down to 0.
+
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        name: One of transformers' `SchedulerType`.
+        num_warmup_steps: Optimizer steps over which the rate rises from 0.
+        num_training_steps: Optimizer steps of the whole schedule; some schedules have no end and take None.
+        options: Further arguments of the schedule, such as `num_cycles` or `min_lr_rate`.
+
+    Raises:
+        ConfigError: The name is unknown, or an argument is missing or unknown.
+
+    >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    >>> schedule = TransformersSchedule(optimizer, "cosine", num_warmup_steps=2, num_training_steps=4)
+    >>> rates = []
+    >>> for _ in range(4):
+    ...     rates += [round(value, 3) for value in schedule.get_last_lr()]
+    ...     optimizer.step()
+    ...     schedule.step()
+    >>> rates
+    [0.0, 0.5, 1.0, 0.5]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        name: str,
+        num_warmup_steps: int = 0,
+        num_training_steps: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if name not in NAMES:
+            watching = "lightning.pytorch.cli.ReduceLROnPlateau, which takes the metric to watch as its monitor"
+            right = watching if name in WATCHING else f"one of {', '.join(NAMES)}"
+            raise ConfigError(
+                f"model.lr_scheduler has name={name!r}, which is not a schedule of steps alone: use {right}"
+            )
+        # transformers binds a schedule to its optimizer by stepping it once, so the factors are taken from a stand-in.
+        groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": group["lr"]} for group in optimizer.param_groups]
+        stand_in = torch.optim.SGD(groups, lr=optimizer.defaults["lr"])
+        try:
+            made = get_scheduler(name, stand_in, num_warmup_steps, num_training_steps, options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.lr_scheduler {name!r}: {error}") from error
+        super().__init__(optimizer, made.lr_lambdas)
+
+
+def lightning_config(scheduler: LRScheduler, trainer: Trainer) -> dict[str, Any]:
+    """What Lightning needs to know of a scheduler.
+
+    It steps once per optimizer step; one that watches a held-out figure steps after each validation.
+
+    Args:
+        scheduler: The scheduler.
+        trainer: With the epochs between two validations.
+
+    Raises:
+        ConfigError: It watches a metric and has no `monitor`, or a held-out figure in a run without validation.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": "step"}
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            f"model.lr_scheduler is {type(scheduler).__module__}.{type(scheduler).__name__}, which has no metric to watch: use "
+            "lightning.pytorch.cli.ReduceLROnPlateau with init_args.monitor, such as reward/mean"
+        )
+    config = {"scheduler": scheduler, "monitor": scheduler.monitor}
+    if not scheduler.monitor.startswith(HELD_OUT):
+        return {**config, "interval": "step"}
+    if not trainer.limit_val_batches:
+        raise ConfigError(
+            f"model.lr_scheduler watches {scheduler.monitor}, and trainer.limit_val_batches is 0: watch a metric of training, "
+            "such as reward/mean, or let the run validate"
+        )
+    return {**config, "interval": "epoch", "frequency": trainer.check_val_every_n_epoch or 1}
+
+
+def check_optimization(
+    make_optimizer: Callable[[Iterable[Any]], Optimizer],
+    make_scheduler: Callable[[Optimizer], LRScheduler] | None,
+    trainer: Trainer,
+) -> None:
+    """Makes optimizer and scheduler for a stand-in weight, so that wrong arguments are found before the engine starts.
+
+    Args:
+        make_optimizer: From weights.
+        make_scheduler: From an optimizer.
+        trainer: Lightning's.
+
+    Raises:
+        ConfigError: One of them does not take its arguments.
+    """
+    part = "optimizer"
+    try:
+        optimizer = make_optimizer([nn.Parameter(torch.zeros(2, 2))])
+        part = "lr_scheduler"
+        if make_scheduler is not None:
+            lightning_config(make_scheduler(optimizer), trainer)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.{part} cannot be made from its settings: {error}") from error

@@ -1,0 +1,148 @@
+"""Lightning's own settings: which of them mean something in steps and items here, and which are refused."""
+
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+
+from fuchsia_pl.types import ConfigError
+
+HELD_OUT_FLAGS = {
+    "fit": "limit_val_batches",
+    "validate": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of the items a run takes. Lightning's own counts are of micro-batches, and a held-out split is one.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps of an epoch.
+        num_repeated_phases: So many phases' items are drawn again and again; None draws new ones in every phase.
+        held_out: The number (int) or the share (float) of the held-out items that are taken; 0 takes none.
+        flag: The setting that limits held-out items.
+        given: Its value.
+
+    >>> limits = Limits(steps_per_epoch=3, num_repeated_phases=2, held_out=0.5, flag="limit_val_batches", given=0.5)
+    >>> [limits.drawn_phase(phase) for phase in range(5)], limits.first_held_out([7, 8, 9], num_ranks=1)
+    ([0, 1, 0, 1, 0], [7])
+    """
+
+    steps_per_epoch: int
+    num_repeated_phases: int | None
+    held_out: int | float
+    flag: str
+    given: int | float
+
+    def drawn_phase(self, phase: int) -> int:
+        """The phase whose items are drawn in a phase."""
+        return phase if self.num_repeated_phases is None else phase % self.num_repeated_phases
+
+    def first_held_out(self, positions: list[int], num_ranks: int) -> list[int]:
+        """The held-out items that are taken.
+
+        Raises:
+            ConfigError: They are fewer than the ranks.
+        """
+        num_all = len(positions)
+        number = min(self.held_out, num_all) if isinstance(self.held_out, int) else int(self.held_out * num_all)
+        if number < num_ranks:
+            raise ConfigError(
+                f"trainer.{self.flag}={self.held_out} takes {number} of {num_all} held-out items for {num_ranks} rank(s): a "
+                "whole number counts items, and a number up to 1.0 is a share of them. Raise it"
+            )
+        return positions[:number]
+
+
+def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates: int, batch_size: int) -> Limits:
+    """Reads the trainer's limits and lifts them there, where they would count micro-batches; `return_limits` undoes it.
+
+    Args:
+        trainer: Lightning's.
+        stage: "fit", "validate", "test" or "predict".
+        steps_per_epoch: Optimizer steps between two validations.
+        num_updates: Optimizer steps of a phase.
+        batch_size: Items of a phase.
+
+    Raises:
+        ConfigError: One of them has no meaning here.
+    """
+    flag = HELD_OUT_FLAGS[stage]
+    held_out = given = getattr(trainer, flag)
+    num_repeated = None
+    if stage == "fit" and trainer.overfit_batches:  # type: ignore[attr-defined]
+        steps = _overfitted_steps(trainer, steps_per_epoch, num_updates)
+        num_repeated = steps // num_updates
+        held_out = steps * batch_size
+        trainer.limit_train_batches = 1.0
+    num_phases = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    if num_phases:
+        held_out = num_phases * trainer.world_size
+        steps_per_epoch = num_phases * num_updates
+        trainer.fit_loop.epoch_loop.max_steps = steps_per_epoch
+        trainer.limit_train_batches = 1.0
+    if stage == "fit" and held_out:
+        _check_validation_interval(trainer)
+    if stage != "fit" and not held_out:
+        raise ConfigError(f"trainer.{flag}=0 leaves nothing to do for `{stage}`: leave it out, or raise it")
+    setattr(trainer, flag, 1.0 if held_out else 0)
+    return Limits(steps_per_epoch, num_repeated, held_out, flag, given)
+
+
+def return_limits(trainer: Trainer, limits: Limits) -> None:
+    """Puts back what `take_limits` lifted, for the next run of the same trainer."""
+    setattr(trainer, limits.flag, limits.given)
+
+
+def check_settings(trainer: Trainer) -> None:
+    """Refuses, before an engine starts, settings of the trainer with which a run would train something else.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ConfigError(
+                "GradientAccumulationScheduler would cut optimizer steps: set trainer.accumulate_grad_batches"
+            )
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise ConfigError(
+                f"{type(callback).__name__} averages a copy of the whole model, which reaches neither the engine nor the "
+                "adapter: use fuchsia_pl.callbacks.weight_average.WeightAverage, which averages the trained weights"
+            )
+    precision = trainer.precision
+    if precision not in PRECISIONS:
+        reason = (
+            "float64 would be given to the frozen weights too, and no engine samples in it"
+            if precision == "64-true"
+            else "the trained weights would not be float32, in which small updates are kept"
+        )
+        raise ConfigError(
+            f"trainer.precision={precision!r}: {reason}. Use 32-true or bf16-mixed (frozen weights have model.policy.dtype "
+            "either way)"
+        )
+
+
+def _overfitted_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> int:
+    given = trainer.overfit_batches  # type: ignore[attr-defined]
+    steps = given if isinstance(given, int) else int(given * steps_per_epoch)
+    if steps < 1 or steps % num_updates:
+        raise ConfigError(
+            f"trainer.overfit_batches={given} is {steps} optimizer steps (a number up to 1.0 is a share of "
+            f"data.steps_per_epoch={steps_per_epoch}), and must be a multiple of model.loss.num_policy_updates={num_updates}"
+        )
+    return steps
+
+
+def _check_validation_interval(trainer: Trainer) -> None:
+    time_s = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    interval = f"{time_s:g} s" if time_s is not None else trainer.val_check_interval
+    if isinstance(interval, int | str) or interval != 1.0:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} would validate within an optimizer step: leave it out, and set "
+            "data.steps_per_epoch to the optimizer steps between two validations"
+        )

@@ -1,0 +1,104 @@
+"""Warnings of a run that cannot learn, or has not; and what loggers get to know of it."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+
+from fuchsia_pl.callbacks import notice as notices
+from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
+from fuchsia_pl.callbacks.notice import notice
+from fuchsia_pl.callbacks.outcome import Outcome
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.schedules import TransformersSchedule
+from tests.doubles import Constant, TinyEngine, make_data, make_module, make_trainer
+
+
+def warnings_of(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+def test_a_notice_is_one_line_on_the_console_and_one_in_the_log_of_the_run(capsys, tmp_path):
+    notice("first")
+    handler = logging.FileHandler(tmp_path / "run.log")
+    notices.LOG.addHandler(handler)
+    try:
+        notice("second")
+    finally:
+        notices.LOG.removeHandler(handler)
+        handler.close()
+    assert warnings_of(capsys) == ["warning: first", "warning: second"]
+    assert (tmp_path / "run.log").read_text() == "second\n"
+
+
+@pytest.mark.parametrize(("lr", "enabled", "is_low"), [(9e-7, True, True), (1e-6, True, False), (9e-7, False, False)])
+def test_a_rate_too_low_for_an_adapter_is_told(tiny_model, tmp_path, capsys, lr, enabled, is_low):
+    """With all weights trained, such rates are usual. A warm-up begins at 0, which is no low rate."""
+    module = make_module(tiny_model, optimizer=partial(torch.optim.AdamW, lr=lr), enabled=enabled)
+    module.lr_scheduler = partial(TransformersSchedule, name="constant_with_warmup", num_warmup_steps=2)
+    make_trainer(tmp_path, Outcome(), max_steps=1).fit(module, datamodule=make_data(module))
+    told = ["warning: the learning rate is 9e-07, and an adapter hardly learns below 1e-06"]
+    assert [line[: len(told[0])] for line in warnings_of(capsys)] == (told if is_low else [])
+
+
+def test_a_resumed_run_that_is_over_already_says_so(tiny_model, tmp_path, capsys):
+    module, outcome = make_module(tiny_model), Outcome()
+    trainer = make_trainer(tmp_path, outcome, max_steps=2)
+    trainer.fit(module, datamodule=make_data(module))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert warnings_of(capsys) == []
+    trainer = make_trainer(tmp_path, outcome, max_steps=2, max_epochs=-1)
+    trainer.fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
+    (line,) = warnings_of(capsys)
+    assert line == "warning: nothing was trained: trainer.max_steps=2 is reached already, at step 2. Raise it"
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "words"),
+    [
+        (Constant(), {"max_steps": 2}, "all 2 steps were skipped, since no rollout had an advantage"),
+        (None, {"limit_train_batches": 0}, "trainer.limit_train_batches is 0. Leave it out"),
+        (None, {"max_epochs": 0}, "trainer.max_epochs=0 is reached already, at epoch 0. Raise it"),
+    ],
+    ids=["no spread", "no batches", "no epochs"],
+)
+def test_a_finished_run_that_trained_nothing_says_why(tiny_model, tmp_path, capsys, environment, settings, words):
+    module = make_module(tiny_model)
+    make_trainer(tmp_path, Outcome(), **settings).fit(module, datamodule=make_data(module, environment=environment))
+    (line,) = warnings_of(capsys)
+    assert line == f"warning: nothing was trained: {words}" or line.startswith(
+        f"warning: nothing was trained: {words}; see"
+    )
+
+
+class Served(TinyEngine):
+    """An engine with a key."""
+
+    api_key = "sk-secret"
+
+
+def test_loggers_get_what_runs_are_compared_by_and_no_secrets(tiny_model, tmp_path):
+    module = make_module(tiny_model, LossConfig("dapo", beta=0.5), optimizer=partial(torch.optim.AdamW, lr=3e-4))
+    module.lr_scheduler = partial(TransformersSchedule, name="cosine", num_warmup_steps=1, num_training_steps=4)
+    loggers = [CSVLogger(tmp_path, name="", version=name) for name in ("one", "two")]
+    trainer = make_trainer(tmp_path, HyperparameterLog(), max_steps=1, logger=loggers)
+    trainer.fit(module, datamodule=make_data(module, Served(), seed=7))
+    texts = [(tmp_path / name / "hparams.yaml").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1]
+    assert "secret" not in texts[0]
+    found = yaml.safe_load(texts[0])  # plain YAML: no tags of Python
+    assert found["model"]["name"] == str(tiny_model)
+    assert (found["model"]["lora"]["r"], found["model"]["dtype"]) == (4, "float32")
+    assert (found["objective"]["loss_type"], found["objective"]["beta"]) == ("dapo", 0.5)
+    assert found["objective"]["clip_high"] == 0.28  # what the preset made of it
+    assert (found["optimizer"]["class"], found["optimizer"]["lr"]) == (
+        "AdamW",
+        3e-4,
+    )  # not the 0 that a warm-up begins with
+    assert found["lr_scheduler"] == "TransformersSchedule"
+    assert found["data"]["sampling"]["group_size"] == 4
+    assert (found["data"]["batch_size"], found["data"]["seed"], found["data"]["engine"]) == (5, 7, "Served")
+    assert found["trainer"]["max_steps"] == 1
