@@ -66,6 +66,7 @@ class MathAnswer:
         self.extract = extract
         self.timeout_s = timeout_s
         self.max_chars = max_chars
+        self._accepted: set[str] = set()  # gold answers that were checked: many items of a set share one
         self._workers: queue.Queue[_Worker] = queue.Queue()
         for _ in range(size):
             self._workers.put(_Worker(timeout_s))
@@ -88,15 +89,18 @@ class MathAnswer:
         if problem is not None:
             return problem
         gold = gold_text(item, self.field)
-        if read_number(gold) is not None:
+        if gold in self._accepted or read_number(gold) is not None:
             return None
         try:
-            equal = self._compare(gold, _in_box(gold))
+            equal = self._compare(gold, _in_box(gold), tries=1)
         except ValueError as error:
             return str(error)
         if equal is None:
             return f"math-verify does not read the gold answer {gold[:80]!r} within {self.timeout_s:g} s"
-        return None if equal else f"math-verify does not find the gold answer {gold[:80]!r} equal to itself"
+        if not equal:
+            return f"math-verify does not find the gold answer {gold[:80]!r} equal to itself"
+        self._accepted.add(gold)
+        return None
 
     def _score(self, rollout: Rollout) -> float:
         turn = last_turn(rollout)
@@ -111,19 +115,21 @@ class MathAnswer:
         gold = gold_text(rollout.item, self.field)
         equal = _equal_numbers(answer, gold)
         if equal is None:
-            equal = self._compare(_for_math_verify(gold), _in_box(answer) if boxed else answer)
+            equal = self._compare(_for_math_verify(gold), _in_box(answer) if boxed else answer, tries=2)
         if equal is None:
             rollout.counts[MATH_TIMEOUT] += 1
         return float(bool(equal))
 
-    def _compare(self, gold: str, answer: str) -> bool | None:
+    def _compare(self, gold: str, answer: str, tries: int) -> bool | None:
         worker = self._workers.get()
         try:
-            try:
-                return worker.compare(gold, answer)
-            except ValueError:  # what an earlier answer left in the process's memory may keep it from reading anything
-                worker.kill()
-                return worker.compare(gold, answer)
+            return worker.compare(gold, answer)
+        except ValueError:
+            if tries == 1:
+                raise
+            # What an earlier answer left in the process's memory may keep it from reading even a gold that was checked.
+            worker.kill()
+            return worker.compare(gold, answer)
         finally:
             self._workers.put(worker)
 

@@ -140,7 +140,7 @@ def same_number(answer: str, gold: Amount, scorer: Scorer) -> bool:
 
 def _fraction(found: re.Match[str]) -> Fraction | None:
     """A fraction or a mixed number. A division that comes out whole is a computation left to do, and no answer."""
-    part = Fraction(int(found["over"]), int(found["under"])) if len(found[0]) <= MAX_NUMBER_CHARS else Fraction(1)
+    part = Fraction(int(found["over"]), int(found["under"]))
     if part.denominator == 1 or (found["whole"] and (part > 1 or len(found["over"]) > 2)):
         return None  # "1 100/300" may be 1 1/3 or 1100/300
     return part + int(found["whole"] or 0)
