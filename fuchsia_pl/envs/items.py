@@ -5,9 +5,8 @@ import gzip
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from fuchsia_pl.envs.json_rows import BYTE_ORDER_MARK, JSON_SPACE, read_json
 from fuchsia_pl.envs.rows import JoinedRows, Rows
@@ -20,8 +19,7 @@ PARQUET_MARK = b"PAR1"
 READABLE = "JSON lines, a JSON array, CSV (named .csv or .tsv), these three also in gzip, Parquet, or a folder of `save_to_disk`"
 
 
-@dataclass(frozen=True)
-class ItemSource:
+class ItemSource(NamedTuple):
     """Where the items of a split come from.
 
     Attributes:

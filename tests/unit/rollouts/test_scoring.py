@@ -173,31 +173,33 @@ class AbortError(BaseException):
     """One that is no Exception."""
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (SystemExit(0), "SystemExit: 0"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
-        (GeneratorExit(), "GeneratorExit"),
-        (asyncio.CancelledError(), "CancelledError"),
-        (AbortError("by hand"), "AbortError: by hand"),
-        (StopIteration(), "StopIteration"),
-        (TimeoutError("the judge is slow"), "TimeoutError: the judge is slow"),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("is_async", [False, True])
-def test_no_exception_of_a_reward_function_ends_anything_but_its_call(error, words, is_async):
-    def sync(rollouts):
-        raise error
+ERRORS = {
+    "SystemExit: 0": SystemExit(0),
+    "KeyboardInterrupt": KeyboardInterrupt(),
+    "CancelledError": asyncio.CancelledError(),
+    "AbortError: by hand": AbortError("by hand"),
+    "TimeoutError: the judge is slow": TimeoutError("the judge is slow"),  # its own, not that of the bound
+    "GeneratorExit": GeneratorExit(),
+    "StopIteration": StopIteration(),
+}
 
-    async def asynchronous(rollouts):
-        raise error
 
-    if is_async and isinstance(error, GeneratorExit | StopIteration):
-        pytest.skip("a coroutine that raises it is one that ended, or one that is thrown away")
+@pytest.mark.parametrize("words", ERRORS)
+def test_no_exception_of_a_reward_function_ends_anything_but_its_call(words):
+    def broken(rollouts):
+        raise ERRORS[words]
+
     with pytest.raises(RewardError, match=f"raised {words} on item 3"):
-        score(asynchronous if is_async else sync)
+        score(broken)
+
+
+@pytest.mark.parametrize("words", list(ERRORS)[:5])  # in a coroutine the last two mean its end
+def test_no_exception_of_an_async_reward_function_does_either(words):
+    async def broken(rollouts):
+        raise ERRORS[words]
+
+    with pytest.raises(RewardError, match=f"raised {words} on item 3"):
+        score(broken)
 
 
 @pytest.mark.parametrize(
