@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
 from fuchsia_pl.envs.items import load_items
-from fuchsia_pl.envs.thinking import THINKING_MARKS
+from fuchsia_pl.envs.thinking import THINKING_MARKS, check_marks
 from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention
 from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
@@ -37,7 +37,7 @@ class Environment(ABC):
         reward_weights: Weight of each reward function by name in the total, 1.0 where not given.
         initial_reward_weights: Weights at step 0 of those that change: they move in a straight line to `reward_weights`.
         ramp_steps: The optimizer step at which they arrive there.
-        stop: Strings after which the policy's turn ends.
+        stop: Strings after which the policy's turn ends, but not where it is thinking or in the middle of a tool call's JSON.
         max_steps: Turns of the policy in one rollout.
         timeout_s: Bound of each call of a reward function and of each of the environment's own methods.
         on_error: What an exception in a reward function or in `step_rollout` does: "stop" ends the run with the item and
@@ -195,7 +195,8 @@ def check_environment(environment: Environment) -> None:
     """Refuses an environment that could not be trained on.
 
     Raises:
-        ConfigError: No reward function, two of one name, a weight for a name that none has, a choice that is none, or no turn.
+        ConfigError: No reward function, two of one name, a weight for a name that none has, a choice that is none, no turn, or
+            marks of thinking that could not be found.
     """
     kind = type(environment).__name__
     names = [reward_name(function) for function in environment.reward_functions]
@@ -223,6 +224,7 @@ def check_environment(environment: Environment) -> None:
         raise ConfigError(f"{kind}.max_steps must be 1 or more, got {environment.max_steps}")
     if environment.timeout_s <= 0:
         raise ConfigError(f"{kind}.timeout_s must be above 0, got {environment.timeout_s}")
+    check_marks(environment.thinking_marks)
 
 
 def weights_at(environment: Environment, step: int | None) -> dict[str, float]:
