@@ -59,7 +59,9 @@ def check_marks(marks: Sequence[tuple[str, str]]) -> None:
         ConfigError: They are no pairs of texts, one is empty, or two kinds of thinking open alike.
     """
     are_pairs = not isinstance(marks, str) and all(
-        isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(mark, str) and mark.strip() for mark in pair)
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(mark, str) and mark.strip() for mark in pair)
         for pair in marks
     )
     if not are_pairs or len({opening for opening, _ in marks}) < len(marks):

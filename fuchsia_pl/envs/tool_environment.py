@@ -145,5 +145,7 @@ def _misfit(spec: ToolSpec, arguments: dict[str, Any]) -> str | None:
     try:
         problem = next(Draft202012Validator(dict(spec.parameters)).iter_errors(arguments), None)
     except Exception as error:  # a schema may fail on what a policy sends: a pattern, a reference, a recursion
-        return f"its arguments cannot be checked by the schema of {spec.name}: {type(error).__name__}: {str(error)[:300]}"
+        return (
+            f"its arguments cannot be checked by the schema of {spec.name}: {type(error).__name__}: {str(error)[:300]}"
+        )
     return None if problem is None else f"its arguments do not fit {spec.name}: {problem.message[:300]}"

@@ -218,11 +218,13 @@ class ToolServer:
 
 
 def shortened(text: str, limit: int) -> str:
-    """The two ends of a text that is longer than `limit` characters.
+    """A text, or its two ends where it is longer than `limit` characters.
 
     >>> shortened("abcdefghij", 4)
     'ab… (6 characters left out) …ij'
     """
+    if len(text) <= limit:
+        return text
     half = max(limit // 2, 1)
     return f"{text[:half]}… ({len(text) - 2 * half} characters left out) …{text[-half:]}"
 

@@ -221,9 +221,7 @@ def _beginning(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
     """How a call begins, by which one is recognised whose JSON is wrong."""
     names = [re.escape(json.dumps(tool.name)) for tool in tools]
     any_name = r'"[^"\\]{1,100}"\s*,\s*"(?:arguments|parameters)"'
-    return re.compile(
-        rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?:{"|".join([*names, any_name])})'
-    )
+    return re.compile(rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?:{"|".join([*names, any_name])})')
 
 
 def _bounded(calls: list[ToolCall]) -> tuple[ToolCall, ...]:

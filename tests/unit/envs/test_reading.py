@@ -141,7 +141,10 @@ def test_a_list_behind_a_tag_needs_no_end():
         ("[" * 50_000, "nested too deeply"),
         ("[" * 300 + "]" * 300, "nested too deeply"),
         ('{"name": "add", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}", "nested too deeply"),
-        (f'{{"name": "add", "arguments": {json.dumps(json.dumps({"a": json.loads("[" * 300 + "]" * 300)}))}}}', "no JSON object"),
+        (
+            f'{{"name": "add", "arguments": {json.dumps(json.dumps({"a": json.loads("[" * 300 + "]" * 300)}))}}}',
+            "no JSON object",
+        ),
         ("x" * (MAX_CALL_CHARS + 1), "it is not JSON"),
         ('"' + "x" * (MAX_CALL_CHARS + 1), f"it has more than {MAX_CALL_CHARS} characters"),
         (json.dumps([1] * MAX_CALL_CHARS), f"it has more than {MAX_CALL_CHARS} characters"),
@@ -234,10 +237,10 @@ def test_only_so_many_calls_of_a_turn_are_read():
 @pytest.mark.parametrize("convention", [PLAIN, BARE, LISTS], ids=["plain", "bare", "lists"])
 def test_ten_megabytes_of_anything_are_read_in_well_under_a_second(convention, piece):
     text = piece * (10_000_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     convention.read(text, TOOLS)
     convention.read(f"<tool_call>[{text}", TOOLS)
-    assert time.perf_counter() - start < 1.5  # two readings; each takes 0.05 s where the machine is quiet
+    assert time.process_time() - start < 1.0  # two readings of at most 0.1 s each
 
 
 def test_what_cannot_be_sent():
@@ -260,7 +263,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
-CALLS = st.fixed_dictionaries({"name": st.sampled_from(["search", "now", "else"]), "arguments": st.dictionaries(TEXTS, VALUES)})
+NAMES, ARGUMENTS = st.sampled_from(["search", "now", "else"]), st.dictionaries(TEXTS, VALUES, max_size=2)
+CALLS = st.fixed_dictionaries({"name": NAMES, "arguments": ARGUMENTS})
 THOUGHT_CALLS = CALLS.map(lambda call: {**call, "name": "thought"})
 
 
@@ -277,8 +281,8 @@ PIECES = st.one_of(
 )
 
 
-@given(st.lists(PIECES, max_size=5))
-@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.lists(PIECES, max_size=4))
+@settings(derandomize=True, deadline=None, max_examples=60)
 def test_what_was_said_is_called_what_was_thought_is_not_wherever_the_turn_is_cut_off(pieces):
     text = "".join(piece for piece, _ in pieces)
     said = [(call["name"], call["arguments"]) for _, call in pieces if call is not None]
@@ -290,8 +294,8 @@ def test_what_was_said_is_called_what_was_thought_is_not_wherever_the_turn_is_cu
         assert len(calls) - len(made) <= 1
 
 
-@given(st.lists(CALLS, min_size=1, max_size=3), st.sampled_from(["; ", "\n", ", ", "\nand\n"]))
-@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.lists(CALLS, min_size=1, max_size=2), st.sampled_from(["; ", "\n", ", ", "\nand\n"]))
+@settings(derandomize=True, deadline=None, max_examples=40)
 def test_calls_without_tags_are_read_wherever_the_turn_is_cut_off(calls, joint):
     text = "<|python_tag|>" + joint.join(json.dumps(call) for call in calls)
     said = [(call["name"], call["arguments"]) for call in calls]
@@ -301,18 +305,32 @@ def test_calls_without_tags_are_read_wherever_the_turn_is_cut_off(calls, joint):
         assert made == said[: len(made)]
 
 
-HOSTILE = st.lists(
-    st.sampled_from(
-        ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "<|python_tag|>", "{", "}", "[", "]", '"', "\\"]
-        + ['"name"', ":", '"search"', '"arguments"', ",", "1", "1e999", "NaN", "\\ud83d", "\ud83d", "\x00", " ", "\n", "null"]
-    )
-    | st.text(max_size=5),
-    max_size=40,
-).map("".join)
+TAGS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "<|python_tag|>"]
+JSON = [
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    '"name"',
+    ":",
+    '"search"',
+    '"arguments"',
+    ",",
+    "1",
+    "1e999",
+    "NaN",
+    "null",
+    "\\ud83d",
+]
+HOSTILE = st.lists(st.sampled_from([*TAGS, *JSON, "\ud83d", "\x00", " ", "\n"]) | st.text(max_size=5), max_size=25).map(
+    "".join
+)
 
 
 @given(HOSTILE)
-@settings(derandomize=True, deadline=None, max_examples=1500)
+@settings(derandomize=True, deadline=None, max_examples=500)
 def test_no_text_raises_and_every_call_that_is_made_can_be_sent(text):
     for convention in (PLAIN, BARE, LISTS):
         for call in convention.read(without_thinking(text), TOOLS).calls:

@@ -1,6 +1,5 @@
 """What is thinking and what is an answer, by hand and over generated nestings."""
 
-import re
 import time
 
 import pytest
@@ -34,7 +33,10 @@ def test_answers_by_hand(text, answer, is_open):
 def test_a_thinking_that_began_in_the_prompt():
     assert without_thinking("3?</think>4", starts_in_thinking=True) == "4"
     assert without_thinking("3? <think> again</think>4", starts_in_thinking=True) == "4"
-    assert (without_thinking("4", starts_in_thinking=True), ends_in_thinking("4", starts_in_thinking=True)) == ("", True)
+    assert (without_thinking("4", starts_in_thinking=True), ends_in_thinking("4", starts_in_thinking=True)) == (
+        "",
+        True,
+    )
 
 
 def test_other_marks_and_none():
@@ -45,12 +47,14 @@ def test_other_marks_and_none():
     assert without_thinking("<a>1</a>2<ab>3</ab>4", [("<a", "</a>"), ("<ab>", "</ab>")]) == "24"
 
 
-@pytest.mark.parametrize("piece", ["<think>", "</think>", "<think></think>", "<think>x</thinking>", "<", "</think><thinking>"])
+@pytest.mark.parametrize(
+    "piece", ["<think>", "</think>", "<think></think>", "<think>x</thinking>", "<", "</think><thinking>"]
+)
 def test_ten_megabytes_of_marks_take_less_than_a_second(piece):
     text = piece * (10_000_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     without_thinking(text)
-    assert time.perf_counter() - start < 2.5  # 0.3 s to 1 s on one core; what grew with the square took minutes
+    assert time.process_time() - start < 2.5  # 0.1 s to 0.8 s; what grows with the square takes minutes
 
 
 WORDS = st.sampled_from(["yes", " ", "thought", "<", ">", "/", "think", "\n"])
@@ -58,17 +62,19 @@ MARKS = st.sampled_from([mark for pair in THINKING_MARKS for mark in pair])
 
 
 @given(st.lists(WORDS | MARKS, max_size=30), st.booleans())
-@settings(derandomize=True, deadline=None, max_examples=500)
+@settings(derandomize=True, deadline=None, max_examples=300)
 def test_no_answer_holds_a_mark_and_nothing_is_added(pieces, starts):
     text = "".join(pieces)
     answer = without_thinking(text, starts_in_thinking=starts)
-    # an answer is what is left of the text, in order
-    assert re.fullmatch("[\\s\\S]*".join(["", *map(re.escape, answer), ""]), text)
+    rest = iter(text)
+    assert all(character in rest for character in answer)  # what is left of the text, in order
     if not any(mark in text for pair in THINKING_MARKS for mark in pair) and not starts:
         assert answer == text
 
 
-@given(st.lists(st.tuples(WORDS, st.text("abc<>/", max_size=6), st.sampled_from(THINKING_MARKS)), max_size=8), st.data())
+@given(
+    st.lists(st.tuples(WORDS, st.text("abc<>/", max_size=6), st.sampled_from(THINKING_MARKS)), max_size=8), st.data()
+)
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_well_formed_thinking_leaves_the_rest_and_a_cut_inside_of_it_leaves_what_stood_before(parts, data):
     text, answer = "", ""
