@@ -112,6 +112,23 @@ class Completion:
         later = len(self.token_ids) - len(self.earlier_versions)
         return (*self.earlier_versions, *(self.policy_version for _ in range(later)))
 
+    def followed_by(self, rest: "Completion") -> "Completion":
+        """This and what was sampled behind it, as one.
+
+        >>> first = Completion((7,), (-0.3,), "stop", "</a>", policy_version=2)
+        >>> first.followed_by(Completion((52, 2), (-0.1, -0.02), "stop", None, policy_version=3)).policy_versions
+        (2, 3, 3)
+        """
+        versions = (*self.policy_versions, *rest.policy_versions)
+        return Completion(
+            self.token_ids + rest.token_ids,
+            self.logprobs + rest.logprobs,
+            rest.finish_reason,
+            rest.stop_reason,
+            rest.policy_version,
+            earlier_versions=tuple(version for version in versions if version != rest.policy_version),
+        )
+
 
 @dataclass(frozen=True)
 class Turn:

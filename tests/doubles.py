@@ -21,6 +21,7 @@ from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Sample, Turn
 
@@ -295,3 +296,44 @@ def said(text: str, item=None, counts=(), status: RolloutStatus = RolloutStatus.
     rollout.counts.update(counts)
     rollout.finish(status)
     return rollout
+
+
+class WritingEngine(Engine):
+    """Writes given turns one after the other, and ends behind a stop string as vLLM does, in the middle of a turn too.
+
+    A request whose prompt ends in what it wrote last goes on with the same turn. Versions count the requests.
+    """
+
+    def __init__(self, chat: Chat, *turns: str) -> None:
+        self.chat = chat
+        self.turns = [chat.encode_turn(turn) for turn in turns]
+        self.requests: list[tuple[list[int], SamplingParams]] = []
+        self.said: list[list[int]] = []
+        self._rest: list[int] = []
+
+    @property
+    def policy_version(self) -> int:
+        return len(self.requests)
+
+    def start(self, spec: EngineSpec) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def load_adapter(self, path: Path, version: int) -> None: ...
+
+    async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
+        self.requests.append((list(prompt_ids), sampling))
+        goes_on = self.said and list(prompt_ids[-len(self.said[-1]) :]) == self.said[-1]
+        turn = self._rest if goes_on else self.turns.pop(0)
+        length, reason = min(len(turn), sampling.max_tokens), None
+        for end in range(1, length + 1):
+            written = self.chat.text(turn[:end])
+            reason = next((stop for stop in sampling.stop if stop in written), None)
+            if reason is not None:
+                length = end
+                break
+        ids, self._rest = turn[:length], turn[length:]
+        self.said.append(ids)
+        finish_reason = "length" if self._rest and reason is None else "stop"
+        logprobs = tuple(-0.01 * (1 + i) for i in range(len(ids)))
+        return Completion(tuple(ids), logprobs, finish_reason, reason, self.policy_version)

@@ -6,6 +6,7 @@ import sys
 import time
 
 from fastmcp import Context, FastMCP
+from fastmcp.tools import ToolResult
 
 server: FastMCP = FastMCP("test")
 counters: dict[str, int] = {}
@@ -59,6 +60,18 @@ def block(seconds: float) -> str:
 def flood(num_chars: int) -> str:
     """Says very much."""
     return "x" * num_chars
+
+
+@server.tool
+def echo(value) -> str:
+    """Says what kind of value it was given."""
+    return type(value).__name__
+
+
+@server.tool(output_schema={"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+def misfit() -> ToolResult:
+    """Breaks the promise of its own schema."""
+    return ToolResult(content="broken", structured_content={"n": "no number"})
 
 
 @server.tool

@@ -8,7 +8,7 @@ from typing import Literal
 from fuchsia_pl.envs.conversation import prompt_messages
 from fuchsia_pl.envs.items import ItemSource, load_items
 from fuchsia_pl.envs.table_rows import CSV_TYPES
-from fuchsia_pl.envs.thinking import THINKING_MARKS
+from fuchsia_pl.envs.thinking import THINKING_MARKS, check_marks
 from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention
 from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
@@ -42,7 +42,7 @@ class Environment(ABC):
         initial_reward_weights: Weights at step 0 of those that change: they move in a straight line to `reward_weights`.
         ramp_steps: The optimizer step at which they arrive there.
         csv_types: Types of the columns of CSV files by name: "int", "float", "bool", "json". Other columns are text.
-        stop: Strings after which the policy's turn ends.
+        stop: Strings after which the policy's turn ends, but not where it is thinking or in the middle of a tool call's JSON.
         max_steps: Turns of the policy in one rollout.
         timeout_s: Bound of each call of a reward function and of each of the environment's own methods.
         on_error: What an exception in a reward function or in `step_rollout` does: "stop" ends the run with the item and
@@ -203,7 +203,7 @@ def check_environment(environment: Environment) -> None:
 
     Raises:
         ConfigError: No reward function, two of one name, a weight that is no finite number or for a name that none has, a
-            choice that is none, or no turn.
+            choice that is none, no turn, or marks of thinking that could not be found.
     """
     kind = type(environment).__name__
     names = [reward_name(function) for function in environment.reward_functions]
@@ -237,6 +237,7 @@ def check_environment(environment: Environment) -> None:
         raise ConfigError(f"{kind}.max_steps must be 1 or more, got {environment.max_steps}")
     if environment.timeout_s <= 0:
         raise ConfigError(f"{kind}.timeout_s must be above 0, got {environment.timeout_s}")
+    check_marks(environment.thinking_marks)
 
 
 def is_finite_number(value: object) -> bool:

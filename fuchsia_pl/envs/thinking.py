@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from fuchsia_pl.types import ConfigError
+
 # Opening and closing mark of each kind of thinking; reasoning models write one of these.
 THINKING_MARKS: tuple[tuple[str, str], ...] = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
 
@@ -10,11 +12,12 @@ THINKING_MARKS: tuple[tuple[str, str], ...] = (("<think>", "</think>"), ("<think
 def without_thinking(
     text: str, marks: Sequence[tuple[str, str]] = THINKING_MARKS, starts_in_thinking: bool = False
 ) -> str:
-    """Removes the thinking from a turn's text.
+    """Removes the thinking from a turn's text, in linear time.
 
     Thinking runs from an opening mark to the next closing mark of its kind. Where none follows, it runs to the end of the
-    text, so an unfinished thinking leaves nothing behind it. A closing mark without an opening one ends a thinking that
-    began before the text: some chat templates write the opening mark into the prompt.
+    text, so an unfinished thinking leaves nothing behind it. A closing mark outside of thinking ends a thinking that began
+    unnoticed: in the prompt, where some chat templates write the opening mark, or around another thinking. What stands
+    before such a mark, back to the mark before it, is thinking too.
 
     Args:
         text: What the policy wrote.
@@ -23,26 +26,21 @@ def without_thinking(
 
     >>> without_thinking("<think>3? no</think>4"), without_thinking("3? no</think>4"), without_thinking("4 <think>or 3")
     ('4', '4', '4 ')
-    >>> without_thinking("3?", starts_in_thinking=True)
-    ''
+    >>> without_thinking("<think>3? <think>5?</think> 6?</think>4"), without_thinking("3?", starts_in_thinking=True)
+    ('4', '')
     """
-    kept: list[str] = []
-    closing_of = dict(marks)
-    openings = "|".join(re.escape(opening) for opening, _ in marks)
-    rest = text
-    # A thinking that began in the prompt ends at the first closing mark that no opening mark precedes.
-    first = _first(rest, [closing for _, closing in marks])
-    opened = re.search(openings, rest) if openings else None
-    if first is not None and (opened is None or first[0] < opened.start() or starts_in_thinking):
-        rest = rest[first[1] :]
-    elif starts_in_thinking:
-        return ""
-    while openings and (found := re.search(openings, rest)) is not None:
-        kept.append(rest[: found.start()])
-        _, closed, rest = rest[found.end() :].partition(closing_of[found.group()])
-        if not closed:
-            rest = ""
-    return "".join([*kept, rest])
+    return _split(text, marks, starts_in_thinking)[0]
+
+
+def ends_in_thinking(
+    text: str, marks: Sequence[tuple[str, str]] = THINKING_MARKS, starts_in_thinking: bool = False
+) -> bool:
+    """Whether a text, of the same arguments as `without_thinking`, ends before its thinking does.
+
+    >>> ends_in_thinking("<think>3? no</think>4 <think>or"), ends_in_thinking("<think>3? no</think>4")
+    (True, False)
+    """
+    return _split(text, marks, starts_in_thinking)[1]
 
 
 def ends_in_opening_mark(text: str, marks: Sequence[tuple[str, str]] = THINKING_MARKS) -> bool:
@@ -54,7 +52,50 @@ def ends_in_opening_mark(text: str, marks: Sequence[tuple[str, str]] = THINKING_
     return any(text.rstrip().endswith(opening) for opening, _ in marks)
 
 
-def _first(text: str, marks: Sequence[str]) -> tuple[int, int] | None:
-    """Start and end of the earliest of some marks in a text."""
-    found = [(text.find(mark), text.find(mark) + len(mark)) for mark in marks if mark in text]
-    return min(found, default=None)
+def check_marks(marks: Sequence[tuple[str, str]]) -> None:
+    """Refuses marks that could not be found in a text.
+
+    Raises:
+        ConfigError: They are no pairs of texts, one is empty, or two kinds of thinking open alike.
+    """
+    are_pairs = not isinstance(marks, str) and all(
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(mark, str) and mark.strip() for mark in pair)
+        for pair in marks
+    )
+    if not are_pairs or len({opening for opening, _ in marks}) < len(marks):
+        raise ConfigError(
+            f"thinking_marks is {marks!r}: it takes pairs of an opening and a closing mark, neither of them blank and no "
+            'opening mark twice, such as [("<think>", "</think>")], or [] where nothing counts as thinking'
+        )
+
+
+def _split(text: str, marks: Sequence[tuple[str, str]], starts_in_thinking: bool) -> tuple[str, bool]:
+    """What stands outside of thinking, and whether the text ends inside of it."""
+    if not marks:
+        return text, False
+    closing_of = dict(marks)
+    any_mark, any_closing = _pattern([mark for pair in marks for mark in pair]), _pattern(list(closing_of.values()))
+    kept: list[str] = []
+    place = 0
+    if starts_in_thinking:
+        closing = any_closing.search(text)
+        if closing is None:
+            return "", True
+        place = closing.end()
+    while (found := any_mark.search(text, place)) is not None:
+        if found.group() not in closing_of:
+            place = found.end()  # the end of a thinking that began unnoticed
+            continue
+        kept.append(text[place : found.start()])
+        end = text.find(closing_of[found.group()], found.end())
+        if end < 0:
+            return "".join(kept), True
+        place = end + len(closing_of[found.group()])
+    return "".join([*kept, text[place:]]), False
+
+
+def _pattern(marks: Sequence[str]) -> re.Pattern[str]:
+    """Finds any of some marks, the longest where several begin at one place."""
+    return re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jsonschema import Draft202012Validator
 
 from fuchsia_pl.envs.base import MultiTurnEnvironment
-from fuchsia_pl.envs.tools.spec import TOOL_CALLS, MCPServer, ToolCall, ToolResult, ToolStatus
+from fuchsia_pl.envs.tools.spec import TOOL_CALLS, MCPServer, ToolCall, ToolResult, ToolSpec, ToolStatus
 from fuchsia_pl.types import ConfigError, Rollout, RolloutStatus
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class ToolEnvironment(MultiTurnEnvironment):
 
     async def step_rollout(self, rollout: Rollout) -> None:
         """Runs the calls of the newest turn and answers with their results; a turn without a call is the last one."""
-        calls = self.tool_convention.parse(rollout.turns[-1].raw_answer)
+        calls = self.tool_convention.read(rollout.turns[-1].raw_answer, self.tools).calls
         if not calls:
             rollout.finish()
             return
@@ -127,8 +127,7 @@ class ToolEnvironment(MultiTurnEnvironment):
             error = f"there is no tool {call.name[:100]!r}, there are {sorted(self._server_of)}"
         elif error is None:
             (spec,) = (spec for spec in self.tools if spec.name == call.name)
-            problem = next(Draft202012Validator(dict(spec.parameters)).iter_errors(call.arguments), None)
-            error = None if problem is None else f"its arguments do not fit {call.name}: {problem.message[:300]}"
+            error = _misfit(spec, call.arguments)
         if error is None and is_surplus:
             error = f"{self.max_calls_per_turn} calls a turn are allowed"
         if error is not None or server is None:
@@ -139,3 +138,14 @@ class ToolEnvironment(MultiTurnEnvironment):
         # Functions have no command; a URL that nobody asks stands for them.
         functions = MCPServer(url="functions of this process", call_timeout_s=self.function_timeout_s)
         return [*self.servers, *([functions] if self.functions else [])]
+
+
+def _misfit(spec: ToolSpec, arguments: dict[str, Any]) -> str | None:
+    """What is wrong with a call's arguments by the tool's schema."""
+    try:
+        problem = next(Draft202012Validator(dict(spec.parameters)).iter_errors(arguments), None)
+    except Exception as error:  # a schema may fail on what a policy sends: a pattern, a reference, a recursion
+        return (
+            f"its arguments cannot be checked by the schema of {spec.name}: {type(error).__name__}: {str(error)[:300]}"
+        )
+    return None if problem is None else f"its arguments do not fit {spec.name}: {problem.message[:300]}"

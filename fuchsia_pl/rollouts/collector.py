@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fuchsia_pl.engines.base import Engine, SamplingParams
@@ -11,7 +11,7 @@ from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.bounded import StrayError, call_bounded, contained, reason
 from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.envs.rows import place_of
-from fuchsia_pl.envs.thinking import ends_in_opening_mark, without_thinking
+from fuchsia_pl.envs.thinking import ends_in_opening_mark, ends_in_thinking, without_thinking
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.chat import Chat
@@ -22,6 +22,7 @@ from fuchsia_pl.types import Completion, ConfigError, Item, Message, Prompt, Rol
 T = TypeVar("T")
 RESPONSE = "some response"  # stands for what an environment answers
 MARK_TOKENS = 16  # the last tokens of a header, among which an opening mark of thinking is looked for
+MAX_CONTINUATIONS = 16  # of one turn that stop strings cut in the middle; after so many it is sampled without any
 logger = logging.getLogger(__name__)
 
 
@@ -228,7 +229,7 @@ class Collector:
             if room < 1:
                 break
             starts_in_thinking = self._starts_in_thinking(rollout)
-            completion = await self.engine.generate(rollout.token_ids, self._sampling(draw, rollout, turn, room))
+            completion = await self._generate(draw, rollout, turn, room, starts_in_thinking)
             ids = completion.token_ids
             rollout.append(self._turn(completion, starts_in_thinking))
             if completion.finish_reason == "length":
@@ -240,6 +241,34 @@ class Collector:
                 last_id = ids[-1] if ids else None
                 rollout.append_environment(self.chat.bridge(asked, responses, last_id, self._template_tools))
         rollout.finish(RolloutStatus.TRUNCATED)
+
+    async def _generate(
+        self, draw: Draw, rollout: Rollout, turn: int, room: int, starts_in_thinking: bool
+    ) -> Completion:
+        """Samples a turn. Where a stop string ended it in the middle of a thinking or of a call's JSON, it is continued.
+
+        Each continuation has a seed of its own and what is left of the turn's `room`, in tokens.
+        """
+        completion = await self.engine.generate(rollout.token_ids, self._sampling(draw, rollout, (turn,), room))
+        number = 0
+        while isinstance(completion.stop_reason, str) and self._is_cut(completion, starts_in_thinking):
+            left, number = room - len(completion.token_ids), number + 1
+            if left < 1:
+                return replace(completion, finish_reason="length", stop_reason=None)
+            sampling = self._sampling(draw, rollout, (turn, number), left)
+            if number >= MAX_CONTINUATIONS:
+                sampling = replace(sampling, stop=())
+            prompt_ids = [*rollout.token_ids, *completion.token_ids]
+            completion = completion.followed_by(await self.engine.generate(prompt_ids, sampling))
+        return completion
+
+    def _is_cut(self, completion: Completion, starts_in_thinking: bool) -> bool:
+        """Whether a turn's ids end inside of a thinking or of a call's JSON."""
+        environment, raw_text = self.environment, self.chat.turn_text(completion.token_ids)
+        if ends_in_thinking(raw_text, environment.thinking_marks, starts_in_thinking):
+            return True
+        answer = without_thinking(raw_text, environment.thinking_marks, starts_in_thinking)
+        return bool(environment.tools) and environment.tool_convention.read(answer, environment.tools).is_cut
 
     def _starts_in_thinking(self, rollout: Rollout) -> bool:
         """Whether the header of the policy's turn ends in an opening mark of thinking."""
@@ -255,12 +284,13 @@ class Collector:
         answer = text if raw_answer == raw_text else self.chat.without_special_tokens(raw_answer)
         return Turn(completion, text, raw_text, answer, raw_answer)
 
-    def _sampling(self, draw: Draw, rollout: Rollout, turn: int, max_tokens: int) -> SamplingParams:
+    def _sampling(self, draw: Draw, rollout: Rollout, turn: tuple[int, ...], max_tokens: int) -> SamplingParams:
+        """How a turn, or a continuation of it (turn, number), is sampled. The first turn's address needs no number."""
         address = (*draw.address, rollout.item_index, rollout.sibling)
         return SamplingParams(
             temperature=draw.temperature,
             max_tokens=max_tokens,
-            seed=derived_seed(*address, turn) if turn else derived_seed(*address),
+            seed=derived_seed(*address, *(turn if turn != (0,) else ())),
             stop=(*self.environment.stop, *(self.environment.tool_convention.stop if self.environment.tools else ())),
             stop_token_ids=self.chat.stop_token_ids,
         )

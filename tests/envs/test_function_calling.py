@@ -319,7 +319,7 @@ def test_the_questions_and_the_settings():
         "user",
     ]
     assert messages[-1]["content"] == item["question"]
-    assert PLAIN.parse(messages[2]["content"])[0].name == "python"
+    assert PLAIN.read(messages[2]["content"], tools=[]).calls[0].name == "python"
     asked = {i["question"] for i in [*environment.train_items(), *environment.validation_items()]}
     assert not asked & {message["content"] for message in messages[:-1]}
     assert {FunctionCalling(num_train=1, kinds=[kind]).train_items()[0]["question"].split()[0] for kind in KINDS} == {

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fuchsia_pl.envs.tools.spec import ToolCall, ToolSpec
-
-# What a model may write in one call, and how deep; Python's own JSON reader fails with a RecursionError far beyond that.
-MAX_CALL_CHARS = 100_000
+from fuchsia_pl.envs.tools.reading import TurnCalls, read_bare, read_tagged
+from fuchsia_pl.envs.tools.spec import ToolSpec
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,14 @@ class ToolConvention:
     Attributes:
         opening: What stands before a call's JSON, "" where a turn that calls is nothing but JSON.
         closing: What stands after it.
-        arguments_key: The key of the arguments in that JSON; the name's is "name".
+        arguments_key: The key of the arguments in that JSON as the template writes it; the name's is "name".
         role: The role of a result in the chat template.
         is_native: Whether the chat template itself renders the tools.
 
-    >>> PLAIN.parse('<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
-    [ToolCall(name='add', arguments={'a': 1}, error=None)]
-    >>> PLAIN.parse("It is 3.")
-    []
+    >>> PLAIN.read('<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', tools=[]).calls
+    (ToolCall(name='add', arguments={'a': 1}, error=None),)
+    >>> PLAIN.read("It is 3.", tools=[]).calls
+    ()
     """
 
     opening: str
@@ -46,17 +44,16 @@ class ToolConvention:
         """Strings after which the policy waits for a result. A template with tools ends the turn by itself."""
         return [] if self.is_native else [self.closing]
 
-    def parse(self, text: str) -> list[ToolCall]:
-        """The calls in a turn's text, special tokens included, in order. A call that cannot be read has an `error`."""
+    def read(self, text: str, tools: Sequence[ToolSpec]) -> TurnCalls:
+        """Finds the calls in a turn's text. A call that cannot be read has an `error`.
+
+        Args:
+            text: The turn with its special tokens and without its thinking.
+            tools: What the policy may call: without tags, JSON is a call only where it names one of these or has arguments.
+        """
         if not self.opening:
-            stripped = text.strip()
-            is_call = stripped.startswith(("{", "[")) and '"name"' in stripped
-            return self._read(stripped) if is_call else []
-        calls: list[ToolCall] = []
-        for piece in text.split(self.opening)[1:]:
-            body, closed, _ = piece.partition(self.closing) if self.closing else (piece, True, "")
-            calls += self._read(body) if closed else [_unreadable(f"it does not end in {self.closing}")]
-        return calls
+            return read_bare(text, tools)
+        return read_tagged(text, self.opening, self.closing, tools)
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         """A call as a policy writes it.
@@ -70,28 +67,6 @@ class ToolConvention:
         """The message that tells the policy a result."""
         return text if self.is_native else f"<tool_response>{text}</tool_response>"
 
-    def _read(self, body: str) -> list[ToolCall]:
-        if len(body) > MAX_CALL_CHARS:
-            return [_unreadable(f"it has {len(body)} characters, {MAX_CALL_CHARS} are allowed")]
-        try:
-            found = json.loads(body)
-            json.dumps(
-                found, ensure_ascii=False
-            ).encode()  # JSON can spell half a surrogate pair, which no tool can be sent
-        except ValueError as error:
-            return [_unreadable(f"it is not JSON of Unicode text ({error})")]
-        except RecursionError:
-            return [_unreadable("its JSON is nested too deeply")]
-        return [self._call(entry) for entry in (found if isinstance(found, list) else [found])]
-
-    def _call(self, entry: Any) -> ToolCall:
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            return _unreadable('it is no JSON object with a "name"')
-        arguments = entry.get(self.arguments_key, {})
-        if not isinstance(arguments, dict):
-            return _unreadable(f'its "{self.arguments_key}" are no JSON object')
-        return ToolCall(entry["name"], arguments, None)
-
 
 PLAIN = ToolConvention("<tool_call>", "</tool_call>", "arguments", role="user", is_native=False)
 
@@ -104,7 +79,3 @@ def instructions(tools: Sequence[ToolSpec]) -> str:
         'To call one, write <tool_call>{"name": …, "arguments": {…}}</tool_call> and wait: its result comes in '
         "<tool_response></tool_response>."
     )
-
-
-def _unreadable(why: str) -> ToolCall:
-    return ToolCall("", {}, f"the call cannot be read: {why}")

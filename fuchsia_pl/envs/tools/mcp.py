@@ -17,6 +17,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import REQUEST_TIMEOUT
 
 from fuchsia_pl.envs.bounded import call_in_thread
+from fuchsia_pl.envs.tools.reading import unsendable
 from fuchsia_pl.envs.tools.spec import MCPServer, ToolResult, ToolServerError, ToolSpec, ToolStatus
 from fuchsia_pl.types import ConfigError
 
@@ -26,6 +27,7 @@ STATUS_KEY = "fuchsia/status"
 # The client's own bound comes after the one it gives to the protocol, in case the protocol's never fires.
 GRACE_S = 5.0
 LOG_TAIL_CHARS = 2000
+MAX_ERROR_CHARS = 500
 
 
 class ToolServer:
@@ -61,7 +63,7 @@ class ToolServer:
             ToolServerError: It does not start, or has died too often.
         """
         async with self._lock:
-            if self._specs and (self.config.per_rollout or await self._answers()):
+            if self._specs and (self.config.per_rollout or await self._answers(self._client)):
                 return self._specs
             await self._drop()
             if self.num_starts > self.config.max_restarts:
@@ -83,11 +85,15 @@ class ToolServer:
             arguments: By name.
 
         Returns:
-            The result, or what went wrong in its place; a server that died is one of these.
+            The result, or what went wrong in its place: the call could not be sent, was refused or took too long, or the
+            server died. Only the last costs the server, and with it what other rollouts have in flight there.
 
         Raises:
             ToolServerError: The server cannot be started again.
         """
+        problem = unsendable(arguments)
+        if problem is not None:  # what breaks in the transport's own tasks would break the connection
+            return ToolResult(f"Error: the call cannot be sent: {problem}", ToolStatus.INVALID_CALL)
         client = await self._client_for(key)
         if client is None:
             return ToolResult("The tool's state was lost: its server has died.", ToolStatus.SERVER_DIED)
@@ -99,12 +105,10 @@ class ToolServer:
                 )
         except TimeoutError:
             return _timed_out(limit)
-        except MCPError as error:
-            if error.code == REQUEST_TIMEOUT:
+        except Exception as error:  # calls fail in many ways; only the server itself can tell whether it lives
+            if isinstance(error, MCPError) and error.code == REQUEST_TIMEOUT:
                 return _timed_out(limit)
-            return await self._after_loss(client, error)
-        except Exception as error:  # a connection breaks in many ways, all of which end this server's life
-            return await self._after_loss(client, error)
+            return _failed(error) if await self._answers(client) else await self._after_loss(client, error)
         return self._shown(result)
 
     async def end_session(self, key: str) -> None:
@@ -151,12 +155,12 @@ class ToolServer:
         await _close(client)
         return ToolResult(f"The tool's server has died ({error}).", ToolStatus.SERVER_DIED)
 
-    async def _answers(self) -> bool:
-        if self._client is None:
+    async def _answers(self, client: "Client[Any] | None") -> bool:
+        if client is None:
             return False
         try:
             async with asyncio.timeout(self.config.start_timeout_s):
-                await self._client.list_tools()
+                await client.list_tools()
         except Exception:  # no answer is an answer: the server is restarted, and its death is counted
             return False
         return True
@@ -214,11 +218,13 @@ class ToolServer:
 
 
 def shortened(text: str, limit: int) -> str:
-    """The two ends of a text that is longer than `limit` characters.
+    """A text, or its two ends where it is longer than `limit` characters.
 
     >>> shortened("abcdefghij", 4)
     'ab… (6 characters left out) …ij'
     """
+    if len(text) <= limit:
+        return text
     half = max(limit // 2, 1)
     return f"{text[:half]}… ({len(text) - 2 * half} characters left out) …{text[-half:]}"
 
@@ -247,6 +253,16 @@ def _off_the_loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _timed_out(limit: float) -> ToolResult:
     return ToolResult(f"The tool gave no result within {limit:g} s.", ToolStatus.TIMEOUT)
+
+
+def _failed(error: Exception) -> ToolResult:
+    """A call that failed while its server lives."""
+    why = shortened(str(error) or type(error).__name__, MAX_ERROR_CHARS)
+    if isinstance(error, MCPError):
+        return ToolResult(f"Error: the tool's server refused the call ({why})", ToolStatus.ERROR)
+    if isinstance(error, ValueError | TypeError):  # the client's own words for what it cannot put into a message
+        return ToolResult(f"Error: the call cannot be sent ({why})", ToolStatus.INVALID_CALL)
+    return ToolResult(f"Error: the call failed ({why})", ToolStatus.ERROR)
 
 
 async def _close(client: "Client[Any]") -> None:

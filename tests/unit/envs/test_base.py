@@ -37,6 +37,9 @@ def test_an_environment_that_could_not_be_trained_on_is_refused(functions, weigh
         ("max_steps", 0, "max_steps must be 1 or more, got 0"),
         ("timeout_s", 0.0, "timeout_s must be above 0, got 0.0"),
         ("initial_reward_weights", {"odd": 1.0}, r"initial_reward_weights has \['odd'\]"),
+        ("thinking_marks", [("<think>", "")], r"thinking_marks is \[\('<think>', ''\)\]: it takes pairs"),
+        ("thinking_marks", "<think>", "thinking_marks is '<think>': it takes pairs"),
+        ("thinking_marks", [("<t>", "</t>"), ("<t>", "</u>")], "no opening mark twice"),
         ("initial_reward_weights", {"even": 1.0}, "needs ramp_steps of 1 or more, got 0"),
     ],
 )

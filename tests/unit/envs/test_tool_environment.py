@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,9 @@ def test_a_call_its_result_and_an_answer_are_one_conversation(chat):
         (call("add", a=1, b="two"), "its arguments do not fit add: 'two' is not of type 'integer'"),
         ("<tool_call>{add}</tool_call>", "the call cannot be read: it is not JSON"),
         ("<tool_call>" + "[" * 3000 + "</tool_call>", "the call cannot be read:"),
+        (call("echo", value=json.loads("[" * 300 + "]" * 300)), "the call cannot be read: it is nested too deeply"),
+        ('<tool_call>{"name": "echo", "arguments": {"value": 1e999}}</tool_call>', "a number that is not finite"),
+        ('<tool_call>{"name": "echo", "value": 1}</tool_call>', "it has no \"arguments\", and echo takes ['value']"),
     ],
 )
 def test_a_call_that_cannot_be_made_is_told_to_the_policy_and_counted(chat, turn, words):
@@ -100,6 +104,53 @@ def test_a_call_that_cannot_be_made_is_told_to_the_policy_and_counted(chat, turn
     assert words in rollout.messages[2]["content"]
     assert rollout.counts == {TOOL_CALLS: 1, "tool_invalid_call": 1}
     assert rollout.status is RolloutStatus.COMPLETED
+
+
+def test_calls_that_are_nested_deep_never_end_a_run_nor_lose_the_state_of_others(chat):
+    environment = Tools(end_session_tool="forget", max_restarts=0)
+    deep = call("echo", value=json.loads("[" * 300 + "]" * 300))
+    environment.max_steps = 8
+    rollouts, _ = play(chat, environment, call("count"), *[deep] * 5, call("count"), "done", siblings=2, rounds=2)
+    for rollout in rollouts:
+        assert rollout.status is RolloutStatus.COMPLETED
+        assert rollout.counts == {TOOL_CALLS: 7, "tool_ok": 2, "tool_invalid_call": 5}
+        assert rollout.messages[-2]["content"] == "<tool_response>2</tool_response>"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        '<think>\n<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>? No.\n</think>\n\nThe answer is 4.',
+        "<think>I could write <tool_call> tags.</think>The answer is 4.",
+        "<thinking><tool_call>{}</tool_call></thinking>The answer is 4.",
+    ],
+)
+def test_a_call_that_was_only_thought_of_is_not_made(chat, turn):
+    (rollout,), _ = play(chat, Tools(), turn, "never said")
+    assert (rollout.status, len(rollout.turns)) == (RolloutStatus.COMPLETED, 1)
+    assert rollout.counts == {}
+    assert rollout.turns[0].answer.strip() == "The answer is 4."
+
+
+def test_other_marks_of_thinking_are_a_setting(chat):
+    turn = '[THINK]<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>[/THINK]<think>'
+    environment = Tools()
+    environment.thinking_marks = [("[THINK]", "[/THINK]")]
+    (rollout,), _ = play(chat, environment, turn, "never said")
+    assert (rollout.counts, rollout.turns[0].answer) == ({}, "<think>")
+    (rollout,), _ = play(chat, Tools(), turn, "done")
+    assert rollout.counts == {TOOL_CALLS: 1, "tool_ok": 1}
+
+
+def test_a_schema_that_fails_on_arguments_is_a_call_that_the_policy_reads(chat):
+    class Broken(Tools):
+        async def prepare(self):
+            await super().prepare()
+            self.tools = [replace(tool, parameters={"$ref": "#/nowhere"}) for tool in self.tools]
+
+    (rollout,), _ = play(chat, Broken(), call("add", a=1, b=2), "done")
+    assert "cannot be checked by the schema of add" in rollout.messages[2]["content"]
+    assert rollout.counts == {TOOL_CALLS: 1, "tool_invalid_call": 1}
 
 
 def test_calls_of_a_turn_run_in_order_and_only_so_many(chat):

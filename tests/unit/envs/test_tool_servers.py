@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from mcp.shared.exceptions import MCPError
+from mcp_types import INVALID_PARAMS
 
-from fuchsia_pl.envs import ConfigError, MCPServer, ToolServerError, ToolStatus
+from fuchsia_pl.envs import ConfigError, MCPServer, ToolResult, ToolServerError, ToolStatus
 from fuchsia_pl.envs.tools.mcp import ToolServer, serve_functions
 
 SCRIPT = str(Path(__file__).parents[2] / "tool_server.py")
@@ -83,6 +86,94 @@ def test_the_states_of_rollouts_are_kept_apart_and_forgotten_at_their_end():
         assert (await server.call("a", "count", {})).text == "1"
 
     with_server(scenario, MCPServer(command=COMMAND, end_session_tool="forget"))
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return {"value": value}
+
+
+async def fail_alone(server, status, calls):
+    """Checks that calls fail with their words, and that the states and the calls in flight of other rollouts stay."""
+    await server.ensure_running()
+    assert (await server.call("other", "count", {})).text == "1"
+    in_flight = asyncio.create_task(server.call("third", "sleep", {"seconds": 0.3}))
+    await asyncio.sleep(0.05)
+    for _ in range(2):
+        for name, arguments, words in calls:
+            result = await server.call("k", name, arguments)
+            assert (result.status, words in result.text) == (status, True), result
+            assert len(result.text) < 2000
+    assert (await in_flight).text == "slept"
+    assert (await server.call("other", "count", {})).text == "2"
+    await server.ensure_running()
+    assert server.num_starts == 1
+
+
+STATEFUL = MCPServer(command=COMMAND, end_session_tool="forget", max_restarts=0)
+
+
+def test_a_call_that_cannot_be_sent_costs_no_server():
+    calls = [
+        ("echo", nested(300), "the call cannot be sent: it is nested too deeply"),
+        ("echo", {"value": "\ud83d"}, "the call cannot be sent: it is not JSON of Unicode text"),
+        ("echo", {"\ud83d": 1}, "the call cannot be sent: it is not JSON of Unicode text"),
+        ("echo", {"value": float("nan")}, "the call cannot be sent: it holds a number that is not finite"),
+    ]
+    with_server(lambda server: fail_alone(server, ToolStatus.INVALID_CALL, calls), STATEFUL)
+
+
+def test_what_only_the_client_or_the_server_finds_out_costs_no_server_either(monkeypatch):
+    monkeypatch.setattr("fuchsia_pl.envs.tools.mcp.unsendable", lambda arguments: None)
+
+    async def scenario(server):
+        await fail_alone(server, ToolStatus.INVALID_CALL, [("echo", nested(300), "serialization depth exceeded")])
+        # deeper than the server's own reader goes: no answer to that call, and to all others as before
+        server.config = replace(STATEFUL, call_timeout_s=0.5)
+        assert (await server.call("k", "echo", nested(220))).status is ToolStatus.TIMEOUT
+        assert (await server.call("other", "count", {})).text == "3"
+
+    with_server(scenario, STATEFUL)
+
+
+def test_a_call_that_is_refused_or_whose_answer_cannot_be_read_costs_no_server():
+    calls = [
+        ("misfit", {}, "Error: the call failed (Invalid structured content"),
+        ("subtract", {}, "subtract"),
+        ("add", {"a": 1}, "Missing required argument"),
+        ("add", {"a": 1, "b": 2, "self": 3, "": None, "__class__": "x", "timeout": 0}, "Unexpected keyword argument"),
+    ]
+    with_server(lambda server: fail_alone(server, ToolStatus.ERROR, calls), STATEFUL)
+
+
+def test_a_protocol_error_of_a_server_that_lives_is_a_refusal():
+    async def scenario(server):
+        await server.ensure_running()
+
+        async def refuse(*args, **kwargs):
+            raise MCPError(INVALID_PARAMS, "not like this")
+
+        server._client.call_tool = refuse
+        result = await server.call("k", "add", {"a": 1, "b": 2})
+        assert result == ToolResult("Error: the tool's server refused the call (not like this)", ToolStatus.ERROR)
+        assert server.num_starts == 1
+
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    with_server(scenario, MCPServer(url="functions"), serve_functions([add]))
+
+
+def test_values_at_the_bounds_are_sent():
+    async def scenario(server):
+        await server.ensure_running()
+        for value, kind in ((nested(60)["value"], "list"), (10**3999, "int"), ({"": {"a b": None}}, "dict")):
+            result = await server.call("k", "echo", {"value": value})
+            assert (result.text, result.status) == (kind, ToolStatus.OK)
+
+    with_server(scenario)
 
 
 def test_a_rollout_may_have_a_process_of_its_own():

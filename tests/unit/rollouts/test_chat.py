@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from fuchsia_pl.envs import ConfigError, ToolSpec
+from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.envs.tools.convention import PLAIN
 from fuchsia_pl.policy.sources import resolve_model
 from fuchsia_pl.rollouts.chat import Chat, end_of_turn_ids
@@ -98,10 +99,10 @@ def test_several_answers_to_a_turn_follow_each_other(chat_of):
 def test_a_template_that_knows_tools_shows_how_calls_are_written(chat_of, family, turn):
     convention = chat_of(family).convention(TOOLS)
     assert (convention.is_native, convention.role, convention.stop) == (True, "tool", [])
-    (call,) = convention.parse(turn)
+    (call,) = convention.read(without_thinking(turn), TOOLS).calls
     assert (call.name, call.arguments, call.error) == ("python", {"code": "1"}, None)
-    assert convention.parse("It is 4.") == []
-    (again,) = convention.parse(convention.call("python", {"code": "1"}))
+    assert convention.read("It is 4.", TOOLS).calls == ()
+    (again,) = convention.read(convention.call("python", {"code": "1"}), TOOLS).calls
     assert again == call
 
 

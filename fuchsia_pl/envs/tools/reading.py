@@ -1,0 +1,238 @@
+"""Finds the tool calls in a turn's text and reads their JSON.
+
+The text is hostile: nothing in it raises, and the time is linear in its length. A call that cannot be read becomes a
+`ToolCall` with an error, which the policy reads.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fuchsia_pl.envs.tools.spec import ToolCall, ToolSpec
+
+# What a policy may write in one call. Servers that use pydantic refuse JSON that is nested more than 200 deep, and Python's
+# own reader raises a RecursionError near 1,000.
+MAX_CALL_CHARS = 100_000
+MAX_CALL_DEPTH = 64
+MAX_NUMBER_DIGITS = 4000
+# What is read of one turn: calls, and JSON objects among which calls without tags are looked for.
+MAX_CALLS = 64
+MAX_OBJECTS = 1000
+# Both words are common for the arguments, whichever of them the chat template shows.
+ARGUMENTS_KEYS = ("arguments", "parameters")
+# Llama writes it before a call that its template shows without any tag.
+PYTHON_TAG = "<|python_tag|>"
+
+_SPACE = re.compile(r"\s*")
+_JOINT = re.compile(r"[\s;,]*")
+_OBJECT = re.compile(r'\{\s*"')
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= MAX_NUMBER_DIGITS else math.inf)
+
+
+@dataclass(frozen=True)
+class TurnCalls:
+    """What was found in a turn.
+
+    Attributes:
+        calls: In order.
+        is_cut: Whether the text ends inside of a call's JSON, which further text might complete.
+
+    >>> TurnCalls((), is_cut=False).calls
+    ()
+    """
+
+    calls: tuple[ToolCall, ...]
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A JSON value in a text, or what is wrong at its place.
+
+    Attributes:
+        value: The value, None where it is no JSON.
+        end: Where reading stopped; the end of the text where nothing behind can be told apart from what is in the value.
+        error: What is wrong.
+        is_cut: Whether it might be right if the text went on.
+        is_beyond: Whether it is more than is ever read.
+    """
+
+    value: Any
+    end: int
+    error: str | None = None
+    is_cut: bool = False
+    is_beyond: bool = False
+
+
+def read_tagged(text: str, opening: str, closing: str, tools: Sequence[ToolSpec]) -> TurnCalls:
+    """Reads the calls that stand behind an opening tag.
+
+    A tag counts wherever it stands outside of a call's JSON: the end of a call is where its JSON ends, so a string in it may
+    hold any tag.
+
+    Args:
+        text: The turn, without its thinking.
+        opening: The tag before a call's JSON.
+        closing: The tag that must follow it, "" where none does.
+        tools: The tools that there are.
+    """
+    calls: list[ToolCall] = []
+    is_cut = False
+    place = text.find(opening)
+    while place >= 0 and len(calls) <= MAX_CALLS:
+        found, place, is_cut = _read_body(text, place + len(opening), closing, tools)
+        calls += found
+        place = text.find(opening, place)
+    return TurnCalls(_bounded(calls), is_cut)
+
+
+def read_bare(text: str, tools: Sequence[ToolSpec]) -> TurnCalls:
+    """Reads the calls of a model that writes them as JSON without any tag.
+
+    An object is a call where it names a tool, or has a "name" and arguments. Any other JSON is part of an answer. What is
+    inside of another JSON value is no call, but the entries of a list are.
+
+    Args:
+        text: The turn, without its thinking.
+        tools: The tools that there are.
+    """
+    calls: list[ToolCall] = []
+    begins_a_call, place = _beginning(tools), 0
+    for _ in range(MAX_OBJECTS):
+        found = _OBJECT.search(text, place)
+        if found is None or len(calls) > MAX_CALLS:
+            break
+        read = _read_value(text, found.start())
+        place = max(read.end, found.end())
+        is_call = _is_call(read.value, tools) or begins_a_call.match(text, found.start()) is not None
+        if read.error is None:
+            calls += _calls(read.value, tools) if is_call else []
+        elif is_call or read.is_beyond:
+            calls.append(unreadable(read.error))
+    else:
+        calls.append(unreadable(f"only the first {MAX_OBJECTS} JSON objects of a turn are read"))
+    if not calls and PYTHON_TAG in text:
+        calls.append(unreadable(f'after {PYTHON_TAG} there is no JSON object with a "name" and its "parameters"'))
+    return TurnCalls(_bounded(calls), is_cut=False)
+
+
+def unreadable(why: str) -> ToolCall:
+    """A call that the policy is told to be wrong."""
+    return ToolCall("", {}, f"the call cannot be read: {why}")
+
+
+def unsendable(value: Any) -> str | None:
+    """Why a value cannot be sent to a tool as JSON, None where it can.
+
+    >>> unsendable({"a": [1, "é"]}), unsendable([float("inf")])
+    (None, 'it holds a number that is not finite, or one of more than 4000 digits')
+    """
+    waiting = [(value, 1)]
+    while waiting:
+        part, depth = waiting.pop()
+        if depth > MAX_CALL_DEPTH:
+            return f"it is nested too deeply, {MAX_CALL_DEPTH} levels are allowed"
+        if isinstance(part, float) and not math.isfinite(part):
+            return f"it holds a number that is not finite, or one of more than {MAX_NUMBER_DIGITS} digits"
+        if isinstance(part, str) and not _is_unicode(part):
+            return "it is not JSON of Unicode text: a string holds half a surrogate pair"
+        if isinstance(part, dict):
+            waiting += [(inner, depth + 1) for pair in part.items() for inner in pair]
+        elif isinstance(part, list):
+            waiting += [(inner, depth + 1) for inner in part]
+    return None
+
+
+def _read_body(text: str, place: int, closing: str, tools: Sequence[ToolSpec]) -> tuple[list[ToolCall], int, bool]:
+    """The calls behind one opening tag, where reading stopped, and whether the text ends inside of their JSON."""
+    calls: list[ToolCall] = []
+    while True:
+        read = _read_value(text, place)
+        if read.error is not None:
+            return [*calls, unreadable(read.error)], read.end, read.is_cut
+        calls += _calls(read.value, tools)
+        place = _JOINT.match(text, read.end).end()  # type: ignore[union-attr]  # it matches anything
+        if closing and text.startswith(closing, place):
+            return calls, place + len(closing), False
+        if not text.startswith(("{", "["), place) or len(calls) > MAX_CALLS:
+            break
+    # A call that is not closed is not made: the policy may not have finished it.
+    return [unreadable(f"it does not end in {closing}")] if closing else calls, read.end, False
+
+
+def _read_value(text: str, place: int) -> _Read:
+    start = _SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches anything
+    window = text[start : start + MAX_CALL_CHARS + 1]
+    try:
+        value, length = _DECODER.raw_decode(window)
+    except json.JSONDecodeError as error:
+        is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(window)
+        if is_cut and len(window) > MAX_CALL_CHARS:
+            return _too_long(text)
+        # Behind a string without an end there is no JSON: that would need another quote.
+        return _Read(None, len(text) if is_cut else start + error.pos, f"it is not JSON ({error})", is_cut)
+    except RecursionError:
+        return _Read(None, len(text), "its JSON is nested too deeply", is_beyond=True)
+    return _too_long(text) if length > MAX_CALL_CHARS else _Read(value, start + length, unsendable(value))
+
+
+def _too_long(text: str) -> _Read:
+    return _Read(None, len(text), f"it has more than {MAX_CALL_CHARS} characters", is_beyond=True)
+
+
+def _calls(value: Any, tools: Sequence[ToolSpec]) -> list[ToolCall]:
+    """The calls that one JSON value holds, at least one."""
+    entries = value if isinstance(value, list) and value else [value]
+    return [_call(entry, tools) for entry in entries[: MAX_CALLS + 1]]
+
+
+def _call(entry: Any, tools: Sequence[ToolSpec]) -> ToolCall:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return unreadable('it is no JSON object with a "name"')
+    name, given = entry["name"], [key for key in ARGUMENTS_KEYS if entry.get(key) is not None]
+    if not given:
+        taken = next((tool.parameters.get("properties") for tool in tools if tool.name == name), None)
+        why = f'it has no "arguments", and {name} takes {sorted(taken)}' if isinstance(taken, dict) and taken else None
+        return unreadable(why[:500]) if why is not None else ToolCall(name, {}, None)
+    if len(given) > 1 and entry[given[0]] != entry[given[1]]:
+        return unreadable('it has "arguments" and "parameters" that differ')
+    arguments = entry[given[0]]
+    if isinstance(arguments, str):
+        read = _read_value(arguments, 0)
+        is_whole = read.error is None and not arguments[read.end :].strip()
+        arguments = read.value if is_whole else None
+    if not isinstance(arguments, dict):
+        return unreadable(f'its "{given[0]}" are no JSON object')
+    return ToolCall(name, arguments, None)
+
+
+def _is_call(value: Any, tools: Sequence[ToolSpec]) -> bool:
+    """Whether a JSON value that stands alone is a call."""
+    name = value.get("name") if isinstance(value, dict) else None
+    return isinstance(name, str) and (
+        any(key in value for key in ARGUMENTS_KEYS) or any(tool.name == name for tool in tools)
+    )
+
+
+def _beginning(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
+    """How a call begins, by which one is recognised whose JSON is wrong."""
+    names = [re.escape(json.dumps(tool.name)) for tool in tools]
+    any_name = r'"[^"\\]{1,100}"\s*,\s*"(?:arguments|parameters)"'
+    return re.compile(rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?:{"|".join([*names, any_name])})')
+
+
+def _bounded(calls: list[ToolCall]) -> tuple[ToolCall, ...]:
+    if len(calls) <= MAX_CALLS:
+        return tuple(calls)
+    return (*calls[:MAX_CALLS], unreadable(f"only the first {MAX_CALLS} calls of a turn are read"))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,337 @@
+"""Calls in a turn's text: forms that people's models write, by hand, and hostile or generated ones."""
+
+import json
+import math
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuchsia_pl.envs import ToolConvention, ToolSpec
+from fuchsia_pl.envs.thinking import without_thinking
+from fuchsia_pl.envs.tools.convention import PLAIN
+from fuchsia_pl.envs.tools.reading import (
+    MAX_CALL_CHARS,
+    MAX_CALL_DEPTH,
+    MAX_CALLS,
+    MAX_NUMBER_DIGITS,
+    MAX_OBJECTS,
+    unsendable,
+)
+
+GOOD = '{"name": "add", "arguments": {"a": 1}}'
+CATS = '{"name": "search", "parameters": {"query": "cats"}}'
+DOGS = '{"name": "search", "parameters": {"query": "dogs"}}'
+LISTS = ToolConvention("[TOOL_CALLS]", "", "arguments", role="tool", is_native=True)
+BARE = ToolConvention("", "", "parameters", role="tool", is_native=True)
+SCHEMA = {"type": "object", "properties": {"query": {"type": "string", "default": "x"}}}
+TOOLS = [ToolSpec("search", "Searches.", SCHEMA), ToolSpec("now", "The time.", {"type": "object"})]
+
+
+def read(convention, text):
+    """(name, arguments) of each call that can be made, the error of each other."""
+    calls = convention.read(text, TOOLS).calls
+    return [call.error or (call.name, call.arguments) for call in calls]
+
+
+ADD, SEARCH_CATS, SEARCH_DOGS = ("add", {"a": 1}), ("search", {"query": "cats"}), ("search", {"query": "dogs"})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"I add. <tool_call>{GOOD}</tool_call>", [ADD]),
+        (f"<tool_call>\n{GOOD}\n</tool_call><tool_call>{GOOD}</tool_call>", [ADD, ADD]),
+        (f"<tool_call>{GOOD}\n{CATS}</tool_call>", [ADD, SEARCH_CATS]),
+        (f"<tool_call>[{GOOD}, {CATS}]</tool_call>", [ADD, SEARCH_CATS]),
+        ("no call", []),
+        (f"</tool_call>{GOOD}", []),
+        # a string may hold the tags
+        (
+            '<tool_call>{"name": "search", "arguments": {"query": "a</tool_call>b<tool_call>c"}}</tool_call>',
+            [("search", {"query": "a</tool_call>b<tool_call>c"})],
+        ),
+        # both keys, and arguments as a string
+        (f"<tool_call>{CATS}</tool_call>", [SEARCH_CATS]),
+        (
+            '<tool_call>{"name": "search", "arguments": "{\\"query\\": \\"cats\\"}"}</tool_call>',
+            [SEARCH_CATS],
+        ),
+        ('<tool_call>{"name": "now"}</tool_call>', [("now", {})]),
+        ('<tool_call>{"name": "now", "arguments": null}</tool_call>', [("now", {})]),
+        ('<tool_call>{"name": "search", "arguments": {}}</tool_call>', [("search", {})]),
+    ],
+)
+def test_calls_between_tags(text, found):
+    assert read(PLAIN, text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (CATS, [SEARCH_CATS]),
+        (f"<|python_tag|>{CATS}", [SEARCH_CATS]),
+        (f"<|python_tag|>{CATS}<|eom_id|>", [SEARCH_CATS]),
+        (f"I look for cats.\n{CATS}", [SEARCH_CATS]),
+        (f"```json\n{CATS}\n```", [SEARCH_CATS]),
+        (f"{CATS}; {DOGS}", [SEARCH_CATS, SEARCH_DOGS]),
+        (f"{CATS}\n{DOGS}", [SEARCH_CATS, SEARCH_DOGS]),
+        (f"[{CATS}, {DOGS}]", [SEARCH_CATS, SEARCH_DOGS]),
+        ('{"type": "function", "name": "search", "parameters": {"query": "cats"}}', [SEARCH_CATS]),
+        ('{"name": "search", "arguments": {"query": "cats"}}', [SEARCH_CATS]),
+        ('{"parameters": {"query": "cats"}, "name": "search"}', [SEARCH_CATS]),
+        ('{"name": "now"}', [("now", {})]),
+        ('{"name": "nothing", "parameters": {"a": 1}}', [("nothing", {"a": 1})]),  # the environment refuses it
+        # answers
+        ('{"name": "Alice", "age": 3}', []),
+        ('{"answer": 3}', []),
+        ("The answer is 3.", []),
+        ('The set {"a", "b"} has two members.', []),
+        (f'{{"result": {CATS}}}', []),
+        (f'{{"text": {json.dumps(CATS)}}}', []),
+        (f'The set {{"a"}}. {CATS}', [SEARCH_CATS]),
+        ('{"age": 1e999}', []),
+    ],
+)
+def test_calls_without_tags(text, found):
+    assert read(BARE, text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"name": "search", "parameters": {"query": cats}}', "it is not JSON"),
+        ('{"name": "nothing", "parameters": {"query": cats}}', "it is not JSON"),
+        ('{"name": "search"}', "it has no \"arguments\", and search takes ['query']"),
+        ('{"name": "search", "query": "cats"}', 'it has no "arguments"'),
+        ('{"name": "search", "parameters": {"query": NaN}}', "a number that is not finite"),
+        ('{"parameters": {"query": 1e999}, "name": "search"}', "a number that is not finite"),
+        ("<|python_tag|>search(query='cats')", 'after <|python_tag|> there is no JSON object with a "name"'),
+        ('{"a": ' + "[" * 5000, "nested too deeply"),
+        ('{"a": "' + "x" * MAX_CALL_CHARS, f"more than {MAX_CALL_CHARS} characters"),
+        ('{"a": 1}' * (MAX_OBJECTS + 1), f"only the first {MAX_OBJECTS} JSON objects"),
+    ],
+)
+def test_a_call_without_tags_that_cannot_be_read_says_why(text, words):
+    (error,) = read(BARE, text)
+    assert words in error
+
+
+def test_a_list_behind_a_tag_needs_no_end():
+    assert read(LISTS, f"[TOOL_CALLS] [{GOOD}, {GOOD}]") == [ADD, ADD]
+    assert read(LISTS, f"[TOOL_CALLS]{GOOD}\n{CATS} I wait.") == [ADD, SEARCH_CATS]
+    assert read(LISTS, f"[{GOOD}]") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("{name: add}", "it is not JSON"),
+        ('{"arguments": {}}', 'no JSON object with a "name"'),
+        ('{"name": 3}', 'no JSON object with a "name"'),
+        ("17", 'no JSON object with a "name"'),
+        ("[]", 'no JSON object with a "name"'),
+        ('{"name": "add", "arguments": "1"}', '"arguments" are no JSON object'),
+        ('{"name": "add", "arguments": "{} {}"}', '"arguments" are no JSON object'),
+        ('{"name": "add", "parameters": [1]}', '"parameters" are no JSON object'),
+        ('{"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}', "that differ"),
+        ('{"name": "search"}', "it has no \"arguments\", and search takes ['query']"),
+        ('{"name": "search", "arguments": null}', 'it has no "arguments"'),
+        ("[" * 50_000, "nested too deeply"),
+        ("[" * 300 + "]" * 300, "nested too deeply"),
+        ('{"name": "add", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}", "nested too deeply"),
+        (
+            f'{{"name": "add", "arguments": {json.dumps(json.dumps({"a": json.loads("[" * 300 + "]" * 300)}))}}}',
+            "no JSON object",
+        ),
+        ("x" * (MAX_CALL_CHARS + 1), "it is not JSON"),
+        ('"' + "x" * (MAX_CALL_CHARS + 1), f"it has more than {MAX_CALL_CHARS} characters"),
+        (json.dumps([1] * MAX_CALL_CHARS), f"it has more than {MAX_CALL_CHARS} characters"),
+        ("\x00", "it is not JSON"),
+        (r'{"name": "add", "arguments": {"a": "\ud83d"}}', "it is not JSON of Unicode text"),
+        (r'{"name": "add", "arguments": {"\ud83d": 1}}', "it is not JSON of Unicode text"),
+        ('{"name": "add", "arguments": {"a": NaN}}', "a number that is not finite"),
+        ('{"name": "add", "arguments": {"a": -Infinity}}', "a number that is not finite"),
+        ('{"name": "add", "arguments": {"a": 1e999}}', "a number that is not finite"),
+        ('{"name": "add", "arguments": {"a": ' + "9" * (MAX_NUMBER_DIGITS + 1) + "}}", "more than 4000 digits"),
+        (f"{GOOD} and more", "it does not end in </tool_call>"),
+    ],
+)
+def test_a_call_that_cannot_be_read_says_why(body, words):
+    for convention in (PLAIN, ToolConvention("<tool_call>", "</tool_call>", "parameters", role="tool", is_native=True)):
+        (call,) = convention.read(f"<tool_call>{body}</tool_call>", TOOLS).calls
+        assert call.name == ""
+        assert words in call.error
+
+
+def test_a_call_without_an_end_is_none():
+    (error,) = read(PLAIN, f"<tool_call>{GOOD}")
+    assert "does not end in </tool_call>" in error
+
+
+def test_long_numbers_and_odd_keys_are_read():
+    number = 10 ** (MAX_NUMBER_DIGITS - 1)
+    arguments = {"": number, "a b": {"__class__": None}, "é": [True, -1.5e-300]}
+    assert read(PLAIN, PLAIN.call("add", arguments)) == [("add", arguments)]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cut"),
+    [
+        ('<tool_call>{"name": "add", "arguments": {"a": "</tool_call>', True),
+        ('<tool_call>{"name": "add", "arguments": {"a": "</tool_call>"', True),  # the quote was in the same token
+        ('<tool_call>{"name": "add", "arguments": {"a": "\\"</tool_call>', True),
+        (f'<tool_call>{GOOD}</tool_call><tool_call>{{"name": "</tool_call>', True),
+        (f"<tool_call>{GOOD}</tool_call>", False),
+        ('<tool_call>{"name": add}</tool_call>', False),
+        ('<tool_call>{"name": "add", "arguments": {"a": "x\n</tool_call>', False),  # a line break ends no JSON string
+        ('<tool_call>{"name": "add"</tool_call>', False),
+        ("</tool_call>", False),
+        ('<tool_call>"' + "x" * MAX_CALL_CHARS + "</tool_call>", False),
+    ],
+)
+def test_a_text_that_ends_in_the_middle_of_a_calls_json_might_go_on(text, is_cut):
+    assert PLAIN.read(text, TOOLS).is_cut is is_cut
+
+
+def test_only_so_many_calls_of_a_turn_are_read():
+    for convention, text in (
+        (PLAIN, f"<tool_call>{GOOD}</tool_call>" * 1000),
+        (PLAIN, "<tool_call>" + json.dumps([json.loads(GOOD)] * 1000) + "</tool_call>"),
+        (BARE, f"{CATS}\n" * 500),
+        (LISTS, "[TOOL_CALLS]" + GOOD * 1000),
+    ):
+        found = read(convention, text)
+        assert len(found) == MAX_CALLS + 1
+        assert f"only the first {MAX_CALLS} calls of a turn are read" in found[-1]
+    found = read(PLAIN, "<tool_call>" * 1000)
+    assert len(found) == MAX_CALLS + 1
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<tool_call>",
+        "<tool_call>{",
+        '<tool_call>{"',
+        "<tool_call>[]</tool_call>",
+        f"<tool_call>{GOOD}</tool_call>",
+        '{"',
+        '{"a":[',
+        '{"a":',
+        '{"a":1}',
+        '{"a":1,',
+        '{"a":"\\"',
+        "[",
+        "1,",
+        "{" + " " * 100,
+        CATS,
+        "<|python_tag|>",
+        "[TOOL_CALLS][",
+        " ",
+        "\\",
+        "\ud83d",
+    ],
+)
+@pytest.mark.parametrize("convention", [PLAIN, BARE, LISTS], ids=["plain", "bare", "lists"])
+def test_ten_megabytes_of_anything_are_read_in_well_under_a_second(convention, piece):
+    text = piece * (10_000_000 // len(piece))
+    start = time.process_time()
+    convention.read(text, TOOLS)
+    convention.read(f"<tool_call>[{text}", TOOLS)
+    assert time.process_time() - start < 1.0  # two readings of at most 0.1 s each
+
+
+def test_what_cannot_be_sent():
+    nested = 1
+    for _ in range(MAX_CALL_DEPTH - 1):
+        nested = [nested]
+    assert unsendable(nested) is None
+    assert "64 levels are allowed" in unsendable([nested])
+    assert unsendable({"a": math.nan}) is not None
+    assert unsendable({"a": ["\udc00"]}) is not None
+
+
+# --- over generated inputs ---
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
+    ["</tool_call>", "<tool_call>", '<tool_call>{"name": "search"', '"', "\\", "</think", "{", "}", GOOD, "\n"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+NAMES, ARGUMENTS = st.sampled_from(["search", "now", "else"]), st.dictionaries(TEXTS, VALUES, max_size=2)
+CALLS = st.fixed_dictionaries({"name": NAMES, "arguments": ARGUMENTS})
+THOUGHT_CALLS = CALLS.map(lambda call: {**call, "name": "thought"})
+
+
+def tagged(call):
+    return f"<tool_call>{json.dumps(call)}</tool_call>"
+
+
+SAID = st.sampled_from(["I look. ", "", "\n", "no, "])
+PIECES = st.one_of(
+    SAID.map(lambda text: (text, None)),
+    CALLS.map(lambda call: (tagged(call), call)),
+    st.tuples(SAID, THOUGHT_CALLS).map(lambda pair: (f"<think>{pair[0]}{tagged(pair[1])}</think>", None)),
+    st.just(("<thinking>shall I write <tool_call> now?</thinking>", None)),
+)
+
+
+@given(st.lists(PIECES, max_size=4))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_what_was_said_is_called_what_was_thought_is_not_wherever_the_turn_is_cut_off(pieces):
+    text = "".join(piece for piece, _ in pieces)
+    said = [(call["name"], call["arguments"]) for _, call in pieces if call is not None]
+    assert read(PLAIN, without_thinking(text)) == said
+    for end in range(len(text)):
+        calls = PLAIN.read(without_thinking(text[:end]), TOOLS).calls
+        made = [(call.name, call.arguments) for call in calls if call.error is None]
+        assert made == said[: len(made)]  # those that were complete, and no other
+        assert len(calls) - len(made) <= 1
+
+
+@given(st.lists(CALLS, min_size=1, max_size=2), st.sampled_from(["; ", "\n", ", ", "\nand\n"]))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_calls_without_tags_are_read_wherever_the_turn_is_cut_off(calls, joint):
+    text = "<|python_tag|>" + joint.join(json.dumps(call) for call in calls)
+    said = [(call["name"], call["arguments"]) for call in calls]
+    assert read(BARE, text) == said
+    for end in range(len(text)):
+        made = [(call.name, call.arguments) for call in BARE.read(text[:end], TOOLS).calls if call.error is None]
+        assert made == said[: len(made)]
+
+
+TAGS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "<|python_tag|>"]
+JSON = [
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    '"name"',
+    ":",
+    '"search"',
+    '"arguments"',
+    ",",
+    "1",
+    "1e999",
+    "NaN",
+    "null",
+    "\\ud83d",
+]
+HOSTILE = st.lists(st.sampled_from([*TAGS, *JSON, "\ud83d", "\x00", " ", "\n"]) | st.text(max_size=5), max_size=25).map(
+    "".join
+)
+
+
+@given(HOSTILE)
+@settings(derandomize=True, deadline=None, max_examples=500)
+def test_no_text_raises_and_every_call_that_is_made_can_be_sent(text):
+    for convention in (PLAIN, BARE, LISTS):
+        for call in convention.read(without_thinking(text), TOOLS).calls:
+            assert call.error is not None or unsendable(call.arguments) is None
