@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from fuchsia_pl.batch import Batch, Denominators, RolloutScores
 from fuchsia_pl.engines.base import Engine, EngineSpec
 from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
+from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.objectives.config import Learner
 from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
@@ -212,7 +213,7 @@ class RolloutDataModule(LightningDataModule):
         item_indices(self.seed, 0, len(items), self.batch_size)
         self._collector.check_template(items[0])
         prompts = self._collector.fitting(items)
-        self._fitting = list(prompts)
+        self._fitting = check_golds(self.environment, "train", items, prompts)
         item_indices(self.seed, 0, len(self._fitting), self.batch_size)
         self._longest_row = longest_row(prompts.values(), self.sampling, has_turns=self.environment.max_steps > 1)
         budget = self._scorer.max_tokens_per_micro_batch
@@ -231,7 +232,7 @@ class RolloutDataModule(LightningDataModule):
         """Refuses, before anything is trained, a held-out split that could not be asked."""
         assert self._collector is not None
         items = self.environment.validation_items()
-        self._held_out = list(self._collector.fitting(items))
+        self._held_out = check_golds(self.environment, "validation", items, self._collector.fitting(items))
         if len(self._held_out) < self._trainer.world_size:
             raise ConfigError(
                 f"{type(self.environment).__name__}.validation_items has {len(self._held_out)} items for "
