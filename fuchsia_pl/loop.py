@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+STOP_TIMEOUT_S = 30.0
+
 
 class LoopThread:
     """Runs coroutines on one event loop, whoever asks and from whatever loop.
@@ -73,3 +75,30 @@ async def cancel_others(timeout_s: float) -> None:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks, timeout=timeout_s)
+
+
+def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end on a loop of its own, in a thread of its own.
+
+    `asyncio.run` fails where the caller's thread runs an event loop, as in a notebook cell.
+
+    Args:
+        coroutine: What to run. Whatever it awaits has a time limit of its own.
+
+    >>> async def caller():
+    ...     return run_blocking(asyncio.sleep(0, "slept"))
+    >>> asyncio.run(caller())
+    'slept'
+    """
+    thread = LoopThread("once")
+    try:
+        return thread.run(_with_its_tasks(coroutine), None)
+    finally:
+        thread.stop(STOP_TIMEOUT_S)
+
+
+async def _with_its_tasks(coroutine: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await coroutine
+    finally:
+        await cancel_others(STOP_TIMEOUT_S)
