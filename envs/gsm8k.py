@@ -67,8 +67,8 @@ class GSM8K(SingleTurnEnvironment):
 
     def __init__(
         self,
-        train_file: str | None = None,
-        validation_file: str | None = None,
+        train_file: str | list[str] | None = None,
+        validation_file: str | list[str] | None = None,
         dataset: str = "openai/gsm8k",
         form_weight: float = 0.1,
         initial_form_weight: float = 0.5,

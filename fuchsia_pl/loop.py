@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,12 +21,13 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._ended = False
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Starts a coroutine."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Starts a coroutine. A SystemExit or KeyboardInterrupt in it is code's own and becomes a RuntimeError."""
+        return asyncio.run_coroutine_threadsafe(_contained(coroutine), self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         """Runs a coroutine to its end and blocks until then; it is cancelled where it takes too long or the wait is interrupted.
@@ -58,10 +60,27 @@ class LoopThread:
 
     def stop(self, timeout_s: float) -> None:
         """Ends the loop and the thread. A loop that does not come to its end in time is left to the daemon thread."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._end)
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
             self._loop.close()
+
+    def _serve(self) -> None:
+        while not self._ended:
+            # A task of user code that raises one of these ends `run_forever`, and whoever waits for another would wait forever.
+            with suppress(SystemExit, KeyboardInterrupt):
+                self._loop.run_forever()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._loop.stop()
+
+
+async def _contained(coroutine: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"code on the event loop raised {type(error).__name__}: {error}") from error
 
 
 async def cancel_others(timeout_s: float) -> None:

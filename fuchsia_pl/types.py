@@ -1,6 +1,6 @@
 """The nouns of a run, in the order in which data passes through them.
 
-item -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch (`batch.py`)
+item -> Prompt -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch (`batch.py`)
 
 Shape letters: G siblings of a group, L tokens of a rollout, A sampled tokens.
 """
@@ -58,6 +58,24 @@ class ServedModel:
     def folder(self) -> str:
         """The model folder that both load."""
         return str(self.resolve(self.name))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an item asks, made once per item and phase.
+
+    Attributes:
+        item: The dataset row.
+        messages: The conversation that the policy continues.
+        token_ids: Its ids, up to and including the header of the policy's turn.
+
+    >>> Prompt({"a": 3, "b": 4}, ({"role": "user", "content": "3 plus 4?"},), (11, 12)).messages[0]["content"]
+    '3 plus 4?'
+    """
+
+    item: Item
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,21 @@ class RolloutLog(Callback):
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = Path(trainer.default_root_dir) / (name + suffix)
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(text)
+        # Half a surrogate pair has no UTF-8, but is written as JSON's own escape.
+        with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write("".join(json_line(line) for line in lines))
+
+
+def json_line(line: dict[str, Any]) -> str:
+    r"""A log line as JSON. An item that JSON cannot hold, such as one with a tuple as a key, is written as its `repr`.
+
+    >>> json_line({"step": 1, "item": {(0, 1): "a"}})
+    '{"step": 1, "item": "{(0, 1): \'a\'}"}\\n'
+    """
+    try:
+        return json.dumps(line, ensure_ascii=False, default=str) + "\n"
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps({**line, "item": repr(line["item"])}, ensure_ascii=False, default=str) + "\n"
 
 
 def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[str, Any]:

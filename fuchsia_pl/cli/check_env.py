@@ -34,7 +34,10 @@ class CheckEnvCLI(PartsCLI):
         """Examines the environment and reports what came of it."""
         trainer = self._get(self.config, "trainer")
         limit = trainer.limit_val_batches
-        ranks, budget = num_ranks(trainer.devices, trainer.num_nodes), self.model.policy_config.max_tokens_per_micro_batch
+        ranks, budget = (
+            num_ranks(trainer.devices, trainer.num_nodes),
+            self.model.policy_config.max_tokens_per_micro_batch,
+        )
         run = Run(ranks, budget, has_validation=limit is None or limit > 0)
         found = run_blocking(Examiner(self.datamodule, run, self.num_items).examine())
         report(Console(highlight=False), found)
@@ -106,7 +109,7 @@ def _range(values: Sequence[float | None]) -> str:
 
 
 def _counted(found: Examination) -> str:
-    too_long = f" ({found.num_too_long} more are too long and left out)" if found.num_too_long else ""
+    too_long = f" ({found.num_too_long} more left out as too long)" if found.num_too_long else ""
     held_out = "" if found.num_held_out is None else f", {found.num_held_out} held-out items"
     places = len({one.place for one in found.played})
     siblings = max(len(one.rollouts) for one in found.played)

@@ -8,6 +8,7 @@ from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.budget import check_budget, longest_row
+from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector
 from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
 from fuchsia_pl.types import ConfigError
@@ -78,7 +79,7 @@ class Examiner:
         self.data = data
         self.run = run
         self.num_items = num_items
-        chat = RememberingChat(data.served_model.folder)
+        chat = RememberingChat(Chat(data.served_model.folder))
         self._engine = PlayedEngine(chat)
         self._asked = Collector(self._engine, data.environment, chat, data.sampling)
         unlimited = replace(data.sampling, max_length=MAX_LENGTH, max_completion_tokens=MAX_LENGTH // 10)
@@ -103,7 +104,8 @@ class Examiner:
                 await self._examine_held_out(found)
         finally:
             environment.on_error = on_error
-            await environment.close()
+            with told_as_config_error(f"{type(environment).__name__}.close"):
+                await environment.close()
         found.wrong += findings(environment, found.played)
         return found
 

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from fuchsia_pl.cli.played import GOLD, Played
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.types import Item
 
 MAX_CHARS = 400  # of a sentence: some errors repeat the text that they are about
@@ -33,14 +34,15 @@ def findings(environment: Environment, played: Sequence[Played]) -> list[str]:
 
 def written_objects(environment: Environment, items: Sequence[Item], positions: Iterable[int], place: str) -> list[str]:
     """A sentence where prompts look like Python objects that were written as text."""
-    wrong = [index for index in positions if _looks_written(environment, items[index])]
+    contents = {index: _written_object(environment, items[index]) for index in positions}
+    wrong = {index: content for index, content in contents.items() if content is not None}
     if not wrong:
         return []
-    example = next(str(m["content"]) for m in environment.messages(items[wrong[0]]) if is_written_object(m["content"]))
+    first, example = next(iter(wrong.items()))
     number = f"{len(wrong)} prompts look" if len(wrong) > 1 else "1 prompt looks"
     return [
         one_line(
-            f"{number} like a Python object that was made a text, first that of {place} {wrong[0]}: {shortened(example, 60)}. "
+            f"{number} like a Python object that was made a text, first that of {place} {first}: {shortened(example, 60)}. "
             "Return its text, or the conversation itself, from messages(item)"
         )
     ]
@@ -76,9 +78,9 @@ def shortened(text: str, limit: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text as one line of bounded length.
+    r"""A text as one line of bounded length.
 
-    >>> one_line("a\\n  b")
+    >>> one_line("a\n  b")
     'a b'
     """
     return shortened(" ".join(text.split()), MAX_CHARS)
@@ -143,8 +145,10 @@ def _first(words: Iterable[str]) -> str:
     return ", ".join(named[:NUM_NAMED]) + (", …" if len(named) > NUM_NAMED else "")
 
 
-def _looks_written(environment: Environment, item: Item) -> bool:
-    return any(is_written_object(message["content"]) for message in environment.messages(item))
+def _written_object(environment: Environment, item: Item) -> str | None:
+    """The content of the first message of an item that looks like a written object."""
+    contents = (str(message["content"]) for message in conversation(environment.messages, item))
+    return next((content for content in contents if is_written_object(content)), None)
 
 
 def _is_literal(text: str) -> bool:

@@ -39,17 +39,14 @@ _turns_played: ContextVar[int] = ContextVar("turns_played", default=0)
 
 
 class RememberingChat(Chat):
-    """A chat template that encodes and decodes a text once, however many siblings write it.
+    """Encodes and decodes a text once, however many siblings write it.
 
     Args:
-        folder: The model folder.
-
-    Raises:
-        ConfigError: The tokenizer has no chat template.
+        chat: The model's tokenizer and chat template.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
+    def __init__(self, chat: Chat) -> None:
+        vars(self).update(vars(chat))  # the same tokenizer and template
         self._encoded = lru_cache(NUM_REMEMBERED)(super().encode_turn)
         self._decoded = lru_cache(NUM_REMEMBERED)(super().text)
         self._raw = lru_cache(NUM_REMEMBERED)(super().raw_text)

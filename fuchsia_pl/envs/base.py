@@ -1,10 +1,13 @@
 """Environments: where questions come from, what happens to an answer, and what it is worth."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from fuchsia_pl.envs.items import load_items
+from fuchsia_pl.envs.conversation import prompt_messages
+from fuchsia_pl.envs.items import ItemSource, load_items
+from fuchsia_pl.envs.table_rows import CSV_TYPES
 from fuchsia_pl.envs.thinking import THINKING_MARKS
 from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention
 from fuchsia_pl.envs.tools.spec import ToolSpec
@@ -27,9 +30,10 @@ class Environment(ABC):
         dataset_config: The hub dataset's configuration, such as "main".
         train_split: The hub dataset's split to train on.
         validation_split: The hub dataset's held-out split.
-        train_file: A local file of JSON lines, in place of the hub.
+        train_file: Local files in place of the hub: one, several, or a pattern such as "data/*.jsonl". JSON lines, a JSON array,
+            CSV, Parquet, or a folder that `save_to_disk` of `datasets` made; gzip is read too.
         validation_file: The same for the held-out split.
-        prompt_field: The field of an item that is the question.
+        prompt_field: The field of an item that is the question: a text, or a list of messages.
 
     Attributes:
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
@@ -37,6 +41,7 @@ class Environment(ABC):
         reward_weights: Weight of each reward function by name in the total, 1.0 where not given.
         initial_reward_weights: Weights at step 0 of those that change: they move in a straight line to `reward_weights`.
         ramp_steps: The optimizer step at which they arrive there.
+        csv_types: Types of the columns of CSV files by name: "int", "float", "bool", "json". Other columns are text.
         stop: Strings after which the policy's turn ends.
         max_steps: Turns of the policy in one rollout.
         timeout_s: Bound of each call of a reward function and of each of the environment's own methods.
@@ -56,13 +61,13 @@ class Environment(ABC):
         dataset_config: str | None = None,
         train_split: str = "train",
         validation_split: str = "test",
-        train_file: str | None = None,
-        validation_file: str | None = None,
+        train_file: str | list[str] | None = None,
+        validation_file: str | list[str] | None = None,
         prompt_field: str = "prompt",
     ) -> None:
         self._sources = {
-            "train": (train_file, dataset, dataset_config, train_split),
-            "validation": (validation_file, dataset, dataset_config, validation_split),
+            "train": ItemSource(train_file, dataset, dataset_config, train_split),
+            "validation": ItemSource(validation_file, dataset, dataset_config, validation_split),
         }
         self._loaded: dict[str, Sequence[Item]] = {}
         self.prompt_field = prompt_field
@@ -70,6 +75,7 @@ class Environment(ABC):
         self.reward_weights: dict[str, float] = {}
         self.initial_reward_weights: dict[str, float] = {}
         self.ramp_steps = 0
+        self.csv_types: dict[str, str] = {}
         self.stop: list[str] = []
         self.timeout_s = 60.0
         self.on_error: Literal["stop", "unscored"] = "stop"
@@ -95,13 +101,14 @@ class Environment(ABC):
         return self._items("validation")
 
     def messages(self, item: Item) -> list[Message]:
-        """The conversation that the policy is asked to continue, as `{"role": …, "content": …}`."""
-        if self.prompt_field not in item:
-            raise ConfigError(
-                f"an item of {type(self).__name__} has no field {self.prompt_field!r}, it has {sorted(item)}: set "
-                "data.environment.init_args.prompt_field, or override messages(item)"
-            )
-        return [{"role": "user", "content": str(item[self.prompt_field])}]
+        """The conversation that the policy is asked to continue, as `{"role": …, "content": …}`.
+
+        By default it is `prompt_field` of the item: a text is what the user says, a list of messages is the conversation.
+
+        Raises:
+            ConfigError: The field is missing, null, empty, or of another type.
+        """
+        return prompt_messages(item, self.prompt_field)
 
     def gold_turns(self, item: Item) -> list[str] | None:
         """What a perfect policy would write, turn by turn; None where that is not known. `fuchsia check-env` plays it."""
@@ -162,7 +169,7 @@ class Environment(ABC):
 
     def _items(self, split: str) -> Sequence[Item]:
         if split not in self._loaded:
-            self._loaded[split] = load_items(type(self).__name__, split, *self._sources[split])
+            self._loaded[split] = load_items(type(self).__name__, split, self._sources[split], self.csv_types)
         return self._loaded[split]
 
 
@@ -203,8 +210,8 @@ def check_environment(environment: Environment) -> None:
     """Refuses an environment that could not be trained on.
 
     Raises:
-        ConfigError: Its constructor left out the base class's, no reward function, two of one name, a weight for a name that
-            none has, a choice that is none, or no turn.
+        ConfigError: Its constructor left out the base class's, no reward function, two of one name, a weight that is no finite
+            number or for a name that none has, a choice that is none, or no turn.
     """
     kind = type(environment).__name__
     if not _set_by_constructor() <= set(vars(environment)):
@@ -226,6 +233,9 @@ def check_environment(environment: Environment) -> None:
         unknown = sorted(set(weights) - set(names))
         if unknown:
             raise ConfigError(f"{kind}.{attribute} has {unknown}; the reward functions are {names}")
+        endless = {name: weight for name, weight in weights.items() if not is_finite_number(weight)}
+        if endless:
+            raise ConfigError(f"{kind}.{attribute} must be finite numbers, got {endless}")
     if environment.initial_reward_weights and environment.ramp_steps < 1:
         raise ConfigError(
             f"{kind}.initial_reward_weights needs ramp_steps of 1 or more, got {environment.ramp_steps}: over how many steps "
@@ -233,6 +243,9 @@ def check_environment(environment: Environment) -> None:
         )
     if environment.on_error not in ("stop", "unscored"):
         raise ConfigError(f'{kind}.on_error must be "stop" or "unscored", got {environment.on_error!r}')
+    unknown = sorted(set(environment.csv_types.values()) - set(CSV_TYPES))
+    if unknown:
+        raise ConfigError(f"{kind}.csv_types has the types {unknown}; allowed are {sorted(CSV_TYPES)}")
     if environment.max_steps < 1:
         raise ConfigError(f"{kind}.max_steps must be 1 or more, got {environment.max_steps}")
     if environment.timeout_s <= 0:
@@ -247,6 +260,18 @@ def _set_by_constructor() -> set[str]:
 def _lacks_constructor(environment: Environment) -> str:
     kind = type(environment).__name__
     return f"{kind}.__init__ does not call super().__init__(), which sets what every environment has: call it first"
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a number that is neither infinite nor NaN; one that is too large for a float is not.
+
+    >>> is_finite_number(1), is_finite_number(True), is_finite_number("1"), is_finite_number(10**400)
+    (True, True, False, False)
+    """
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except Exception:  # a tensor of several numbers, or an object of user code, may raise anything
+        return False
 
 
 def weights_at(environment: Environment, step: int | None) -> dict[str, float]:

@@ -3,8 +3,14 @@
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class StrayError(RuntimeError):
+    """User code raised what has a meaning of its own for whoever waits: an end of the process, a cancellation, a time-out."""
 
 
 async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:
@@ -12,8 +18,44 @@ async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: f
 
     Raises:
         TimeoutError: It took longer than `timeout_s`. A thread cannot be ended, so it may run on until the process ends.
+        StrayError: It raised SystemExit, KeyboardInterrupt, another base exception, or a TimeoutError of its own.
     """
-    return await asyncio.wait_for(_call(function, argument), timeout_s)
+    return await asyncio.wait_for(contained(_call(function, argument)), timeout_s)
+
+
+async def contained(awaitable: Awaitable[T]) -> T:
+    """Awaits user code. A SystemExit that left a task would end the event loop, and whoever waits would wait forever.
+
+    Raises:
+        StrayError: It raised what is no plain error; that is chained.
+    """
+    try:
+        return await awaitable
+    except GeneratorExit:  # the coroutine is thrown away
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise StrayError(reason(error)) from error
+    except TimeoutError as error:
+        raise StrayError(reason(error)) from error
+    except Exception:
+        raise
+    except BaseException as error:
+        raise StrayError(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """The name of an error and what it is about, in one text.
+
+    >>> reason(KeyError("answer")), reason(StrayError("SystemExit: 1")), reason(KeyboardInterrupt())
+    ("KeyError: 'answer'", 'SystemExit: 1', 'KeyboardInterrupt')
+    """
+    if isinstance(error, StrayError):
+        return str(error)
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 async def _call(function: Callable[..., Any], argument: Any) -> Any:
@@ -44,7 +86,7 @@ def call_in_thread(function: Callable[..., Any], *arguments: Any) -> "asyncio.Fu
         try:
             result = function(*arguments)
         except StopIteration as error:  # no future takes one: it would end a generator somewhere else
-            failure = RuntimeError(f"{function} raised StopIteration")
+            failure = StrayError(reason(error))
             failure.__cause__ = error
         except BaseException as error:  # handed to the waiting coroutine whatever it is, or that would wait in vain
             failure = error

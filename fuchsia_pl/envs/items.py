@@ -1,48 +1,155 @@
-"""Items from the hub or from a local file."""
+"""Items from the hub or from local files."""
 
-from collections.abc import Sequence
+import glob
+import gzip
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from fuchsia_pl.envs.json_rows import BYTE_ORDER_MARK, JSON_SPACE, read_json
+from fuchsia_pl.envs.rows import JoinedRows, Rows
+from fuchsia_pl.envs.table_rows import ParquetRows, SavedRows, read_csv
 from fuchsia_pl.types import ConfigError, Item
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+GZIP_MARK = b"\x1f\x8b"
+PARQUET_MARK = b"PAR1"
+READABLE = "JSON lines, a JSON array, CSV (named .csv or .tsv), these three also in gzip, Parquet, or a folder of `save_to_disk`"
 
-def load_items(
-    kind: str, split: str, file: str | None, dataset: str | None, config: str | None, part: str
-) -> Sequence[Item]:
-    """Rows of a local file of JSON lines, else of a dataset on the hub.
+
+@dataclass(frozen=True)
+class ItemSource:
+    """Where the items of a split come from.
+
+    Attributes:
+        files: Local files, in order: paths or patterns such as "data/*.jsonl". They go before the hub.
+        dataset: Name on the hub.
+        config: The hub dataset's configuration.
+        split: The split of the hub's dataset or of a saved folder.
+
+    >>> ItemSource(None, "openai/gsm8k", "main", "train").paths("train_file")
+    []
+    """
+
+    files: str | Sequence[str] | None
+    dataset: str | None
+    config: str | None
+    split: str
+
+    def paths(self, setting: str) -> list[str]:
+        """The files and folders that are named. The files of a pattern are in the order of their names.
+
+        Raises:
+            ConfigError: One does not exist, or a pattern matches nothing.
+        """
+        names = [self.files] if isinstance(self.files, str) else list(self.files or ())
+        if self.files is not None and not names:
+            raise ConfigError(f"{setting} is an empty list: name a file, or leave it out")
+        return [path for name in names for path in _matching(setting, name)]
+
+
+def load_items(kind: str, split: str, source: ItemSource, csv_types: Mapping[str, str]) -> Sequence[Item]:
+    """Rows of local files, else of a dataset on the hub.
 
     Args:
         kind: Name of the environment, for messages.
         split: "train" or "validation", for messages.
-        file: Path of the local file.
-        dataset: Name on the hub.
-        config: The hub dataset's configuration.
-        part: The hub dataset's split.
+        source: Where they come from.
+        csv_types: Types of the columns of CSV files that are no text, by name.
 
     Raises:
-        ConfigError: Neither is given, or it cannot be read.
+        ConfigError: Nothing is named, or it cannot be read, or it has no rows.
     """
-    if file is None and dataset is None:
+    if source.files is None and source.dataset is None:
         raise ConfigError(
             f"{kind} has no {split} items: set data.environment.init_args.{split}_file or .dataset, or override "
             f"{split}_items()"
         )
-    from datasets import load_dataset
-
-    if file is not None and not Path(file).is_file():
-        raise ConfigError(f"data.environment.init_args.{split}_file: there is no file {str(Path(file).absolute())!r}")
-    what = file if file is not None else f"{dataset} ({config or 'default'}, split {part})"
-    try:
-        if file is not None:
-            rows = load_dataset("json", data_files=file, split="train")
-        else:
-            rows = load_dataset(dataset, config, split=part)
-    except Exception as error:  # the loaders of `datasets` raise anything; all of it is about what the user named
-        raise ConfigError(
-            f"{kind}: {split} items could not be read from {what} ({type(error).__name__}: {error}). A local file holds one "
-            "JSON object a line; a dataset on the hub needs the network, or its cache"
-        ) from error
+    if source.files is None:
+        if csv_types:
+            raise ConfigError(
+                f"{kind}.csv_types declares {sorted(csv_types)}, and the {split} items are of no CSV file"
+            )
+        rows, what = (
+            _from_hub(kind, split, source),
+            f"{source.dataset} ({source.config or 'default'}, split {source.split})",
+        )
+    else:
+        paths = source.paths(f"data.environment.init_args.{split}_file")
+        parts = [read_rows(path, source.split, csv_types) for path in paths]
+        rows, what = parts[0] if len(parts) == 1 else JoinedRows(parts), ", ".join(paths)
     if len(rows) == 0:
         raise ConfigError(f"{kind}: {what} has no {split} items")
+    return rows
+
+
+def read_rows(path: str, split: str, csv_types: Mapping[str, str]) -> Rows:
+    """The rows of a file or folder. What it is shows in its first bytes; CSV is known by its name.
+
+    Args:
+        path: Of the file or folder.
+        split: Of a folder that holds several.
+        csv_types: See `load_items`.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    if Path(path).is_dir():
+        return _untyped(path, csv_types, SavedRows(path, split))
+    with _readable(path), Path(path).open("rb") as stream:
+        mark = stream.read(len(PARQUET_MARK))
+    if mark == PARQUET_MARK:
+        return _untyped(path, csv_types, ParquetRows(path))
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix != ".gz"]
+    delimiter = DELIMITERS.get(suffixes[-1].lower()) if suffixes else None
+    with _readable(path), gzip.open(path) if mark.startswith(GZIP_MARK) else Path(path).open("rb") as stream:
+        if delimiter is not None:
+            return read_csv(path, stream.read(), delimiter, csv_types)
+        lines = stream.readlines()
+    first = next((line.strip(JSON_SPACE) for line in lines if line.strip(JSON_SPACE)), b"{")
+    if first.removeprefix(BYTE_ORDER_MARK)[:1] not in (b"{", b"["):
+        raise ConfigError(f"{path} begins with {first[:20]!r}, which is no row: a file of items is {READABLE}")
+    return _untyped(path, csv_types, read_json(path, lines))
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _untyped(path: str, csv_types: Mapping[str, str], rows: Rows) -> Rows:
+    if csv_types:
+        raise ConfigError(
+            f"csv_types declares {sorted(csv_types)}, and {path} is no CSV file: its values have types of their own. Leave "
+            "csv_types empty, or name the file .csv"
+        )
+    return rows
+
+
+def _matching(setting: str, name: str) -> list[str]:
+    if Path(name).exists():
+        return [name]
+    found = sorted(glob.glob(name, recursive=True))
+    if not found:
+        what = "matches no file" if any(mark in name for mark in "*?[") else "there is no file"
+        raise ConfigError(f"{setting}: {what} {str(Path(name).absolute())!r}")
+    return found
+
+
+def _from_hub(kind: str, split: str, source: ItemSource) -> Sequence[Item]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source.dataset, source.config, split=source.split)
+    except Exception as error:  # the loaders of `datasets` raise anything; all of it is about what the user named
+        raise ConfigError(
+            f"{kind}: {split} items could not be read from {source.dataset} ({source.config or 'default'}, split {source.split}) "
+            f"({type(error).__name__}: {error}). A dataset on the hub needs the network, or its cache"
+        ) from error
     return cast(Sequence[Item], rows)

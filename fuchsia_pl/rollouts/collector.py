@@ -8,14 +8,16 @@ from typing import Any, TypeVar
 
 from fuchsia_pl.engines.base import Engine, SamplingParams
 from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.envs.bounded import call_bounded
+from fuchsia_pl.envs.bounded import StrayError, call_bounded, contained, reason
+from fuchsia_pl.envs.conversation import conversation
+from fuchsia_pl.envs.rows import place_of
 from fuchsia_pl.envs.thinking import ends_in_opening_mark, without_thinking
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.scoring import score_group
-from fuchsia_pl.types import Completion, ConfigError, Item, Message, Rollout, RolloutStatus, Turn
+from fuchsia_pl.types import Completion, ConfigError, Item, Message, Prompt, Rollout, RolloutStatus, Turn
 
 T = TypeVar("T")
 MARK_TOKENS = 16  # the last tokens of a header, among which an opening mark of thinking is looked for
@@ -73,22 +75,31 @@ class Collector:
         Raises:
             ConfigError: The environment has no working tools, or the model's template cannot hold its conversation.
             ToolServerError: A tool server does not run.
+            EnvironmentStepError: `prepare` tried to end the process.
         """
         environment = self.environment
-        await environment.prepare()
+        try:
+            await contained(environment.prepare())
+        except StrayError as error:
+            raise EnvironmentStepError(f"{type(environment).__name__}.prepare raised {error}") from error
         environment.tool_convention = self.chat.convention(environment.tools)
 
-    def check_template(self, item: Item) -> None:
+    def check_template(self, items: Sequence[Item], index: int) -> None:
         """Refuses a template in which the environment's responses have no place, before anything is sampled.
 
+        Args:
+            items: The split's rows.
+            index: Position of the row that is rendered.
+
         Raises:
-            ConfigError: With the template's reason.
+            ConfigError: With the template's reason, or the item has no prompt.
         """
         environment = self.environment
         if environment.max_steps == 1:
             return
         response = {"role": environment.tool_convention.role, "content": "a"}
-        self.chat.bridge(environment.messages(item), [response], None, self._template_tools)
+        messages = self._messages(items[index], place_of(items, index))
+        self.chat.bridge(messages, [response], None, self._template_tools)
         if self.chat.rewrites_earlier_turns:
             logger.warning(
                 "the model's chat template shows earlier turns otherwise than they were written (some leave thinking out). "
@@ -109,57 +120,78 @@ class Collector:
             ToolServerError: A tool server cannot be started again.
         """
         await self.prepare()
-        prompts = [self.prompt_ids(draw.items, index) for index in draw.indices]
-        groups = (self._group(draw, index, ids) for index, ids in zip(draw.indices, prompts, strict=True))
+        prompts = [self.prompt(draw.items, index) for index in draw.indices]
+        groups = (self._group(draw, index, prompt) for index, prompt in zip(draw.indices, prompts, strict=True))
         return await gather_or_cancel(groups)
 
-    def fitting(self, items: Sequence[Item]) -> dict[int, int]:
-        """Renders the prompts of a whole split, so that one that is too long is found before anything is sampled.
+    def fitting(self, items: Sequence[Item], split: str) -> dict[int, int]:
+        """Renders the prompts of a whole split, so that one that is missing or too long is found before anything is sampled.
+
+        Args:
+            items: The split's rows.
+            split: Its name, for messages.
 
         Returns:
             Positions of the items whose prompts leave room for a completion, with the number of tokens of each prompt.
 
         Raises:
             PromptTooLongError: One does not, and `long_prompts` is "refuse".
+            ConfigError: An item has no prompt, or none that the template can render; the item is named.
         """
         found = {}
         for index in range(len(items)):
             try:
-                found[index] = len(self.prompt_ids(items, index))
+                found[index] = len(self.prompt(items, index, f"{split} ").token_ids)
             except PromptTooLongError:
                 if self.config.long_prompts == "refuse":
                     raise
         return found
 
-    def prompt_ids(self, items: Sequence[Item], index: int) -> list[int]:
-        """The ids of an item's prompt.
+    def prompt(self, items: Sequence[Item], index: int, split: str = "") -> Prompt:
+        """What an item asks.
+
+        Args:
+            items: The split's rows.
+            index: Position of the row.
+            split: What messages put before the item's position.
 
         Raises:
             PromptTooLongError: It leaves no room for a completion of the configured length.
+            ConfigError: The item has no prompt, or none that the template can render.
         """
-        environment = self.environment
-        ids = self.chat.render(environment.messages(items[index]), environment.tools, environment.tool_convention)
+        environment, item, where = self.environment, items[index], f"{split}{place_of(items, index)}"
+        messages = self._messages(item, where)
+        try:
+            ids = self.chat.render(messages, environment.tools, environment.tool_convention)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
         room = self.config.max_length - self.config.max_completion_tokens
         if len(ids) > room:
             raise PromptTooLongError(
-                f"the prompt of item {index} has {len(ids)} tokens, and data.sampling.max_length={self.config.max_length} leaves "
+                f"the prompt of {where} has {len(ids)} tokens, and data.sampling.max_length={self.config.max_length} leaves "
                 f"{room} beside max_completion_tokens={self.config.max_completion_tokens}: raise max_length, lower "
                 'max_completion_tokens, or set data.sampling.long_prompts to "drop"'
             )
-        return ids
+        return Prompt(item, tuple(messages), tuple(ids))
+
+    def _messages(self, item: Item, where: str) -> list[Message]:
+        try:
+            return conversation(self.environment.messages, item)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
     @property
     def _template_tools(self) -> Sequence[Any]:
         return self.environment.tools if self.environment.tool_convention.is_native else ()
 
-    async def _group(self, draw: Draw, index: int, prompt_ids: list[int]) -> list[Rollout]:
-        prompt = self.chat.raw_text(prompt_ids)
-        item = draw.items[index]
+    async def _group(self, draw: Draw, index: int, prompt: Prompt) -> list[Rollout]:
+        text, ids = self.chat.raw_text(prompt.token_ids), list(prompt.token_ids)
         rollouts = [
-            Rollout(item, index, sibling, draw.temperature, prompt, draw.step, list(self.environment.messages(item)))
+            # Messages of its own for each: what user code does to one must not reach its siblings.
+            Rollout(prompt.item, index, sibling, draw.temperature, text, draw.step, [dict(m) for m in prompt.messages])
             for sibling in range(draw.siblings)
         ]
-        await gather_or_cancel(self._run(draw, rollout, prompt_ids) for rollout in rollouts)
+        await gather_or_cancel(self._run(draw, rollout, ids) for rollout in rollouts)
         await score_group(self.environment, rollouts)
         return rollouts
 
@@ -246,7 +278,7 @@ class Collector:
         except ToolServerError:
             raise
         except Exception as error:  # whatever an environment raises is passed on with its item
-            raise EnvironmentStepError(f"{where} raised {type(error).__name__}: {error}") from error
+            raise EnvironmentStepError(f"{where} raised {reason(error)}") from error
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -46,9 +46,8 @@ def training_prompts(collector: Collector, seed: int, batch_size: int) -> dict[i
     if len(items) == 0:
         raise ConfigError(f"{kind}.train_items has no items: there is nothing to train on")
     item_indices(seed, 0, len(items), batch_size)
-    with told_as_config_error(f"{kind}.messages"):
-        collector.check_template(items[0])
-        prompts = collector.fitting(items)
+    collector.check_template(items, 0)
+    prompts = collector.fitting(items, "training")
     if not prompts:
         raise ConfigError(
             f"the prompts of all {len(items)} training items are too long: raise data.sampling.max_length, or lower "
@@ -71,8 +70,7 @@ def held_out_prompts(collector: Collector, num_ranks: int) -> list[int]:
     """
     kind = type(collector.environment).__name__
     items = split_items(collector.environment.validation_items, f"{kind}.validation_items")
-    with told_as_config_error(f"{kind}.messages"):
-        fitting = list(collector.fitting(items))
+    fitting = list(collector.fitting(items, "held-out"))
     if len(fitting) < num_ranks:
         raise ConfigError(
             f"{kind}.validation_items has {len(fitting)} items for {num_ranks} rank(s): add some, or set "
@@ -98,8 +96,6 @@ def split_items(method: Callable[[], Sequence[Item]], where: str) -> Sequence[It
     is_sequence = hasattr(items, "__len__") and hasattr(items, "__getitem__")
     if not is_sequence or isinstance(items, str | bytes | Mapping):
         raise ConfigError(f"{where} returned a {type(items).__name__}: it must return a list of items, each a mapping")
-    if len(items) and not isinstance(items[0], Mapping):
-        raise ConfigError(f"{where}: item 0 is a {type(items[0]).__name__}, and an item is a mapping of names to values")
     return items
 
 
@@ -124,4 +120,3 @@ def told_as_config_error(where: str) -> Iterator[None]:
         raise ConfigError(
             f"{where} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
         ) from error
-

@@ -2,17 +2,29 @@
 
 import json
 import logging
-import math
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
-from fuchsia_pl.envs.base import Environment, RewardFunction, reward_name, total_reward, weights_at
-from fuchsia_pl.envs.bounded import call_bounded
+from fuchsia_pl.envs.base import (
+    Environment,
+    RewardFunction,
+    is_finite_number,
+    reward_name,
+    total_reward,
+    weights_at,
+)
+from fuchsia_pl.envs.bounded import call_bounded, reason
 from fuchsia_pl.types import Rollout, RolloutStatus
 
 # Counted where `on_error` is "unscored"; the environment need not name it.
 REWARD_ERRORS = "reward_errors"
 # These ended through no doing of the policy.
 UNSCORED = (RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR, RolloutStatus.ABORTED)
+
+LARGEST = (
+    3.4e38  # advantages are float32, and a float64's squares, from which the spread is computed, would be infinite
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,63 +43,93 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
             "unscored", all siblings are left unscored and counted instead.
     """
     scored = [rollout for rollout in rollouts if rollout.status not in UNSCORED]
-    failed = False
-    for function in environment.reward_functions:
-        name = reward_name(function)
-        for rollout in rollouts:
-            rollout.rewards[name] = None
-        if not scored:
-            continue
+    names = [reward_name(function) for function in environment.reward_functions]
+    for rollout in rollouts:
+        rollout.rewards.update(dict.fromkeys(names))
+    if not scored:
+        return
+    errors: list[RewardError] = []
+    for function, name in zip(environment.reward_functions, names, strict=True):
         try:
             values = await _rewards(function, name, scored, environment.timeout_s)
         except RewardError as error:
-            if environment.on_error == "stop":
-                raise
-            logger.warning("%s", error)
-            failed = True
+            errors.append(_passed(environment, error))
             continue
         for rollout, value in zip(scored, values, strict=True):
             rollout.rewards[name] = value
     weights = weights_at(environment, rollouts[0].step)
     for rollout in scored:
-        if failed:
-            rollout.counts[REWARD_ERRORS] += 1
         # A total without the failed function would rank the siblings by the other functions alone.
-        rollout.reward = None if failed else total_reward(rollout.rewards, weights)
+        rollout.reward = None if errors else total_reward(rollout.rewards, weights)
+        if rollout.reward is not None and not _fits(rollout, weights):
+            errors.append(_passed(environment, RewardError(_endless(rollout, weights))))
+    if errors:
+        for rollout in scored:
+            rollout.reward = None
+            rollout.counts[REWARD_ERRORS] += 1
+
+
+def _passed(environment: Environment, error: RewardError) -> RewardError:
+    """The error, where the environment goes on after it."""
+    if environment.on_error == "stop":
+        raise error
+    logger.warning("%s", error)
+    return error
 
 
 async def _rewards(
     function: RewardFunction, name: str, rollouts: list[Rollout], timeout_s: float
 ) -> list[float | None]:
-    where = f"on item {rollouts[0].item_index}, {_shortened(rollouts[0].item)}"
     try:
-        values = await call_bounded(function, rollouts, timeout_s)
+        # A list of its own: what the function does to it must not change who gets which reward of this or a later function.
+        values = await call_bounded(function, list(rollouts), timeout_s)
     except TimeoutError as error:
-        raise RewardError(f"the reward function {name!r} took longer than {timeout_s} s {where}") from error
+        raise RewardError(
+            f"the reward function {name!r} took longer than {timeout_s} s {_where(rollouts[0])}"
+        ) from error
     except Exception as error:  # whatever a reward function raises is passed on with its item
-        raise RewardError(f"the reward function {name!r} raised {type(error).__name__}: {error} {where}") from error
+        raise RewardError(f"the reward function {name!r} raised {reason(error)} {_where(rollouts[0])}") from error
     if not isinstance(values, list) or len(values) != len(rollouts):
         got = f"a list of {len(values)}" if isinstance(values, list) else f"a {type(values).__name__}"
         raise RewardError(
-            f"the reward function {name!r} returned {got} for {len(rollouts)} rollouts {where}: "
+            f"the reward function {name!r} returned {got} for {len(rollouts)} rollouts {_where(rollouts[0])}: "
             "it must return a list with one number for each"
         )
     for value in values:
-        if value is not None and not _is_finite_number(value):
+        if value is not None and not is_finite_number(value):
             raise RewardError(
-                f"the reward function {name!r} returned {value!r} {where}: rewards are finite numbers, or None for a rollout "
-                "that it does not score"
+                f"the reward function {name!r} returned {_shown(value)} {_where(rollouts[0])}: rewards are finite numbers, or "
+                "None for a rollout that it does not score"
             )
     return [None if value is None else float(value) for value in values]
 
 
-def _is_finite_number(value: Any) -> bool:
+def _fits(rollout: Rollout, weights: Mapping[str, float]) -> bool:
+    """Whether the total and its parts are numbers that a batch can hold."""
+    assert rollout.reward is not None
+    parts = (weights[name] * value for name, value in rollout.rewards.items() if value is not None)
+    return all(abs(number) <= LARGEST for number in (rollout.reward, *parts))
+
+
+def _endless(rollout: Rollout, weights: Mapping[str, float]) -> str:
+    parts = [
+        f"{name} {value:g} x weight {weights[name]:g}" for name, value in rollout.rewards.items() if value is not None
+    ]
+    return (
+        f"the total reward of sibling {rollout.sibling} is {rollout.reward:g} {_where(rollout)}: {' + '.join(parts)}. A total "
+        f"and its parts must be finite and at most {LARGEST:g}: lower the rewards or their weights"
+    )
+
+
+def _where(rollout: Rollout) -> str:
+    return f"on item {rollout.item_index}, {_shown(rollout.item)}"
+
+
+def _shown(value: Any, limit: int = 200) -> str:
+    """A value for an error message: as JSON where it is a mapping. A value that has no text does not replace the error."""
     try:
-        return math.isfinite(value)
-    except (TypeError, OverflowError):
-        return False
-
-
-def _shortened(item: Any, limit: int = 200) -> str:
-    text = json.dumps(dict(item), default=str, ensure_ascii=False)
+        text = json.dumps(dict(value), default=str, ensure_ascii=False) if isinstance(value, Mapping) else repr(value)
+    except Exception:  # JSON has no place for some keys, and a `repr` of user code may raise anything
+        text = reprlib.repr(value) if isinstance(value, Mapping) else f"a {type(value).__name__} without a text"
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else text[:limit] + "…"

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fuchsia_pl.cli import examination, played
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.cli import played
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.examination import Examiner, Run
 from fuchsia_pl.envs import MCPServer, SingleTurnEnvironment, ToolEnvironment
@@ -17,7 +18,7 @@ from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.types import ConfigError
 from tests.doubles import RecordedEngine, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 
-GOLD_RIGHT = "<answer>4</answer>"
+GOLD_RIGHT = "the answer is 4"  # characters that the tiny tokenizer knows
 SHORT = {name: played.HOSTILE[name] for name in ("empty", "code", "special tokens")}
 WHOLE_RUN = Run(num_ranks=1, max_tokens=None, has_validation=True)
 
@@ -51,7 +52,7 @@ class Evaluates(Right):
 
     def __init__(self) -> None:
         def value(rollouts, *args, **kwargs):
-            return [float(r.completion.removeprefix("<answer>").removesuffix("</answer>")) for r in rollouts]
+            return [float(r.completion.removeprefix("the answer is ")) for r in rollouts]
 
         super().__init__(value)
 
@@ -140,6 +141,11 @@ class MessagesAreText(Right):
         return f"{item['n']}?"
 
 
+class MessagesEmpty(Right):
+    def messages(self, item):
+        return []
+
+
 class MessagesRaise(Right):
     def messages(self, item):
         return [{"role": "user", "content": item["question"]}]
@@ -220,11 +226,9 @@ def test_an_environment_that_holds(run):
 def test_an_environment_that_pays_for_something_else_is_found_out(run):
     code, out, _ = run("PaysForLength")
     assert code == 1
-    # 18 characters of gold are worth 1.8; 48 of "code" are worth 4.8 and 45 of "special tokens" 4.5, on all three items.
-    code_reward = min(len(SHORT["code"]), 100) / 10
-    assert wrong(out) == [
-        f"on 2 of 5 texts ('code', 'special tokens'): earns {code_reward:g}, no less than the gold answer's 1.8"
-    ]
+    # 15 characters of gold are worth 1.5. The tiny tokenizer knows no signs: of "code" it leaves answer, import, os, system, true
+    # and answer, 30 characters, which are worth 3.
+    assert wrong(out) == ["on 2 of 5 texts ('code', 'special tokens'): earns 3, no less than the gold answer's 1.5"]
     assert out.endswith("PaysForLength: 1 finding\n")
 
 
@@ -233,7 +237,9 @@ def test_an_environment_that_hostile_text_stops_is_found_out(run, name):
     code, out, _ = run(name)
     assert code == 1
     (sentence,) = wrong(out)
-    assert sentence.startswith("on 4 of 5 texts ('truncated', 'empty', 'code', …): stops the run: RewardError: the reward")
+    assert sentence.startswith(
+        "on 4 of 5 texts ('truncated', 'empty', 'code', …): stops the run: RewardError: the reward"
+    )
     assert "raised ValueError" in sentence
     assert len(sentence) < 500
 
@@ -272,7 +278,9 @@ def test_a_prompt_that_is_a_written_object_is_found_out(run):
     code, out, _ = run("WritesMessages")
     assert code == 1
     first, held_out = wrong(out)
-    assert first.startswith("20 prompts look like a Python object that was made a text, first that of item 0: [{'role': 'user',")
+    assert first.startswith(
+        "20 prompts look like a Python object that was made a text, first that of item 0: [{'role': 'user',"
+    )
     assert held_out.startswith("4 prompts look like")
 
 
@@ -282,22 +290,30 @@ def test_an_unknown_gold_answer_is_said(run):
     assert "not checked: that the gold answer earns most, since it is not known (override gold_turns)" in out
     code, out, _ = run("GoldIsText")
     assert code == 1
-    assert "GoldIsText.gold_turns returned '<answer>4</answer>': it must return a list of texts" in wrong(out)[0]
+    assert "GoldIsText.gold_turns returned 'the answer is 4': it must return a list of texts" in wrong(out)[0]
 
 
 REFUSED = {
     "NoReward": "NoReward.reward_functions is empty",
     "Empty": "Empty.train_items has no items: there is nothing to train on",
     "Generates": "Generates.train_items returned a generator: it must return a list of items, each a mapping",
-    "Texts": "item 0 is a str, and an item is a mapping",
+    "Texts": "training item 0: it is a text, and an item is a mapping",
     "NoConstructor": "NoConstructor.__init__ does not call super().__init__()",
     "NoConstructorEarly": "NoConstructorEarly.__init__ does not call super().__init__()",
-    "NoMessages": "messages",
-    "MessagesAreText": "messages",
-    "MessagesRaise": "raised KeyError: 'question'",
-    "Wordy": "has 503 tokens",
+    "NoMessages": "training item 0: messages(item) returned null",
+    "MessagesAreText": "training item 0: messages(item) returned a text",
+    "MessagesEmpty": "training item 0: messages(item) returned an empty list",
+    "MessagesRaise": "training item 0: messages(item) raised KeyError: 'question'",
+    "Wordy": "has 508 tokens",
     "NoScript": "there is no file",
 }
+
+
+def fit(environment, engine, tiny_model, root, **settings) -> None:
+    module = make_module(tiny_model)
+    data = make_data(module, engine, environment(), batch_size=4, steps_per_epoch=1, **settings)
+    sync = AdapterSync(tolerance=100.0)  # the log-probabilities of `RecordedEngine` are of no model
+    make_trainer(root, sync=sync, max_steps=1, limit_val_batches=1.0).fit(module, datamodule=data)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -308,10 +324,9 @@ def test_what_a_run_would_refuse_is_one_sentence_here_and_there(run, name, tiny_
     assert REFUSED[name] in sentence
     assert "Traceback" not in out + err
     engine = TinyEngine()
-    with pytest.raises(ConfigError) as caught:  # noqa: PT012: some are refused when they are made
-        environment = globals()[name]()
-        make_trainer(tmp_path).fit(module := make_module(tiny_model), datamodule=make_data(module, engine, environment))
-    assert REFUSED[name].replace("503", "503") in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        fit(globals()[name], engine, tiny_model, tmp_path)
+    assert REFUSED[name] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not hasattr(engine, "spec")
 
@@ -325,7 +340,7 @@ def test_a_missing_file_of_a_tool_server_is_named(run):
 def test_long_prompts_are_left_out_where_the_run_leaves_them_out(run):
     code, out, _ = run("Wordy", "--data.sampling.long_prompts", "drop")
     assert code == 0
-    assert "19 training items (1 more is too long and left out), 4 held-out items" in out
+    assert "19 training items (1 more left out as too long), 4 held-out items" in out
 
 
 def test_sizes_that_a_run_would_refuse_are_refused(run):
@@ -472,9 +487,8 @@ def test_what_it_passes_a_run_accepts(tiny_model, tmp_path_factory, monkeypatch,
     assert all(sentence and "\n" not in sentence for sentence in told)
     if told:
         return
-    module, engine = make_module(tiny_model), RecordedEngine()
-    data = make_data(module, engine, Generated(**choices), batch_size=4, sampling=sampling, steps_per_epoch=1)
-    make_trainer(tmp_path_factory.mktemp("run"), max_steps=1, limit_val_batches=1.0).fit(module, datamodule=data)
+    root = tmp_path_factory.mktemp("run")
+    fit(lambda: Generated(**choices), RecordedEngine(), tiny_model, root, sampling=sampling)
 
 
 @pytest.mark.parametrize("config", ["quickstart.yaml", "countdown.yaml", "function_calling.yaml"])
@@ -493,9 +507,9 @@ def test_the_environments_that_come_with_it_hold(config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_setting_of_the_environment_is_as_it_was_afterwards(tiny_model):
+def test_a_setting_of_the_environment_is_as_it_was_afterwards(tiny_model, monkeypatch):
+    monkeypatch.setattr(played, "HOSTILE", SHORT)
     environment = TinyEnvironment()
     environment.on_error = "unscored"
-    examination_found = examine(environment, tiny_model)
-    assert isinstance(examination_found, examination.Examination)
+    examine(environment, tiny_model)
     assert environment.on_error == "unscored"

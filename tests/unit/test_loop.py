@@ -53,3 +53,19 @@ def test_the_others_are_cancelled(thread):
     thread.run(asyncio.sleep(0.05), 5)
     thread.run(cancel_others(5), 5)
     assert future.cancelled()
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_code_that_would_end_the_process_ends_its_own_coroutine_alone(thread, error):
+    async def leave() -> None:
+        raise error(0)
+
+    async def leave_in_a_task() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(leave())
+
+    other = thread.submit(asyncio.sleep(0.2, "done"))
+    for coroutine in (leave(), leave_in_a_task()):
+        with pytest.raises(RuntimeError, match=f"raised {error.__name__}: 0"):
+            thread.run(coroutine, 5)
+    assert other.result(5) == "done"

@@ -16,7 +16,7 @@ class ToolServerError(RuntimeError):
 
 
 class ToolServerStartError(ToolServerError, ConfigError):
-    """A server of tools did not start at the start of a run: its command or URL is wrong, or something on this machine is missing."""
+    """A server of tools did not start at the start of a run: its command or URL is wrong, or something is missing here."""
 
 
 @dataclass(frozen=True)

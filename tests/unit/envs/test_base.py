@@ -20,6 +20,7 @@ def environment(functions, weights=None) -> TinyEnvironment:
         ([], {}, "TinyEnvironment.reward_functions is empty"),
         ([even, even], {}, r"two functions of one name in \['even', 'even'\]"),
         ([even, ended], {"evne": 1.0}, r"reward_weights has \['evne'\]; the reward functions are \['even', 'ended'\]"),
+        ([even], {"even": float("inf")}, r"reward_weights must be finite numbers, got \{'even': inf\}"),
         ([lambda rollouts: [0.0]], {}, "has no name to log it by"),
         ([partial(even)], {}, "has no name to log it by"),
     ],

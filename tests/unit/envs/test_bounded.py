@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fuchsia_pl.envs.bounded import call_bounded
+from fuchsia_pl.envs.bounded import StrayError, call_bounded
 
 
 def test_sync_and_async_functions_return_and_raise():
@@ -29,7 +29,7 @@ def test_what_a_sync_function_returns_is_awaited_if_it_can_be():
 
 def test_an_exhausted_iterator_is_told_at_once():
     start = time.perf_counter()
-    with pytest.raises(RuntimeError, match="raised StopIteration"):
+    with pytest.raises(StrayError, match="StopIteration"):
         asyncio.run(call_bounded(lambda _: next(iter(())), None, 20.0))
     assert time.perf_counter() - start < 5
 
@@ -50,3 +50,14 @@ def test_a_call_that_hangs_ends_within_its_bound_and_does_not_hold_up_the_loops_
         asyncio.run(call_bounded(lambda _: release.wait(30), None, 0.2))
     assert time.perf_counter() - start < 5
     release.set()
+
+
+def test_a_cancellation_from_outside_stays_one():
+    async def cancelled():
+        task = asyncio.ensure_future(call_bounded(asyncio.sleep, 30, 60.0))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(cancelled())

@@ -4,12 +4,14 @@ import time
 import pytest
 
 from fuchsia_pl.engines.base import Engine, EngineSpec
+from fuchsia_pl.envs import SingleTurnEnvironment
+from fuchsia_pl.envs.items import read_rows
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw, EnvironmentStepError, PromptTooLongError
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.metrics import over_ranks, reward_fractions
-from fuchsia_pl.types import Completion, RolloutStatus
+from fuchsia_pl.types import Completion, ConfigError, RolloutStatus
 from tests.doubles import EOS, TinyEnvironment
 
 
@@ -128,3 +130,61 @@ def test_metrics_by_hand(tiny_model):
     assert metrics["rollout/completion_tokens"] == pytest.approx(8 / 3)
     assert metrics["rollout/truncated_fraction"] == pytest.approx(2 / 3)
     assert metrics["rollout/accuracy"] == 0.0
+
+
+def test_base_exceptions_of_an_environments_methods_are_named(tiny_model):
+    class Leaving(Stepping):
+        async def prepare(self):
+            raise SystemExit(0)
+
+    def leave(rollout):
+        raise SystemExit(0)
+
+    with pytest.raises(EnvironmentStepError, match=r"Stepping\.step_rollout on item 4 raised SystemExit: 0"):
+        collect(tiny_model, environment=Stepping(leave))
+    with pytest.raises(EnvironmentStepError, match=r"Leaving\.prepare raised SystemExit: 0"):
+        collect(tiny_model, environment=Leaving(leave))
+
+
+class Given(TinyEnvironment):
+    """Items that are given, asked as they are."""
+
+    def __init__(self, items) -> None:
+        super().__init__()
+        self.items = items
+
+    def train_items(self):
+        return self.items
+
+    def messages(self, item):
+        return SingleTurnEnvironment.messages(self, item)
+
+
+def test_an_item_without_a_prompt_is_named_by_its_row_and_field(tmp_path, tiny_model):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt": null}\n')
+    collector = Collector(ScriptedEngine(), Given([]), Chat(tiny_model), SamplingConfig(max_completion_tokens=3))
+    words = r"^held-out item 1 \(\S+rows\.jsonl, line 3\): field 'prompt' is null: a prompt is a text or a list"
+    with pytest.raises(ConfigError, match=words):
+        collector.fitting(read_rows(str(file), "train", {}), "held-out")
+    for items, problem in [
+        ([{"prompt": "a"}, {"q": "a"}], r"the item has no field 'prompt', it has \['q'\]"),
+        ([{"prompt": "a"}, "b"], "it is a text, and an item is a mapping"),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": ""}]}], "field 'prompt', message 0"),
+    ]:
+        with pytest.raises(ConfigError, match=f"^training item 1: {problem}"):
+            collector.fitting(items, "training")
+
+
+def test_siblings_have_messages_of_their_own_made_once(tiny_model):
+    made = []
+
+    class Counting(TinyEnvironment):
+        def messages(self, item):
+            made.append(item["n"])
+            return super().messages(item)
+
+    groups, *_ = collect(tiny_model, environment=Counting())
+    assert made == [4, 11]
+    assert [r.messages[0] for r in groups[0]] == [{"role": "user", "content": "4?"}] * 3
+    assert groups[0][0].messages[0] is not groups[0][1].messages[0]

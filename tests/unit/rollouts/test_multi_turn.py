@@ -213,7 +213,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_left_out(tiny_model):
     def fitting(long_prompts):
         # "user:4?\n" and "a:" are 10 tokens, with two digits 11; 15 - 5 leaves 10
         config = SamplingConfig(max_completion_tokens=5, max_length=15, long_prompts=long_prompts)
-        return Collector(SayingEngine(None), environment, chat, config).fitting(environment.train_items())
+        return Collector(SayingEngine(None), environment, chat, config).fitting(environment.train_items(), "training")
 
     assert fitting("drop") == dict.fromkeys(range(10), 10)
     with pytest.raises(PromptTooLongError, match="prompt of item 10 has 11 tokens"):

@@ -2,18 +2,19 @@ import asyncio
 import time
 
 import pytest
+import torch
 
 from fuchsia_pl.rollouts.scoring import RewardError, score_group
 from fuchsia_pl.types import Rollout
 from tests.doubles import TinyEnvironment
 
 
-def score(*functions, weights=None, timeout_s=5.0) -> list[Rollout]:
+def score(*functions, weights=None, timeout_s=5.0, item=None, on_error="stop") -> list[Rollout]:
     environment = TinyEnvironment()
     environment.reward_functions = list(functions)
     environment.reward_weights = weights or {}
-    environment.timeout_s = timeout_s
-    rollouts = [Rollout({"n": 7}, item_index=3, sibling=s, temperature=1.0, prompt="") for s in range(2)]
+    environment.timeout_s, environment.on_error = timeout_s, on_error
+    rollouts = [Rollout(item or {"n": 7}, item_index=3, sibling=s, temperature=1.0, prompt="") for s in range(2)]
     asyncio.run(score_group(environment, rollouts))
     return rollouts
 
@@ -83,3 +84,130 @@ def test_none_is_not_scored_and_counts_for_nothing():
     assert [rollout.reward for rollout in rollouts] == [2.0, 0.0]  # 0.5 * 2 + 1, and the other function's 0 alone
     assert [rollout.reward for rollout in score(sometimes)] == [2.0, None]
     assert [rollout.reward for rollout in score(never)] == [None, None]
+
+
+def test_each_function_gets_a_list_of_its_own():
+    def reverses(rollouts):
+        rollouts.reverse()
+        return [float(10 + r.sibling) for r in reversed(rollouts)]
+
+    def filters(rollouts):
+        kept = [float(r.sibling) for r in rollouts]
+        del rollouts[0]
+        return kept
+
+    async def adds(rollouts):
+        rollouts.append(rollouts[0])
+        return [0.0, 1.0]
+
+    rollouts = score(reverses, filters, adds, first)
+    names = ["reverses", "filters", "adds", "first"]
+    assert [[r.rewards[name] for r in rollouts] for name in names] == [[10.0, 11.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
+
+
+class Unprintable:
+    def __repr__(self):
+        raise ValueError("no text")
+
+
+def cyclic():
+    item = {}
+    item["self"] = item
+    return item
+
+
+@pytest.mark.parametrize(
+    ("item", "shown"),
+    [
+        ({(0, 1): "a"}, r"\{\(0, 1\): 'a'\}"),
+        ({"a": Unprintable()}, "<Unprintable instance at"),
+        ({"a": "\ud83d"}, r"\\ud83d"),
+        (cyclic(), "self"),
+    ],
+)
+def test_an_item_that_json_cannot_hold_ends_nothing_and_is_shown_where_an_error_needs_it(item, shown):
+    def broken(rollouts):
+        raise ValueError("by hand")
+
+    assert [rollout.reward for rollout in score(first, item=item)] == [1.0, 0.0]
+    with pytest.raises(RewardError, match=rf"raised ValueError: by hand on item 3, .*{shown}") as caught:
+        score(broken, item=item)
+    str(caught.value).encode()
+
+
+def huge(rollouts):
+    return [1e308, -1e308]
+
+
+def large(rollouts):
+    return [1e308, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "words"),
+    [
+        (
+            (huge, large),
+            {},
+            r"total reward of sibling 0 is inf on item 3, \{\"n\": 7\}: huge 1e\+308 x weight 1 \+ large 1e\+308 x",
+        ),
+        ((first,), {"first": 1e308 * 10}, r"sibling 0 is inf on item 3, .*: first 1 x weight inf\."),
+        ((first,), {"first": float("nan")}, r"sibling 0 is nan .*: first 1 x weight nan"),
+        # Finite as float64, infinite as the float32 of an advantage; and a difference of two such.
+        (
+            (first,),
+            {"first": 1e39},
+            r"sibling 0 is 1e\+39 .*first 1 x weight 1e\+39\. A total and its parts must be finite",
+        ),
+        ((huge, large), {"large": -1.0}, r"sibling 0 is 0 .*huge 1e\+308 x weight 1 \+ large 1e\+308 x weight -1"),
+    ],
+)
+def test_a_total_that_is_not_finite_is_told_with_its_parts(functions, weights, words):
+    with pytest.raises(RewardError, match=words):
+        score(*functions, weights=weights)
+    rollouts = score(*functions, weights=weights, on_error="unscored")
+    assert [(r.reward, r.counts["reward_errors"]) for r in rollouts] == [(None, 1), (None, 1)]
+
+
+class AbortError(BaseException):
+    """One that is no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (SystemExit(0), "SystemExit: 0"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (GeneratorExit(), "GeneratorExit"),
+        (asyncio.CancelledError(), "CancelledError"),
+        (AbortError("by hand"), "AbortError: by hand"),
+        (StopIteration(), "StopIteration"),
+        (TimeoutError("the judge is slow"), "TimeoutError: the judge is slow"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_no_exception_of_a_reward_function_ends_anything_but_its_call(error, words, is_async):
+    def sync(rollouts):
+        raise error
+
+    async def asynchronous(rollouts):
+        raise error
+
+    if is_async and isinstance(error, GeneratorExit | StopIteration):
+        pytest.skip("a coroutine that raises it is one that ended, or one that is thrown away")
+    with pytest.raises(RewardError, match=f"raised {words} on item 3"):
+        score(asynchronous if is_async else sync)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.tensor([1.0, 2.0]), 10**5000, 1j, Unprintable(), "1", float("-inf")],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_is_no_number_is_refused_whatever_it_raises(value):
+    def wrong(rollouts):
+        return [1.0, value]
+
+    with pytest.raises(RewardError, match=r"'wrong' returned .* on item 3, \{\"n\": 7\}: rewards are finite numbers"):
+        score(wrong)

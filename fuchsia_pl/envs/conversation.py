@@ -1,0 +1,135 @@
+"""The conversation that an item asks the policy to continue, checked before anything is sampled."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fuchsia_pl.types import ConfigError, Item, Message
+
+ALLOWED = 'a prompt is a text or a list of messages {"role": …, "content": …}'
+
+
+def prompt_messages(item: Item, field: str) -> list[Message]:
+    """The conversation in a field of an item: a text is what the user says, a list of messages is taken as it is.
+
+    Raises:
+        ConfigError: The field is missing, null, empty, or of another type.
+
+    >>> prompt_messages({"prompt": "3 plus 4?"}, "prompt")
+    [{'role': 'user', 'content': '3 plus 4?'}]
+    >>> prompt_messages({"prompt": [{"role": "user", "content": "3 plus 4?"}]}, "prompt")
+    [{'role': 'user', 'content': '3 plus 4?'}]
+    >>> prompt_messages({"prompt": None}, "prompt")
+    Traceback (most recent call last):
+    fuchsia_pl.types.ConfigError: field 'prompt' is null: a prompt is a text or a list of messages {"role": …, "content": …}
+    """
+    if field not in item:
+        raise ConfigError(
+            f"the item has no field {field!r}, it has {sorted(map(str, item))}: set data.environment.init_args.prompt_field, "
+            "or override messages(item)"
+        )
+    value = item[field]
+    if isinstance(value, str) and value.strip():
+        return checked_messages([{"role": "user", "content": value}], f"field {field!r}")
+    if isinstance(value, list | tuple) and value:
+        return checked_messages(value, f"field {field!r}")
+    what = "empty" if isinstance(value, str | list | tuple) else _kind(value)
+    raise ConfigError(f"field {field!r} is {what}: {ALLOWED}")
+
+
+def conversation(messages: Callable[[Item], Any], item: object) -> list[Message]:
+    """What an environment's own `messages(item)` returns, checked; each message is a dict of its own.
+
+    Args:
+        messages: The method.
+        item: The row.
+
+    Raises:
+        ConfigError: The row is no mapping, the method raised, or what it returned is no conversation.
+    """
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"it is {_kind(item)}, and an item is a mapping of names to values")
+    try:
+        found = messages(item)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever user code raises is named with its item
+        raise ConfigError(f"messages(item) raised {type(error).__name__}: {error}") from error
+    if not isinstance(found, list | tuple) or not found:
+        what = "an empty list" if isinstance(found, list | tuple) else _kind(found)
+        raise ConfigError(
+            f'messages(item) returned {what}: it must return a list of messages such as {{"role": "user", "content": "…"}}'
+        )
+    return checked_messages(found, "messages(item)")
+
+
+def checked_messages(messages: Sequence[Any], what: str) -> list[Message]:
+    """Copies of messages whose contents are text; parts of type "text" are joined.
+
+    Args:
+        messages: The conversation.
+        what: Where it is from, for messages.
+
+    Raises:
+        ConfigError: One is no message, its content is no text, or the conversation does not end in a question.
+
+    >>> checked_messages([{"role": "user", "content": [{"type": "text", "text": "3 plus "}, {"type": "text", "text": "4?"}]}], "")
+    [{'role': 'user', 'content': '3 plus 4?'}]
+    """
+    checked = [_checked(message, f"{what}, message {number}") for number, message in enumerate(messages)]
+    last = checked[-1]
+    if last["role"] == "assistant":
+        raise ConfigError(f"{what} ends in a message of the assistant: the turn after the last message is the policy's")
+    for number, message in enumerate(checked):
+        if not message["content"].strip() and (message["role"] == "user" or message is last):
+            raise ConfigError(f"{what}, message {number} ({message['role']}) is empty: it must ask something")
+    return checked
+
+
+def _checked(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise ConfigError(f'{where} is {_kind(message)}: a message is {{"role": …, "content": …}}')
+    # Arrow fills keys that only other rows have with nulls.
+    others = {name: value for name, value in message.items() if value is not None}
+    # What the assistant wrote in an earlier turn may be calls alone.
+    given = {"content": "", **others} if others.get("tool_calls") else message
+    missing = [name for name in ("role", "content") if name not in given]
+    if missing:
+        raise ConfigError(f"{where} has no {missing[0]!r}, it has {sorted(map(str, message))}")
+    role = given["role"]
+    if not isinstance(role, str) or not role:
+        raise ConfigError(f'{where}: its role is {_kind(role)}, and must be a text such as "user"')
+    return {**others, "role": role, "content": _text(given["content"], f"{where} ({role})")}
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content))
+    if not isinstance(content, str):
+        raise ConfigError(f"{where}: its content is {_kind(content)}, and must be a text")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: character {error.start} of its content is half of a surrogate pair, which no tokenizer can encode"
+        ) from error
+    return content
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        what = _kind(part) if kind is None else f"of type {kind!r}"
+        raise ConfigError(f'{where} is {what}: the policy reads text alone, as {{"type": "text", "text": "…"}}')
+    text: str = part["text"]
+    return text
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words where it has one."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return f"the number {value}" if -1e15 < value < 1e15 else "a number"
+    if isinstance(value, str | list | tuple | Mapping):
+        return "a text" if isinstance(value, str) else "an object" if isinstance(value, Mapping) else "a list"
+    return f"of type {type(value).__name__}"

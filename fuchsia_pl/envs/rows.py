@@ -1,0 +1,159 @@
+"""The rows of files, each with the place where it stands."""
+
+import bisect
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, overload
+
+from fuchsia_pl.types import ConfigError, Item
+
+
+class Rows(Sequence[Item]):
+    """Rows in the order of their file. Each access makes a row anew, so what user code writes into one is not kept."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        """A row, or a list of rows.
+
+        Raises:
+            IndexError: There is no such row.
+            ConfigError: The row cannot be converted to Python's types.
+        """
+        if isinstance(index, slice):
+            return [self.row(position) for position in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} rows, got the index {index}")
+        return self.row(index % len(self))
+
+    @abstractmethod
+    def row(self, index: int) -> Item:
+        """The row at a position from 0 to the number of rows less 1."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """The file of a row and its line or number in it, counted from 1."""
+
+
+class DictRows(Rows):
+    """Rows that are held as dicts.
+
+    Args:
+        file: The file that they were read from.
+        rows: The rows.
+        lines: The line in which each begins, counted from 1.
+
+    >>> rows = DictRows("a.csv", [{"n": "1"}, {"n": "2"}], [2, 3])
+    >>> rows[-1], len(rows), rows.where(0)
+    ({'n': '2'}, 2, 'a.csv, line 2')
+    """
+
+    def __init__(self, file: str, rows: Sequence[dict[str, Any]], lines: Sequence[int]) -> None:
+        self._file, self._rows, self._lines = file, rows, lines
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> Item:
+        """A copy of the row."""
+        return dict(self._rows[index])
+
+    def where(self, index: int) -> str:
+        """Its file and line."""
+        return f"{self._file}, line {self._lines[index]}"
+
+
+class JSONRows(Rows):
+    """Rows that are held as JSON text, which takes less memory than their values, and are decoded when they are read.
+
+    Args:
+        file: The file that they were read from.
+        texts: JSON objects that were decoded once, as UTF-8.
+        places: The place of each within the file.
+
+    >>> JSONRows("a.jsonl", [b'{"n": 12345678901234567890}'], ["line 1"])[0]
+    {'n': 12345678901234567890}
+    """
+
+    def __init__(self, file: str, texts: Sequence[bytes], places: Sequence[str]) -> None:
+        self._file, self._texts, self._places = file, texts, places
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def row(self, index: int) -> Item:
+        """The row, decoded."""
+        row: dict[str, Any] = json.loads(self._texts[index])
+        return row
+
+    def where(self, index: int) -> str:
+        """Its file and place."""
+        return f"{self._file}, {self._places[index]}"
+
+
+class JoinedRows(Rows):
+    """The rows of several files, one after the other.
+
+    Args:
+        parts: The rows of each file.
+
+    >>> joined = JoinedRows([DictRows("a.csv", [{"n": "1"}], [2]), DictRows("b.csv", [{"n": "2"}], [2])])
+    >>> joined[1], joined.where(1)
+    ({'n': '2'}, 'b.csv, line 2')
+    """
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def row(self, index: int) -> Item:
+        """The row, from its file."""
+        part, position = self._at(index)
+        return part.row(position)
+
+    def where(self, index: int) -> str:
+        """Its file and its place there."""
+        part, position = self._at(index)
+        return part.where(position)
+
+    def _at(self, index: int) -> tuple[Rows, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def place_of(items: Sequence[Item], index: int) -> str:
+    """How messages name an item: by its position from 0 and, for a row of a file, by its place in the file.
+
+    >>> place_of([{"n": 1}], 0), place_of(DictRows("a.csv", [{"n": "1"}], [2]), 0)
+    ('item 0', 'item 0 (a.csv, line 2)')
+    """
+    return f"item {index} ({items.where(index)})" if isinstance(items, Rows) else f"item {index}"
+
+
+def unreadable(file: str, place: str, field: str | None, problem: object) -> ConfigError:
+    """The error for a row that cannot be read, by file, line and field.
+
+    >>> str(unreadable("a.jsonl", "line 3", "answer", "Expecting value"))
+    "a.jsonl, line 3, field 'answer' cannot be read: Expecting value"
+    """
+    parts = [file, place, *([] if field is None else [f"field {field!r}"])]
+    return ConfigError(f"{', '.join(part for part in parts if part)} cannot be read: {problem}")
+
+
+def check_row(file: str, place: str, value: object) -> None:
+    """Refuses a row that is no mapping.
+
+    Raises:
+        ConfigError: With its place and its type.
+    """
+    if not isinstance(value, Mapping):
+        raise unreadable(file, place, None, f"it is a {type(value).__name__}, and a row is a JSON object")

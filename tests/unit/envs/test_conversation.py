@@ -1,0 +1,100 @@
+import pytest
+
+from fuchsia_pl.envs import ConfigError, SingleTurnEnvironment
+from fuchsia_pl.envs.conversation import conversation, prompt_messages
+
+QUESTION = {"role": "user", "content": "3 plus 4?"}
+
+
+class Plain(SingleTurnEnvironment):
+    """Takes the prompt as it is in the item."""
+
+
+def test_a_text_is_what_the_user_says_and_a_list_is_the_conversation():
+    assert Plain().messages({"prompt": "3 plus 4?"}) == [QUESTION]
+    asked = [{"role": "system", "content": "Be brief."}, QUESTION, {"role": "assistant", "content": "8"}, QUESTION]
+    assert Plain().messages({"prompt": asked}) == asked  # and not "[{'role': …"
+    assert Plain(prompt_field="question").messages({"question": tuple(asked)}) == asked
+    assert conversation(Plain().messages, {"prompt": asked}) == asked
+
+
+def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
+    parts = [{"type": "text", "text": "3 plus "}, {"type": "text", "text": "4?"}]
+    assert prompt_messages({"p": [{"role": "user", "content": parts, "tool_calls": None}]}, "p") == [QUESTION]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    assert prompt_messages({"p": [QUESTION, call, {"role": "tool", "content": "7"}]}, "p")[1] == call | {"content": ""}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "field 'p' is null: a prompt is a text or a list of messages"),
+        ("", "field 'p' is empty"),
+        (" \n", "field 'p' is empty"),
+        ([], "field 'p' is empty"),
+        (7, "field 'p' is the number 7"),
+        (0.5, "field 'p' is the number 0.5"),
+        (10**400, "field 'p' is a number"),
+        (True, "field 'p' is true"),
+        ({"role": "user", "content": "a"}, "field 'p' is an object"),
+        (b"a", "field 'p' is of type bytes"),
+        (["3 plus 4?"], "field 'p', message 0 is a text: a message is"),
+        ([{"from": "human", "value": "a"}], r"message 0 has no 'role', it has \['from', 'value'\]"),
+        ([{"role": "user"}], r"message 0 has no 'content', it has \['role'\]"),
+        ([{"role": None, "content": "a"}], "message 0: its role is null"),
+        ([QUESTION, {"role": "user", "content": None}], r"message 1 \(user\): its content is null, and must be a text"),
+        ([{"role": "user", "content": 7}], "its content is the number 7"),
+        ([{"role": "user", "content": ""}], r"message 0 \(user\) is empty: it must ask something"),
+        ([{"role": "user", "content": []}], r"message 0 \(user\) is empty"),
+        ([{"role": "user", "content": ["a"]}], r"message 0 \(user\), part 0 is a text: the policy reads text alone"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "part 0 is of type 'image_url': the policy reads text alone",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "part 0 is of type 'text'"),
+        ([QUESTION, {"role": "assistant", "content": "7"}], "field 'p' ends in a message of the assistant"),
+        ("a \ud83d", "character 2 of its content is half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(value, words):
+    with pytest.raises(ConfigError, match=words):
+        prompt_messages({"p": value}, "p")
+
+
+def test_a_missing_field_is_told_with_those_that_are_there():
+    with pytest.raises(
+        ConfigError, match=r"has no field 'q', it has \['\(0, 1\)', 'n', 'prompt'\]: set \S+prompt_field"
+    ):
+        Plain(prompt_field="q").messages({"n": 1, "prompt": "a", (0, 1): "b"})
+
+
+def leaves(item):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (lambda item: "3 plus 4?", r"messages\(item\) returned a text: it must return a list of messages"),
+        (lambda item: None, r"messages\(item\) returned null"),
+        (lambda item: [], r"messages\(item\) returned an empty list"),
+        (lambda item: QUESTION, r"messages\(item\) returned an object"),
+        (lambda item: [{"role": "user", "content": item["answer"]}], r"messages\(item\) raised KeyError: 'answer'"),
+        (lambda item: ["a"], r"messages\(item\), message 0 is a text"),
+        (leaves, r"messages\(item\) raised SystemExit: 0"),
+    ],
+)
+def test_what_an_environment_returns_is_checked(messages, words):
+    with pytest.raises(ConfigError, match=words):
+        conversation(messages, {"prompt": "a"})
+
+
+def test_an_item_is_a_mapping():
+    with pytest.raises(ConfigError, match="it is a text, and an item is a mapping"):
+        conversation(Plain().messages, "3 plus 4?")
+
+
+def test_each_conversation_has_messages_of_its_own():
+    shared = [dict(QUESTION)]
+    conversation(lambda item: shared, {})[0]["content"] = "changed"
+    assert shared == [QUESTION]
