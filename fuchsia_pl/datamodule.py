@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from fuchsia_pl.batch import Batch, Denominators, RolloutScores
 from fuchsia_pl.engines.base import Engine, EngineSpec, engine_log
 from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
-from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.objectives.config import Learner
 from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
@@ -35,6 +34,7 @@ from fuchsia_pl.rollouts.flags import Limits, check_settings, return_limits, tak
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
 from fuchsia_pl.rollouts.parts import Scorer, check_parts
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
+from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
 
@@ -109,17 +109,14 @@ class RolloutDataModule(LightningDataModule):
             EngineError: The engine did not start.
         """
         trainer, self._stage = self._trainer, stage
-        if self.batch_size % trainer.world_size:
-            raise ConfigError(
-                f"data.batch_size={self.batch_size} is no multiple of the {trainer.world_size} ranks, which each sample their "
-                "share of the items"
-            )
+        check_shares(self.batch_size, trainer.world_size)
         sleeps = check_parts(trainer)
         num_updates = self.loss.num_policy_updates
         self._limits = take_limits(trainer, stage, self.steps_per_epoch, num_updates, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
         self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
-        self._run(self._collector.prepare())
+        with told_as_config_error(f"{type(self.environment).__name__}.prepare"):
+            self._run(self._collector.prepare())
         self._check_prompts()
         self.engine.start(
             EngineSpec(
@@ -218,13 +215,9 @@ class RolloutDataModule(LightningDataModule):
     def _check_training(self) -> None:
         """Refuses, before the engine starts, what would fail or silently drop rows later."""
         assert self._collector is not None
-        trainer, items = self._trainer, self.environment.train_items()
-        check_settings(trainer)
-        item_indices(self.seed, 0, len(items), self.batch_size)
-        self._collector.check_template(items, 0)
-        prompts = self._collector.fitting(items, "training")
-        self._fitting = check_golds(self.environment, "train", items, prompts)
-        item_indices(self.seed, 0, len(self._fitting), self.batch_size)
+        check_settings(self._trainer)
+        trainer, prompts = self._trainer, training_prompts(self._collector, self.seed, self.batch_size)
+        self._fitting = list(prompts)
         self._longest_row = longest_row(prompts.values(), self.sampling, has_turns=self.environment.max_steps > 1)
         budget = self._scorer.max_tokens_per_micro_batch
         if budget is None:
@@ -240,19 +233,8 @@ class RolloutDataModule(LightningDataModule):
     def _check_held_out(self) -> None:
         """Refuses, before anything is trained, a held-out split that could not be asked."""
         assert self._collector is not None
-        items = self.environment.validation_items()
-        prompts = self._collector.fitting(items, "held-out")
-        self._held_out = check_golds(self.environment, "validation", items, prompts)
-        if len(self._held_out) < self._trainer.world_size:
-            raise ConfigError(
-                f"{type(self.environment).__name__}.validation_items has {len(self._held_out)} items for "
-                f"{self._trainer.world_size} rank(s): add some, or set trainer.limit_val_batches to 0"
-            )
-        if len(self._held_out) < len(items):
-            logger.warning(
-                "%d held-out items are left out: their prompts are too long", len(items) - len(self._held_out)
-            )
-        self._held_out = self._taken.first_held_out(self._held_out, self._trainer.world_size)
+        num_ranks = self._trainer.world_size
+        self._held_out = self._taken.first_held_out(held_out_prompts(self._collector, num_ranks), num_ranks)
 
     def _plan_micro_batches(self, max_tokens: int) -> None:
         """Sets the trainer's number of micro-batches; only now does the model say whether it shares prefixes."""

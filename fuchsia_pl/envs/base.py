@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fuchsia_pl.envs.conversation import prompt_messages
 from fuchsia_pl.envs.items import ItemSource, load_items
@@ -83,6 +83,14 @@ class Environment(ABC):
         self.tools: list[ToolSpec] = []
         self.tool_convention: ToolConvention = PLAIN
         self.thinking_marks: Sequence[tuple[str, str]] = THINKING_MARKS
+
+    if not TYPE_CHECKING:  # to a checker, every misspelt attribute would exist
+
+        def __getattr__(self, name: str) -> Any:
+            """Called where an attribute is missing: tells a constructor that sets nothing from a misspelt name."""
+            if name in _set_by_constructor():
+                raise ConfigError(_lacks_constructor(self))
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def train_items(self) -> Sequence[Item]:
         """The rows that training draws from."""
@@ -202,13 +210,18 @@ def check_environment(environment: Environment) -> None:
     """Refuses an environment that could not be trained on.
 
     Raises:
-        ConfigError: No reward function, two of one name, a weight that is no finite number or for a name that none has, a
-            choice that is none, no turn, or marks of thinking that could not be found.
+        ConfigError: Its constructor left out the base class's, no reward function, two of one name, a weight that is no finite
+            number or for a name that none has, a choice that is none, no turn, or marks of thinking that could not be found.
     """
     kind = type(environment).__name__
+    if not _set_by_constructor() <= set(vars(environment)):
+        raise ConfigError(_lacks_constructor(environment))
     names = [reward_name(function) for function in environment.reward_functions]
     if not names:
-        raise ConfigError(f"{kind}.reward_functions is empty: without a reward there is nothing to learn")
+        raise ConfigError(
+            f"{kind}.reward_functions is empty: without a reward there is nothing to learn. Set it in {kind}.__init__, after "
+            "super().__init__()"
+        )
     if len(set(names)) < len(names):
         raise ConfigError(
             f"{kind}.reward_functions has two functions of one name in {names}: rewards are logged by name"
@@ -238,6 +251,16 @@ def check_environment(environment: Environment) -> None:
     if environment.timeout_s <= 0:
         raise ConfigError(f"{kind}.timeout_s must be above 0, got {environment.timeout_s}")
     check_marks(environment.thinking_marks)
+
+
+def _set_by_constructor() -> set[str]:
+    """The attributes that every environment has once its base class's constructor has run."""
+    return set(vars(SingleTurnEnvironment()))
+
+
+def _lacks_constructor(environment: Environment) -> str:
+    kind = type(environment).__name__
+    return f"{kind}.__init__ does not call super().__init__(), which sets what every environment has: call it first"
 
 
 def is_finite_number(value: object) -> bool:

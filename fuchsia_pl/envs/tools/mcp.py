@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,14 @@ from mcp_types import REQUEST_TIMEOUT
 
 from fuchsia_pl.envs.bounded import call_in_thread
 from fuchsia_pl.envs.tools.reading import unsendable
-from fuchsia_pl.envs.tools.spec import MCPServer, ToolResult, ToolServerError, ToolSpec, ToolStatus
+from fuchsia_pl.envs.tools.spec import (
+    MCPServer,
+    ToolResult,
+    ToolServerError,
+    ToolServerStartError,
+    ToolSpec,
+    ToolStatus,
+)
 from fuchsia_pl.types import ConfigError
 
 # The keys of a request's and a result's `_meta` that a server may read and write.
@@ -28,6 +36,7 @@ STATUS_KEY = "fuchsia/status"
 GRACE_S = 5.0
 LOG_TAIL_CHARS = 2000
 MAX_ERROR_CHARS = 500
+SCRIPT_SUFFIXES = (".cjs", ".jar", ".js", ".mjs", ".py", ".sh", ".ts")
 
 
 class ToolServer:
@@ -173,10 +182,15 @@ class ToolServer:
                 await client.__aenter__()
         except Exception as error:  # a server fails to start in many ways; each ends the run with its last words
             await _close(client)
-            raise ToolServerError(
-                self._words(f"the tool server {self.config.name!r} did not start ({type(error).__name__}: {error})")
-            ) from error
+            kind = ToolServerError if self.num_starts else ToolServerStartError
+            raise kind(f"the tool server {self.config.name!r} did not start{self._why_not(error)}") from error
         return client
+
+    def _why_not(self, error: Exception) -> str:
+        missing = missing_part(self.config.command or (), (self.config.env or {}).get("PATH"))
+        if missing is not None:
+            return f": {missing}"
+        return self._words(f" ({type(error).__name__}: {error})")
 
     def _transport(self) -> StdioTransport | str:
         if self.config.url is not None:
@@ -227,6 +241,26 @@ def shortened(text: str, limit: int) -> str:
         return text
     half = max(limit // 2, 1)
     return f"{text[:half]}… ({len(text) - 2 * half} characters left out) …{text[-half:]}"
+
+
+def missing_part(command: Sequence[str], search_path: str | None) -> str | None:
+    """What of a command that failed does not exist: its program, or a script that it names. None where both exist.
+
+    Args:
+        command: Program and arguments.
+        search_path: Folders of programs, None for this process's own.
+
+    >>> missing_part(["no-such-program", "--fast"], None)
+    "there is no program 'no-such-program'"
+    """
+    if not command:
+        return None
+    program, *arguments = command
+    if shutil.which(program, path=search_path) is None:
+        return f"there is no program {program!r}"
+    scripts = [word for word in arguments if Path(word).suffix in SCRIPT_SUFFIXES and not word.startswith("-")]
+    absent = next((script for script in scripts if not Path(script).exists()), None)
+    return None if absent is None else f"there is no file {str(Path(absent).absolute())!r}"
 
 
 def serve_functions(functions: Sequence[Callable[..., Any]]) -> FastMCP:

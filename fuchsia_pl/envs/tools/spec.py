@@ -15,6 +15,10 @@ class ToolServerError(RuntimeError):
     """A server of tools did not start, or died more often than it may be restarted. The message holds its last words."""
 
 
+class ToolServerStartError(ToolServerError, ConfigError):
+    """A server of tools did not start at the start of a run: its command or URL is wrong, or something is missing here."""
+
+
 @dataclass(frozen=True)
 class ToolSpec:
     """What the policy is told of a tool.

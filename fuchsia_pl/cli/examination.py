@@ -1,0 +1,145 @@
+"""The examination of an environment: the checks of the start of a run, then texts that are played in the policy's place."""
+
+from dataclasses import dataclass, field, replace
+
+from fuchsia_pl.cli.findings import findings, one_line, written_objects
+from fuchsia_pl.cli.played import Played, PlayedEngine, RememberingChat, Split, hostile_turns, known_turns, play
+from fuchsia_pl.datamodule import RolloutDataModule
+from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.rollouts.addressing import item_indices
+from fuchsia_pl.rollouts.budget import check_budget, longest_row
+from fuchsia_pl.rollouts.collector import Collector
+from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
+from fuchsia_pl.types import ConfigError
+
+# A hostile text is played whole: what must hold out is the environment, not the length limit before it.
+MAX_LENGTH = 10**8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the start of a run checks besides its data module.
+
+    Attributes:
+        num_ranks: Ranks that share the items, as far as the config tells.
+        max_tokens: The budget of a micro-batch, None without one.
+        has_validation: Whether the run looks at its held-out split.
+
+    >>> Run(num_ranks=1, max_tokens=None, has_validation=True).num_ranks
+    1
+    """
+
+    num_ranks: int
+    max_tokens: int | None
+    has_validation: bool
+
+
+@dataclass
+class Examination:
+    """What was found of an environment.
+
+    Attributes:
+        environment: The environment.
+        has_validation: Whether the held-out split was looked at.
+        num_items: Training items that a run may draw.
+        num_too_long: Training items that it leaves out.
+        num_held_out: Held-out items that it uses, None where the split cannot be used or was not looked at.
+        played: Every text on every item that was played on.
+        wrong: What does not hold, as sentences.
+
+    >>> class Empty(Environment):
+    ...     def step_rollout(self, rollout): ...
+    >>> Examination(Empty(), has_validation=True).wrong
+    []
+    """
+
+    environment: Environment
+    has_validation: bool
+    num_items: int = 0
+    num_too_long: int = 0
+    num_held_out: int | None = None
+    played: list[Played] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+class Examiner:
+    """Examines the environment of a data module.
+
+    Args:
+        data: The environment, the model and the lengths.
+        run: The rest of the run.
+        num_items: Training items to play on.
+
+    Raises:
+        ConfigError: The model's tokenizer cannot be used.
+    """
+
+    def __init__(self, data: RolloutDataModule, run: Run, num_items: int) -> None:
+        self.data = data
+        self.run = run
+        self.num_items = num_items
+        chat = RememberingChat(data.make_chat())
+        self._engine = PlayedEngine(chat)
+        self._asked = Collector(self._engine, data.environment, chat, data.sampling)
+        unlimited = replace(data.sampling, max_length=MAX_LENGTH, max_completion_tokens=MAX_LENGTH // 10)
+        self._collector = Collector(self._engine, data.environment, chat, unlimited)
+
+    async def examine(self) -> Examination:
+        """Makes the checks of the start of a run, then plays every text on some training items and on one held-out item.
+
+        Raises:
+            ConfigError: The environment cannot be prepared, or its training items cannot be asked.
+        """
+        environment = self.data.environment
+        found = Examination(environment, self.run.has_validation)
+        # Whatever a run makes of an error in the environment's code, here it is a finding.
+        on_error, environment.on_error = environment.on_error, "stop"
+        try:
+            check_shares(self.data.batch_size, self.run.num_ranks)
+            with told_as_config_error(f"{type(environment).__name__}.prepare"):
+                await self._asked.prepare()
+            await self._examine_training(found)
+            if self.run.has_validation:
+                await self._examine_held_out(found)
+        finally:
+            environment.on_error = on_error
+            with told_as_config_error(f"{type(environment).__name__}.close"):
+                await environment.close()
+        found.wrong += findings(environment, found.played)
+        return found
+
+    async def _examine_training(self, found: Examination) -> None:
+        data = self.data
+        prompts = training_prompts(self._asked, data.seed, data.batch_size)
+        if self.run.max_tokens is not None:
+            row = longest_row(prompts.values(), data.sampling, has_turns=data.environment.max_steps > 1)
+            check_budget(row, self.run.max_tokens)
+        items, positions = data.environment.train_items(), list(prompts)
+        found.num_items, found.num_too_long = len(positions), len(items) - len(positions)
+        found.wrong += written_objects(data.environment, items, positions, "item")
+        split = Split(items, "item", data.sampling.group_size, data.sampling.temperature, step=0)
+        for place in item_indices(data.seed, 0, len(positions), min(self.num_items, len(positions))):
+            await self._play_on(found, split, positions[place])
+
+    async def _examine_held_out(self, found: Examination) -> None:
+        environment = self.data.environment
+        try:
+            positions = held_out_prompts(self._asked, self.run.num_ranks)
+        except ConfigError as error:
+            found.wrong.append(one_line(str(error)))
+            return
+        items = environment.validation_items()
+        found.num_held_out = len(positions)
+        found.wrong += written_objects(environment, items, positions, "held-out item")
+        temperature = self.data.sampling.validation_temperature
+        await self._play_on(found, Split(items, "held-out item", 1, temperature, step=None), positions[0])
+
+    async def _play_on(self, found: Examination, split: Split, index: int) -> None:
+        """Plays every text on one item."""
+        known = []
+        try:
+            known = known_turns(self.data.environment, split.items[index])
+        except ConfigError as error:
+            found.wrong.append(one_line(f"{split.place} {index}: {error}"))
+        for name, turns in [*known, *hostile_turns()]:
+            found.played.append(await play(self._collector, self._engine, split, index, name, turns))

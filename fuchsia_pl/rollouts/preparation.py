@@ -1,0 +1,122 @@
+"""What is checked of an environment before anything is sampled: at the start of a run, and by `fuchsia check-env`."""
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from fuchsia_pl.envs.golds import check_golds
+from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.rollouts.addressing import item_indices
+from fuchsia_pl.rollouts.collector import Collector, EnvironmentStepError
+from fuchsia_pl.types import ConfigError, Item
+
+logger = logging.getLogger(__name__)
+
+
+def check_shares(batch_size: int, num_ranks: int) -> None:
+    """Refuses a number of items that cannot be divided over the ranks.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if batch_size % num_ranks:
+        raise ConfigError(
+            f"data.batch_size={batch_size} is no multiple of the {num_ranks} ranks, which each sample their share of the items"
+        )
+
+
+def training_prompts(collector: Collector, seed: int, batch_size: int) -> dict[int, int]:
+    """The training items that a run draws from.
+
+    Args:
+        collector: With a prepared environment.
+        seed: The run's seed.
+        batch_size: Items of a phase, over all ranks.
+
+    Returns:
+        Positions of the items whose prompts are short enough, with the number of tokens of each prompt.
+
+    Raises:
+        ConfigError: There are too few items, the template has no place for the conversation, or a prompt or a gold answer
+            cannot be used.
+    """
+    kind = type(collector.environment).__name__
+    items = split_items(collector.environment.train_items, f"{kind}.train_items")
+    if len(items) == 0:
+        raise ConfigError(f"{kind}.train_items has no items: there is nothing to train on")
+    item_indices(seed, 0, len(items), batch_size)
+    collector.check_template(items, 0)
+    prompts = collector.fitting(items, "training")
+    if not prompts:
+        raise ConfigError(
+            f"the prompts of all {len(items)} training items are too long: raise data.sampling.max_length, or lower "
+            "max_completion_tokens"
+        )
+    check_golds(collector.environment, "train", items, prompts)
+    item_indices(seed, 0, len(prompts), batch_size)
+    return prompts
+
+
+def held_out_prompts(collector: Collector, num_ranks: int) -> list[int]:
+    """Positions of the held-out items whose prompts are short enough.
+
+    Args:
+        collector: With a prepared environment.
+        num_ranks: Ranks that share the items.
+
+    Raises:
+        ConfigError: There are too few items, or a prompt or a gold answer cannot be used.
+    """
+    kind = type(collector.environment).__name__
+    items = split_items(collector.environment.validation_items, f"{kind}.validation_items")
+    fitting = list(collector.fitting(items, "held-out"))
+    if len(fitting) < num_ranks:
+        raise ConfigError(
+            f"{kind}.validation_items has {len(fitting)} items for {num_ranks} rank(s): add some, or set "
+            "trainer.limit_val_batches to 0"
+        )
+    if len(fitting) < len(items):
+        logger.warning("%d held-out items are left out: their prompts are too long", len(items) - len(fitting))
+    return check_golds(collector.environment, "validation", items, fitting)
+
+
+def split_items(method: Callable[[], Sequence[Item]], where: str) -> Sequence[Item]:
+    """The items of a split.
+
+    Args:
+        method: An environment's `train_items` or `validation_items`.
+        where: Its name, for messages.
+
+    Raises:
+        ConfigError: The method raised, or what it returned is no sequence of mappings.
+    """
+    with told_as_config_error(where):
+        items = method()
+    is_sequence = hasattr(items, "__len__") and hasattr(items, "__getitem__")
+    if not is_sequence or isinstance(items, str | bytes | Mapping):
+        raise ConfigError(f"{where} returned a {type(items).__name__}: it must return a list of items, each a mapping")
+    return items
+
+
+@contextmanager
+def told_as_config_error(where: str) -> Iterator[None]:
+    """Turns what an environment's own code raises into one sentence with its place.
+
+    Args:
+        where: Whose code it is, such as "MyEnvironment.train_items".
+
+    Raises:
+        ConfigError: The code raised.
+    """
+    try:
+        yield
+    except (ConfigError, ToolServerError):
+        raise
+    except EnvironmentStepError as error:  # it has its place in it
+        raise ConfigError(str(error)) from error
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{where} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        ) from error
