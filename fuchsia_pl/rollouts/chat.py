@@ -21,6 +21,22 @@ from fuchsia_pl.rollouts.probes import (
 from fuchsia_pl.types import ConfigError, Message
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ConfigError: Its files are missing or broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # a broken file may lead to any error inside of the libraries that read it
+        words = " ".join(str(error).split())
+        raise ConfigError(
+            f"the folder {folder} has no tokenizer that can be loaded ({type(error).__name__}: {words}): put the model's own "
+            "there (`tokenizer.save_pretrained(…)`)"
+        ) from error
+
+
 class Chat:
     """A model's tokenizer and chat template.
 
@@ -28,11 +44,11 @@ class Chat:
         folder: The model folder.
 
     Raises:
-        ConfigError: The tokenizer has no chat template.
+        ConfigError: There is no tokenizer, or it has no chat template.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self._tokenizer = load_tokenizer(folder)
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 f"the tokenizer in {folder} has no chat template, so a conversation cannot become ids: use an instruction-tuned "
