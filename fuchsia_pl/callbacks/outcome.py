@@ -1,14 +1,16 @@
 """Says so where a run cannot learn, or has not."""
 
+import logging
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.notice import notice
 from fuchsia_pl.policy.config import PolicyConfig
 
 LOW_RATE = 1e-6
+
+logger = logging.getLogger(__name__)
 
 
 class ConfiguredModule(Protocol):
@@ -31,9 +33,11 @@ class Outcome(Callback):
         rates = [float(group.get("initial_lr", group["lr"])) for o in trainer.optimizers for group in o.param_groups]
         lora = cast(ConfiguredModule, pl_module).policy_config.lora
         if trainer.is_global_zero and lora.enabled and max(rates) < LOW_RATE:
-            notice(
-                f"the learning rate is {max(rates):g}, and an adapter hardly learns below {LOW_RATE:g}: the usual ones are from "
-                "1e-5 to 1e-3 (model.optimizer.init_args.lr)"
+            logger.warning(
+                "the learning rate is %g, and an adapter hardly learns below %g: the usual ones are from 1e-5 to 1e-3 "
+                "(model.optimizer.init_args.lr)",
+                max(rates),
+                LOW_RATE,
             )
 
     def on_train_batch_end(
@@ -48,7 +52,7 @@ class Outcome(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says why nothing was trained, if so."""
         if trainer.is_global_zero and self._num_steps == self._num_skipped:
-            notice(f"nothing was trained: {self._reason(trainer)}")
+            logger.warning("nothing was trained: %s", self._reason(trainer))
         self._num_steps, self._num_skipped = 0, 0
 
     def _reason(self, trainer: Trainer) -> str:

@@ -1,15 +1,19 @@
 """LightningCLI with this project's parts wired in."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
@@ -24,13 +28,25 @@ from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.cli.chatter import chatter_to
+from fuchsia_pl.cli.class_change import fresh_arguments
+from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
 from fuchsia_pl.cli.launch import is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
-from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, SAVED_CONFIG, find_configs, new_run_folder, remove_unused, run_name
+from fuchsia_pl.cli.run_folder import (
+    DEFAULT_ROOT,
+    SAVED_CONFIG,
+    SAVED_OBJECTIVE,
+    find_configs,
+    new_run_folder,
+    remove_unused,
+    run_name,
+)
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
+from fuchsia_pl.policy.model_folder import blank_model
 from fuchsia_pl.policy.policy import check_quantization
+from fuchsia_pl.policy.targets import check_targets
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_SEED = 0
@@ -45,7 +61,7 @@ class SaveRunConfig(SaveConfigCallback):
         self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
         # What the preset made of it; given as one more --config, it pins every part.
         loss = cast(GRPOModule, pl_module).loss_config.resolved()
-        objective = Path(trainer.default_root_dir) / "objective.yaml"
+        objective = Path(trainer.default_root_dir) / SAVED_OBJECTIVE
         objective.write_text(yaml.safe_dump({"model": {"loss": loss}}, sort_keys=False))
 
 
@@ -70,6 +86,7 @@ class FuchsiaCLI(LightningCLI):
                 "use_distributed_sampler": False,
             },
             parser_class=SuggestingParser,
+            parser_kwargs={"epilog": f"{DEBUG_OPTION}, with any command, shows the traceback of an error."},
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -101,36 +118,40 @@ class FuchsiaCLI(LightningCLI):
         assert isinstance(given, list), "a command line is a list of words"
         try:
             self.arguments = find_configs(given)
-        except ValueError as error:
-            parser.error(str(error))
-        self.config = parser.parse_args(self.arguments)
+        except ConfigError as error:
+            parser.error(str(error), error)
+        with fresh_arguments():
+            self.config = parser.parse_args(self.arguments)
 
     def instantiate_classes(self) -> None:
-        """Makes the run folder and all parts; what a part refuses is told like any other mistake in a config."""
+        """Makes the run folder and all parts; what a part refuses is reported like any other mistake in a config."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
-        try:
+        with self._refusals():
             self.run_folder = new_run_folder(root, run_name(self.arguments))
-        except ConfigError as error:
-            self._parser(self.subcommand).error(str(error))
-        chatter_to(self.run_folder)
-        try:
-            super().instantiate_classes()
+            chatter_to(self.run_folder)
+            with refused_by("the trainer does not take its settings"):
+                super().instantiate_classes()
+            check_optimizer(self.model)
             check_quantization(self.model.policy_config.quantization)
             check_adapter(self.model.policy_config.lora)
             self._announce()
             # Last, since it may download or convert: every setting has been accepted by now.
-            _ = self.model.learner.served_model.folder
-        except ConfigError as error:
-            if is_first_rank():
-                remove_unused(self.run_folder)
-            self._parser(self.subcommand).error(str(error))
+            check_targets(blank_model(self.model.learner.served_model.folder), self.model.policy_config.lora)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs it; what only the model, the data or the devices show to be a mistake in a config is told like any other."""
-        try:
+        """Runs it; what only the model, the data or the devices show to be a mistake in a config is reported like any other."""
+        with self._refusals():
             super()._run_subcommand(subcommand)
-        except ConfigError as error:
-            self._parser(subcommand).error(str(error))
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Inside the `with` block, a refused setting ends the program in one line, and leaves no folder where nothing ran."""
+        try:
+            yield
+        except (ConfigError, MisconfigurationException) as error:
+            if is_first_rank() and self.run_folder != Path():
+                remove_unused(self.run_folder)
+            self._parser(self.subcommand).error(str(error), error)
 
     def _announce(self) -> None:
         bar = self.trainer.progress_bar_callback
@@ -167,6 +188,17 @@ class FuchsiaCLI(LightningCLI):
         return super().instantiate_trainer(
             default_root_dir=str(self.run_folder), logger=loggers, plugins=plugins, **kwargs
         )
+
+
+def check_optimizer(model: GRPOModule) -> None:
+    """Makes the optimizer and the scheduler once, of a weight of no model: what they refuse comes out before an engine starts.
+
+    Raises:
+        ConfigError: Their classes do not take their settings.
+    """
+    optimizer = model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    if model.lr_scheduler is not None:
+        model.lr_scheduler(optimizer)
 
 
 def _run_seed(seed_everything: bool | int) -> int:

@@ -1,4 +1,4 @@
-"""Sends what libraries say to a file, so that the console shows the run."""
+"""What goes to the console and what to a file: our warnings and all errors to both, the libraries' chatter to the file."""
 
 import logging
 import os
@@ -9,7 +9,6 @@ LOG_FILE = "run.log"
 LOGGERS = (
     "datasets",
     "fastmcp",
-    "fuchsia_pl.notices",
     "httpx",
     "huggingface_hub",
     "lightning.fabric",
@@ -19,12 +18,50 @@ LOGGERS = (
     "py.warnings",
     "transformers",
 )
-
+OWN_LOGGERS = ("fuchsia_pl", "envs")
 PROFILER_LOGGER = "lightning.pytorch.profilers.profiler"
 
 
+class ConsoleHandler(logging.Handler):
+    r"""Writes each message once to stderr, in one line; a traceback is for the file.
+
+    >>> handler = ConsoleHandler(logging.WARNING)
+    >>> handler.line(logging.LogRecord("fuchsia_pl", logging.WARNING, "", 0, "no %s\nis left", ("server",), None))
+    'warning: no server is left'
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._written: set[str] = set()
+
+    def line(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        line = f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}"
+        error = record.exc_info[1] if record.exc_info else None
+        return line if error is None else f"{line} ({type(error).__name__}: {' '.join(str(error).split())})"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes it, unless the same line was written before."""
+        try:
+            line = self.line(record)
+        except Exception:  # a message that does not fit its arguments: logging reports that and goes on
+            self.handleError(record)
+            return
+        if line not in self._written:
+            self._written.add(line)
+            sys.stderr.write(f"{line}\n")
+
+
+def show_warnings() -> None:
+    """Has warnings and errors of this package, and of everything whose logger is not pointed elsewhere, written to stderr."""
+    logging.getLogger().addHandler(ConsoleHandler(logging.WARNING))
+
+
 def chatter_to(run_folder: Path) -> None:
-    """Points the libraries' loggers, warnings included, at `run.log` and switches their progress bars off."""
+    """Points the libraries' loggers, warnings included, at `run.log` and switches their progress bars off.
+
+    Their errors go to the console too, and what this package logs goes to the file too.
+    """
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -32,10 +69,13 @@ def chatter_to(run_folder: Path) -> None:
     logging.captureWarnings(True)
     handler = logging.FileHandler(run_folder / LOG_FILE)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    errors = ConsoleHandler(logging.ERROR)
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        logger.handlers = [handler]
+        logger.handlers = [handler, errors]
         logger.propagate = False
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).handlers = [handler]
     # Whoever sets trainer.profiler wants to see its table.
     logging.getLogger(PROFILER_LOGGER).handlers = [logging.StreamHandler(sys.stdout)]
     transformers_logging.disable_progress_bar()

@@ -130,7 +130,7 @@ def check_env(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fuchsia check-env",
         description=__doc__,
-        epilog="All other options are those of `fuchsia fit`.",
+        epilog="All other options are those of `fuchsia fit`; --debug shows the traceback of an error.",
         add_help=True,
     )
     parser.add_argument("--num-items", type=int, default=4, help="items to play on (default: 4)")

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 
 from fuchsia_pl.cli.app import FuchsiaCLI
-from fuchsia_pl.types import ConfigError
 
 
 class PartsCLI(FuchsiaCLI):
@@ -11,18 +10,14 @@ class PartsCLI(FuchsiaCLI):
 
     @abstractmethod
     def use_parts(self) -> None:
-        """What the command does with `self.model` and `self.datamodule`. A ConfigError is told like any other mistake."""
+        """What the command does with `self.model` and `self.datamodule`. A ConfigError is reported like any other mistake."""
 
     def instantiate_classes(self) -> None:
         """Makes module and data module; neither loads anything."""
-        try:
+        with self._refusals():
             self.config_init = self.parser.instantiate(self.config)
-        except ConfigError as error:
-            self._parser(self.subcommand).error(str(error))
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        try:
+        with self._refusals():
             self.use_parts()
-        except ConfigError as error:
-            self._parser(self.subcommand).error(str(error))

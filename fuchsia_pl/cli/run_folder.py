@@ -1,6 +1,9 @@
 """Where configs are found and where a run's files go."""
 
+import contextlib
+import errno
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,9 +14,13 @@ from fuchsia_pl.cli.launch import agreed_folder
 from fuchsia_pl.types import ConfigError
 
 CONFIG_FOLDER = Path(fuchsia_pl.__file__).parents[1] / "configs"
+OWN_CONFIG_FOLDER = Path("configs")  # of the current folder
 DEFAULT_ROOT = "runs"
 CONFIG_OPTIONS = ("-c", "--config")
 SAVED_CONFIG = "config.yaml"
+SAVED_OBJECTIVE = "objective.yaml"
+# What a run has written by the time at which its settings are all accepted.
+BEFORE_A_RUN = {LOG_FILE, SAVED_CONFIG, SAVED_OBJECTIVE}
 
 
 class ConfigNotFoundError(ConfigError):
@@ -21,17 +28,19 @@ class ConfigNotFoundError(ConfigError):
 
 
 def find_config(name: str) -> str:
-    """Finds a config: the path itself, else the same name in the packaged `configs` folder, `.yaml` added if need be.
+    """Finds a config: the path itself, else that name in `./configs`, else in the packaged folder, `.yaml` added if need be.
 
     Raises:
-        ConfigNotFoundError: Neither exists. The message lists what does.
+        ConfigNotFoundError: None exists. The message lists what does.
     """
-    candidates = [Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"]
+    folders = (OWN_CONFIG_FOLDER, CONFIG_FOLDER)
+    candidates = [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))]
     for candidate in candidates:
         if candidate.is_file():
             return str(candidate)
-    packaged = sorted(str(file.relative_to(CONFIG_FOLDER)) for file in CONFIG_FOLDER.rglob("*.yaml"))
-    raise ConfigNotFoundError(f"the config {name!r} is no file, and the packaged configs are: {', '.join(packaged)}")
+    own, packaged = (sorted(str(f.relative_to(folder)) for f in folder.rglob("*.yaml")) for folder in folders)
+    there = f"those in ./{OWN_CONFIG_FOLDER} are: {', '.join(own)}; " if own else ""
+    raise ConfigNotFoundError(f"the config {name!r} is no file; {there}the packaged configs are: {', '.join(packaged)}")
 
 
 def find_configs(arguments: list[str]) -> list[str]:
@@ -75,7 +84,11 @@ def run_name(arguments: list[str]) -> str:
 
 
 def new_run_folder(root: str | Path, name: str) -> Path:
-    """Makes `<root>/<name>/<n>` with the first free number n, one for all ranks of a run; in a SLURM job, n is the job's."""
+    """Makes `<root>/<name>/<n>` with the first free number n, one for all ranks of a run; in a SLURM job, n is the job's.
+
+    Raises:
+        ConfigError: The root cannot be written, or the ranks did not agree.
+    """
     parent = Path(root) / name
 
     def make_named(own: str) -> Path:
@@ -85,13 +98,26 @@ def new_run_folder(root: str | Path, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    return agreed_folder(lambda: _numbered(parent), make_named)
+    try:
+        folder = agreed_folder(lambda: _numbered(parent), make_named)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return folder
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.default_root_dir={str(root)!r}: the run's folder {parent}/<n> cannot be made ({error.strerror}). Give a "
+            "folder that can be written"
+        ) from error
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folder of a run that was refused before it began, unless it holds more than what libraries said."""
-    if {entry.name for entry in folder.iterdir()} <= {LOG_FILE}:
-        shutil.rmtree(folder)
+    """Removes the folder of a run that was refused before it began, and those above it that are empty then."""
+    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= BEFORE_A_RUN:
+        return
+    shutil.rmtree(folder)
+    with contextlib.suppress(OSError):  # not empty
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
 
 
 def _numbered(parent: Path) -> Path:

@@ -5,9 +5,11 @@ like are those of the config's VLLMColocatedEngine, or its defaults where the co
 """
 
 import argparse
+import errno
 import json
 import logging
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -128,17 +130,48 @@ def transfer_arguments(settings: VLLMSettings) -> dict[str, Any]:
     return {"weight_transfer_config": json.dumps({"backend": "nccl"})}
 
 
+def check_port(host: str, port: int) -> None:
+    """Listens for a moment, since vLLM does so only after it has loaded the model.
+
+    Raises:
+        ConfigError: The port is taken, or the address is none of this machine.
+    """
+    if not 0 < port < 2**16:
+        raise ConfigError(f"--port must be between 1 and {2**16 - 1}, got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as the server: a port that was just left is free
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"--port {port} on {host} is taken by another program: choose another, and name it in data.engine.init_args.urls "
+                "of the run too"
+            ) from error
+        raise ConfigError(
+            f"nothing can listen on --host {host} --port {port} ({error.strerror}): give an address of this machine and a port "
+            "that you may use"
+        ) from error
+
+
 def serve(arguments: list[str]) -> NoReturn:
     """Runs `fuchsia serve`."""
     parser = argparse.ArgumentParser(
         prog="fuchsia serve",
         description=__doc__,
-        epilog="All other options are those of `fuchsia fit`.",
+        epilog="All other options are those of `fuchsia fit`; --debug shows the traceback of an error.",
         allow_abbrev=False,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument("--api_key", help="what requests must bring (default: the environment variable VLLM_API_KEY)")
     given, rest = parser.parse_known_args(arguments)
+    try:
+        check_port(given.host, given.port)
+    except ConfigError as error:
+        parser.error(str(error))
     ServeCLI(["fit", *rest], given.host, given.port, given.api_key)
     raise AssertionError("the server took this process's place")

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.sources import public_name
+from fuchsia_pl.policy.targets import check_targets
 from fuchsia_pl.types import ConfigError
 
 # What a PEFT config may say of a plain adapter: where it comes from, which layers it is on, how it learns. Whatever else is
@@ -49,6 +50,7 @@ def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
 
 
 def _fresh_adapter(model: PreTrainedModel, lora: LoRASettings) -> peft.PeftModel:
+    check_targets(model, lora)
     peft_config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,

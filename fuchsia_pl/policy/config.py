@@ -7,6 +7,7 @@ from typing import Literal
 from fuchsia_pl.policy.sources import read_template
 from fuchsia_pl.types import ConfigError
 
+PLAIN_NAME = r"[\w.]+"
 # vLLM serves LoRA on linear layers only; on these it would drop the adapter and sample from another policy than the trained.
 UNSERVED_MODULES = ("lm_head", "embed_tokens", "embed_out", "wte", "wpe")
 
@@ -20,7 +21,8 @@ class LoRASettings:
         r: Rank.
         alpha: Numerator of the scale alpha / r.
         dropout: Dropout in front of A, active in the training forward only.
-        target_modules: Names of the adapted layers; "all-linear" is every linear layer but the output head.
+        target_modules: Names of the adapted layers, or one name; "all-linear" is every linear layer but the output head. A
+            string that is no plain name is a regular expression over the layers' full names.
         use_rslora: Scale alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732).
         init_from: Folder of a PEFT adapter to go on from; the reference is then that adapter, and `target_modules` are its
             own. None starts a fresh one.
@@ -48,8 +50,21 @@ class LoRASettings:
             raise ConfigError(f"model.policy.lora.alpha must be above 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.policy.lora.dropout must be at least 0 and below 1, got {self.dropout}")
-        if isinstance(self.target_modules, str):  # a regular expression over full names, except "all-linear"
-            unserved = [m for m in UNSERVED_MODULES if re.fullmatch(self.target_modules, m)]
+        if isinstance(self.target_modules, str) and re.fullmatch(PLAIN_NAME, self.target_modules):
+            self.target_modules = [self.target_modules]  # PEFT would compare a string with full names, as a pattern
+        if isinstance(self.target_modules, str):
+            try:
+                unserved = [m for m in UNSERVED_MODULES if re.fullmatch(self.target_modules, m)]
+            except re.error as error:
+                raise ConfigError(
+                    f"model.policy.lora.target_modules={self.target_modules!r} is neither a layer's name nor a regular "
+                    f"expression ({error}): give a list of names"
+                ) from error
+        elif not self.target_modules:
+            raise ConfigError(
+                "model.policy.lora.target_modules is empty: name linear layers, use all-linear, or train all weights with "
+                "enabled: false"
+            )
         else:
             unserved = [name for name in self.target_modules if name.rsplit(".", 1)[-1] in UNSERVED_MODULES]
         if unserved:

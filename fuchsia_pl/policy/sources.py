@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from fuchsia_pl.policy.model_folder import check_weight_files
 from fuchsia_pl.types import PLAIN_TEXT, ConfigError
 
 # What serves as well on the hub, and how the package is installed: its own dependencies compile a C++ engine nobody needs.
@@ -27,7 +28,7 @@ def resolve_model(name: str) -> Path:
         A folder with config, tokenizer and safetensors weights.
 
     Raises:
-        ModelNotFoundError: Nothing has that name. The message says what to do.
+        ConfigError: Nothing has that name, or its files are broken. The message says what to do.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -37,6 +38,7 @@ def resolve_model(name: str) -> Path:
             raise ModelNotFoundError(
                 f"the folder {path} has no .safetensors weights: save the model with save_pretrained"
             )
+        check_weight_files(path)
         return path
     if path.suffix == ".gguf" and path.is_file():
         return convert_gguf(path)
@@ -44,7 +46,9 @@ def resolve_model(name: str) -> Path:
         return convert_gguf(_packaged_file(name))
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
         raise ModelNotFoundError(f"the model {name!r} does not exist: it reads like a local path")
-    return _from_hub(name)
+    folder = _from_hub(name)
+    check_weight_files(folder)
+    return folder
 
 
 def public_name(name: str) -> str:
@@ -111,24 +115,23 @@ def convert_gguf(file: Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        ConfigError: The file cannot be read, or the cache cannot be written.
     """
     folder = cache_root() / f"{file.stem}-{_sha256(file)[:16]}"
     if folder.exists():
         return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(partial)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"the cache of converted models, {folder.parent}, cannot be written ({error.strerror}): set FUCHSIA_CACHE to "
+            "a folder that can"
+        ) from error
+    try:
+        _unpack(file, partial)
         partial.rename(folder)
     except OSError:
         if not folder.exists():  # else another process was faster, and its folder is the same
@@ -136,6 +139,26 @@ def convert_gguf(file: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # readers of GGUF meet a broken file with whatever its bytes lead to
+        words = " ".join(str(error).split())
+        raise ConfigError(
+            f"the GGUF file {file} cannot be read ({type(error).__name__}: {words}): it is cut off, of another kind, or of a "
+            "model that transformers does not know. Copy or download it again, or give a folder that save_pretrained wrote"
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _sha256(file: Path) -> str:

@@ -6,6 +6,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,6 +26,22 @@ from fuchsia_pl.rollouts.template import Template
 from fuchsia_pl.types import ConfigError, Message
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ConfigError: Its files are missing or broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # a broken file may lead to any error inside of the libraries that read it
+        words = " ".join(str(error).split())
+        raise ConfigError(
+            f"the folder {folder} has no tokenizer that can be loaded ({type(error).__name__}: {words}): put the model's own "
+            "there (`tokenizer.save_pretrained(…)`)"
+        ) from error
+
+
 class Chat:
     """A model's tokenizer and chat template.
 
@@ -35,7 +52,7 @@ class Chat:
         special_tokens_in_text: Whether the name of an added token in a message becomes that token. Otherwise it is text.
 
     Raises:
-        ConfigError: The tokenizer and the settings make no conversation.
+        ConfigError: There is no tokenizer, or it and the settings make no conversation.
     """
 
     def __init__(
@@ -45,7 +62,7 @@ class Chat:
         started_at: datetime | None = None,
         special_tokens_in_text: bool = False,
     ) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self._tokenizer = load_tokenizer(folder)
         if not self._tokenizer.is_fast:
             raise ConfigError(
                 f"the tokenizer in {folder} has no tokenizer.json, without which the text of items and tools cannot be kept "

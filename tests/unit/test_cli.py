@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from fuchsia_pl.cli.run_folder import CONFIG_FOLDER, find_configs, new_run_folder, run_name
+from fuchsia_pl.types import ConfigError
 
 TINY = """
 seed_everything: 3
@@ -199,11 +201,25 @@ def test_print_config_shows_a_config_that_can_be_used(config, capsys):
         (["--model.polcy.name", "x"], ["model.polcy.name", "Did you mean 'model.policy.name'?"]),
         (["--trainer.max_step", "3"], ["trainer.max_step", "Did you mean 'trainer.max_steps'?"]),
         (["--data.sampling.group_sise", "3"], ["Did you mean 'data.sampling.group_size'?"]),
-        (["--data.environment.init_args.num_item", "3"], ["'num_item' is not accepted", "Did you mean"]),
+        (["--data.environment.init_args.num_item", "3"], ["num_item. Did you mean", "init_args.num_items'"]),
         (["--data.sampling.group_size", "1"], ["group_size must be 2 or more, got 1"]),
         (["--model.policy.lora.use_dora", "true"], ["vLLM cannot serve DoRA"]),
         (["--model.policy.lora.target_modules", "[lm_head]"], ["vLLM cannot serve"]),
+        (
+            ["--model.policy.lora.target_modules", "[q_proj, nope]"],
+            ["'nope' matches no layer", "k_proj, lm_head, o_proj"],
+        ),
         (["--model.policy.name", "./nowhere"], ["the model './nowhere' does not exist"]),
+        (["--model.policy.name", "no_tokenizer"], ["no_tokenizer has no tokenizer that can be loaded"]),
+        (["--model.policy.name", "cut_off"], ["the weights in cut_off/model.safetensors cannot be read"]),
+        (["--model.policy.name", "broken.gguf"], ["the GGUF file broken.gguf cannot be read"]),
+        (["--model.optimizer.lr", "-1"], ["AdamW does not take its settings: Invalid learning rate: -1"]),
+        (["--model.lr_scheduler", "LinearLR", "--model.lr_scheduler.start_factor", "7"], ["LinearLR does not take"]),
+        (["--trainer.max_epochs", "-5"], ["the trainer does not take its settings: `max_epochs` must be"]),
+        (["--trainer.strategy", "nonesuch"], ["the trainer does not take its settings: ", "nonesuch"]),
+        (["--trainer.logger", "lightning.pytorch.loggers.MLFlowLogger"], ["MLFlowLogger does not take", "mlflow"]),
+        (["--trainer.default_root_dir", "tiny.yaml"], ["trainer.default_root_dir='tiny.yaml'", "(Not a directory)"]),
+        (["--trainer.default_root_dir", "/proc/no"], ["trainer.default_root_dir='/proc/no'", "(No such file or dir"]),
         (["--model.policy.quantization", "nf4"], ['quantization="nf4" needs a CUDA device, and torch sees none']),
         (["--model.loss.reduction", "sum"], ["model.loss.reduction", "token_mean"]),
         (["--seed_everything", "true"], ["seed_everything must be a number, got True"]),
@@ -211,12 +227,17 @@ def test_print_config_shows_a_config_that_can_be_used(config, capsys):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_mistakes_are_told_with_what_to_do(config, capsys, arguments, words):
+def test_mistakes_are_told_in_one_line_with_what_to_do(config, capsys, tiny_model, arguments, words):
+    shutil.copytree(tiny_model, "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    shutil.copytree(tiny_model, "cut_off")
+    os.truncate("cut_off/model.safetensors", 1000)
+    Path("broken.gguf").write_bytes(b"GGUF and no more")
     printed = refused(capsys, "fit", "--config", str(config), *arguments)
     for word in words:
         assert word in printed
     assert "Traceback" not in printed
-    assert not list(Path("runs").glob("*/*"))
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["error", "All keys"]
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -229,6 +250,7 @@ def test_mistakes_are_told_with_what_to_do(config, capsys, arguments, words):
         (["--trainer.precision", "64-true"], "no engine samples in it"),
         (["--trainer.limit_val_batches", "0.1"], "takes 0 of 4 held-out items"),
         (["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"], "no metric to watch"),
+        (["--trainer.logger", "false", "--trainer.callbacks+=LearningRateMonitor"], "Cannot use `LearningRateMonitor`"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -236,6 +258,7 @@ def test_mistakes_that_only_the_data_or_the_model_shows_are_told_in_the_same_way
     printed = refused(capsys, "fit", "--config", str(config), *arguments)
     assert words in printed
     assert "Traceback" not in printed
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +276,7 @@ def test_unknown_keys_in_a_file_are_told_with_the_nearest_right_one(config, caps
 
 
 def test_a_missing_config_is_told_with_those_that_exist(config, capsys):
-    assert "'quikstart.yaml' is no file, and the packaged configs are:" in refused(
+    assert "'quikstart.yaml' is no file; the packaged configs are:" in refused(
         capsys, "fit", "--config", "quikstart.yaml"
     )
     assert "quickstart.yaml" in refused(capsys, "fit", "--config=quikstart.yaml")
@@ -268,6 +291,24 @@ def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
         packaged,
         f"-c={packaged}",
     ]
+    Path("configs/mine").mkdir(parents=True)
+    for name in ("mine/own.yaml", "other.yaml"):
+        (Path("configs") / name).touch()
+    found = find_configs(["fit", "--config", "mine/own", "-c", "other.yaml", "--config=other"])
+    assert found == [
+        "fit",
+        "--config",
+        "configs/mine/own.yaml",
+        "-c",
+        "configs/other.yaml",
+        "--config=configs/other.yaml",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"those in \./configs are: mine/own.yaml, other.yaml; the packaged configs are: "
+    ):
+        find_configs(["fit", "--config", "neither"])
+    Path("configs/quickstart.yaml").touch()
+    assert find_configs(["fit", "--config", "quickstart.yaml"])[2] == "configs/quickstart.yaml"
     Path("quickstart.yaml").touch()
     assert find_configs(["fit", "--config", "quickstart.yaml"]) == ["fit", "--config", "quickstart.yaml"]
 
@@ -284,19 +325,25 @@ def test_run_names_and_numbers(tmp_path, monkeypatch):
 
 def test_what_libraries_say_goes_to_a_file(tmp_path):
     code = (
-        "import logging, warnings; from pathlib import Path; from fuchsia_pl.cli.chatter import chatter_to;"
+        "import logging, warnings; from pathlib import Path; from fuchsia_pl.cli.chatter import *; show_warnings();"
         "import lightning.pytorch, transformers; chatter_to(Path('.')); warnings.warn('careful');"
         "logging.getLogger('lightning.pytorch.x').warning('loud'); logging.getLogger('transformers').warning('also');"
-        "from fuchsia_pl.callbacks.notice import notice; notice('read this');"
-        "from lightning.pytorch.profilers import SimpleProfiler; p = SimpleProfiler(); p.start('a'); p.stop('a'); p.describe()"
+        "log = logging.getLogger; log('transformers.x').error('broken'); log('fuchsia_pl.a').info('quiet');"
+        "names = 'fuchsia_pl.a', 'envs.b', 'my_envs', 'fuchsia_pl.a';"
+        "from lightning.pytorch.profilers import SimpleProfiler; p = SimpleProfiler(); p.start('a'); p.stop('a'); p.describe();"
+        "[log(name).warning('two\\nlines of %s', name) for name in names]"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    # What a person set out to see is on the console as well: notices, and the table of trainer.profiler.
-    assert done.stderr == "warning: read this\n"
+    # The table of trainer.profiler is what its user set out to see.
     assert done.stdout.startswith("Profiler Report")
     assert "Percentage %" in done.stdout
+    # Our own warnings and those of an environment's author once, in a line; of libraries only what failed.
+    ours = [f"warning: two lines of {name}" for name in ("fuchsia_pl.a", "envs.b", "my_envs")]
+    assert done.stderr.splitlines() == ["error: broken", *ours]
     logged = (tmp_path / "run.log").read_text()
-    assert all(word in logged for word in ("careful", "loud", "also", "read this", "Profiler Report"))
+    assert all(
+        word in logged for word in ("careful", "loud", "also", "broken", "lines of fuchsia_pl.a", "Profiler Report")
+    )
 
 
 def test_weights_and_biases_runs_offline_beside_the_csv_log(config, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`fuchsia serve`: what it makes of a run's configs, read by vLLM's own parser."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,27 @@ def test_another_engine_leaves_the_defaults(start):
 def test_mistakes_are_told(start, capsys, words, error):
     with pytest.raises(SystemExit) as caught:
         start(*words)
+    assert caught.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "is taken by another program: choose another"),
+        (["--port", "0"], "--port must be between 1 and 65535, got 0"),
+        (["--port", "70000"], "--port must be between 1 and 65535, got 70000"),
+        (["--host", "203.0.113.7"], "nothing can listen on --host 203.0.113.7"),
+        (["--host", "no.such.host.invalid"], "nothing can listen on --host no.such.host.invalid"),
+    ],
+)
+def test_a_port_that_cannot_be_listened_on_is_told_before_anything_is_read(monkeypatch, capsys, words, error):
+    monkeypatch.setattr("fuchsia_pl.cli.serve.ServeCLI", lambda *arguments: pytest.fail("read the configs"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(SystemExit) as caught:
+            serve(["--config", "nowhere.yaml", "--port", str(other.getsockname()[1]), *words])
     assert caught.value.code == 2
     assert error in capsys.readouterr().err
 

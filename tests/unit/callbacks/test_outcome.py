@@ -1,6 +1,5 @@
 """Warnings of a run that cannot learn, or has not; and what loggers get to know of it."""
 
-import logging
 from functools import partial
 
 import pytest
@@ -8,51 +7,36 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from fuchsia_pl.callbacks import notice as notices
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
-from fuchsia_pl.callbacks.notice import notice
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.schedules import TransformersSchedule
 from tests.doubles import Constant, TinyEngine, make_data, make_module, make_trainer
 
 
-def warnings_of(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-
-
-def test_a_notice_is_one_line_on_the_console_and_one_in_the_log_of_the_run(capsys, tmp_path):
-    notice("first")
-    handler = logging.FileHandler(tmp_path / "run.log")
-    notices.LOG.addHandler(handler)
-    try:
-        notice("second")
-    finally:
-        notices.LOG.removeHandler(handler)
-        handler.close()
-    assert warnings_of(capsys) == ["warning: first", "warning: second"]
-    assert (tmp_path / "run.log").read_text() == "second\n"
+def warnings_of(caplog) -> list[str]:
+    return [f"warning: {record.getMessage()}" for record in caplog.records if record.name.endswith(".outcome")]
 
 
 @pytest.mark.parametrize(("lr", "enabled", "is_low"), [(9e-7, True, True), (1e-6, True, False), (9e-7, False, False)])
-def test_a_rate_too_low_for_an_adapter_is_told(tiny_model, tmp_path, capsys, lr, enabled, is_low):
+def test_a_rate_too_low_for_an_adapter_is_told(tiny_model, tmp_path, caplog, lr, enabled, is_low):
     """With all weights trained, such rates are usual. A warm-up begins at 0, which is no low rate."""
     module = make_module(tiny_model, optimizer=partial(torch.optim.AdamW, lr=lr), enabled=enabled)
     module.lr_scheduler = partial(TransformersSchedule, name="constant_with_warmup", num_warmup_steps=2)
     make_trainer(tmp_path, Outcome(), max_steps=1).fit(module, datamodule=make_data(module))
     told = ["warning: the learning rate is 9e-07, and an adapter hardly learns below 1e-06"]
-    assert [line[: len(told[0])] for line in warnings_of(capsys)] == (told if is_low else [])
+    assert [line[: len(told[0])] for line in warnings_of(caplog)] == (told if is_low else [])
 
 
-def test_a_resumed_run_that_is_over_already_says_so(tiny_model, tmp_path, capsys):
+def test_a_resumed_run_that_is_over_already_says_so(tiny_model, tmp_path, caplog):
     module, outcome = make_module(tiny_model), Outcome()
     trainer = make_trainer(tmp_path, outcome, max_steps=2)
     trainer.fit(module, datamodule=make_data(module))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    assert warnings_of(capsys) == []
+    assert warnings_of(caplog) == []
     trainer = make_trainer(tmp_path, outcome, max_steps=2, max_epochs=-1)
     trainer.fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
-    (line,) = warnings_of(capsys)
+    (line,) = warnings_of(caplog)
     assert line == "warning: nothing was trained: trainer.max_steps=2 is reached already, at step 2. Raise it"
 
 
@@ -65,10 +49,10 @@ def test_a_resumed_run_that_is_over_already_says_so(tiny_model, tmp_path, capsys
     ],
     ids=["no spread", "no batches", "no epochs"],
 )
-def test_a_finished_run_that_trained_nothing_says_why(tiny_model, tmp_path, capsys, environment, settings, words):
+def test_a_finished_run_that_trained_nothing_says_why(tiny_model, tmp_path, caplog, environment, settings, words):
     module = make_module(tiny_model)
     make_trainer(tmp_path, Outcome(), **settings).fit(module, datamodule=make_data(module, environment=environment))
-    (line,) = warnings_of(capsys)
+    (line,) = warnings_of(caplog)
     assert line == f"warning: nothing was trained: {words}" or line.startswith(
         f"warning: nothing was trained: {words}; see"
     )

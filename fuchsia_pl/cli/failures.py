@@ -1,0 +1,47 @@
+"""Errors that a user can cause become one line: what was refused, where, and what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fuchsia_pl.types import ConfigError
+
+DEBUG_OPTION = "--debug"
+# With what libraries, and classes of a user's, refuse their settings. Anything else is a bug, whose traceback is wanted.
+REFUSALS = (MisconfigurationException, ImportError, OSError, ValueError)
+
+T = TypeVar("T")
+
+
+@contextmanager
+def refused_by(what: str) -> Iterator[None]:
+    """Inside the `with` block, what is raised to refuse a setting is raised as ConfigError.
+
+    Args:
+        what: Subject of the sentence, such as the class that is made.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except REFUSALS as error:
+        raise ConfigError(f"{what}: {one_line(error)} ({DEBUG_OPTION} shows where)") from error
+
+
+def made(class_type: type[T], *args: Any, **kwargs: Any) -> T:
+    """Makes an object of a config, as jsonargparse's own instantiator does; an error names the class that refused."""
+    with refused_by(f"{class_type.__module__}.{class_type.__qualname__} does not take its settings"):
+        return class_type(*args, **kwargs)
+
+
+def one_line(error: BaseException) -> str:
+    r"""An error's message without line breaks, its class's name where it has none.
+
+    >>> one_line(ValueError("lr is -1,\n  use more"))
+    'lr is -1, use more'
+    >>> one_line(OSError())
+    'OSError'
+    """
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,67 @@
+"""The console script: what ends in one line, what in a traceback, and with which code."""
+
+import importlib
+import sys
+
+import pytest
+
+from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.envs.tools.spec import ToolServerError
+from tests.unit.test_cli import TINY
+
+main_module = importlib.import_module("fuchsia_pl.cli.main")  # the package has a function of that name
+
+
+@pytest.fixture
+def command(tiny_model, tmp_path, monkeypatch):
+    """Runs `fuchsia …` in this process and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(main_module, "show_warnings", lambda: None)
+    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
+    (tmp_path / "tiny.yaml").write_text(TINY % tiny_model)
+
+    def run(*words: str) -> object:
+        monkeypatch.setattr(sys, "argv", ["fuchsia", *words])
+        with pytest.raises(SystemExit) as caught:
+            main_module.main()
+        return caught.value.code
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["fit", "validate", "test", "predict", "check-env", "serve"])
+def test_a_refused_setting_is_one_line_and_debug_adds_the_traceback(command, capsys, tmp_path, name):
+    words = [name, "--config", "tiny.yaml", "--data.batch_size", "0", *(["--port", "8191"] if name == "serve" else [])]
+    assert command(*words) == 2
+    first = capsys.readouterr().err
+    assert first.startswith("error: data.batch_size must be 1 or more, got 0")
+    assert "Traceback" not in first
+    assert command(*words, "--debug") == 2
+    second = capsys.readouterr().err
+    assert second.startswith(first)
+    assert "Traceback" in second
+    assert "ConfigError: data.batch_size must be" in second
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("error", [EngineError("vLLM is gone"), ToolServerError("the tool is gone")])
+def test_another_process_that_failed_is_one_line(command, capsys, monkeypatch, error):
+    def fail(words: list[str]) -> None:
+        error.add_note("go on with last.ckpt")
+        raise error
+
+    monkeypatch.setattr(main_module, "FuchsiaCLI", fail)
+    assert command("fit") == 1
+    assert capsys.readouterr().err == f"error: {error}\ngo on with last.ckpt\n"
+    with pytest.raises(type(error)):
+        command("fit", "--debug")
+
+
+def test_a_bug_keeps_its_traceback(command, monkeypatch):
+    def fail(words: list[str]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(main_module, "FuchsiaCLI", fail)
+    with pytest.raises(ZeroDivisionError):
+        command("fit")

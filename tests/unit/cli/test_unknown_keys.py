@@ -1,0 +1,142 @@
+"""Unknown keys: all at once, each with the key that was meant, whoever's name it is."""
+
+import ast
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuchsia_pl.cli import FuchsiaCLI
+from fuchsia_pl.cli.foreign_names import SETTINGS, migration_table, our_setting
+from tests.unit.test_cli import TINY
+
+README = (Path(__file__).parents[3] / "README.md").read_text()
+# Of TRL before 1.0, and of transformers before 5: people still have them.
+OLD_TRL = {"torch_dtype", "max_prompt_length", "warmup_ratio", "bf16", "fp16"}
+
+
+class ParseOnly(FuchsiaCLI):
+    """Parses and makes nothing."""
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch, capsys):
+    """The lines with which a command line, after the tiny config, is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuchsia"])
+    Path("tiny.yaml").write_text(TINY % "nowhere")
+
+    def run(*words: str) -> list[str]:
+        with pytest.raises(SystemExit) as caught:
+            ParseOnly(["fit", "--config", "tiny.yaml", *words])
+        assert caught.value.code == 2
+        *errors, last = capsys.readouterr().err.splitlines()
+        assert last == "All keys: fuchsia fit --help"
+        return [line.removeprefix("error: ") for line in errors]
+
+    return run
+
+
+def test_all_keys_of_a_file_and_of_the_command_line_are_told_at_once(told):
+    Path("mine.yaml").write_text(
+        """
+        learning_rate: 3.0e-6
+        modle: {policy: {name: x}}
+        trainer: {max_step: 3, lr: 1.0e-5}
+        lora: {r: 8, alpha: 16}
+        model:
+          policy: {lora: {rr: 3}}
+          optimizer: {init_args: {weight_deca: 0.1}}
+        data:
+          sampling: {num_generations: 4, temprature: 1.0}
+          environment: {init_args: {num_item: 3}}
+        actor_rollout_ref: {rollout: {n: 4, zzz: 3}, actor: {clip_ratio_high: 0.3}}
+        """
+    )
+    assert told("--config", "mine.yaml", "--data.batch_sise", "3", "--qqq=4") == [
+        "unknown key learning_rate in mine.yaml. Here it is model.optimizer.init_args.lr",
+        "unknown key modle in mine.yaml. Did you mean 'model'?",
+        "unknown key trainer.max_step in mine.yaml. Did you mean 'trainer.max_steps'?",
+        "unknown key trainer.lr in mine.yaml. Here it is model.optimizer.init_args.lr",
+        "unknown key lora.r in mine.yaml. Here it is model.policy.lora.r",
+        "unknown key lora.alpha in mine.yaml. Here it is model.policy.lora.alpha",
+        "unknown key model.policy.lora.rr in mine.yaml. Did you mean 'model.policy.lora.r'?",
+        "unknown key model.optimizer.init_args.weight_deca in mine.yaml. Did you mean 'model.optimizer.init_args.weight_decay'?",
+        "unknown key data.sampling.num_generations in mine.yaml. Here it is data.sampling.group_size",
+        "unknown key data.sampling.temprature in mine.yaml. Did you mean 'data.sampling.temperature'?",
+        "unknown key data.environment.init_args.num_item in mine.yaml. Did you mean 'data.environment.init_args.num_items'?",
+        "unknown key actor_rollout_ref.rollout.n in mine.yaml. Here it is data.sampling.group_size",
+        "unknown key actor_rollout_ref.actor.clip_ratio_high in mine.yaml. Here it is model.loss.clip_high",
+        "unknown key data.batch_sise. Did you mean 'data.batch_size'?",
+        "unknown key qqq",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("num_generations", "data.sampling.group_size"),
+        ("data.sampling.num_generations", "data.sampling.group_size"),
+        ("model.loss.epsilon", "model.loss.clip_low"),
+        ("model.optimizer.learning_rate", "model.optimizer.init_args.lr"),
+        ("trainer.gradient_checkpointing.enabled", "model.policy.checkpointing.enabled"),
+        ("gradient_checkpointing", "model.policy.checkpointing.enabled"),
+        ("data.engine.gpu_memory_utilization", "data.engine.init_args.kv_cache_gb (GiB, no share of the device)"),
+        ("shared.rollout.group_size", "data.sampling.group_size"),
+    ],
+)
+def test_names_from_elsewhere_are_answered_with_ours(told, key, ours):
+    (line,) = told(f"--{key}", "4")
+    assert line.endswith(f". Here it is {ours}")
+
+
+def test_an_argument_of_the_class_before_the_last_is_no_mistake(told):
+    """The engine of the first config has `seconds`; only what is unknown where it stands is told."""
+    words = ["--data.environment.init_args.num_items", "3", "--data.environment", "envs.arithmetic.Arithmetic"]
+    assert told(*words, "--data.environment.num_items", "3", "--a", "b") == [
+        "unknown key data.environment.init_args.num_items",
+        "unknown key a",
+    ]
+
+
+def test_no_foreign_name_has_two_answers():
+    for setting in SETTINGS:
+        for name in setting.names:
+            assert our_setting(name) is setting, name
+
+
+def test_every_key_of_ours_in_the_table_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuchsia"])
+    Path("tiny.yaml").write_text(TINY % "nowhere")
+    colocated = ["--data.engine", "fuchsia_pl.engines.vllm_colocated.VLLMColocatedEngine"]
+    words = [word for setting in SETTINGS for word in (f"--{setting.key}", setting.example)]
+    config = ParseOnly(["fit", "--config", "tiny.yaml", *colocated, *words]).config["fit"]
+    assert config.data.sampling.group_size == 8
+    assert config.model.optimizer.init_args.lr == 1e-5
+    assert len({setting.key for setting in SETTINGS}) == len(SETTINGS)
+
+
+def test_the_names_of_trl_are_those_it_has():
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    (root,) = importlib.util.find_spec("trl").submodule_search_locations
+    for file in ("trainer/grpo_config.py", "trainer/model_config.py", "scripts/utils.py", "scripts/grpo.py"):
+        tree = ast.parse((Path(root) / file).read_text())
+        annotated = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+        names |= {node.target.id for node in annotated if isinstance(node.target, ast.Name)}
+    for setting in SETTINGS:
+        assert set(setting.trl) <= names | OLD_TRL
+
+
+def test_the_readme_has_the_table():
+    assert migration_table() in README
