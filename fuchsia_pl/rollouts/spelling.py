@@ -34,11 +34,13 @@ class Spelling:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self._names = {token_id: str(t.content) for token_id, t in added.items() if len(str(t.content).strip()) > 1}
+        self._names = {i: str(t.content) for i, t in added.items() if len(_printed(str(t.content))) > 1}
         self._special = frozenset(token_id for token_id in self._names if added[token_id].special)
         # Content cannot hold what it cannot know. "z" is no hex digit, so no other part of the mark looks like its start.
         self._nonce = f"z{secrets.token_hex(8)}"
         self._alias_nonce = f"x{secrets.token_hex(8)}"
+        firsts = {name[0] for token in self._names.values() for name in (token, _printed(token))}
+        self._firsts = frozenset(character for first in firsts for character in (first, first.lower(), first.upper()))
 
     @property
     def control_ids(self) -> AbstractSet[int]:
@@ -87,6 +89,8 @@ class Spelling:
         return value
 
     def _cut_text(self, text: str, token_ids: AbstractSet[int]) -> str:
+        if text.isascii() and self._firsts.isdisjoint(text):
+            return text  # most texts, at no cost; others have to pass through the tokenizer, which may normalise them
         while found := self._found(text, token_ids):  # what is left of a name may hold another one
             for token_id, start, end in reversed(found):
                 # A name may be matched together with white space around it, or in another Unicode form.
@@ -123,6 +127,15 @@ class Spelling:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         given = {tokenizer.token_to_id(self._alias(token_id)): token_id for token_id in self._names}
         return tokenizer, {theirs: ours for theirs, ours in given.items() if theirs is not None}
+
+
+def _printed(name: str) -> str:
+    """A token's name without white space, and without the sign that stands for a space in some tokenizers.
+
+    >>> _printed("\u2581\u2581"), _printed(" <mask>")
+    ('', '<mask>')
+    """
+    return name.replace("\u2581", " ").strip()
 
 
 def _rename(model: dict[str, Any], aliases: Mapping[str, str]) -> None:
