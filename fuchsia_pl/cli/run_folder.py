@@ -111,13 +111,12 @@ def new_run_folder(root: str | Path, name: str) -> Path:
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folder of a run that was refused before it began, and those above it that are empty then."""
+    """Removes the folder of a run that was refused before it began, and the one of its config's runs if it was the only one."""
     if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= BEFORE_A_RUN:
         return
     shutil.rmtree(folder)
     with contextlib.suppress(OSError):  # not empty
         folder.parent.rmdir()
-        folder.parent.parent.rmdir()
 
 
 def _numbered(parent: Path) -> Path:
