@@ -497,10 +497,10 @@ def test_it_shows_the_prompts_that_the_chat_template_of_the_config_makes(run, tm
     code, out, _ = run("Right", "--model.policy.chat_template", "none")
     assert code == 0
     assert "user:" not in out.partition("total")[0]  # the table below has the texts' names
-    (tmp_path / "chat.jinja").write_text("{% for m in messages %}Question: {{ m['content'] }}{% endfor %} Answer:")
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}question: {{ m['content'] }}{% endfor %} a:")
     code, out, _ = run("Right", "--model.policy.chat_template", "chat.jinja")
     assert code == 0
-    assert "Question: " in out
+    assert "question: " in out
     code, _, err = run("Right", "--model.policy.chat_template", "other.jinja")
     assert code == 2
     assert "'other.jinja' is no template" in err
