@@ -28,7 +28,7 @@ from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, SAVED_CONFIG, find_configs, 
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
-from fuchsia_pl.policy.policy import check_quantization
+from fuchsia_pl.policy.loading import check_quantization
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_SEED = 0
