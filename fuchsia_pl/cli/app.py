@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import Strategy
+from rich.console import Console
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
@@ -18,17 +19,20 @@ from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.lost_rank import LostRank
 from fuchsia_pl.callbacks.preflight import Preflight
+from fuchsia_pl.callbacks.resume import Resume
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.cli.chatter import chatter_to
-from fuchsia_pl.cli.launch import is_first_rank
+from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint
+from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
 from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, SAVED_CONFIG, find_configs, new_run_folder, remove_unused, run_name
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
-from fuchsia_pl.policy.loading import check_quantization
+from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.policy.loading import check_quantization, trained_shapes
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_SEED = 0
@@ -86,6 +90,7 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(ConsoleReport, "console")
         parser.add_lightning_class_args(AdapterExport, "adapter_export")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Resume, "resume")
         # Item order and sampling seeds come from the run's one seed.
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_run_seed)
         # Model folder, dtype, adapter rank and objective: the engine serves what the trainer trains, and how.
@@ -101,10 +106,14 @@ class FuchsiaCLI(LightningCLI):
             parser.error(str(error))
         self.config = parser.parse_args(self.arguments)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would unpack the checkpoint, and take settings from it in place of the config's."""
+
     def instantiate_classes(self) -> None:
         """Makes the run folder and all parts; what a part refuses is told like any other mistake in a config."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
         try:
+            checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
             self.run_folder = new_run_folder(root, run_name(self.arguments))
         except ConfigError as error:
             self._parser(self.subcommand).error(str(error))
@@ -115,11 +124,41 @@ class FuchsiaCLI(LightningCLI):
             check_adapter(self.model.policy_config.lora)
             self._announce()
             # Last, since it may download or convert: every setting has been accepted by now.
-            _ = self.model.learner.served_model.folder
+            self._check_weights(checkpoint)
         except ConfigError as error:
             if is_first_rank():
                 remove_unused(self.run_folder)
             self._parser(self.subcommand).error(str(error))
+
+    def _find_checkpoint(self, runs: Path) -> dict[str, Any] | None:
+        """The checkpoint that the command names, looked for before there is a folder of this run; None where it names none."""
+        arguments = self.config[self.subcommand]
+        given = arguments.get("ckpt_path")
+        if given is None:
+            if self.subcommand == "fit" and any(arguments.resume.as_dict().values()):
+                raise ConfigError(
+                    "resume.optimizer and resume.scheduler do nothing without --ckpt_path: leave them out"
+                )
+            return None
+        if arguments.get("weights_only") is False:
+            raise ConfigError(
+                "--weights_only false would let a checkpoint run code, and those of Fuchsia-PL need none: leave it out"
+            )
+        console = Console(highlight=False, quiet=not is_first_rank())
+        path = agreed_checkpoint(lambda: find_checkpoint(str(given), runs, console))
+        arguments.ckpt_path = str(path)
+        return read_checkpoint(path)
+
+    def _check_weights(self, checkpoint: dict[str, Any] | None) -> None:
+        """Compares the files of the model, the adapter and the checkpoint, from their headers, before anything is loaded."""
+        policy, folder = self.model.policy_config, self.model.learner.served_model.folder
+        shapes = trained_shapes(policy, folder, with_critic=self.model.loss_config.parts.advantage == "gae")
+        if checkpoint is not None:
+            path = self.config[self.subcommand].ckpt_path
+            check_checkpoint(checkpoint, path, shapes, self.trainer.strategy)
+            if self.subcommand == "fit":
+                self.model.resume_choice = self._get(self.config_init, "resume").choice
+                check_resume(checkpoint, path, self.model)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what only the model, the data or the devices show to be a mistake in a config is told like any other."""

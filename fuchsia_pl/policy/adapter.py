@@ -94,7 +94,9 @@ def _fill(adapted: peft.PeftModel, folder: str) -> None:
     peft.set_peft_model_state_dict(adapted, tensors)
     for name, weight in peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
         if not torch.isfinite(tensors[name]).all():
-            raise ConfigError(f"model.policy.lora.init_from={folder!r} has values in {name} that are not finite numbers")
+            raise ConfigError(
+                f"model.policy.lora.init_from={folder!r} has values in {name} that are not finite numbers"
+            )
         if not torch.equal(weight.cpu(), tensors[name].to(weight.dtype)):
             raise ConfigError(
                 f"model.policy.lora.init_from={folder!r} was not loaded as it is: {name} has other values than in the file"
