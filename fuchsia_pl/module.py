@@ -3,9 +3,12 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,16 +18,27 @@ from fuchsia_pl.batch import Batch, RolloutScores
 from fuchsia_pl.objectives.config import Learner, LossConfig
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
+from fuchsia_pl.policy.checkpoint_files import (
+    MICRO_BATCHES_KEY,
+    OPTIMIZATION_KEY,
+    OPTIMIZER_SHAPES_KEY,
+    OWN_KEYS,
+    SETTINGS_KEY,
+    SHAPES_KEY,
+    check_between_phases,
+    check_contents,
+    check_trained,
+    optimizer_shapes,
+    read_checkpoint,
+)
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
+from fuchsia_pl.policy.optimization import Recipe, ResumeChoice, Resumed, resumed
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.schedules import check_optimization, lightning_config
 from fuchsia_pl.policy.sharding import total_norm
 from fuchsia_pl.policy.sources import read_template, resolve_model
 from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
-
-MICRO_BATCHES_KEY = "num_micro_batches"
-SHAPES_KEY = "trained_shapes"
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +82,8 @@ class GRPOModule(LightningModule):
         self.rollout_metrics: Mapping[str, float] = {}
         self.loaded_step = 0
         self.loaded_micro_batches: int | None = None
+        self.resume_choice = ResumeChoice()
+        self.resumed: Resumed | None = None
         self.skip_reason: str | None = None
         # Of each micro-batch, the trainer's logprobs before the first update of a phase; of the newest, the reference's.
         self.behaviour: list[Tensor] = []
@@ -251,35 +267,75 @@ class GRPOModule(LightningModule):
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         # Sharded weights are loaded before this module is asked, and are no longer in the checkpoint then.
         checkpoint[SHAPES_KEY] = trained
+        checkpoint[OPTIMIZER_SHAPES_KEY] = optimizer_shapes(checkpoint)
         checkpoint[MICRO_BATCHES_KEY] = self.trainer.accumulate_grad_batches
+        checkpoint[OPTIMIZATION_KEY] = self.recipe.described() if self.resumed is None else self.resumed.optimization
+        checkpoint[SETTINGS_KEY] = {"policy": asdict(self.policy_config), "loss": asdict(self.loss_config)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another adapter or from within a step or a phase.
+        """Refuses what cannot be continued from, and puts the config's optimizer and schedule in where that was chosen.
 
         Raises:
-            ConfigError: The checkpoint's weights are not those that this config trains, or it cannot be gone on from.
+            ConfigError: The checkpoint's weights are not those that this config trains, it was saved within a step or a phase,
+                or nothing decides between its optimizer and the config's.
         """
-        step, num_updates = checkpoint["global_step"], self.loss_config.num_policy_updates
-        if self.trainer.state.fn == TrainerFn.FITTING and step % num_updates:
-            raise ConfigError(
-                f"the checkpoint is of step {step}, which is no multiple of model.loss.num_policy_updates={num_updates}: the "
-                "rollouts of a phase are not saved, so a run goes on only from where one ends, as checkpoints/last.ckpt does"
-            )
-        num_begun = _num_begun(checkpoint) % checkpoint[MICRO_BATCHES_KEY]
-        if self.trainer.state.fn == TrainerFn.FITTING and num_begun:
-            raise ConfigError(
-                f"the checkpoint was saved {num_begun} micro-batches into the step after {step}, whose gradients it does not "
-                "hold: a run goes on only from where a step ends, as checkpoints/last.ckpt does"
-            )
-        trained, found = self._trained_shapes(), checkpoint[SHAPES_KEY]
-        if trained != found:
-            raise ConfigError(
-                f"the checkpoint holds {len(found)} trained tensors, this config trains {len(trained)}, and names or shapes "
-                f"differ, first at {_first_difference(trained, found)}: use the config.yaml of the run that wrote it"
-            )
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            checkpoint["state_dict"] = checkpoint.get(AVERAGED_WEIGHTS, checkpoint["state_dict"])
+        if "state_dict" in checkpoint or any(
+            key not in checkpoint for key in OWN_KEYS
+        ):  # a folder's weights are loaded by now
+            check_contents(checkpoint, "that was given")
+        check_trained(self._trained_shapes(), checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.resumed = self.check_resume(checkpoint)
+            self.resumed.put_into(checkpoint)
+            if not self._trainer.strategy.lightning_restore_optimizer:  # FSDP2 restores them with the weights
+                for optimizer in self._trainer.optimizers:
+                    self.resumed.apply(optimizer)
+        elif AVERAGED_WEIGHTS in checkpoint:
+            checkpoint["state_dict"] = checkpoint[AVERAGED_WEIGHTS]
         self.loaded_step, self.loaded_micro_batches = checkpoint["global_step"], checkpoint[MICRO_BATCHES_KEY]
+
+    def check_resume(self, checkpoint: Mapping[str, Any]) -> Resumed:
+        """What a run would continue with.
+
+        Raises:
+            ConfigError: It cannot continue from there, see `on_load_checkpoint`.
+        """
+        check_between_phases(checkpoint, self.loss_config.num_policy_updates)
+        return resumed(checkpoint, self.recipe, self.resume_choice)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes any keyword
+        cls, checkpoint_path: str | Path, policy: PolicyConfig | None = None, loss: LossConfig | None = None
+    ) -> Self:
+        """The module with the trained weights of a checkpoint, on the CPU, with its model loaded.
+
+        Optimizer and schedule are the defaults: to train on, make a module and give `Trainer.fit` the `ckpt_path`.
+
+        Args:
+            checkpoint_path: A file that a run wrote.
+            policy: The model, by default that of the checkpoint's run. The trained weights must be the same.
+            loss: The objective, by default that of the checkpoint's run.
+
+        Raises:
+            ConfigError: It is no such file, or of other weights.
+        """
+        path = Path(checkpoint_path)
+        checkpoint = read_checkpoint(path)
+        if "state_dict" not in checkpoint:
+            raise ConfigError(
+                f"the checkpoint {path} is a folder of parts, which FSDP2Strategy alone loads: give a file"
+            )
+        stored = _parsed(checkpoint[SETTINGS_KEY])
+        module = cls(policy or stored["policy"], loss or stored["loss"])
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        return module
+
+    @property
+    def recipe(self) -> Recipe:
+        """What makes optimizer and schedule."""
+        return Recipe(self.optimizer, self.lr_scheduler)
 
     @contextmanager
     def _own_randomness(self, seed: int) -> Iterator[None]:
@@ -301,12 +357,9 @@ class GRPOModule(LightningModule):
         self.log_dict(metrics, batch_size=max(len(batch.rollouts), 1), on_step=False, on_epoch=True, sync_dist=True)
 
 
-def _first_difference(trained: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    names = sorted(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
-    return f"{names[0]} (trained {trained.get(names[0])}, found {found.get(names[0])})"
-
-
-def _num_begun(checkpoint: Mapping[str, Any]) -> int:
-    """Micro-batches of its epoch that had begun when a checkpoint was saved, by Lightning's own count."""
-    loops = checkpoint.get("loops") or {}
-    return loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] if loops else 0
+def _parsed(settings: Mapping[str, Any]) -> Any:
+    """The configs that a checkpoint holds as plain data."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--policy", type=PolicyConfig)
+    parser.add_argument("--loss", type=LossConfig)
+    return parser.instantiate(parser.parse_object(dict(settings)))

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
@@ -24,13 +24,15 @@ from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.lost_rank import LostRank
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.callbacks.preflight import Preflight
+from fuchsia_pl.callbacks.resume import Resume
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.cli.chatter import chatter_to
+from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint
 from fuchsia_pl.cli.class_change import fresh_arguments
 from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
-from fuchsia_pl.cli.launch import is_first_rank
+from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
 from fuchsia_pl.cli.run_folder import (
     DEFAULT_ROOT,
@@ -44,8 +46,10 @@ from fuchsia_pl.cli.run_folder import (
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
+from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.policy.loading import check_quantization, trained_shapes
 from fuchsia_pl.policy.model_folder import blank_model
-from fuchsia_pl.policy.policy import check_quantization
+from fuchsia_pl.policy.schedules import check_optimization
 from fuchsia_pl.policy.targets import check_targets
 from fuchsia_pl.types import ConfigError
 
@@ -107,6 +111,7 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(ConsoleReport, "console")
         parser.add_lightning_class_args(AdapterExport, "adapter_export")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Resume, "resume")
         # Item order and sampling seeds come from the run's one seed.
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_run_seed)
         # Model folder, dtype, adapter rank and objective: the engine serves what the trainer trains, and how.
@@ -123,20 +128,56 @@ class FuchsiaCLI(LightningCLI):
         with fresh_arguments():
             self.config = parser.parse_args(self.arguments)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would unpack the checkpoint, and take settings from it in place of the config's."""
+
     def instantiate_classes(self) -> None:
         """Makes the run folder and all parts; what a part refuses is reported like any other mistake in a config."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
         with self._refusals():
+            checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
             self.run_folder = new_run_folder(root, run_name(self.arguments))
             chatter_to(self.run_folder)
             with refused_by("the trainer does not take its settings"):
                 super().instantiate_classes()
-            check_optimizer(self.model)
+            if self.subcommand == "fit":
+                check_optimization(self.model.optimizer, self.model.lr_scheduler, self.trainer)
             check_quantization(self.model.policy_config.quantization)
             check_adapter(self.model.policy_config.lora)
             self._announce()
             # Last, since it may download or convert: every setting has been accepted by now.
             check_targets(blank_model(self.model.learner.served_model.folder), self.model.policy_config.lora)
+            self._check_weights(checkpoint)
+
+    def _find_checkpoint(self, runs: Path) -> dict[str, Any] | None:
+        """The checkpoint that the command names, looked for before there is a folder of this run; None where it names none."""
+        arguments = self.config[self.subcommand]
+        given = arguments.get("ckpt_path")
+        if given is None:
+            if self.subcommand == "fit" and any(arguments.resume.as_dict().values()):
+                raise ConfigError(
+                    "resume.optimizer and resume.scheduler do nothing without --ckpt_path: leave them out"
+                )
+            return None
+        if arguments.get("weights_only") is False:
+            raise ConfigError(
+                "--weights_only false would let a checkpoint run code, and those of Fuchsia-PL need none: leave it out"
+            )
+        console = Console(highlight=False, quiet=not is_first_rank())
+        path = agreed_checkpoint(lambda: find_checkpoint(str(given), runs, console))
+        arguments.ckpt_path = str(path)
+        return read_checkpoint(path)
+
+    def _check_weights(self, checkpoint: dict[str, Any] | None) -> None:
+        """Compares the files of the model, the adapter and the checkpoint, from their headers, before anything is loaded."""
+        policy, folder = self.model.policy_config, self.model.learner.served_model.folder
+        shapes = trained_shapes(policy, folder, with_critic=self.model.loss_config.parts.advantage == "gae")
+        if checkpoint is not None:
+            path = self.config[self.subcommand].ckpt_path
+            check_checkpoint(checkpoint, path, shapes, self.trainer.strategy)
+            if self.subcommand == "fit":
+                self.model.resume_choice = self._get(self.config_init, "resume").choice
+                check_resume(checkpoint, path, self.model)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what only the model, the data or the devices show to be a mistake in a config is reported like any other."""
@@ -188,17 +229,6 @@ class FuchsiaCLI(LightningCLI):
         return super().instantiate_trainer(
             default_root_dir=str(self.run_folder), logger=loggers, plugins=plugins, **kwargs
         )
-
-
-def check_optimizer(model: GRPOModule) -> None:
-    """Makes the optimizer and the scheduler once, of a weight of no model: what they refuse comes out before an engine starts.
-
-    Raises:
-        ConfigError: Their classes do not take their settings.
-    """
-    optimizer = model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
-    if model.lr_scheduler is not None:
-        model.lr_scheduler(optimizer)
 
 
 def _run_seed(seed_everything: bool | int) -> int:

@@ -11,6 +11,7 @@ from torch.distributed import DistError, TCPStore
 from fuchsia_pl.types import ConfigError
 
 RUN_FOLDER_VARIABLE = "FUCHSIA_RUN_FOLDER"
+CHECKPOINT_VARIABLE = "FUCHSIA_CHECKPOINT"
 TIMEOUT_S = 120.0
 # torchrun's own store lives in its agent; where it has none, the first rank's lives here as long as the process.
 _stores: list[TCPStore] = []
@@ -36,7 +37,9 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
             said where to reach it.
     """
     if TorchElasticEnvironment.detect():
-        return _told_by_first_rank(make)
+        folder = _told_by_first_rank("folder", make)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     # A batch script without srun is one process, and may call the command again: its runs are numbered like any others.
     if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
@@ -53,10 +56,28 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
     return folder
 
 
-def _told_by_first_rank(make: Callable[[], Path]) -> Path:
+def agreed_checkpoint(find: Callable[[], Path]) -> Path:
+    """The first rank's choice of a checkpoint, on every rank: another run may write one between two looks.
+
+    Args:
+        find: Chooses; called on the first rank only, and on all ranks of a SLURM job step, which nothing connects yet.
+
+    Raises:
+        ConfigError: There is none to choose, or the first rank told nothing within two minutes.
+    """
+    if TorchElasticEnvironment.detect():
+        return _told_by_first_rank("checkpoint", find)
+    if not is_first_rank() and CHECKPOINT_VARIABLE in os.environ:
+        return Path(os.environ[CHECKPOINT_VARIABLE])
+    path = find()
+    os.environ[CHECKPOINT_VARIABLE] = str(path)
+    return path
+
+
+def _told_by_first_rank(what: str, make: Callable[[], Path]) -> Path:
     environment = TorchElasticEnvironment()
     has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    key = f"fuchsia/run_folder/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    key = f"fuchsia/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     where = f"{environment.main_address}:{environment.main_port}"
     try:
         store = TCPStore(
@@ -70,11 +91,9 @@ def _told_by_first_rank(make: Callable[[], Path]) -> Path:
         _stores.append(store)
         if is_first_rank():
             store.set(key, str(make()))
-        folder = Path(store.get(key).decode())
+        return Path(store.get(key).decode())
     except DistError as error:
         raise ConfigError(
-            f"rank {environment.global_rank()} did not hear from rank 0 at {where} which folder the run has: {error}. Are "
+            f"rank {environment.global_rank()} did not hear from rank 0 at {where} which {what} the run has: {error}. Are "
             "MASTER_ADDR and MASTER_PORT right, and can the machines reach each other?"
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -1,11 +1,16 @@
 """The adapter of a policy: a fresh one, or one to go on from."""
 
+from pathlib import Path
+
 import peft
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.sources import public_name
 from fuchsia_pl.policy.targets import check_targets
+from fuchsia_pl.policy.tensor_files import first_difference, shapes_in_file
 from fuchsia_pl.types import ConfigError
 
 # What a PEFT config may say of a plain adapter: where it comes from, which layers it is on, how it learns. Whatever else is
@@ -63,10 +68,51 @@ def _fresh_adapter(model: PreTrainedModel, lora: LoRASettings) -> peft.PeftModel
 
 
 def _loaded_adapter(model: PreTrainedModel, lora: LoRASettings, found: peft.LoraConfig) -> peft.PeftModel:
-    """The adapter of a folder; how it learns on, its dropout, is the settings'."""
+    """The adapter of a folder; how it learns on, its dropout, is the settings'.
+
+    PEFT drops tensors that it has no place for, and leaves weights that no tensor is for at their start, without an error.
+    """
+    assert lora.init_from is not None
     found.lora_dropout = lora.dropout
-    return peft.PeftModel.from_pretrained(
-        model, str(lora.init_from), config=found, is_trainable=True, autocast_adapter_dtype=True
+    found.inference_mode = False
+    found.base_model_name_or_path = None  # PEFT warns where it is another folder; `add_adapter` sets it anew
+    adapted = peft.get_peft_model(model, found, autocast_adapter_dtype=True)
+    weights = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    file = _weights_file(lora.init_from)
+    difference = first_difference({name: tuple(w.shape) for name, w in weights.items()}, shapes_in_file(file))
+    if difference:
+        raise ConfigError(
+            f"model.policy.lora.init_from={lora.init_from!r} is no adapter of this model: in {file.name}, {difference}. Is it "
+            "of another model, or of other layers?"
+        )
+    if model.device.type != "meta":
+        _fill(adapted, lora.init_from)
+    return adapted
+
+
+def _fill(adapted: peft.PeftModel, folder: str) -> None:
+    """Loads an adapter's weights and compares all of them with the file's."""
+    tensors = peft.load_peft_weights(folder, device="cpu")
+    peft.set_peft_model_state_dict(adapted, tensors)
+    for name, weight in peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
+        if not torch.isfinite(tensors[name]).all():
+            raise ConfigError(
+                f"model.policy.lora.init_from={folder!r} has values in {name} that are not finite numbers"
+            )
+        if not torch.equal(weight.cpu(), tensors[name].to(weight.dtype)):
+            raise ConfigError(
+                f"model.policy.lora.init_from={folder!r} was not loaded as it is: {name} has other values than in the file"
+            )
+
+
+def _weights_file(folder: str) -> Path:
+    """The file that PEFT would load."""
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise ConfigError(
+        f"model.policy.lora.init_from={folder!r} has an adapter_config.json and neither {SAFETENSORS_WEIGHTS_NAME} nor "
+        f"{WEIGHTS_NAME}: give the folder that save_pretrained wrote"
     )
 
 
@@ -74,15 +120,20 @@ def check_adapter(lora: LoRASettings) -> peft.LoraConfig | None:
     """The PEFT config of the adapter to go on from, None where a fresh one is made.
 
     Raises:
-        ConfigError: It is not there, or is not what the engine would be started for.
+        ConfigError: It is not there, its file is broken, or it is not what the engine would be started for.
     """
     if lora.init_from is None:
         return None
     folder = lora.init_from
     try:
+        if not (Path(folder) / peft.utils.CONFIG_NAME).is_file():  # PEFT would take it for a name on the hub
+            raise FileNotFoundError(f"it has no {peft.utils.CONFIG_NAME}")
         found = peft.PeftConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise ConfigError(f"model.policy.lora.init_from={folder!r} is no folder of a PEFT adapter: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"model.policy.lora.init_from={folder!r} is no folder of a PEFT adapter: {error}. Give the folder that "
+            "save_pretrained or a run wrote, as runs/NAME/0/adapter"
+        ) from error
     unusual = _unusual(found) if isinstance(found, peft.LoraConfig) else [f"peft_type={found.peft_type}"]
     if unusual:
         raise ConfigError(
@@ -99,6 +150,7 @@ def check_adapter(lora: LoRASettings) -> peft.LoraConfig | None:
             raise ConfigError(
                 f"model.policy.lora.{name} is {given}, and that of the adapter in init_from={folder!r} is {own}: set it to {own}"
             )
+    shapes_in_file(_weights_file(folder))
     return found
 
 

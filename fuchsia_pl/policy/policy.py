@@ -1,6 +1,5 @@
 """The policy: a causal language model of transformers with a PEFT adapter, or all of its weights."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fuchsia_pl.batch import Batch, TokenScores
 from fuchsia_pl.policy.adapter import add_adapter
 from fuchsia_pl.policy.checkpointing import checkpoint_blocks, offloaded
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.critic import Critic
+from fuchsia_pl.policy.loading import load_base
 from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores, fastest_chunk_tokens
 from fuchsia_pl.policy.sharding import shard, whole
 from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, lay_out, shares_prefix
@@ -50,7 +50,7 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
         dtype = getattr(torch, config.dtype) if config.lora.enabled else torch.float32
-        base = _load(folder, dtype, config.quantization)
+        base = load_base(folder, dtype, config.quantization)
         _enable_shared_prefix(base, config.shared_prefix)
         self.model: nn.Module = base
         self._frozen: list[PreTrainedModel] = []  # in a list, so that it is no submodule and enters no checkpoint
@@ -60,7 +60,7 @@ class Policy(nn.Module):
             if config.lora.init_from is not None:
                 self._initial_adapter = self._adapter_copy()
         elif with_reference:
-            self._frozen = [_load(folder, getattr(torch, config.dtype)).requires_grad_(False)]
+            self._frozen = [load_base(folder, getattr(torch, config.dtype)).requires_grad_(False)]
             _enable_shared_prefix(self._frozen[0], config.shared_prefix)
         if config.checkpointing.enabled:
             checkpoint_blocks(base, config.checkpointing.every_n_layers)
@@ -238,34 +238,6 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     config = model.config.get_text_config().to_dict()
     scale = config.get("logit_scale") or 1.0 / (config.get("logits_scaling") or 1.0)
     return OutputHead(head.weight, head.bias, scale=scale, softcap=config.get("final_logit_softcapping"))
-
-
-def check_quantization(quantization: Literal["nf4"] | None) -> None:
-    """Refuses 4-bit weights where nothing can compute with them.
-
-    Raises:
-        ConfigError: There is no CUDA device, or no bitsandbytes.
-    """
-    if quantization is not None and not torch.cuda.is_available():
-        missing = "a CUDA device, and torch sees none"
-    elif quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        missing = "bitsandbytes, which is not installed"
-    else:
-        return
-    raise ConfigError(f'model.policy.quantization="{quantization}" needs {missing}: leave it out, or get that')
-
-
-def _load(folder: str | Path, dtype: torch.dtype, quantization: Literal["nf4"] | None = None) -> PreTrainedModel:
-    if quantization is None:
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-    check_quantization(quantization)
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, quantization_config=settings)
 
 
 def _enable_shared_prefix(model: PreTrainedModel, wish: Literal["auto", "always", "never"]) -> None:

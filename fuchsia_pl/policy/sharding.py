@@ -81,7 +81,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        partial, older = path.with_name(f".{path.name}.partial"), _older(path)
+        partial, older = path.with_name(f".{path.name}.partial"), older_folder(path)
         if self.global_rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         self.barrier()
@@ -101,7 +101,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         A run that was killed while a folder took another's place has left that other one, which is loaded then.
         """
         path = Path(checkpoint_path)
-        path = self.broadcast(path if path.exists() or not _older(path).is_dir() else _older(path))
+        path = self.broadcast(path if path.exists() or not older_folder(path).is_dir() else older_folder(path))
         if path.is_dir():
             return self._load_folder(path, weights_only)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
@@ -129,7 +129,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         return torch.load(path / FOLDER_METADATA, map_location="cpu", weights_only=weights_only)
 
 
-def _older(path: Path) -> Path:
+def older_folder(path: Path) -> Path:
+    """Where a folder of parts waits while a newer one takes its place."""
     return path.with_name(f".{path.name}.older")
 
 

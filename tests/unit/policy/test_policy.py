@@ -20,6 +20,7 @@ from transformers import (
 
 from fuchsia_pl.policy import policy as policy_module
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.loading import load_base
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from fuchsia_pl.types import ConfigError
@@ -199,16 +200,14 @@ def test_a_head_that_is_not_known_is_refused(tiny_model, monkeypatch, factor, dt
         def forward(self, hidden):
             return factor * super().forward(hidden)
 
-    original = AutoModelForCausalLM.from_pretrained
-
     def with_scaled_logits(*args, **kwargs):
-        model = original(*args, **kwargs)
+        model = load_base(*args, **kwargs)
         head = ScaledLogits(32, model.config.vocab_size, bias=False)
         head.weight = copy.deepcopy(model.lm_head.weight)
         model.lm_head = head
         return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", with_scaled_logits)
+    monkeypatch.setattr("fuchsia_pl.policy.policy.load_base", with_scaled_logits)
     with pytest.raises(ConfigError, match="output head of LlamaForCausalLM is not the linear map"):
         Policy(PolicyConfig(name="", dtype=dtype), tiny_model, with_reference=False)
 

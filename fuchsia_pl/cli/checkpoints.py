@@ -1,0 +1,155 @@
+"""`--ckpt_path`: which checkpoint is meant, and whether it is one, before anything is built."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.strategies import Strategy
+from rich.console import Console
+
+from fuchsia_pl.module import GRPOModule
+from fuchsia_pl.policy.checkpoint_files import check_trained, read_checkpoint
+from fuchsia_pl.policy.sharding import FSDP2Strategy, older_folder
+from fuchsia_pl.types import ConfigError
+
+LAST, BEST = "last", "best"
+CHECKPOINT_FOLDER = "checkpoints"
+LAST_FILE = "last.ckpt"
+
+
+def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
+    """The checkpoint that `--ckpt_path` means.
+
+    Args:
+        given: A path, `last` (the newest whole one of a config's runs) or `best` (the one that a `ModelCheckpoint(monitor=…)` of
+            the newest such run kept as its best).
+        runs: Folder of the config's runs, `<root>/<config name>`.
+        console: Where the choice is printed.
+
+    Raises:
+        ConfigError: There is none, or the word means a place that no run of this program writes to.
+    """
+    if given == LAST:
+        path, step = _last(runs, console)
+    elif given == BEST:
+        path, step = _best(runs, console)
+    else:
+        if given == "hpc" or given.startswith("registry"):
+            raise ConfigError(
+                f"--ckpt_path {given} is a word of Lightning's for checkpoints that Fuchsia-PL does not write: give a path, "
+                f"`{LAST}` or `{BEST}`"
+            )
+        if "://" in given:
+            raise ConfigError(
+                f"--ckpt_path {given} is an address: a checkpoint is checked before anything loads, so copy it to this machine"
+            )
+        return Path(given)
+    console.print(f"--ckpt_path {given}: {path}, of step {step}", soft_wrap=True, markup=False)
+    return path
+
+
+def _last(runs: Path, console: Console) -> tuple[Path, int]:
+    files = [folder / CHECKPOINT_FOLDER / LAST_FILE for folder in _folders(runs)]
+    for path in sorted((file for file in files if _changed(file)), key=_changed, reverse=True):
+        checkpoint = _whole(path, console)
+        if checkpoint is not None:
+            return path, checkpoint["global_step"]
+    raise ConfigError(
+        f"--ckpt_path {LAST}: no run under {runs} has left a whole {CHECKPOINT_FOLDER}/{LAST_FILE}. Leave it out to start anew, "
+        "give a path, or set trainer.default_root_dir to the root of those runs"
+    )
+
+
+def _best(runs: Path, console: Console) -> tuple[Path, int]:
+    for folder in sorted(_folders(runs), key=lambda run: _changed(run / CHECKPOINT_FOLDER), reverse=True):
+        best = _best_of(folder / CHECKPOINT_FOLDER, console)
+        if len(best) > 1:
+            listed = ", ".join(f"{path} (by {monitor})" for path, monitor in sorted(best.items()))
+            raise ConfigError(f"--ckpt_path {BEST}: the newest run has several: {listed}. Give the path of one")
+        for path in best:
+            return path, read_checkpoint(path)["global_step"]
+    raise ConfigError(
+        f"--ckpt_path {BEST}: no run under {runs} has a checkpoint that a lightning.pytorch.callbacks.ModelCheckpoint with a "
+        f"`monitor` kept as its best. Add one to trainer.callbacks, or give a path or `{LAST}`"
+    )
+
+
+def _best_of(folder: Path, console: Console) -> dict[Path, str]:
+    """The monitor of each whole checkpoint that is the best of its run, by what the newest checkpoint there knows."""
+    for path in sorted(folder.glob("*.ckpt"), key=_changed, reverse=True):
+        checkpoint = _whole(path, console)
+        if checkpoint is None:
+            continue
+        states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+        kept = {
+            _moved(folder, Path(state["best_model_path"])): str(state["monitor"])
+            for state in states
+            if state.get("monitor") and state.get("best_model_path")
+        }
+        return {best: monitor for best, monitor in kept.items() if _whole(best, console) is not None}
+    return {}
+
+
+def _moved(folder: Path, best: Path) -> Path:
+    """The root may have been moved since the path was saved, or the best may be that of the run which this one resumed."""
+    return folder / best.name if (folder / best.name).exists() else best
+
+
+def _folders(runs: Path) -> Iterator[Path]:
+    return (folder for folder in (runs.iterdir() if runs.is_dir() else ()) if folder.is_dir())
+
+
+def _changed(path: Path) -> float:
+    """When it was last written, 0 where it does not exist."""
+    places = [place for place in (path, older_folder(path)) if place.exists()]
+    return max((place.stat().st_mtime for place in places), default=0.0)
+
+
+def _whole(path: Path, console: Console) -> dict[str, Any] | None:
+    try:
+        return read_checkpoint(path)
+    except ConfigError as error:
+        console.print(f"passed over: {error}", soft_wrap=True, markup=False)
+        return None
+
+
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], path: str, shapes: Mapping[str, tuple[int, ...]], strategy: Strategy
+) -> None:
+    """Compares a checkpoint with what a run would do with it, before the engine starts.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        path: Where it lies.
+        shapes: What `trained_shapes` returned.
+        strategy: The run's.
+
+    Raises:
+        ConfigError: It is of another adapter, or is a folder and the strategy reads files.
+    """
+    if "state_dict" not in checkpoint and not isinstance(strategy, FSDP2Strategy):
+        raise ConfigError(
+            f"the checkpoint {path} is a folder of parts, which only FSDP2Strategy loads: add --config overlays/fsdp.yaml, or "
+            "give a checkpoint that is one file"
+        )
+    check_trained({f"policy.{name}": shape for name, shape in shapes.items()}, checkpoint)
+
+
+def check_resume(checkpoint: Mapping[str, Any], path: str, module: GRPOModule) -> None:
+    """Compares the optimizer of a checkpoint with that of a run that would continue from it.
+
+    Raises:
+        ConfigError: There is none, or nothing decides between the two, or the one decided on cannot be had.
+    """
+    is_folder = "state_dict" not in checkpoint
+    if not is_folder and "optimizer_states" not in checkpoint:
+        raise ConfigError(
+            f"the checkpoint {path} holds weights only (save_weights_only), and a run cannot continue without its optimizer: "
+            "give another one, or start from an exported adapter with model.policy.lora.init_from"
+        )
+    keeps_momenta = module.check_resume(checkpoint).keeps_momenta
+    if is_folder and not keeps_momenta:
+        raise ConfigError(
+            f"the checkpoint {path} is a folder of parts, from which another class of optimizer cannot be resumed: leave "
+            "model.optimizer as it was, or start from an exported adapter with model.policy.lora.init_from"
+        )

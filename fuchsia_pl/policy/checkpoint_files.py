@@ -1,0 +1,248 @@
+"""Checkpoints on disk: whether one is whole, and of this program, before anything is built from it."""
+
+import io
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from fuchsia_pl.policy.sharding import FOLDER_METADATA, older_folder
+from fuchsia_pl.policy.tensor_files import first_difference
+from fuchsia_pl.types import ConfigError
+
+MICRO_BATCHES_KEY = "num_micro_batches"
+SHAPES_KEY = "trained_shapes"
+OPTIMIZER_SHAPES_KEY = "optimizer_shapes"
+OPTIMIZATION_KEY = "optimization"
+SETTINGS_KEY = "settings"
+OWN_KEYS = (
+    *("global_step", "loops", "pytorch-lightning_version"),
+    *(MICRO_BATCHES_KEY, SHAPES_KEY, OPTIMIZER_SHAPES_KEY, OPTIMIZATION_KEY, SETTINGS_KEY),
+)
+FOLDER_INDEX = ".metadata"  # DCP's name
+# What the index of a folder of parts is made of; a pickle of anything else could run code.
+INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint without the bytes of its tensors, which stay on disk until they are used.
+
+    No code in it is run, whoever wrote it.
+
+    Args:
+        path: A file, or a folder to which each rank wrote its part.
+
+    Returns:
+        What Lightning saved; of a folder, without weights and optimizers.
+
+    Raises:
+        ConfigError: It is missing, empty, cut off, of another kind, or another program's.
+    """
+    if not path.exists() and older_folder(path).is_dir():
+        path = older_folder(path)  # a kill between two renames; `FSDP2Strategy` loads it too
+    if not path.exists():
+        raise ConfigError(f"the checkpoint {path} does not exist: give the path of a checkpoints/last.ckpt, or `last`")
+    if path.is_dir():
+        return _read_folder(path)
+    if path.stat().st_size == 0:
+        raise ConfigError(f"the checkpoint {path} is empty: its run was killed, or the disk was full. Give another one")
+    checkpoint = _read_file(path)
+    check_contents(checkpoint, str(path))
+    return checkpoint
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        # A file that was cut off has lost the directory of its archive, which stands at its end.
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a file of unknown origin: the unpickler fails in whatever way its bytes lead to
+        reason = str(error).partition("\n")[0][:120]
+        raise ConfigError(
+            f"the checkpoint {path} is cut off, or is no checkpoint of this program, which holds tensors and plain values only "
+            f"({type(error).__name__}: {reason}): give another one"
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"the checkpoint {path} is no checkpoint: it holds a {type(found).__name__}. Give another one"
+        )
+    return found
+
+
+def check_contents(checkpoint: Mapping[str, Any], name: str) -> None:
+    """Compares the tensors of a checkpoint with what was saved, in both directions.
+
+    Args:
+        checkpoint: As loaded; weights and optimizers of a folder are not in it.
+        name: Of the checkpoint, for the error.
+
+    Raises:
+        ConfigError: It is another program's, or a tensor is missing, surplus, or of another shape.
+    """
+    _check_keys(checkpoint, name)
+    if "state_dict" not in checkpoint:
+        raise ConfigError(
+            f"the checkpoint {name} is no checkpoint of Fuchsia-PL: it has no state_dict. Give another one"
+        )
+    weights = {weight: tuple(tensor.shape) for weight, tensor in checkpoint["state_dict"].items()}
+    _check_shapes(checkpoint[SHAPES_KEY], weights, name)
+    _check_shapes(checkpoint[OPTIMIZER_SHAPES_KEY], optimizer_shapes(checkpoint), name)
+
+
+def optimizer_shapes(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of the optimizers' states, named as a folder of parts names them.
+
+    >>> optimizer_shapes({"optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2, 3)}}, "param_groups": []}]})
+    {'optimizer_0.state.0.exp_avg': (2, 3)}
+    """
+    states = checkpoint.get("optimizer_states", [])
+    return {
+        name: shape
+        for number, state in enumerate(states)
+        for name, shape in _tensor_shapes(f"optimizer_{number}", state)
+    }
+
+
+def _tensor_shapes(name: str, value: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if isinstance(value, torch.Tensor):
+        yield name, tuple(value.shape)
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _tensor_shapes(f"{name}.{key}", entry)
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            yield from _tensor_shapes(f"{name}.{index}", entry)
+
+
+def _check_keys(checkpoint: Mapping[str, Any], name: str) -> None:
+    lacking = [key for key in OWN_KEYS if key not in checkpoint]
+    if lacking:
+        raise ConfigError(
+            f"the checkpoint {name} is no checkpoint of this version of Fuchsia-PL: it has no {lacking[0]}. Give another one, or "
+            "start from an exported adapter with model.policy.lora.init_from"
+        )
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], name: str) -> None:
+    difference = first_difference(expected, found)
+    if difference:
+        raise ConfigError(f"the checkpoint {name} is not as it was saved: {difference}. Give another one")
+
+
+def check_trained(trained: Mapping[str, tuple[int, ...]], checkpoint: Mapping[str, Any]) -> None:
+    """Compares the weights that a config trains with those of a checkpoint.
+
+    Raises:
+        ConfigError: They are not the same.
+    """
+    found = checkpoint[SHAPES_KEY]
+    difference = first_difference(trained, found)
+    if difference:
+        raise ConfigError(
+            f"the checkpoint holds {len(found)} trained tensors, this config trains {len(trained)}, and names or shapes "
+            f"differ: {difference}. Use the config.yaml of the run that wrote it"
+        )
+
+
+def check_between_phases(checkpoint: Mapping[str, Any], num_policy_updates: int) -> None:
+    """Refuses to continue from within a step or a phase.
+
+    Raises:
+        ConfigError: The checkpoint was saved there.
+    """
+    step = checkpoint["global_step"]
+    if step % num_policy_updates:
+        raise ConfigError(
+            f"the checkpoint is of step {step}, which is no multiple of model.loss.num_policy_updates={num_policy_updates}: the "
+            "rollouts of a phase are not saved, so a run goes on only from where one ends, as checkpoints/last.ckpt does"
+        )
+    # Micro-batches of its epoch that had begun, by Lightning's own count.
+    loops = checkpoint["loops"]
+    num_begun = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] if loops else 0
+    num_within = num_begun % checkpoint[MICRO_BATCHES_KEY]
+    if num_within:
+        raise ConfigError(
+            f"the checkpoint was saved {num_within} micro-batches into the step after {step}, whose gradients it "
+            "does not hold: a run goes on only from where a step ends, as checkpoints/last.ckpt does"
+        )
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    for required in (FOLDER_INDEX, FOLDER_METADATA):
+        if not (path / required).is_file():
+            raise ConfigError(
+                f"the checkpoint {path} is a folder without {required}, which FSDP2Strategy writes last: give a file last.ckpt, "
+                "or a whole folder of that strategy"
+            )
+    index = _read_index(path / FOLDER_INDEX)
+    checkpoint = _read_file(path / FOLDER_METADATA)
+    _check_keys(checkpoint, str(path))
+    tensors = {
+        name: tuple(entry.size)
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    weights = {name.removeprefix("state_dict."): s for name, s in tensors.items() if name.startswith("state_dict.")}
+    optimizers = {name: shape for name, shape in tensors.items() if name.startswith("optimizer_")}
+    _check_shapes(checkpoint[SHAPES_KEY], weights, str(path))
+    _check_shapes(checkpoint[OPTIMIZER_SHAPES_KEY], optimizers, str(path))
+    _check_parts(path, index)
+    return checkpoint
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a folder of parts, and nothing that is not of one."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in INDEX_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_index(file: Path) -> Metadata:
+    try:
+        with file.open("rb") as stream:
+            index = _IndexUnpickler(stream).load()
+        assert isinstance(index, Metadata), f"it is a {type(index).__name__}"
+        assert isinstance(index.storage_data, dict), "it names no files"
+    except Exception as error:  # a file of unknown origin: the unpickler fails in whatever way its bytes lead to
+        raise ConfigError(
+            f"the checkpoint {file.parent} is cut off, or is not of this program: its {file.name} cannot be read "
+            f"({type(error).__name__}: {error}). Give another one"
+        ) from error
+    return index
+
+
+def _check_parts(path: Path, index: Metadata) -> None:
+    """Every part lies inside a file of the folder, and single values, which DCP unpickles without restriction, run no code."""
+    for key, place in index.storage_data.items():
+        assert isinstance(place, _StorageInfo)
+        part = path / place.relative_path
+        if part.parent != path or not part.is_file() or part.stat().st_size < place.offset + place.length:
+            raise ConfigError(
+                f"the checkpoint {path} is not whole: {place.relative_path} is missing or cut off before {key.fqn}. Give another "
+                "one"
+            )
+        if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
+            with part.open("rb") as stream:
+                stream.seek(place.offset)
+                value = stream.read(place.length)
+            try:
+                torch.load(io.BytesIO(value), weights_only=True)
+            except Exception as error:  # as above
+                raise ConfigError(
+                    f"the checkpoint {path} holds a value that is broken or would run code, {key.fqn}: give another one"
+                ) from error
