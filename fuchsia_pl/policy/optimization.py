@@ -5,6 +5,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -283,12 +284,13 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, functools.partial):
         return {FUNCTION: _name(value.func), "arguments": _plain(value.args), "keywords": _plain(value.keywords)}
-    if callable(value):
-        own = vars(value) if not isinstance(value, type) else {}
-        return {
-            FUNCTION: _name(value if "__qualname__" in dir(value) else type(value)),
-            "attributes": _plain(dict(own)),
-        }
+    if isinstance(value, FunctionType):
+        # Two lambdas of one module have one name: what they compute with tells them apart.
+        inner = [cell.cell_contents for cell in value.__closure__ or ()]
+        holds = [value.__code__.co_names, value.__code__.co_consts, value.__defaults__, inner]
+        return {FUNCTION: _name(value), "holds": _plain(holds)}
+    if callable(value) and not isinstance(value, type):
+        return {FUNCTION: _name(type(value)), "holds": _plain(dict(vars(value)))}
     return _name(type(value))
 
 

@@ -1,11 +1,14 @@
 """Several ranks: real processes over gloo, on rollouts that are the same everywhere. What they run stands in `tests/ranks.py`."""
 
 import csv
+import io
 import os
+import pickle
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -13,7 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.types import ConfigError
 from tests.ranks import POLICIES
+from tests.unit.policy.test_adapter import Touches
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300
@@ -100,6 +106,34 @@ def test_a_checkpoint_holds_what_was_trained_and_no_more(trained, strategy):
     assert {name.removeprefix("policy.") for name in state} == weights_of(trained / strategy / "0").keys()
 
 
+def check_that_a_folder_is_read_before_it_is_loaded(folder: Path, root: Path) -> None:
+    """Its index and the parts it names; a pickle in either runs no code."""
+    assert read_checkpoint(folder)["global_step"] == 5
+    index, touched = pickle.loads((folder / ".metadata").read_bytes()), root / "touched"
+    name = next(name for name in index.state_dict_metadata if name.startswith("state_dict."))
+    fewer = {other: entry for other, entry in index.state_dict_metadata.items() if other != name}
+    key = next(key for key in index.storage_data if key.fqn == "optimizer_0.param_groups.0.lr")
+    part = folder / index.storage_data[key].relative_path
+    whole, value = part.read_bytes(), io.BytesIO()
+    torch.save(Touches(touched), value)
+    moved = replace(index.storage_data[key], offset=len(whole), length=len(value.getvalue()))
+    for words, changed, content in (
+        ("missing or cut off", index, whole[: len(whole) // 2]),
+        ("cannot be read", Touches(touched), whole),
+        (
+            f"{name.removeprefix('state_dict.')} is expected and missing",
+            replace(index, state_dict_metadata=fewer),
+            whole,
+        ),
+        ("would run code", replace(index, storage_data={**index.storage_data, key: moved}), whole + value.getvalue()),
+    ):
+        (folder / ".metadata").write_bytes(pickle.dumps(changed))
+        part.write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            read_checkpoint(folder)
+    assert not touched.exists()
+
+
 @pytest.mark.parametrize(
     ("strategies", "is_exact"),
     [
@@ -115,6 +149,8 @@ def test_a_run_resumes_with_another_strategy_or_number_of_ranks(tiny_model, tmp_
     assert [int(row["step"]) for row in rows] == [2, 3, 4]
     left = [folder.name for folder in (tmp_path / "before").glob(".end.ckpt*")]
     assert left == ([".end.ckpt.older"] if strategies.startswith("fsdp-folder") else [])  # put there by the test
+    if strategies == "fsdp-folder+fsdp-folder":
+        check_that_a_folder_is_read_before_it_is_loaded(tmp_path / "after/end.ckpt", tmp_path)
     after, straight = weights_of(tmp_path / "after"), weights_of(tmp_path / "straight")
     for name, tensor in straight.items():
         exact = {"rtol": 0, "atol": 0 if is_exact else 1e-4}

@@ -1,0 +1,63 @@
+"""The base model: what its files must hold, and what would be trained of it, from headers alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.loading import load_base, trained_shapes
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.types import ConfigError
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("device", ["meta", None])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(UP), f"lack 1 of the model's weights, the first is {UP}"),
+        (
+            lambda t: t.update({"model.layers.7.x": t[UP].clone()}),
+            "hold 1 tensors that the model does not have, the first is",
+        ),
+        (
+            lambda t: t.update({UP: torch.zeros(3, 3)}),
+            f"1 tensors of its files have another shape than in the model, the first is {UP}",
+        ),
+    ],
+    ids=["dropped", "added", "reshaped"],
+)
+def test_a_model_whose_files_are_not_its_weights_is_refused(tiny_model, tmp_path, change, words, device):
+    """transformers warns, and starts such a weight at random."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError) as caught:
+        load_base(tmp_path / "model", torch.float32, device=device)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, -1])
+def test_a_model_file_that_is_cut_off_is_refused(tiny_model, tmp_path, length):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*Download or save it again"):
+        load_base(tmp_path / "model", torch.float32, device="meta")
+
+
+@pytest.mark.parametrize("has_critic", [False, True])
+@pytest.mark.parametrize(
+    "lora", [LoRASettings(r=4, alpha=8), LoRASettings(r=2, target_modules=["q_proj"]), LoRASettings(enabled=False)]
+)
+def test_what_would_be_trained_is_known_without_loading_it(tiny_model: Path, lora, has_critic):
+    config = PolicyConfig(name="", dtype="float32", lora=lora)
+    policy = Policy(config, tiny_model, with_reference=False, with_critic=has_critic)
+    expected = {name: tuple(p.shape) for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained_shapes(config, tiny_model, has_critic) == expected
