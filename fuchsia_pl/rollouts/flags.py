@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 
 from fuchsia_pl.types import ConfigError
 
@@ -88,7 +89,9 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates:
     if stage == "fit" and held_out:
         _check_validation_interval(trainer)
     if stage != "fit" and not held_out:
-        raise ConfigError(f"trainer.{flag}=0 leaves nothing to do for `{stage}`: leave it out, or raise it")
+        raise ConfigError(
+            f"trainer.{flag}=0 leaves nothing to do for `{TrainerFn(stage).value}`: leave it out, or raise it"
+        )
     setattr(trainer, flag, 1.0 if held_out else 0)
     return Limits(steps_per_epoch, num_repeated, held_out, flag, given)
 
