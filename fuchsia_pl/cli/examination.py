@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from fuchsia_pl.cli.findings import findings, one_line, written_objects
-from fuchsia_pl.cli.played import Played, PlayedEngine, RememberingChat, Split, hostile_turns, known_turns, play
+from fuchsia_pl.cli.played import GOLD, Played, PlayedEngine, RememberingChat, Split, hostile_turns, known_turns, play
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.rollouts.addressing import item_indices
@@ -40,26 +40,26 @@ class Examination:
 
     Attributes:
         environment: The environment.
-        has_validation: Whether the held-out split was looked at.
         num_items: Training items that a run may draw.
         num_too_long: Training items that it leaves out.
-        num_held_out: Held-out items that it uses, None where the split cannot be used or was not looked at.
+        num_held_out: Held-out items that it uses, None where the split cannot be used.
         played: Every text on every item that was played on.
         wrong: What does not hold, as sentences.
+        unchecked: What could not be checked and need not hold, as sentences.
 
     >>> class Empty(Environment):
     ...     def step_rollout(self, rollout): ...
-    >>> Examination(Empty(), has_validation=True).wrong
+    >>> Examination(Empty()).wrong
     []
     """
 
     environment: Environment
-    has_validation: bool
     num_items: int = 0
     num_too_long: int = 0
     num_held_out: int | None = None
     played: list[Played] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
 
 class Examiner:
@@ -91,7 +91,7 @@ class Examiner:
             ConfigError: The environment cannot be prepared, or its training items cannot be asked.
         """
         environment = self.data.environment
-        found = Examination(environment, self.run.has_validation)
+        found = Examination(environment)
         # Whatever a run makes of an error in the environment's code, here it is a finding.
         on_error, environment.on_error = environment.on_error, "stop"
         try:
@@ -99,13 +99,14 @@ class Examiner:
             with told_as_config_error(f"{type(environment).__name__}.prepare"):
                 await self._asked.prepare()
             await self._examine_training(found)
-            if self.run.has_validation:
-                await self._examine_held_out(found)
+            await self._examine_held_out(found)
         finally:
             environment.on_error = on_error
             with told_as_config_error(f"{type(environment).__name__}.close"):
                 await environment.close()
         found.wrong += findings(environment, found.played)
+        if not any(one.name == GOLD for one in found.played):
+            found.unchecked.append("that the gold answer earns most, since it is not known (override gold_turns)")
         return found
 
     async def _examine_training(self, found: Examination) -> None:
@@ -126,7 +127,12 @@ class Examiner:
         try:
             positions = held_out_prompts(self._asked, self.run.num_ranks)
         except ConfigError as error:
-            found.wrong.append(one_line(str(error)))
+            if self.run.has_validation:
+                found.wrong.append(one_line(str(error)))
+            else:
+                found.unchecked.append(
+                    one_line(f"the held-out split, which trainer.limit_val_batches=0 leaves out: {error}")
+                )
             return
         items = environment.validation_items()
         found.num_held_out = len(positions)

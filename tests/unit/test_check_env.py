@@ -271,7 +271,10 @@ def test_the_held_out_split_is_loaded_and_played(run):
     assert sentence.startswith("OpensNothing.validation_items raised FileNotFoundError: there is no held-out file (")
     code, out, _ = run("NoHeldOut", "--trainer.limit_val_batches", "0")
     assert code == 0
-    assert "not checked: the held-out split, which trainer.limit_val_batches=0 leaves out" in out
+    assert (
+        "not checked: the held-out split, which trainer.limit_val_batches=0 leaves out: NoHeldOut.validation_items has 0"
+        in out
+    )
 
 
 def test_a_prompt_that_is_a_written_object_is_found_out(run):
