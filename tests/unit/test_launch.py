@@ -83,7 +83,8 @@ def test_a_rank_that_lightning_started_has_the_folder_of_the_rank_that_started_i
 
 
 def test_what_ran_is_not_removed_for_a_config_that_is_refused(tmp_path):
-    for name, files in {"refused": ["run.log"], "ran": ["run.log", "config.yaml"]}.items():
+    settings = ["run.log", "config.yaml", "objective.yaml"]  # written before an engine starts
+    for name, files in {"refused": ["run.log"], "late": settings, "ran": [*settings, "engine.log"]}.items():
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_text("")
