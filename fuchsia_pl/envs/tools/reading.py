@@ -260,9 +260,9 @@ def _call(entry: Any, tools: Sequence[ToolSpec]) -> ToolCall:
         return unreadable('it is no JSON object with a "name"')
     name, given = entry["name"], [key for key in ARGUMENTS_KEYS if entry.get(key) is not None]
     if not given:
-        taken = next((tool.parameters.get("properties") for tool in tools if tool.name == name), None)
-        why = f'it has no "arguments", and {name} takes {sorted(taken)}' if isinstance(taken, dict) and taken else None
-        return unreadable(why[:500]) if why is not None else ToolCall(name, {}, None)
+        taken = next((tool.argument_names() for tool in tools if tool.name == name), [])
+        why = f'it has no "arguments", and {name} takes {taken}'
+        return unreadable(why[:500]) if taken else ToolCall(name, {}, None)
     if len(given) > 1 and entry[given[0]] != entry[given[1]]:
         return unreadable('it has "arguments" and "parameters" that differ')
     arguments = entry[given[0]]

@@ -281,6 +281,26 @@ def test_a_text_that_ends_in_the_middle_of_a_bare_calls_json_might_go_on(text, i
     assert BARE.read(text, TOOLS).is_cut is is_cut
 
 
+@pytest.mark.parametrize(
+    ("schema", "names"),
+    [
+        ({"type": "object"}, None),
+        ({"$ref": "#/$defs/q", "$defs": {"q": SCHEMA}}, ["query"]),
+        ({"$ref": "#/$defs/q", "$defs": {"q": {"type": "object"}, "unused": SCHEMA}}, None),
+        ({"anyOf": [{"type": "object"}, SCHEMA]}, ["query"]),
+        ({"oneOf": [{"properties": {"a": {}}}, SCHEMA]}, ["a", "query"]),
+        ({"allOf": [{"allOf": [SCHEMA]}, {"properties": {"a": {"properties": {"inner": {}}}}}]}, ["a", "query"]),
+        ({"properties": {"a": {}}, "$ref": "#"}, ["a"]),
+        ({"$ref": "#/nowhere"}, None),
+    ],
+)
+def test_a_call_without_arguments_of_a_tool_that_has_some_is_refused_however_its_schema_is_written(schema, names):
+    tools = [ToolSpec("look", "Looks.", schema)]
+    for convention, text in ((PLAIN, '<tool_call>{"name": "look"}</tool_call>'), (BARE, '{"name": "look"}')):
+        (call,) = convention.read(text, tools).calls
+        assert call.error == (names and f'the call cannot be read: it has no "arguments", and look takes {names}')
+
+
 def test_openais_form_is_a_call_in_every_convention():
     form = '{"id": "1", "type": "function", "function": {"name": "search", "arguments": "{\\"query\\": \\"cats\\"}"}}'
     texts = [(PLAIN, f"<tool_call>{form}</tool_call>"), (LISTS, f"[TOOL_CALLS][{form}]"), (BARE, form)]
