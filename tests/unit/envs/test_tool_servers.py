@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mcp.shared.exceptions import MCPError
-from mcp_types import INVALID_PARAMS
+from mcp_types import INVALID_PARAMS, CallToolResult
 
 from fuchsia_pl.envs import ConfigError, MCPServer, ToolResult, ToolServerError, ToolStatus
 from fuchsia_pl.envs.tools.mcp import ToolServer, serve_functions
@@ -123,6 +123,20 @@ def test_a_call_that_cannot_be_sent_costs_no_server():
         ("echo", {"value": float("nan")}, "the call cannot be sent: it holds a number that is not finite"),
     ]
     with_server(lambda server: fail_alone(server, ToolStatus.INVALID_CALL, calls), STATEFUL)
+
+
+def test_a_malformed_reply_is_the_servers_fault_and_not_the_calls(monkeypatch):
+    async def scenario(server):
+        await server.ensure_running()
+
+        async def misread(*args, **kwargs):
+            return CallToolResult.model_validate({"content": 3})
+
+        monkeypatch.setattr(server._client, "call_tool", misread)
+        result = await server.call("k", "add", {"a": 1, "b": 2})
+        assert (result.status, "sent a malformed reply" in result.text) == (ToolStatus.ERROR, True)
+
+    with_server(scenario, MCPServer(command=COMMAND))
 
 
 def test_what_only_the_client_or_the_server_finds_out_costs_no_server_either(monkeypatch):
