@@ -179,6 +179,14 @@ def test_golds_that_are_numbers_are_accepted_and_earned(math, gold):
     assert math(wrong) == number_match(extract=last_boxed)(wrong) == [0.0] * 6
 
 
+def test_a_whole_gold_may_be_larger_than_any_float():
+    large = 10**400
+    assert exact_match().check_gold({"answer": large}) is None
+    assert exact_match()([said(str(large), {"answer": large}), said("1e400", {"answer": large})]) == [1.0, 0.0]
+    assert "is no number" in number_match().check_gold({"answer": large})  # more digits than an answer may have
+    assert "is a number of too many digits" in exact_match().check_gold({"answer": 10**5000})
+
+
 @pytest.mark.parametrize(
     ("gold", "words"),
     [
@@ -412,6 +420,23 @@ def endpoint():
         ("Score: 70%", None),
         ("<think>Score: 9?</think>Score: 3", 0.3),
         ("<think>Score: 9", None),
+        ("Score: 7-8", None),
+        ("Score: 7 \u2013 8", None),
+        ("Score: 7,5", None),
+        ("Score: 5 or 6", None),
+        ("Score: 5 to 6", None),
+        ("Score: 7\u00bd", None),
+        ("Score: 7 1/2", None),
+        ("Score: 7/10 or 8/10", None),
+        ("Score: **7**-**8**", None),
+        ("Score: 7+", None),
+        ("Score: 2\nno, Score: 7-8", None),
+        ("Score: 2\nno, Score: 70%", None),
+        ("Score: 7 - a good answer to 3 questions", 0.7),
+        ("Score: 7, and no more", 0.7),
+        ("Score: 7.\n- 8 points were possible", 0.7),
+        ("Score: 7\n\nThe score: it is fair", 0.7),
+        ("Score: 7\n8 points were possible", 0.7),
     ],
 )
 def test_a_judges_score_is_read_or_counted(endpoint, reply, score):
