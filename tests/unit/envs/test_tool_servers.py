@@ -242,12 +242,12 @@ def test_a_health_check_finds_a_server_that_no_longer_answers_and_restarts_it():
         os.kill(pid, signal.SIGSTOP)
         start = time.perf_counter()
         await server.ensure_running()
-        assert time.perf_counter() - start < 20
+        assert time.perf_counter() - start < 60
         assert server.num_starts == 2
         assert int((await server.call("k", "process", {})).text) != pid
         assert not psutil.pid_exists(pid)
 
-    with_server(scenario, MCPServer(command=COMMAND, start_timeout_s=3))
+    with_server(scenario, MCPServer(command=COMMAND, start_timeout_s=8))
 
 
 @pytest.mark.parametrize(
