@@ -163,7 +163,10 @@ def end_of_json(text: str, place: int, stops: Sequence[str]) -> int:
     (13, 6, 7)
     """
     token = _json_token(tuple(stop for stop in stops if stop))
-    while text.startswith(("{", "["), start := _JOINT.match(text, place).end()):  # type: ignore[union-attr]
+    for _ in range(MAX_OBJECTS):
+        start = _JOINT.match(text, place).end()  # type: ignore[union-attr]  # it matches anything
+        if not text.startswith(("{", "["), start):
+            break
         depth = 0
         for found in token.finditer(text, start, start + MAX_CALL_CHARS + 1):
             if found.lastgroup == "stop":
@@ -292,9 +295,10 @@ def _is_call(value: Any, tools: Sequence[ToolSpec]) -> bool:
 
 
 def _naming(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
-    """How a call begins, or a tool is named."""
+    """Where a tool is named, or anything with arguments. It begins with fixed text, by which it is searched fast."""
     names = [re.escape(json.dumps(tool.name)) for tool in tools]
-    return re.compile("|".join([beginning(tools).pattern, *(rf'"name"\s*:\s*{name}' for name in names)]))
+    any_name = r'"[^"\\]{1,100}"\s*,\s*"(?:arguments|parameters)"'
+    return re.compile(rf'"name"\s*:\s*(?:{"|".join([*names, any_name])})')
 
 
 def _bounded(calls: list[ToolCall]) -> tuple[ToolCall, ...]:
