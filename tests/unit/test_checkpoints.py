@@ -173,7 +173,7 @@ def test_a_resume_with_another_optimizer_is_refused_until_it_is_decided(config, 
         patch.setattr("tests.doubles.TinyEngine.start", lambda *args: pytest.fail("the engine was started"))
         said = refused(capsys, "fit", "--config", str(config), *on, *slower)
         assert "lr is 0.01 in the checkpoint and 0.001 in the config" in said
-        assert "resume.optimizer and resume.scheduler do nothing without --ckpt_path" in refused(
+        assert "resume.optimizer and resume.scheduler decide what" in refused(
             capsys, "fit", "--config", str(config), "--resume.optimizer", "config"
         )
     for choice, rate in (("checkpoint", 0.01), ("config", 0.001)):
