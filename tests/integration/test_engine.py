@@ -21,6 +21,7 @@ from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.types import Rollout, Sample, ServedModel, Turn
+from tests.machine import DTYPE
 
 pytestmark = pytest.mark.engine
 QUESTIONS = ["What is 27 plus 45?", "Name a colour.", "Where is Paris?", "Write a short poem about rain."]
@@ -33,7 +34,7 @@ class Pair:
         self.chat = Chat(folder)
         self.policy = make_policy(folder, r=8)
         self.engine = VLLMColocatedEngine(sync_mode=mode, kv_cache_gb=0.5, enforce_eager=True, timeout_s=120)
-        served = ServedModel(str(folder), "bfloat16", 8, resolve=Path)
+        served = ServedModel(str(folder), DTYPE, 8, resolve=Path)
         self.engine.start(EngineSpec(served, max_length=320, seed=0, log_file=log_file))
         self.prompts = [self.chat.render([{"role": "user", "content": question}]) for question in QUESTIONS]
 
@@ -72,7 +73,7 @@ class Pair:
 
 def make_policy(folder, **lora) -> Policy:
     torch.manual_seed(0)
-    config = PolicyConfig(name=str(folder), lora=LoRASettings(**{"alpha": 16, **lora}))
+    config = PolicyConfig(name=str(folder), dtype=DTYPE, lora=LoRASettings(**{"alpha": 16, **lora}))
     return Policy(config, folder, with_reference=False).eval()
 
 
@@ -343,5 +344,5 @@ def test_a_model_that_vllm_cannot_start_is_an_error_with_its_own_words(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     engine = VLLMColocatedEngine(enforce_eager=True)
     with pytest.raises(EngineError, match=r"(?s)vLLM did not start \(.*The end of .*engine\.log"):
-        engine.start(EngineSpec(ServedModel(str(tmp_path), "bfloat16", 0, Path), 64, 0, tmp_path / "engine.log"))
+        engine.start(EngineSpec(ServedModel(str(tmp_path), DTYPE, 0, Path), 64, 0, tmp_path / "engine.log"))
     engine.close()

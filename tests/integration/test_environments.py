@@ -14,6 +14,7 @@ from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from tests.contracts.test_readme import COMMANDS, write_files
 from tests.envs.test_gsm8k import DATA
 from tests.integration.kept_engine import KeptEngine
+from tests.machine import OVERLAY
 
 pytestmark = pytest.mark.engine
 # Fewer and smaller steps than the configs' own, and one engine for all of them. Nothing of an environment is set here.
@@ -41,7 +42,7 @@ def fit(tmp_path, monkeypatch):
 
     def run(words: list[str], num_steps: int) -> tuple[list[dict[str, str]], list[dict]]:
         before = set(psutil.Process().children(recursive=True))
-        cli = FuchsiaCLI([*words, *SMALL, "--trainer.max_steps", str(num_steps)])
+        cli = FuchsiaCLI([*words, *OVERLAY, *SMALL, "--trainer.max_steps", str(num_steps)])
         assert cli.trainer.global_step == num_steps
         ours = {p for p in set(psutil.Process().children(recursive=True)) - before if "tool" in " ".join(p.cmdline())}
         assert not ours  # the servers of the run ended with it

@@ -21,6 +21,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.rollouts.config import SamplingConfig
 from tests.doubles import make_trainer
+from tests.machine import DTYPE
 
 pytestmark = pytest.mark.engine
 CLOCK_METRICS = {"sync/seconds", "perf/rollout_tokens_per_s", "perf/train_tokens_per_s", "perf/step_seconds"}
@@ -73,7 +74,7 @@ def fit(root: Path, folder: Path, takes_turns: bool, max_staleness: int = 0) -> 
 
     seed_everything(0, verbose=False)
     engine, spy = SpyEngine(), SpyBatches()
-    policy = PolicyConfig(name=str(folder), lora=LoRASettings(r=8, alpha=16))
+    policy = PolicyConfig(name=str(folder), dtype=DTYPE, lora=LoRASettings(r=8, alpha=16))
     module = GRPOModule(policy, LossConfig(beta=0.01), optimizer=lambda parameters: AdamW(parameters, lr=2e-3))
     sampling = SamplingConfig(group_size=4, max_completion_tokens=12, max_length=96, max_staleness=max_staleness)
     data = RolloutDataModule(Arithmetic(), engine, module.learner, sampling, batch_size=3, steps_per_epoch=3)

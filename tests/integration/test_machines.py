@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import OVERLAY
+
 MISSING = "needs root and the `ip` command with network namespaces"
 HAS_NAMESPACES = shutil.which("ip") and subprocess.run(["ip", "netns", "list"], capture_output=True).returncode == 0
 CAN_SEPARATE = os.geteuid() == 0 and HAS_NAMESPACES
@@ -20,6 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.skipif(not CAN_SEPARATE, reason=MI
 BRIDGE = "fpl-bridge"
 ADDRESSES = {"fpl-one": "10.77.0.1", "fpl-two": "10.77.0.2", "fpl-server": "10.77.0.3"}
 BIN = Path(sys.executable).parent
+CONFIGS = ["--config", "quickstart.yaml", *OVERLAY]
 KEY = "only-for-this-test"
 BOUND_S = 60.0
 SERVED = ["--data.engine.init_args.kv_cache_gb", "0.4"]
@@ -85,7 +88,7 @@ def running(machine: str, folder: Path, name: str, *words: str) -> Iterator[subp
 def server(machines, tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
     host = ADDRESSES["fpl-server"]
-    words = [str(BIN / "fuchsia"), "serve", "--config", "quickstart.yaml", "--host", host, "--port", "8000", *SERVED]
+    words = [str(BIN / "fuchsia"), "serve", *CONFIGS, "--host", host, "--port", "8000", *SERVED]
     with running("fpl-server", folder, "server", *words):
         yield f"http://{host}:8000"
 
@@ -97,7 +100,7 @@ def node(number: int, url: str, steps: int) -> list[str]:
     )
     urls = ["--data.engine.init_args.urls", json.dumps([url]), "--data.engine.init_args.timeout_s", "120"]
     urls += ["--data.engine.init_args.recovery_timeout_s", "15"]
-    configs = ["--config", "quickstart.yaml", "--config", "overlays/server.yaml"]
+    configs = [*CONFIGS, "--config", "overlays/server.yaml"]
     return [
         str(BIN / "torchrun"),
         *launcher.split(),

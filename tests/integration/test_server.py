@@ -24,12 +24,13 @@ from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.types import ServedModel
 from tests.integration.test_engine import Pair, logprob_gap, make_policy, perturb
+from tests.machine import DTYPE, OVERLAY
 
 pytestmark = pytest.mark.engine
 FUCHSIA = str(Path(sys.executable).parent / "fuchsia")
 START_S = 180.0
 KEY = "a key for these servers only"
-QUICKSTART = ["--config", "quickstart.yaml"]
+QUICKSTART = ["--config", "quickstart.yaml", *OVERLAY]
 SMALL = [
     *("--data.batch_size", "2", "--data.sampling.group_size", "4", "--data.sampling.max_completion_tokens", "16"),
     *(
@@ -168,7 +169,7 @@ class ServedPair(Pair):
     def __init__(self, folder: Path, servers: list[Served], root: Path) -> None:
         self.chat, self.policy = Chat(folder), make_policy(folder, r=8)
         self.engine = VLLMServerEngine([server.url for server in servers], timeout_s=120)
-        served = ServedModel(str(folder), "bfloat16", 8, resolve=Path)
+        served = ServedModel(str(folder), DTYPE, 8, resolve=Path)
         self.engine.start(EngineSpec(served, max_length=128, seed=0, log_file=root / "engine.log"))
         # Two blocks of 32 tokens and more: they are cached, and taken from the cache where their keys are the same.
         self.prompts = [self.chat.render([{"role": "user", "content": STORY * 4}])]

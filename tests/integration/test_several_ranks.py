@@ -10,6 +10,7 @@ import pytest
 
 from envs.arithmetic import Arithmetic, last_integer
 from tests.integration.held_out import greedy_answers
+from tests.machine import OVERLAY
 
 pytestmark = pytest.mark.engine
 SMALL = """--trainer.max_steps 5 --data.steps_per_epoch 5 --data.batch_size 4 --data.sampling.group_size 4
@@ -26,6 +27,7 @@ def run(request, tmp_path_factory) -> Path:
         "fit",
         "--config",
         "quickstart.yaml",
+        *OVERLAY,
         *OVERLAYS[request.param],
     ]
     command += ["--trainer.devices", "2", *SMALL.split()]
