@@ -35,6 +35,7 @@ from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions
 from fuchsia_pl.rollouts.parts import Scorer, check_parts
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
+from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
 
@@ -131,6 +132,7 @@ class RolloutDataModule(LightningDataModule):
                 trainer.strategy.root_device.index,
                 loads_in_flight=self.sampling.in_flight == "continue",
                 sleeps=sleeps,
+                max_restarts=self.sampling.engine_restarts,
             )
         )
 
@@ -358,7 +360,7 @@ class RolloutDataModule(LightningDataModule):
         max_refills = self.loss.parts.max_refills
         others = refill_indices(self.seed, drawn, len(self._fitting), set(places)) if max_refills else []
         spare = self._share([self._fitting[place] for place in others])
-        sampled = await sample_groups(self._collector, draw, spare, max_refills)
+        sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, max_refills))
         return sampled, time.perf_counter() - start
 
     def _scores(self, groups: Sequence[RolloutGroup], version: int) -> dict[int, RolloutScores]:
@@ -387,7 +389,7 @@ class RolloutDataModule(LightningDataModule):
             held_out = held_out[: max(int(trainer.num_sanity_val_steps), trainer.world_size)]
         items = self.environment.validation_items()
         draw = Draw(items, self._share(held_out), 1, self.sampling.validation_temperature, (self.seed, "validation"))
-        siblings = self._run(self._collector.collect(draw))
+        siblings = self._run(sampled_by(self.engine, partial(self._collector.collect, draw)))
         rollouts = tuple(rollout for group in siblings for rollout in group)
         fractions = reward_fractions(rollouts, self.environment, trainer.world_size)
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]

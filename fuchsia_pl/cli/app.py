@@ -22,6 +22,7 @@ from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.lost_rank import LostRank
+from fuchsia_pl.callbacks.memory import MemoryReport
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.resume import Resume
@@ -99,6 +100,7 @@ class FuchsiaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, in the order in which Lightning calls them, and links what two parts share."""
         parser.add_lightning_class_args(StepTimer, "step_timer")
+        parser.add_lightning_class_args(MemoryReport, "memory")
         # The longest rows are rehearsed while the trainer has the device, which it then leaves to the engine that syncs.
         parser.add_lightning_class_args(Preflight, "preflight")
         parser.add_lightning_class_args(HotSwap, "hotswap")

@@ -16,6 +16,19 @@ class EngineError(RuntimeError):
     """The engine did not start, did not answer in time, or died. The message holds its own words."""
 
 
+class EngineLostError(EngineError):
+    """The engine's processes have ended.
+
+    Args:
+        message: What happened.
+        start_number: Which start of the engine has ended, so that of several requests that fail only one restarts it.
+    """
+
+    def __init__(self, message: str, start_number: int) -> None:
+        super().__init__(message)
+        self.start_number = start_number
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """What the run tells an engine at its start.
@@ -32,6 +45,7 @@ class EngineSpec:
         device_index: Which of the visible GPUs the trainer has, None on a CPU.
         loads_in_flight: Whether `load_adapter` may be called while requests are in flight, which go on with the new weights.
         sleeps: Whether it will be asked to sleep, which some engines have to know at their start.
+        max_restarts: Times that an engine whose processes end is started again.
     """
 
     model: ServedModel
@@ -45,6 +59,7 @@ class EngineSpec:
     device_index: int | None = None
     loads_in_flight: bool = False
     sleeps: bool = False
+    max_restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,14 @@ class Engine(ABC):
             EngineError: It cannot sleep.
         """
         raise EngineError(f"{type(self).__name__} cannot sleep, so there is nothing to wake")
+
+    async def restart(self, lost: EngineLostError) -> None:
+        """Starts again, with the weights that were loaded last, or returns at once if that was done since `lost` was raised.
+
+        Raises:
+            EngineError: `lost` itself, where the engine cannot or was restarted as often as it may; or the start failed.
+        """
+        raise lost
 
     @abstractmethod
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from fuchsia_pl.engines.base import EngineSpec
 from fuchsia_pl.types import ConfigError, ServedModel
 
 Quantization = Literal["int8", "fp8"]
@@ -165,3 +166,35 @@ def as_options(arguments: dict[str, Any]) -> list[str]:
         elif value is not None:
             words += [f"--{option}", str(value)]
     return words
+
+
+def check_mode(settings: VLLMSettings, sync_mode: str, serves_lora: bool, spec: EngineSpec) -> None:
+    """Refuses what vLLM beside a trainer cannot do.
+
+    Args:
+        settings: How vLLM is started.
+        sync_mode: As configured.
+        serves_lora: Whether vLLM applies the adapter itself.
+        spec: The run's.
+
+    Raises:
+        ConfigError: Mode "lora" without an adapter, quantized weights that would have to be merged into, or several ranks that
+            would each need several devices.
+    """
+    if settings.quantization is not None and not serves_lora:
+        raise ConfigError(
+            f'data.engine.init_args.quantization="{settings.quantization}" needs sync_mode "lora", got '
+            f'"{sync_mode}": trained weights cannot be merged into quantized ones'
+        )
+    if serves_lora and spec.model.lora_rank == 0:
+        raise ConfigError(
+            'data.engine.init_args.sync_mode is "lora", but model.policy.lora.enabled is false: use "auto"'
+        )
+    size = settings.tensor_parallel_size
+    if size > 1 and spec.num_ranks > 1:
+        raise ConfigError(
+            f"data.engine.init_args.tensor_parallel_size={size} needs a trainer of one rank, got {spec.num_ranks}: vLLM's "
+            "AsyncLLM starts workers of its own, and the devices they would take hold other ranks and their engines (an "
+            "engine is shared over the ranks of a launcher only through vLLM's synchronous LLM). Start `fuchsia serve` with "
+            "this setting on other devices, and add --config overlays/server.yaml here"
+        )

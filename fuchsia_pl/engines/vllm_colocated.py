@@ -6,27 +6,36 @@ import gc
 import itertools
 import logging
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams, check_version_file
+from fuchsia_pl.engines.base import (
+    Engine,
+    EngineError,
+    EngineLostError,
+    EngineSpec,
+    SamplingParams,
+    check_version_file,
+)
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
+from fuchsia_pl.engines.restarts import Restarts
 from fuchsia_pl.engines.vllm_arguments import (
     OVERRIDING_VARIABLE,
     VLLM_ENVIRONMENT,
     Quantization,
     VLLMSettings,
     changed_environment,
+    check_mode,
     vllm_arguments,
     worker_environment,
 )
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
-from fuchsia_pl.loop import LoopThread, cancel_others
+from fuchsia_pl.loop import LoopThread, cancel_others, run_blocking
 from fuchsia_pl.types import Completion, ConfigError
 
 SyncMode = Literal["auto", "lora", "merge"]
@@ -88,6 +97,7 @@ class VLLMColocatedEngine(Engine):
         self._pause: asyncio.Future[None] | None = None
         self._resume: asyncio.Task[None] | None = None
         self._is_asleep = False
+        self._restarts = Restarts(self._launch, self._load_again, self._end)
 
     @property
     def policy_version(self) -> int:
@@ -127,9 +137,12 @@ class VLLMColocatedEngine(Engine):
         """
         if self._llm is not None:
             return
+        self._restarts.start(spec)
+
+    def _launch(self, spec: EngineSpec) -> None:
         self._spec = spec
         arguments = vllm_arguments(self.settings, spec.model, spec.max_length, spec.seed)
-        self._check(spec)
+        check_mode(self.settings, self.sync_mode, self.serves_lora, spec)
         self._thread = LoopThread("vllm")
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
         with output_to(spec.log_file):
@@ -151,43 +164,35 @@ class VLLMColocatedEngine(Engine):
                     future.add_done_callback(_shut_down_late)
                     self._stop_loop(CLOSE_TIMEOUT_S if future.done() else 0.0)
 
-    def _check(self, spec: EngineSpec) -> None:
-        if self.settings.quantization is not None and not self.serves_lora:
-            raise ConfigError(
-                f'data.engine.init_args.quantization="{self.settings.quantization}" needs sync_mode "lora", got '
-                f'"{self.sync_mode}": trained weights cannot be merged into quantized ones'
-            )
-        if self.serves_lora and spec.model.lora_rank == 0:
-            raise ConfigError(
-                'data.engine.init_args.sync_mode is "lora", but model.policy.lora.enabled is false: use "auto"'
-            )
-        size = self.settings.tensor_parallel_size
-        if size > 1 and spec.num_ranks > 1:
-            raise ConfigError(
-                f"data.engine.init_args.tensor_parallel_size={size} needs a trainer of one rank, got {spec.num_ranks}: vLLM's "
-                "AsyncLLM starts workers of its own, and the devices they would take hold other ranks and their engines (an "
-                "engine is shared over the ranks of a launcher only through vLLM's synchronous LLM). Start `fuchsia serve` with "
-                "this setting on other devices, and add --config overlays/server.yaml here"
-            )
-
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """Samples one completion; see `Engine.generate`."""
         return await self._call(self._generate(list(prompt_ids), sampling), "a completion")
 
     async def load_adapter(self, path: Path, version: int) -> None:
         """Serves what was trained; see `Engine.load_adapter`."""
-        await self._call(self._load(path, version), "the load of an adapter")
+        await self._surviving(lambda: self._load(path, version), "the load of an adapter")
+        self._restarts.loaded(path, version)
 
     async def sleep(self) -> None:
         """Leaves the device to the trainer; see `Engine.sleep`. Merged weights are not kept, since a load rebuilds them."""
-        await self._call(self._sleep(), "the order to sleep")
+        await self._surviving(self._sleep, "the order to sleep")
 
     async def wake(self) -> None:
         """Takes the device back; see `Engine.wake`."""
-        await self._call(self._wake(), "the order to wake")
+        await self._surviving(self._wake, "the order to wake")
+
+    async def restart(self, lost: EngineLostError) -> None:
+        """Starts vLLM again; see `Engine.restart`."""
+        await asyncio.to_thread(self._restarts.restart, lost)
+
+    def _load_again(self, path: Path, version: int) -> None:
+        run_blocking(self._call(self._load(path, version), "the load of the kept weights"))
 
     def close(self) -> None:
         """Ends vLLM's processes and the thread."""
+        self._restarts.close()
+
+    def _end(self) -> None:
         if self._thread is None:
             return
         try:
@@ -200,10 +205,18 @@ class VLLMColocatedEngine(Engine):
         # AsyncLLM is part of reference cycles, and its finaliser fails once the interpreter is being taken down.
         gc.collect()
 
+    async def _surviving(self, order: Callable[[], Coroutine[Any, Any, None]], what: str) -> None:
+        while True:
+            try:
+                return await self._call(order(), what)
+            except EngineLostError as lost:
+                await self.restart(lost)
+
     async def _call(self, coroutine: Coroutine[Any, Any, T], what: str) -> T:
         if self._llm is None or self._thread is None:
             coroutine.close()
             raise EngineError(f"{what} was asked of an engine that does not run: call start first")
+        number = self._restarts.num_starts
         try:
             return await self._thread.call(coroutine, self.timeout_s)
         except TimeoutError:
@@ -211,7 +224,8 @@ class VLLMColocatedEngine(Engine):
         except EngineError:
             raise
         except Exception as error:  # vLLM's errors have many types; each ends the run with the end of its log
-            raise EngineError(self._words(f"vLLM failed at {what} ({type(error).__name__}: {error})")) from error
+            words = self._words(f"vLLM failed at {what} ({type(error).__name__}: {error})")
+            raise (EngineLostError(words, number) if _has_ended(error) else EngineError(words)) from error
 
     async def _start(self, arguments: dict[str, Any]) -> Any:
         assert self._spec is not None
@@ -362,6 +376,12 @@ class VLLMColocatedEngine(Engine):
     def _words(self, what: str) -> str:
         assert self._spec is not None
         return f"{what}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"
+
+
+def _has_ended(error: Exception) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
 
 
 def _shut_down_late(future: "Future[Any]") -> None:

@@ -22,6 +22,8 @@ class SamplingConfig:
         validation_temperature: Temperature on the held-out split; 0 is greedy.
         max_staleness: Optimizer steps by which sampling may run ahead of training, and by which the weights that sampled may be
             older than those that learn from it. 0 samples and trains in turns.
+        engine_restarts: Times that an engine whose processes end is started again with the newest weights; the phase is then
+            sampled again, with the same seeds. A server has a setting of its own.
         special_tokens_in_text: Whether the name of a control token (`<|im_end|>`, `<tool_call>`) in an item's text or in what a
             tool returns becomes that token. By default it is text, with which nobody ends a turn or a block.
         in_flight: What rollouts do that are being sampled when new weights come: "finish" lets them end first, "continue" lets
@@ -39,6 +41,7 @@ class SamplingConfig:
     validation_temperature: float = 0.0
     max_staleness: int = 0
     in_flight: Literal["finish", "continue"] = "finish"
+    engine_restarts: int = 1
     special_tokens_in_text: bool = False
     top_p: float = 1.0
     top_k: int = 0
@@ -50,6 +53,8 @@ class SamplingConfig:
             raise ConfigError(f"data.sampling.group_size must be 1 or more, got {self.group_size}")
         if self.max_staleness < 0:
             raise ConfigError(f"data.sampling.max_staleness must be 0 or more, got {self.max_staleness}")
+        if self.engine_restarts < 0:
+            raise ConfigError(f"data.sampling.engine_restarts must be 0 or more, got {self.engine_restarts}")
         if self.in_flight == "continue" and self.max_staleness == 0:
             raise ConfigError(
                 'data.sampling.in_flight is "continue", and max_staleness is 0: no rollout is in flight when weights change. '

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, SamplingParams
+from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineLostError, EngineSpec, SamplingParams
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.policy.agreement import adapter_agreement
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
@@ -35,7 +35,7 @@ class Pair:
         self.policy = make_policy(folder, r=8)
         self.engine = VLLMColocatedEngine(sync_mode=mode, kv_cache_gb=0.5, enforce_eager=True, timeout_s=120)
         served = ServedModel(str(folder), DTYPE, 8, resolve=Path)
-        self.engine.start(EngineSpec(served, max_length=320, seed=0, log_file=log_file))
+        self.engine.start(EngineSpec(served, max_length=320, seed=0, log_file=log_file, max_restarts=1))
         self.prompts = [self.chat.render([{"role": "user", "content": question}]) for question in QUESTIONS]
 
     def sync(self, folder, version: int, policy: Policy | None = None) -> None:
@@ -324,20 +324,34 @@ def test_a_request_that_takes_too_long_is_an_error_and_the_engine_goes_on(pair):
     assert pair.sample(max_tokens=2)
 
 
-def test_a_dead_engine_is_an_error_with_its_own_words_within_a_bound(pair):
+def kill_and_sample(pair) -> EngineLostError:
+    """Kills vLLM's processes; returns the error of the first requests that fail."""
     for process in psutil.Process().children(recursive=True):
         if "VLLM" in process.name() or "VLLM" in " ".join(process.cmdline()):
             process.kill()
+    start = time.perf_counter()
 
     def sample_until_it_fails() -> None:
         for _ in range(20):
             pair.sample(max_tokens=2)
             time.sleep(0.5)
 
-    start = time.perf_counter()
-    with pytest.raises(EngineError, match=r"(?s)vLLM failed at a completion .*The end of .*engine\.log"):
+    with pytest.raises(EngineLostError, match=r"(?s)vLLM failed at a completion .*The end of .*engine\.log") as caught:
         sample_until_it_fails()
     assert time.perf_counter() - start < 60
+    return caught.value
+
+
+def test_a_dead_engine_is_restarted_once_with_the_newest_weights_and_samples_the_same(pair, tmp_path):
+    perturb(pair.policy, seed=3)
+    pair.sync(tmp_path / "v", 5)
+    before = pair.sample(max_tokens=12)
+    asyncio.run(pair.engine.restart(kill_and_sample(pair)))
+    assert pair.engine.policy_version == 5
+    assert [completion.token_ids for completion in pair.sample(max_tokens=12)] == [c.token_ids for c in before]
+    lost = kill_and_sample(pair)
+    with pytest.raises(EngineLostError):
+        asyncio.run(pair.engine.restart(lost))
 
 
 def test_a_model_that_vllm_cannot_start_is_an_error_with_its_own_words(tmp_path):

@@ -24,7 +24,13 @@ from tests.doubles import make_trainer
 from tests.machine import DTYPE
 
 pytestmark = pytest.mark.engine
-CLOCK_METRICS = {"sync/seconds", "perf/rollout_tokens_per_s", "perf/train_tokens_per_s", "perf/step_seconds"}
+CLOCK_METRICS = {
+    "sync/seconds",
+    "perf/rollout_tokens_per_s",
+    "perf/train_tokens_per_s",
+    "perf/step_seconds",
+    "perf/memory_gb",
+}
 
 
 class SpyEngine(VLLMColocatedEngine):

@@ -1,0 +1,61 @@
+"""How much memory a run takes, and that it does not grow."""
+
+import ctypes
+import sys
+from typing import Any
+
+import psutil
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fuchsia_pl.batch import Batch
+
+
+class MemoryReport(Callback):
+    """Returns freed memory to the system after each optimizer step, and logs `perf/memory_gb` once per step.
+
+    Micro-batches of ever new lengths leave holes in glibc's heap: without the return, the resident memory of a CPU run rises by
+    megabytes a step for a hundred steps while what is in use stays the same.
+
+    Args:
+        returns: Whether freed memory is returned.
+    """
+
+    def __init__(self, returns: bool = True) -> None:
+        self.returns = returns
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first step begins."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Acts where a micro-batch completed an optimizer step."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if self.returns:
+            return_freed()
+        pl_module.log("perf/memory_gb", resident_bytes() / 2**30)
+
+
+def return_freed() -> None:
+    """Returns the free pages of glibc's heap to the system; elsewhere the allocator does so by itself."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process and of its children: engines and tool servers. Pages that they share count in each.
+
+    >>> resident_bytes() > 2**20
+    True
+    """
+    process, total = psutil.Process(), 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            total += each.memory_info().rss
+        except psutil.NoSuchProcess:  # it has just ended
+            continue
+    return total

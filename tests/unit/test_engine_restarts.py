@@ -1,0 +1,117 @@
+"""An engine whose processes end is started again with the newest weights, and the phase is sampled again."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.callbacks.rollout_log import RolloutLog
+from fuchsia_pl.engines.base import EngineError, EngineLostError, EngineSpec
+from fuchsia_pl.engines.restarts import Restarts
+from fuchsia_pl.loop import run_blocking
+from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.types import ConfigError, ServedModel
+from tests.doubles import TinyEngine, make_data, make_module, make_trainer
+
+
+class MortalEngine(TinyEngine):
+    """Dies at given numbers of its requests, once at each; a restarted one has lost its weights until it loads those it kept."""
+
+    def __init__(self, *deaths: int) -> None:
+        super().__init__()
+        self.deaths, self.num_requests = set(deaths), 0
+        self.restarts = Restarts(super().start, self.load_now, super().close)
+
+    def start(self, spec):
+        self.restarts.start(spec)
+
+    def close(self):
+        self.restarts.close()
+
+    def load_now(self, path, version):
+        run_blocking(TinyEngine.load_adapter(self, path, version))
+
+    async def load_adapter(self, path, version):
+        await super().load_adapter(path, version)
+        self.restarts.loaded(path, version)
+
+    async def generate(self, prompt_ids, sampling):
+        self.num_requests += 1
+        if self.num_requests in self.deaths:
+            self._model = None
+        if self._model is None:
+            raise EngineLostError("killed", self.restarts.num_starts)
+        return await super().generate(prompt_ids, sampling)
+
+    async def restart(self, lost):
+        self.restarts.restart(lost)
+
+
+def fit(folder, root, engine, **sampling):
+    torch.manual_seed(0)
+    module = make_module(folder)
+    trainer = make_trainer(root, RolloutLog(), sync=AdapterSync(), max_steps=3)
+    trainer.fit(module, datamodule=make_data(module, engine, sampling=sampling))
+    lines = [json.loads(line) for line in (root / "rollouts.jsonl").read_text().splitlines()]
+    weights = {name: p.detach().clone() for name, p in module.policy.named_parameters() if p.requires_grad}
+    return [line["completion_ids"] for line in lines], weights
+
+
+def test_a_run_whose_engine_dies_ends_with_the_weights_of_one_whose_engine_lives(tiny_model, tmp_path, caplog):
+    """It dies in the middle of the second phase: of 20 rollouts of each, the seventh of its own."""
+    ids, weights = fit(tiny_model, tmp_path / "lives", MortalEngine())
+    with caplog.at_level(logging.WARNING):
+        again, same = fit(tiny_model, tmp_path / "dies", MortalEngine(27))
+    assert again == ids
+    assert len(ids) == 60
+    assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
+    assert "the engine has ended: restart 1 of 1" in caplog.text
+    assert "killed" in caplog.text
+
+
+@pytest.mark.parametrize(("num_restarts", "deaths"), [(0, [5]), (1, [5, 30]), (2, [5, 30, 60])])
+def test_it_stops_after_as_many_restarts_as_allowed(tiny_model, tmp_path, num_restarts, deaths):
+    engine = MortalEngine(*deaths)
+    with pytest.raises(EngineLostError, match="killed"):
+        fit(tiny_model, tmp_path, engine, engine_restarts=num_restarts)
+    assert engine.restarts.num_starts == num_restarts + 1
+
+
+def test_a_negative_number_is_refused():
+    with pytest.raises(ConfigError, match="engine_restarts must be 0 or more, got -1"):
+        SamplingConfig(engine_restarts=-1)
+
+
+def test_of_several_requests_that_fail_one_restarts_it(tmp_path):
+    calls = []
+    spec = EngineSpec(ServedModel("m", "float32", 0, lambda name: tmp_path), 8, 0, tmp_path / "log", max_restarts=1)
+    restarts = Restarts(
+        lambda spec: calls.append("start"), lambda path, version: calls.append(version), lambda: calls.append("end")
+    )
+    restarts.start(spec)
+    for version in (0, 1):
+        folder = tmp_path / f"version-{version}"
+        folder.mkdir()
+        (folder / "weights").write_text(str(version))
+        restarts.loaded(folder, version)
+    first, second = EngineLostError("one", 1), EngineLostError("two", 1)
+    restarts.restart(first)
+    restarts.restart(second)
+    assert calls == ["start", "end", "start", 1]
+    assert (tmp_path / ".kept.rank0/weights").read_text() == "1"
+    with pytest.raises(EngineLostError, match="three"):
+        restarts.restart(EngineLostError("three", 2))
+    restarts.close()
+    restarts.restart(EngineLostError("four", 2))  # nobody needs it any more
+    assert calls == ["start", "end", "start", 1, "end"]
+
+
+def test_an_engine_that_cannot_restart_raises_what_happened(tiny_model, tmp_path):
+    class Dead(TinyEngine):
+        async def generate(self, prompt_ids, sampling):
+            raise EngineLostError("gone", 1)
+
+    with pytest.raises(EngineError, match="gone"):
+        fit(tiny_model, tmp_path, Dead())
