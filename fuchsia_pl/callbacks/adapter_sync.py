@@ -19,9 +19,10 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
 from fuchsia_pl.policy.contents import fingerprint
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.scratch import scratch_folder
+from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
 
-RAM_BACKED = Path("/dev/shm")
 GAP_METRIC = "train/logprob_gap"
 MAX_PROBES = 6
 MIN_STEPS_PER_LAG = 4
@@ -175,8 +176,8 @@ class AdapterSync(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Syncs at the end of a phase: only then are rollouts sampled again."""
-        if not ends_phase(trainer, pl_module, batch_idx):
-            return
+        if stopping.is_agreed or not ends_phase(trainer, pl_module, batch_idx):
+            return  # a run that was told to end samples no more
         seconds = self.sync(trainer, pl_module)
         if seconds is not None:
             pl_module.log("sync/seconds", seconds)
@@ -207,8 +208,7 @@ class AdapterSync(Callback):
             return None
         start = time.perf_counter()
         if self._root is None:
-            ram_backed = RAM_BACKED if RAM_BACKED.is_dir() else None
-            self._root = tempfile.TemporaryDirectory(prefix="fuchsia-sync-", dir=ram_backed)
+            self._root = scratch_folder("sync", in_memory=True)
         folder = Path(self._root.name) / f"version-{version}"
         partial = folder.with_name(f".version-{version}")
         module.policy.save_trained(partial)

@@ -5,7 +5,9 @@ import contextlib
 import gc
 import itertools
 import logging
+import multiprocessing
 import os
+import tempfile
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from fuchsia_pl import orphans
 from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
@@ -27,6 +30,7 @@ from fuchsia_pl.engines.vllm_arguments import (
 )
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
 from fuchsia_pl.loop import LoopThread, cancel_others
+from fuchsia_pl.scratch import record_segments, scratch_folder
 from fuchsia_pl.types import Completion, ConfigError
 
 SyncMode = Literal["auto", "lora", "merge"]
@@ -34,6 +38,9 @@ T = TypeVar("T")
 
 ADAPTER_ID = 1
 CLOSE_TIMEOUT_S = 60.0
+ENGINE_PROCESS = "EngineCore"  # how vLLM's names for its processes begin
+SOCKET_FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
+MAX_SOCKET_FOLDER = 70  # characters: a socket's path has at most 107, and vLLM adds 37
 # A burst of requests is complete once none came for this long. It is not waited for longer than the second number, and
 # neither are vLLM's answers to pause and resume: those of an engine that died never come, and a request then says so.
 SETTLE_S = 0.02
@@ -84,6 +91,7 @@ class VLLMColocatedEngine(Engine):
         self._lora_request: Any = None
         self._request_ids = itertools.count()
         self._in_flight: set[str] = set()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._loading = asyncio.Lock()
         self._pause: asyncio.Future[None] | None = None
         self._resume: asyncio.Task[None] | None = None
@@ -130,6 +138,8 @@ class VLLMColocatedEngine(Engine):
         self._spec = spec
         arguments = vllm_arguments(self.settings, spec.model, spec.max_length, spec.seed)
         self._check(spec)
+        orphans.watch()
+        self._scratch = scratch_folder("vllm")
         self._thread = LoopThread("vllm")
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
         with output_to(spec.log_file):
@@ -140,6 +150,7 @@ class VLLMColocatedEngine(Engine):
                     self._thread.run(llm.collective_rpc("give_way"), self.timeout_s)
                 self._thread.run(llm.update_weight_version(str(self._version)), self.timeout_s)
                 _log_to(spec.log_file)
+                record_segments(Path(self._scratch.name), orphans.descendants(os.getpid()))
                 self._llm = llm
             except TimeoutError:
                 raise EngineError(self._words(f"vLLM did not start within {self.timeout_s:g} s")) from None
@@ -147,8 +158,11 @@ class VLLMColocatedEngine(Engine):
                 raise EngineError(self._words(f"vLLM did not start ({type(error).__name__}: {error})")) from error
             finally:
                 if self._llm is None:
-                    # A start cannot be interrupted; an engine that comes up too late is shut down as it arrives.
+                    # A start cannot be interrupted, but for what it waits for: vLLM's processes, which note a SIGTERM that
+                    # comes before they are ready and wait on, and for which this one would wait at its end. An engine that
+                    # comes up nevertheless is shut down as it arrives.
                     future.add_done_callback(_shut_down_late)
+                    end_engine_processes()
                     self._stop_loop(CLOSE_TIMEOUT_S if future.done() else 0.0)
 
     def _check(self, spec: EngineSpec) -> None:
@@ -232,6 +246,7 @@ class VLLMColocatedEngine(Engine):
         # Tensor parallelism takes GPUs beside the trainer's, so all stay visible then.
         spec, shares = self._spec, self.settings.tensor_parallel_size > 1
         environment = worker_environment(spec.local_rank, spec.num_local_ranks, None if shares else spec.device_index)
+        environment |= socket_environment(self._scratch)
         with changed_environment(environment):
             return AsyncLLM.from_engine_args(args)
 
@@ -358,10 +373,28 @@ class VLLMColocatedEngine(Engine):
         self._llm, self._thread, self._lora_request, self._version = None, None, None, -1
         self._pause, self._resume, self._is_asleep = None, None, False
         self._in_flight, self._loading = set(), asyncio.Lock()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     def _words(self, what: str) -> str:
         assert self._spec is not None
         return f"{what}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"
+
+
+def socket_environment(folder: "tempfile.TemporaryDirectory[str] | None") -> dict[str, str | None]:
+    """Has vLLM's sockets made in a folder that goes with them, unless somebody chose one or its path is too long for a socket."""
+    if folder is None or SOCKET_FOLDER_VARIABLE in os.environ or len(folder.name) > MAX_SOCKET_FOLDER:
+        return {}
+    return {SOCKET_FOLDER_VARIABLE: folder.name}
+
+
+def end_engine_processes() -> None:
+    """Kills what vLLM has started in this process and nothing else answers for."""
+    for child in multiprocessing.active_children():
+        if child.name.startswith(ENGINE_PROCESS) and child.pid is not None:
+            orphans.end_tree(child.pid)
+            child.join(CLOSE_TIMEOUT_S)
 
 
 def _shut_down_late(future: "Future[Any]") -> None:
