@@ -25,9 +25,11 @@ from fuchsia_pl.scratch import (
 )
 
 POLL_S = 0.5
-# From asking to forcing, and from there to the helpers of Python's `multiprocessing` that clean up behind the others.
+# Asking, then forcing. The helpers of Python's `multiprocessing`, which remove what the others left, are let alone at first.
 ROUNDS = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
+TRACKER_S = 2.0
 LAST_ROUND_S = 2.0
+NOTHING = 0  # a signal that no process gets
 TRACKER = b"multiprocessing.resource_tracker"
 # Without it, processes that change their title (vLLM's do) overwrite the environment that others see.
 KEEP_ENVIRONMENT = "SPT_NOENV"
@@ -73,6 +75,7 @@ def end_owned(owner: str) -> None:
     segments = mapped_segments(owned(owner))
     for number, seconds in ROUNDS:
         _end(lambda: [pid for pid in owned(owner) if not _is_tracker(pid)], number, seconds)
+    _end(lambda: owned(owner), NOTHING, TRACKER_S)
     _end(lambda: owned(owner), signal.SIGKILL, LAST_ROUND_S)
     for name in segments:
         remove_segment(name)
@@ -105,7 +108,7 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _end(remaining: Callable[[], list[int]], number: signal.Signals, seconds: float) -> None:
+def _end(remaining: Callable[[], list[int]], number: int, seconds: float) -> None:
     signalled: set[int] = set()
     until = time.monotonic() + seconds
     while (pids := remaining()) and time.monotonic() < until:

@@ -68,7 +68,7 @@ class Stopping:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside the `with` block, in the main thread, SIGTERM and SIGINT are handled here; behind it a process that got one ends."""
+        """Inside the `with` block, in the main thread, SIGTERM and SIGINT are handled here. A process that got one ends."""
         is_first = self.install()
         try:
             yield
