@@ -193,7 +193,7 @@ class RolloutDataModule(LightningDataModule):
         """No request is in flight inside the `with` block, unless rollouts go on with new weights."""
         if self._phases is None or self.sampling.in_flight == "continue":
             return nullcontext()
-        return self._phases.paused()
+        return self._phases.paused(self._waited)
 
     @property
     def _trainer(self) -> Trainer:

@@ -31,6 +31,9 @@ TRACKER_S = 2.0
 LAST_ROUND_S = 2.0
 NOTHING = 0  # a signal that no process gets
 TRACKER = b"multiprocessing.resource_tracker"
+# torchrun's ranks have it. Without their agent nothing starts them again, or tells them that another is gone.
+LAUNCHED_VARIABLE = "TORCHELASTIC_RUN_ID"
+LAUNCHER_ROUNDS = ((signal.SIGTERM, 4.0), (signal.SIGKILL, 1.0))
 # Without it, processes that change their title (vLLM's do) overwrite the environment that others see.
 KEEP_ENVIRONMENT = "SPT_NOENV"
 CODE = "import sys; sys.path.append(sys.argv[1]); from fuchsia_pl.orphans import main; main(*sys.argv[2:])"
@@ -46,10 +49,12 @@ def watch() -> None:
     os.environ[OWNER_VARIABLE], os.environ[KEEP_ENVIRONMENT] = owner, "1"
     root = str(Path(fuchsia_pl.__file__).parents[1])
     nowhere = subprocess.DEVNULL
+    watched = [os.getpid(), *([os.getppid()] if LAUNCHED_VARIABLE in os.environ else [])]
+    names = [f"{pid}:{started_at(pid)}" for pid in watched]
     _watchers.append(
         subprocess.Popen(
             # Isolated and without site-packages: it starts at once, takes little memory and imports nothing of a user's.
-            [sys.executable, "-I", "-S", "-c", CODE, root, owner, str(os.getpid()), str(started_at(os.getpid()))],
+            [sys.executable, "-I", "-S", "-c", CODE, root, owner, *names],
             stdin=nowhere,
             stdout=nowhere,
             stderr=nowhere,
@@ -60,11 +65,21 @@ def watch() -> None:
     )
 
 
-def main(owner: str, pid: str, start: str) -> None:
-    """Waits for the end of a process, ends what carries its name and removes what it left."""
+def main(owner: str, process: str, launcher: str = "") -> None:
+    """Waits for the end of a process, ends what carries its name and removes what it left.
+
+    Args:
+        owner: That name.
+        process: Its id and start.
+        launcher: Those of a process that it must not outlive; nobody else would end it then.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # those are for the run
         signal.signal(number, signal.SIG_IGN)
-    while started_at(int(pid)) == start:
+    pid = int(process.partition(":")[0])
+    while _lives(process):
+        if launcher and not _lives(launcher):
+            for number, seconds in LAUNCHER_ROUNDS:
+                _end(lambda: [pid] if _lives(process) else [], number, seconds)
         time.sleep(POLL_S)
     end_owned(owner)
     remove_left_behind()
@@ -128,6 +143,11 @@ def _parent(pid: int) -> int | None:
         return int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return None
+
+
+def _lives(process: str) -> bool:
+    pid, _, start = process.partition(":")
+    return started_at(int(pid)) == start
 
 
 def _is_tracker(pid: int) -> bool:

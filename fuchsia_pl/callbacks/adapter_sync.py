@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,7 +21,7 @@ from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
 from fuchsia_pl.policy.contents import fingerprint
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.scratch import scratch_folder
-from fuchsia_pl.stopping import stopping
+from fuchsia_pl.stopping import Stopped, stopping
 from fuchsia_pl.types import ConfigError
 
 GAP_METRIC = "train/logprob_gap"
@@ -178,9 +179,10 @@ class AdapterSync(Callback):
         """Syncs at the end of a phase: only then are rollouts sampled again."""
         if stopping.is_agreed or not ends_phase(trainer, pl_module, batch_idx):
             return  # a run that was told to end samples no more
-        seconds = self.sync(trainer, pl_module)
-        if seconds is not None:
-            pl_module.log("sync/seconds", seconds)
+        with suppress(Stopped):  # on all ranks: no phase begins after this one, whose metrics are yet to be written
+            seconds = self.sync(trainer, pl_module)
+            if seconds is not None:
+                pl_module.log("sync/seconds", seconds)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes the folder; that of a run that failed goes with the interpreter."""

@@ -64,7 +64,7 @@ class StopSignals(Callback):
         orphans.watch()
         if trainer.is_global_zero:
             remove_left_behind()
-        trainer._signal_connector = _NoSignals(trainer)  # type: ignore[attr-defined]
+        trainer._signal_connector = _NoSignals(trainer)
         self._has_installed = stopping.install()
         stopping.grace_s = self.grace_s
         if self.usr1:

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
@@ -185,6 +186,7 @@ class FuchsiaCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what only the model, the data or the devices show to be a mistake in a config is reported like any other."""
+        orphans.watch()  # before a launcher starts other ranks
         with self._refusals(), ended_by_itself():
             super()._run_subcommand(subcommand)
 

@@ -28,15 +28,15 @@ def ended_by_itself() -> Iterator[None]:
     """
     leave, pid = os._exit, os.getpid()
 
-    def exit_now(code: int) -> NoReturn:
-        if code == 0 and os.getpid() == pid:  # a forked child may end so
+    def exit_now(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == pid:  # a forked child may end so
             stack = "".join(traceback.format_stack(limit=2)[:1])
             sys.stderr.write(
                 f"error: os._exit(0) was called in the middle of the run, which ends with exit code 1, by\n{stack}"
             )
             sys.stderr.flush()
-            code = 1
-        leave(code)
+            status = 1
+        leave(status)
 
     os._exit = exit_now
     try:

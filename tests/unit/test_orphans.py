@@ -35,6 +35,13 @@ sys.stdin.read()
 BOUND_S = 10.0
 
 
+def wait_for_the_end_of(pids: list[int]) -> None:
+    until = time.monotonic() + BOUND_S
+    while left := [pid for pid in pids if scratch.started_at(pid)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+
+
 def test_a_family_is_gone_within_ten_seconds_of_the_kill_of_its_parent():
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -51,10 +58,7 @@ def test_a_family_is_gone_within_ten_seconds_of_the_kill_of_its_parent():
         )  # the stubborn one, its child, the watcher (one, though twice asked for), and Python's own tracker
         parent.kill()
         parent.wait()
-        until = time.monotonic() + BOUND_S
-        while time.monotonic() < until and (left := [pid for pid in pids if scratch.started_at(pid)]):
-            time.sleep(0.1)
-        assert not left
+        wait_for_the_end_of(pids)
         assert not [file for file in files if Path(file).exists()]
         assert bystander.poll() is None
     finally:
@@ -62,6 +66,20 @@ def test_a_family_is_gone_within_ten_seconds_of_the_kill_of_its_parent():
         bystander.wait()
         parent.kill()
         parent.communicate()
+
+
+def test_a_rank_of_torchrun_does_not_outlive_its_agent():
+    rank = "from fuchsia_pl import orphans; import os, time; orphans.watch(); print(os.getpid(), flush=True); time.sleep(600)"
+    agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), orphans.LAUNCHED_VARIABLE: "none"}
+    environment.pop(scratch.OWNER_VARIABLE, None)
+    parent = subprocess.Popen([sys.executable, "-c", agent], env=environment, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert scratch.started_at(child)
+    parent.kill()
+    parent.wait()
+    wait_for_the_end_of([child])
+    parent.communicate()
 
 
 def test_a_process_and_all_that_it_started_are_ended():
@@ -75,7 +93,4 @@ def test_a_process_and_all_that_it_started_are_ended():
     assert child in orphans.descendants(os.getpid())
     orphans.end_tree(parent.pid)
     parent.communicate(timeout=BOUND_S)
-    until = time.monotonic() + BOUND_S
-    while time.monotonic() < until and scratch.started_at(child):
-        time.sleep(0.05)
-    assert scratch.started_at(child) is None
+    wait_for_the_end_of([child])
