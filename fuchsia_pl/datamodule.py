@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -37,6 +37,7 @@ from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, p
 from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
 from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
+from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
 
 CLOSE_TIMEOUT_S = 60.0
@@ -194,7 +195,7 @@ class RolloutDataModule(LightningDataModule):
         """No request is in flight inside the `with` block, unless rollouts go on with new weights."""
         if self._phases is None or self.sampling.in_flight == "continue":
             return nullcontext()
-        return self._phases.paused()
+        return self._phases.paused(self._waited)
 
     @property
     def _trainer(self) -> Trainer:
@@ -302,7 +303,7 @@ class RolloutDataModule(LightningDataModule):
     def _train_phase(self) -> list[Batch]:
         assert self._phases is not None, "train_dataloader comes first"
         num_updates, step = self.loss.num_policy_updates, self._trainer.global_step
-        sampled, seconds = self._phases.take(step // num_updates)
+        sampled, seconds = self._waited(partial(self._phases.take, step // num_updates))
         rollouts = [rollout for group in [*sampled.kept, *sampled.dropped] for rollout in group.rollouts]
         version = min((r.policy_version for r in rollouts if r.turns), default=self.engine.policy_version)
         penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
@@ -378,18 +379,23 @@ class RolloutDataModule(LightningDataModule):
     def _add_up(self, values: Tensor) -> Tensor:
         return self._over_ranks("sum", values)
 
-    def _over_ranks(self, how: Literal["sum", "min"], values: Tensor) -> Tensor:
+    def _waited(self, wait: Callable[[], T]) -> T:
+        """What sampling gives, unless some rank was told to end."""
+        return stopping.on_all_ranks(wait, lambda n: int(self._over_ranks("max", torch.tensor(float(n)))))
+
+    def _over_ranks(self, how: Literal["sum", "min", "max"], values: Tensor) -> Tensor:
         strategy = self._trainer.strategy  # its reduce works in place on some strategies
         return strategy.reduce(values.clone().to(strategy.root_device), reduce_op=how).cpu()
 
     def _evaluate(self) -> list[Evaluation]:
-        assert self._collector is not None, "setup comes first"
-        trainer, held_out = self._trainer, self._held_out
+        collector, trainer, held_out = self._collector, self._trainer, self._held_out
+        assert collector is not None, "setup comes first"
         if trainer.sanity_checking and trainer.num_sanity_val_steps < len(held_out):
             held_out = held_out[: max(int(trainer.num_sanity_val_steps), trainer.world_size)]
         items = self.environment.validation_items()
         draw = Draw(items, self._share(held_out), 1, self.sampling.validation_temperature, (self.seed, "validation"))
-        siblings = self._run(sampled_by(self.engine, partial(self._collector.collect, draw)))
+        sample = partial(collector.collect, draw)
+        siblings = self._waited(lambda: self._run(sampled_by(self.engine, sample)))
         rollouts = tuple(rollout for group in siblings for rollout in group)
         fractions = reward_fractions(rollouts, self.environment, trainer.world_size)
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]

@@ -1,6 +1,7 @@
 """An event loop in a thread of its own, for what lives longer than the loops that ask it, or runs beside training."""
 
 import asyncio
+import signal
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -66,6 +67,8 @@ class LoopThread:
             self._loop.close()
 
     def _serve(self) -> None:
+        # Inherited by what is started from here: Ctrl-C goes to all processes of a terminal, and those of a run are ended by it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while not self._ended:
             # A task of user code that raises one of these ends `run_forever`, and whoever waits for another would wait forever.
             with suppress(SystemExit, KeyboardInterrupt):

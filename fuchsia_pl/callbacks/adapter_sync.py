@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,9 +20,10 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
 from fuchsia_pl.policy.contents import fingerprint
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.scratch import scratch_folder
+from fuchsia_pl.stopping import Stopped, stopping
 from fuchsia_pl.types import ConfigError
 
-RAM_BACKED = Path("/dev/shm")
 GAP_METRIC = "train/logprob_gap"
 MAX_PROBES = 6
 MIN_STEPS_PER_LAG = 4
@@ -175,11 +177,12 @@ class AdapterSync(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Syncs at the end of a phase: only then are rollouts sampled again."""
-        if not ends_phase(trainer, pl_module, batch_idx):
-            return
-        seconds = self.sync(trainer, pl_module)
-        if seconds is not None:
-            pl_module.log("sync/seconds", seconds)
+        if stopping.is_agreed or not ends_phase(trainer, pl_module, batch_idx):
+            return  # a run that was told to end samples no more
+        with suppress(Stopped):  # on all ranks: no phase begins after this one, whose metrics are yet to be written
+            seconds = self.sync(trainer, pl_module)
+            if seconds is not None:
+                pl_module.log("sync/seconds", seconds)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes the folder; that of a run that failed goes with the interpreter."""
@@ -207,8 +210,7 @@ class AdapterSync(Callback):
             return None
         start = time.perf_counter()
         if self._root is None:
-            ram_backed = RAM_BACKED if RAM_BACKED.is_dir() else None
-            self._root = tempfile.TemporaryDirectory(prefix="fuchsia-sync-", dir=ram_backed)
+            self._root = scratch_folder("sync", in_memory=True)
         folder = Path(self._root.name) / f"version-{version}"
         partial = folder.with_name(f".version-{version}")
         module.policy.save_trained(partial)

@@ -76,10 +76,25 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step, which need not be a multiple of `every_n_steps`."""
-        assert self.dirpath is not None
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a trial leaves nothing behind
         num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if not ends_phase(trainer, pl_module, num_batches - 1):
             return  # stopped within a phase, by a time limit or a callback: the older checkpoint can be gone on from
-        trainer.save_checkpoint(Path(self.dirpath) / f"{LAST}.ckpt")
+        self.save_now(trainer)
+
+    @property
+    def last_file(self) -> Path:
+        """The newest checkpoint, once there is one."""
+        assert self.dirpath is not None, "setup comes first"
+        return Path(self.dirpath) / f"{LAST}.ckpt"
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of `last_file`, None where this run has saved none."""
+        return self._last_global_step_saved or None
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Saves the state at hand, which has to be one between two phases. All ranks have to call it."""
+        trainer.save_checkpoint(self.last_file)
+        self._last_global_step_saved = trainer.global_step

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
@@ -29,9 +30,11 @@ from fuchsia_pl.callbacks.resume import Resume
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
+from fuchsia_pl.callbacks.stop_signals import StopSignals
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint
 from fuchsia_pl.cli.class_change import fresh_arguments
+from fuchsia_pl.cli.ending import ended_by_itself
 from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
 from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
@@ -103,6 +106,7 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(MemoryReport, "memory")
         # The longest rows are rehearsed while the trainer has the device, which it then leaves to the engine that syncs.
         parser.add_lightning_class_args(Preflight, "preflight")
+        parser.add_lightning_class_args(StopSignals, "stop_signals")
         parser.add_lightning_class_args(HotSwap, "hotswap")
         parser.add_lightning_class_args(AdapterSync, "adapter_sync")
         parser.add_lightning_class_args(BaselineValidation, "baseline_validation")
@@ -184,7 +188,8 @@ class FuchsiaCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what only the model, the data or the devices show to be a mistake in a config is reported like any other."""
-        with self._refusals():
+        orphans.watch()  # before a launcher starts other ranks
+        with self._refusals(), ended_by_itself():
             super()._run_subcommand(subcommand)
 
     @contextmanager

@@ -7,32 +7,44 @@ import traceback
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
+from fuchsia_pl.cli.ending import leave_stopped
 from fuchsia_pl.cli.failures import DEBUG_OPTION
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.stopping import stopping
 
 
 def main() -> None:
     """Runs the command. Environments are found in the current folder too, as with `python -m`.
 
-    The exit code is 2 where a setting is refused and 1 where anything else fails. `--debug`, which every command takes, adds
-    the traceback to an error that is otherwise one line.
+    The exit code is 2 where a setting is refused, 143 or 130 after SIGTERM or SIGINT, and 1 where anything else fails.
+    `--debug`, which every command takes, adds the traceback to an error that is otherwise one line.
     """
     sys.path.append(os.getcwd())
     show_warnings()
-    is_debugging = DEBUG_OPTION in sys.argv
-    try:
-        _run([word for word in sys.argv[1:] if word != DEBUG_OPTION])
-    except SystemExit as end:
-        if is_debugging and end.__cause__ is not None:
-            traceback.print_exception(end.__cause__)
-        raise
-    except (EngineError, ToolServerError) as error:
-        # Errors of another process: where this one stood when it met them is no help.
-        if is_debugging:
+    words, is_debugging = [word for word in sys.argv[1:] if word != DEBUG_OPTION], DEBUG_OPTION in sys.argv
+    with stopping.handled():
+        try:
+            _run(words)
+        except BaseException as end:
+            if stopping.signum is not None:
+                if is_debugging:
+                    traceback.print_exception(end)
+                leave_stopped(words, end)
+            _report(end, is_debugging)
             raise
-        sys.stderr.write("\n".join([f"error: {error}", *error.__dict__.get("__notes__", ())]) + "\n")
+        if stopping.signum is not None:
+            leave_stopped(words, None)
+
+
+def _report(end: BaseException, is_debugging: bool) -> None:
+    """Prints what ended the command, where that takes one line; raises where that decides the exit code."""
+    if isinstance(end, SystemExit) and is_debugging and end.__cause__ is not None:
+        traceback.print_exception(end.__cause__)
+    # Errors of another process: where this one stood when it met them is no help.
+    if isinstance(end, EngineError | ToolServerError) and not is_debugging:
+        sys.stderr.write("\n".join([f"error: {end}", *end.__dict__.get("__notes__", ())]) + "\n")
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch.cli import ArgsType
 
+from fuchsia_pl import orphans
 from fuchsia_pl.cli.parts import PartsCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
@@ -30,6 +31,7 @@ from fuchsia_pl.engines.vllm_arguments import (
 )
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
+from fuchsia_pl.scratch import remove_left_behind
 from fuchsia_pl.types import ConfigError
 
 # The `vllm` command of the CPU build does not start: it asks for the metadata of a package of that name.
@@ -67,6 +69,8 @@ class ServeCLI(PartsCLI):
 
     def use_parts(self) -> None:
         """Replaces this process by the server's, which gets the terminal and its signals and returns its own exit code."""
+        orphans.watch()  # which goes on after this process has become the server
+        remove_left_behind()
         command = server_command(self.datamodule, self.host, self.port, self.api_key)
         sys.stdout.flush()
         sys.stderr.flush()

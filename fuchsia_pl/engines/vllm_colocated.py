@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from fuchsia_pl import orphans
 from fuchsia_pl.engines.base import (
     Engine,
     EngineError,
@@ -35,7 +37,9 @@ from fuchsia_pl.engines.vllm_arguments import (
     worker_environment,
 )
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
+from fuchsia_pl.engines.vllm_processes import end_engine_processes, has_ended, socket_environment
 from fuchsia_pl.loop import LoopThread, cancel_others, run_blocking
+from fuchsia_pl.scratch import record_segments, scratch_folder
 from fuchsia_pl.types import Completion, ConfigError
 
 SyncMode = Literal["auto", "lora", "merge"]
@@ -93,6 +97,7 @@ class VLLMColocatedEngine(Engine):
         self._lora_request: Any = None
         self._request_ids = itertools.count()
         self._in_flight: set[str] = set()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._loading = asyncio.Lock()
         self._pause: asyncio.Future[None] | None = None
         self._resume: asyncio.Task[None] | None = None
@@ -143,6 +148,8 @@ class VLLMColocatedEngine(Engine):
         self._spec = spec
         arguments = vllm_arguments(self.settings, spec.model, spec.max_length, spec.seed)
         check_mode(self.settings, self.sync_mode, self.serves_lora, spec)
+        orphans.watch()
+        self._scratch = scratch_folder("vllm")
         self._thread = LoopThread("vllm")
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
         with output_to(spec.log_file):
@@ -153,6 +160,7 @@ class VLLMColocatedEngine(Engine):
                     self._thread.run(llm.collective_rpc("give_way"), self.timeout_s)
                 self._thread.run(llm.update_weight_version(str(self._version)), self.timeout_s)
                 _log_to(spec.log_file)
+                record_segments(Path(self._scratch.name), orphans.descendants(os.getpid()))
                 self._llm = llm
             except TimeoutError:
                 raise EngineError(self._words(f"vLLM did not start within {self.timeout_s:g} s")) from None
@@ -160,8 +168,11 @@ class VLLMColocatedEngine(Engine):
                 raise EngineError(self._words(f"vLLM did not start ({type(error).__name__}: {error})")) from error
             finally:
                 if self._llm is None:
-                    # A start cannot be interrupted; an engine that comes up too late is shut down as it arrives.
+                    # A start cannot be interrupted, but for what it waits for: vLLM's processes, which note a SIGTERM that
+                    # comes before they are ready and wait on, and for which this one would wait at its end. An engine that
+                    # comes up nevertheless is shut down as it arrives.
                     future.add_done_callback(_shut_down_late)
+                    end_engine_processes()
                     self._stop_loop(CLOSE_TIMEOUT_S if future.done() else 0.0)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
@@ -225,7 +236,7 @@ class VLLMColocatedEngine(Engine):
             raise
         except Exception as error:  # vLLM's errors have many types; each ends the run with the end of its log
             words = self._words(f"vLLM failed at {what} ({type(error).__name__}: {error})")
-            raise (EngineLostError(words, number) if _has_ended(error) else EngineError(words)) from error
+            raise (EngineLostError(words, number) if has_ended(error) else EngineError(words)) from error
 
     async def _start(self, arguments: dict[str, Any]) -> Any:
         assert self._spec is not None
@@ -246,6 +257,7 @@ class VLLMColocatedEngine(Engine):
         # Tensor parallelism takes GPUs beside the trainer's, so all stay visible then.
         spec, shares = self._spec, self.settings.tensor_parallel_size > 1
         environment = worker_environment(spec.local_rank, spec.num_local_ranks, None if shares else spec.device_index)
+        environment |= socket_environment(self._scratch)
         with changed_environment(environment):
             return AsyncLLM.from_engine_args(args)
 
@@ -372,16 +384,13 @@ class VLLMColocatedEngine(Engine):
         self._llm, self._thread, self._lora_request, self._version = None, None, None, -1
         self._pause, self._resume, self._is_asleep = None, None, False
         self._in_flight, self._loading = set(), asyncio.Lock()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     def _words(self, what: str) -> str:
         assert self._spec is not None
         return f"{what}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"
-
-
-def _has_ended(error: Exception) -> bool:
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    return isinstance(error, EngineDeadError)
 
 
 def _shut_down_late(future: "Future[Any]") -> None:

@@ -13,6 +13,11 @@ GO_ON_TIMEOUT_S = 60.0
 CANCEL_TIMEOUT_S = 60.0
 
 
+def call(wait: Callable[[], None]) -> None:
+    """Waits."""
+    wait()
+
+
 class PhasesAhead(Generic[T]):
     """Samples phases one after the other, up to some of them before their turn.
 
@@ -58,9 +63,13 @@ class PhasesAhead(Generic[T]):
         return result
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Waits for the phase that is being sampled, and lets none begin inside the `with` block."""
-        self._loop.run(self._pause(), None)  # as long as the rest of a phase takes
+    def paused(self, waited: Callable[[Callable[[], None]], None] = call) -> Iterator[None]:
+        """Waits for the phase that is being sampled, and lets none begin inside the `with` block.
+
+        Args:
+            waited: Calls the function that waits, and may put an end to it.
+        """
+        waited(lambda: self._loop.run(self._pause(), None))  # as long as the rest of a phase takes
         try:
             yield
         finally:

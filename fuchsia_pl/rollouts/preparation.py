@@ -9,6 +9,7 @@ from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.collector import Collector, EnvironmentStepError
+from fuchsia_pl.stopping import Stopped
 from fuchsia_pl.types import ConfigError, Item
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def told_as_config_error(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, ToolServerError):
+    except (ConfigError, ToolServerError, Stopped):
         raise
     except EnvironmentStepError as error:  # it has its place in it
         raise ConfigError(str(error)) from error

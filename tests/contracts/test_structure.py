@@ -19,6 +19,9 @@ SOURCES = sorted([*ROOT.glob("fuchsia_pl/**/*.py"), *ROOT.glob("envs/**/*.py")])
 RANKS = {
     "types": 0,
     "loop": 0,
+    "scratch": 0,
+    "stopping": 0,
+    "orphans": 0.2,
     "batch": 0.5,
     "objectives": 1,
     "engines.base": 1,
@@ -36,14 +39,17 @@ RANKS = {
 ONLY_FROM = {
     "batch": {"types"},
     "module": {"policy", "objectives", "types", "batch"},
-    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types", "batch", "loop"},
+    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types", "batch", "loop", "stopping"},
     "objectives": {"types", "batch"},
     "engines.base": {"types"},
-    "envs": {"types"},
+    "envs": {"types", "scratch"},
 }
 THIRD_PARTIES: dict[str, set[str]] = {
     "types": set(),
     "loop": set(),
+    "scratch": set(),
+    "stopping": set(),
+    "orphans": set(),
     "batch": {"torch"},
     "objectives": {"torch"},
     "engines.base": set(),

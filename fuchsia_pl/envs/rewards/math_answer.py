@@ -1,5 +1,6 @@
 """Mathematical answers, compared by math-verify in worker processes."""
 
+import contextlib
 import json
 import os
 import queue
@@ -199,7 +200,8 @@ class _Worker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel ends it when it can
+                process.communicate(timeout=START_TIMEOUT_S)
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is None:

@@ -5,7 +5,6 @@ import contextlib
 import inspect
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from fuchsia_pl.envs.tools.spec import (
     ToolSpec,
     ToolStatus,
 )
+from fuchsia_pl.scratch import OWNER_VARIABLE, scratch_file
 from fuchsia_pl.types import ConfigError
 
 # The keys of a request's and a result's `_meta` that a server may read and write.
@@ -57,9 +57,7 @@ class ToolServer:
         self._first_start: dict[str, int] = {}  # which start of the server holds a rollout's state
         self._specs: list[ToolSpec] = []
         self._lock = asyncio.Lock()
-        handle, log = tempfile.mkstemp(prefix="fuchsia-tools-", suffix=".log")
-        os.close(handle)
-        self._log = Path(log)
+        self._log = scratch_file("tools", ".log")
 
     @property
     def keeps_state(self) -> bool:
@@ -197,7 +195,9 @@ class ToolServer:
         if self.config.url is not None:
             return self.config.url
         program, *arguments = self.config.command or ()
-        environment = dict(self.config.env or {})
+        # Without its owner's name it would outlive a run that was killed, if it does not look at its input.
+        own = {OWNER_VARIABLE: os.environ[OWNER_VARIABLE]} if OWNER_VARIABLE in os.environ else {}
+        environment = {**own, **(self.config.env or {})}
         # Kept alive, the process would outlive its client.
         return StdioTransport(program, arguments, environment, keep_alive=False, log_file=self._log)
 

@@ -7,6 +7,7 @@ import pytest
 
 from fuchsia_pl.loop import LoopThread
 from fuchsia_pl.rollouts.ahead import PhasesAhead
+from fuchsia_pl.stopping import Stopped
 
 
 @pytest.fixture
@@ -59,6 +60,16 @@ def test_a_pause_waits_for_the_phase_that_runs_and_lets_none_begin(loop):
         time.sleep(0.15)
         assert log.events[-1] == "end 1"
     assert phases.take(2) == 20
+
+
+def test_a_pause_that_is_given_up_is_none(loop):
+    def give_up(wait):
+        raise Stopped(15)
+
+    phases = PhasesAhead(loop, Log().sample, num_ahead=1, num_phases=None)
+    phases.take(0)
+    with pytest.raises(Stopped), phases.paused(give_up):
+        raise AssertionError
 
 
 def test_phases_that_nobody_took_are_dropped(loop):

@@ -1,0 +1,172 @@
+"""A run that is told to end: it saves what it has, closes what it opened, and says how to go on."""
+
+import signal
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+
+from fuchsia_pl import orphans
+from fuchsia_pl.callbacks.adapter_sync import ends_phase
+from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.scratch import remove_left_behind
+from fuchsia_pl.stopping import CLOSING_S, GRACE_S, Stopped, stopping
+from fuchsia_pl.types import ConfigError
+
+
+class StoppedModule(Protocol):
+    """What this callback knows of the module."""
+
+    loaded_step: int
+
+
+class _NoSignals(_SignalConnector):
+    """Lightning's handler exchanges tensors wherever the signal comes, and that for SLURM's saves wherever it comes."""
+
+    def register_signal_handlers(self) -> None:
+        self.received_sigterm = False
+
+
+class StopSignals(Callback):
+    """Ends a run in order on the first SIGTERM or SIGINT, and at once on the second.
+
+    Sampling, validation and all that comes before training are abandoned. A step that is being trained ends first, and with
+    `num_policy_updates` its phase. Then checkpoint and adapter are saved, tools and engine closed. All ranks end at the same
+    step, whichever of them got the signal. The command exits with 143 or 130.
+
+    Args:
+        grace_s: Seconds that what is being trained may take to its end. Where it takes longer the run ends without it.
+        usr1: Whether SIGUSR1 counts as SIGTERM. SLURM sends it ahead of a time limit, with `--signal=USR1@120`.
+
+    Raises:
+        ConfigError: The grace is not above 0.
+    """
+
+    def __init__(self, grace_s: float = GRACE_S, usr1: bool = False) -> None:
+        if grace_s <= 0:
+            raise ConfigError(f"stop_signals.grace_s must be above 0, got {grace_s}")
+        self.grace_s = grace_s
+        self.usr1 = usr1
+        self._has_installed = False
+        self._is_within_phase = False
+        self._between: dict[str, Any] | None = (
+            None  # of a checkpoint, what changes between phases though nothing is trained
+        )
+
+    def check_run(self, trainer: Trainer) -> None:
+        """Takes the signals over, before the engine starts."""
+        orphans.watch()
+        if trainer.is_global_zero:
+            remove_left_behind()
+        trainer._signal_connector = _NoSignals(trainer)
+        self._has_installed = stopping.install()
+        stopping.grace_s = self.grace_s
+        if self.usr1:
+            stopping.listen(signal.SIGUSR1, signal.SIGTERM)
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            stopping.forward = launcher.kill
+        self._between, self._is_within_phase = None, False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on nothing but waits is interrupted."""
+        stopping.protect()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Until the phase ends there is no state that a run could go on from."""
+        self._is_within_phase = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Where a phase ends the ranks agree whether they go on; if not, there is no sync, and the next phase does not begin."""
+        if ends_phase(trainer, pl_module, batch_idx):
+            self._is_within_phase = False
+            self._between = _between_phases(trainer)
+            stopping.agree(lambda number: _highest(trainer, number))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that ends is not validated once more.
+
+        Raises:
+            Stopped: It ends.
+        """
+        if trainer.state.fn == TrainerFn.FITTING and stopping.is_agreed:
+            assert stopping.signum is not None
+            raise Stopped(stopping.signum)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What is saved on the way out is what would have been saved where the last phase ended."""
+        if stopping.signum is not None and self._between is not None:
+            states = {**checkpoint["callbacks"], **self._between["callbacks"]}
+            checkpoint |= {**self._between, "callbacks": states}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves, if this is the end that was asked for; all ranks come here then."""
+        if stopping.signum is None:
+            return
+        stopping.allow(CLOSING_S)
+        if trainer.state.fn == TrainerFn.FITTING:
+            is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
+            self._save(trainer, cast(StoppedModule, pl_module).loaded_step, is_agreed)
+        self._restore()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last checkpoint is saved after this, by RunCheckpoint."""
+        stopping.allow_if_asked(CLOSING_S)
+        if stopping.signum is not None:
+            self._note_checkpoint(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the signals back, where no command had them before."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._has_installed:
+            self._has_installed = False
+            stopping.restore()
+
+    def _save(self, trainer: Trainer, loaded_step: int, is_agreed: bool) -> None:
+        checkpoint = _run_checkpoint(trainer)
+        if checkpoint is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        can_save = self._between is not None and not self._is_within_phase and is_agreed
+        if can_save and checkpoint.saved_step != trainer.global_step:
+            checkpoint.save_now(trainer)
+        self._note_checkpoint(trainer, loaded_step)
+
+    def _note_checkpoint(self, trainer: Trainer, loaded_step: int = 0) -> None:
+        checkpoint = _run_checkpoint(trainer)
+        if checkpoint is not None and checkpoint.saved_step is not None:
+            stopping.checkpoint, stopping.step = checkpoint.last_file, checkpoint.saved_step
+        elif loaded_step:
+            stopping.checkpoint, stopping.step = Path(str(trainer.ckpt_path)), loaded_step
+
+
+def _run_checkpoint(trainer: Trainer) -> RunCheckpoint | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, RunCheckpoint)), None)
+
+
+def _between_phases(trainer: Trainer) -> dict[str, Any]:
+    """Lightning's counts, the schedules and what watches held-out figures: a validation that is cut off has moved them on."""
+    watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping | Checkpoint)]  # type: ignore[attr-defined]
+    return deepcopy(
+        {
+            "epoch": trainer.current_epoch,
+            "loops": trainer._checkpoint_connector._get_loops_state_dict(),
+            "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "callbacks": {c.state_key: c.state_dict() for c in watching if c.state_dict()},
+        }
+    )
+
+
+def _highest(trainer: Trainer, number: int) -> int:
+    held = torch.tensor(float(number), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(held, reduce_op="max"))

@@ -1,0 +1,97 @@
+"""With which code and words the command ends where its run did not come to its own end."""
+
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+from fuchsia_pl.cli.failures import one_line
+from fuchsia_pl.cli.launch import is_first_rank
+from fuchsia_pl.stopping import Stopped, stopping
+
+CHECKPOINT_OPTION = "--ckpt_path"
+
+
+@contextmanager
+def ended_by_itself() -> Iterator[None]:
+    """Inside the `with` block is the main part of a run; a `sys.exit(0)` or `os._exit(0)` in it is no success.
+
+    Raises:
+        RuntimeError: Something left it with `sys.exit(0)`.
+    """
+    leave, pid = os._exit, os.getpid()
+
+    def exit_now(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == pid:  # a forked child may end so
+            stack = "".join(traceback.format_stack(limit=2)[:1])
+            sys.stderr.write(
+                f"error: os._exit(0) was called in the middle of the run, which ends with exit code 1, by\n{stack}"
+            )
+            sys.stderr.flush()
+            status = 1
+        leave(status)
+
+    os._exit = exit_now
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in (None, 0):
+            raise RuntimeError("sys.exit(0) was called in the middle of the run, which is no success") from end
+        raise
+    finally:
+        os._exit = leave
+
+
+def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:
+    """Ends a process that was told to end, and prints how to go on.
+
+    Args:
+        words: The command, for the line that goes on.
+        end: What ended the run; None where it came to its end all the same.
+    """
+    assert stopping.signum is not None
+    if is_first_rank():
+        stopping.say("\n".join(last_words(words, end)))
+    # Lightning kills the first rank, which may be saving, when a rank that it started ends with anything but 0.
+    launched = not (is_first_rank() or TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
+    sys.exit(0 if launched else 128 + stopping.signum)
+
+
+def last_words(words: list[str], end: BaseException | None) -> list[str]:
+    """The lines that say where the run stands and how to go on."""
+    assert stopping.signum is not None
+    name = signal.Signals(stopping.signum).name
+    lines = [] if isinstance(end, Stopped | None) else [f"error on the way out: {type(end).__name__}: {one_line(end)}"]
+    if end is None:
+        return [*lines, f"{name} came at the end of the run, which is complete"]
+    if stopping.checkpoint is None:
+        return [*lines, f"stopped by {name} before there was anything to go on from: the same command starts anew"]
+    return [
+        *lines,
+        f"stopped by {name}; {stopping.checkpoint} holds the run after step {stopping.step}",
+        f"go on with: {resume_command(sys.argv[0], words, stopping.checkpoint)}",
+    ]
+
+
+def resume_command(program: str, words: list[str], checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint.
+
+    >>> resume_command("/bin/fuchsia", ["fit", "--config", "a b.yaml", "--ckpt_path", "last"], Path("runs/a/1/last.ckpt"))
+    "fuchsia fit --config 'a b.yaml' --ckpt_path runs/a/1/last.ckpt"
+    >>> resume_command("fuchsia_pl/__main__.py", ["fit", "--ckpt_path=x"], Path("y"))
+    'python -m fuchsia_pl fit --ckpt_path y'
+    """
+    kept: list[str] = []
+    for position, word in enumerate(words):
+        is_value = position > 0 and words[position - 1] == CHECKPOINT_OPTION
+        if not is_value and word.partition("=")[0] != CHECKPOINT_OPTION:
+            kept.append(word)
+    command = ["python", "-m", "fuchsia_pl"] if program.endswith("__main__.py") else [Path(program).name]
+    return shlex.join([*command, *kept, CHECKPOINT_OPTION, str(checkpoint)])

@@ -1,0 +1,96 @@
+"""What a process started does not outlive it, in whatever session it is and whatever it ignores."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fuchsia_pl import orphans, scratch
+
+ROOT = Path(__file__).parents[2]
+# A family of four: a child that ignores SIGTERM, in a session of its own, under another title; its child; and a child of
+# multiprocessing that holds shared memory; beside a folder in each place.
+FAMILY = """
+import os, signal, subprocess, sys, time
+from multiprocessing import shared_memory
+from fuchsia_pl import orphans, scratch
+
+STUBBORN = (
+    "import signal, subprocess, sys, time, setproctitle; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "setproctitle.setproctitle('VLLM::EngineCore ' * 100); "
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); "
+    "print(flush=True); time.sleep(600)"
+)
+orphans.watch()
+orphans.watch()
+folders = scratch.scratch_folder("a"), scratch.scratch_folder("b", in_memory=True)
+child = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True, stdout=subprocess.PIPE)
+child.stdout.readline()
+segment = shared_memory.SharedMemory(create=True, size=4096)
+scratch.record_segments(scratch.Path(folders[0].name), [os.getpid()])
+print(folders[0].name, folders[1].name, f"/dev/shm/{segment.name}", *orphans.descendants(os.getpid()), flush=True)
+sys.stdin.read()
+"""
+BOUND_S = 10.0
+
+
+def wait_for_the_end_of(pids: list[int]) -> None:
+    until = time.monotonic() + BOUND_S
+    while left := [pid for pid in pids if scratch.started_at(pid)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+
+
+def test_a_family_is_gone_within_ten_seconds_of_the_kill_of_its_parent():
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop(scratch.OWNER_VARIABLE, None)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", FAMILY], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        words = parent.stdout.readline().split()
+        files, pids = words[:3], [int(word) for word in words[3:]]
+        assert all(Path(file).exists() for file in files)
+        assert (
+            len(pids) == 4
+        )  # the stubborn one, its child, the watcher (one, though twice asked for), and Python's own tracker
+        parent.kill()
+        parent.wait()
+        wait_for_the_end_of(pids)
+        assert not [file for file in files if Path(file).exists()]
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+        parent.kill()
+        parent.communicate()
+
+
+def test_a_rank_of_torchrun_does_not_outlive_its_agent():
+    rank = "from fuchsia_pl import orphans; import os, time; orphans.watch(); print(os.getpid(), flush=True); time.sleep(600)"
+    agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), orphans.LAUNCHED_VARIABLE: "none"}
+    environment.pop(scratch.OWNER_VARIABLE, None)
+    parent = subprocess.Popen([sys.executable, "-c", agent], env=environment, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert scratch.started_at(child)
+    parent.kill()
+    parent.wait()
+    wait_for_the_end_of([child])
+    parent.communicate()
+
+
+def test_a_process_and_all_that_it_started_are_ended():
+    code = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE); "
+        "print(p.pid, flush=True); p.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert orphans.descendants(parent.pid) == [child]
+    assert child in orphans.descendants(os.getpid())
+    orphans.end_tree(parent.pid)
+    parent.communicate(timeout=BOUND_S)
+    wait_for_the_end_of([child])

@@ -1,0 +1,176 @@
+"""Runs that are told to end, in every phase, in real processes; what those run stands in `tests/stopped.py`."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fuchsia_pl.callbacks.stop_signals import StopSignals
+from fuchsia_pl.cli.ending import ended_by_itself
+from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.types import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+seed_everything: 3
+trainer:
+  accelerator: cpu
+  max_epochs: -1
+  max_steps: 3
+  limit_val_batches: 1.0
+  accumulate_grad_batches: 2
+  callbacks: [{class_path: tests.stopped.SignalAt}]
+model:
+  policy: {name: %s, dtype: float32, lora: {r: 4, alpha: 8}}
+  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+  lr_scheduler: {class_path: torch.optim.lr_scheduler.LinearLR, init_args: {total_iters: 3}}
+adapter_sync: {tolerance: 100.0}
+checkpoint: {every_n_steps: 10}
+data:
+  batch_size: 4
+  steps_per_epoch: 2
+  sampling: {group_size: 2, max_completion_tokens: 4, max_length: 40}
+  environment: {class_path: tests.stopped.SignalledEnvironment}
+  engine: {class_path: tests.stopped.SignalledEngine}
+"""
+# Where the signal comes; its name; what else; the exit code; the step of the checkpoint, None where there is none.
+SCENES = {
+    "conversion": ("conversion", 0, "SIGTERM", {}, 143, None),
+    "preparation": ("preparation", 0, "SIGINT", {}, 130, None),
+    "start": ("start", 0, "SIGTERM", {}, 143, None),
+    "sampling the first phase": ("sampling", 0, "SIGTERM", {}, 143, None),
+    "sampling": ("sampling", 1, "SIGTERM", {}, 143, 1),
+    "training": ("batch", 3, "SIGINT", {}, 130, 2),
+    "validation": ("validation", 2, "SIGTERM", {}, 143, 2),
+    "sync": ("sync", 2, "SIGUSR1", {}, 143, 2),
+    "export": ("export", 0, "SIGTERM", {}, 143, 3),
+    "a second signal": ("optimizer", 1, "SIGTERM", {"twice": 1}, 143, None),
+    "a step that hangs": ("optimizer", 1, "SIGTERM", {"hangs": 1}, 143, None),
+    "the second of two ranks": ("sampling", 1, "SIGTERM", {"rank": 1}, 143, 1),
+}
+RESUMED = ("sampling", "training", "validation")
+TIMEOUT_S = 300.0
+
+
+class Runs:
+    """The results of all scenes, and of a run that nothing disturbs."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.codes: dict[str, int] = {}
+        (folder / "k.yaml").write_text(CONFIG % model)
+        (folder / "model.gguf").write_bytes(b"none")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "FUCHSIA_CACHE": str(folder / "cache"),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.stopped"],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, name: str, wanted: dict[str, object], *words: str) -> None:
+        command = ["fit", "--config", str(self.folder / "k.yaml"), "--trainer.default_root_dir", name, *words]
+        self._process.stdin.write(json.dumps([command, wanted, str(self.folder / f"{name}.log")]) + "\n")
+        self._process.stdin.flush()
+        self.codes[name] = int(self._process.stdout.readline().split()[0])
+
+    def end(self) -> None:
+        self._process.communicate(timeout=TIMEOUT_S)
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / name / "k/0/checkpoints/last.ckpt"
+
+    def adapter(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / name / "k/0/adapter/adapter_model.safetensors")
+
+    def rollouts(self, name: str) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (self.folder / name / "k/0/rollouts.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    made = Runs(tmp_path_factory.mktemp("stopped"), tiny_model)
+    made.run("straight", {})
+    for name, (where, step, number, more, _, _) in SCENES.items():
+        words = {
+            "conversion": ["--model.policy.name", str(made.folder / "model.gguf")],
+            "sync": ["--stop_signals.usr1", "true"],
+            "a step that hangs": ["--stop_signals.grace_s", "0.5"],
+            "the second of two ranks": ["--trainer.devices", "2"],
+        }.get(name, [])
+        made.run(name, {"where": where, "step": step, "signal": number, **more}, *words)
+    for name in RESUMED:
+        made.run(f"{name}, resumed", {}, "--ckpt_path", str(made.checkpoint(name)))
+    made.run("leaving", {}, "--data.environment", "tests.stopped.Leaving")
+    made.end()
+    return made
+
+
+@pytest.mark.parametrize("name", list(SCENES))
+def test_a_signal_ends_a_run_with_its_code_and_what_was_trained_is_saved(runs, name):
+    *_, code, step = SCENES[name]
+    assert runs.codes[name] == code, runs.said(name)
+    said, checkpoint = runs.said(name), runs.checkpoint(name)
+    assert "Traceback" not in said
+    assert checkpoint.exists() == (step is not None)
+    if step is not None:
+        assert read_checkpoint(checkpoint)["global_step"] == step
+        assert runs.adapter(name)
+    if name in ("a second signal", "a step that hangs"):
+        assert ("a second signal: the process ends at once" if "second" in name else "did not end in time") in said
+    elif name == "export":
+        assert "which is complete" in said
+    elif step is None:
+        assert f"stopped by {SCENES[name][2]} before there was anything to go on from" in said
+    else:
+        assert f"last.ckpt holds the run after step {step}" in said
+        words = shlex.split(re.search(r"go on with: (.*)", said)[1])
+        assert words[:3] == ["fuchsia", "fit", "--config"]
+        assert words[-2] == "--ckpt_path"
+        assert runs.folder / words[-1] == checkpoint
+
+
+def test_a_conversion_leaves_nothing_half_done(runs):
+    assert list((runs.folder / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_the_run_goes_on_from_there_bit_for_bit(runs, name):
+    assert runs.codes["straight"] == runs.codes[f"{name}, resumed"] == 0
+    straight, resumed = runs.adapter("straight"), runs.adapter(f"{name}, resumed")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    assert runs.rollouts("straight") == [*runs.rollouts(name), *runs.rollouts(f"{name}, resumed")]
+
+
+def test_a_run_that_did_not_end_by_itself_is_no_success(runs):
+    assert runs.codes["leaving"] == 1
+    assert "os._exit(0) was called in the middle of the run" in runs.said("leaving")
+    assert "in leave" in runs.said("leaving")
+    with pytest.raises(RuntimeError, match=r"sys.exit\(0\) was called"), ended_by_itself():
+        sys.exit(0)
+    with pytest.raises(SystemExit, match="3"), ended_by_itself():
+        sys.exit(3)
+
+
+@pytest.mark.parametrize("grace_s", [0, -1.0])
+def test_a_grace_is_above_zero(grace_s):
+    with pytest.raises(ConfigError, match=r"stop_signals.grace_s must be above 0"):
+        StopSignals(grace_s)
