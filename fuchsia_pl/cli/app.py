@@ -19,6 +19,7 @@ from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
+from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.lost_rank import LostRank
@@ -98,6 +99,8 @@ class FuchsiaCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, in the order in which Lightning calls them, and links what two parts share."""
+        # First, so that weights are checked before another callback writes them.
+        parser.add_lightning_class_args(FiniteGuard, "finite_guard")
         parser.add_lightning_class_args(StepTimer, "step_timer")
         # The longest rows are rehearsed while the trainer has the device, which it then leaves to the engine that syncs.
         parser.add_lightning_class_args(Preflight, "preflight")

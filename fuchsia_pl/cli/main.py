@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 
+from fuchsia_pl.callbacks.finite import NonFiniteError
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
@@ -28,8 +29,8 @@ def main() -> None:
         if is_debugging and end.__cause__ is not None:
             traceback.print_exception(end.__cause__)
         raise
-    except (EngineError, ToolServerError) as error:
-        # Errors of another process: where this one stood when it met them is no help.
+    except (EngineError, ToolServerError, NonFiniteError) as error:
+        # Errors of another process or of numbers: where this one stood when it met them is no help.
         if is_debugging:
             raise
         sys.stderr.write("\n".join([f"error: {error}", *error.__dict__.get("__notes__", ())]) + "\n")

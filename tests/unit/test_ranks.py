@@ -158,6 +158,26 @@ def test_a_run_resumes_with_another_strategy_or_number_of_ranks(tiny_model, tmp_
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_nan_on_one_rank_is_skipped_or_stops_all_of_them_and_reaches_no_file(tiny_model, tmp_path, strategy):
+    done = run("nonfinite", tiny_model, tmp_path, strategy)
+    assert done.returncode == 0, errors_of(done)
+    for what, last in (("gradient", 3), ("loss", 3), ("state", 1)):
+        checkpoint = torch.load(tmp_path / what / "checkpoints/last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == last
+        tensors = [*checkpoint["state_dict"].values()]
+        tensors += [state["momentum_buffer"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+        assert tensors
+        assert all(tensor.isfinite().all() for tensor in tensors)
+        adapter = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / what / "adapter"
+        )
+        assert all(p.isfinite().all() for p in adapter.parameters())
+        if last == 3:
+            rows = csv.DictReader((tmp_path / what / "metrics.csv").open())
+            assert [float(row["train/nonfinite"]) for row in rows if row["train/grad_norm"]] == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_that_drop_groups_by_chance_never_wait_for_each_other(tiny_model, tmp_path, strategy):
     done = run("uneven", tiny_model, tmp_path, strategy, 12)
     assert done.returncode == 0, errors_of(done)

@@ -1,0 +1,158 @@
+"""Numbers that are not finite reach neither the weights nor a file."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.adapter_sync import num_ranks_where
+from fuchsia_pl.policy.contents import not_finite
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.policy.sharding import total_norm
+from fuchsia_pl.types import ConfigError
+
+NONFINITE_METRIC = "train/nonfinite"
+NUM_SHOWN = 3
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Training cannot continue with numbers that are not finite."""
+
+
+class GuardedModule(Protocol):
+    """What this callback knows of the module."""
+
+    policy: Policy
+    skip_reason: str | None
+
+
+class FiniteGuard(Callback):
+    """Skips an optimizer step whose loss or gradient norm is not finite, and stops a run whose weights are not.
+
+    Adam keeps a NaN for ever, and clipping by the norm spreads one NaN over all gradients. So the check is made before clipping,
+    over all ranks, and a step that is skipped leaves weights and optimizer as they are. After each step the weights and the
+    optimizer's state are checked before anything is synced or saved, and once more whenever a checkpoint is made.
+
+    It must stand before the callbacks that write weights in the trainer's callbacks.
+
+    Args:
+        max_nonfinite_steps: Steps in a row that are skipped; after so many the run stops.
+
+    Raises:
+        ConfigError: The number is below 1.
+    """
+
+    def __init__(self, max_nonfinite_steps: int = 3) -> None:
+        if max_nonfinite_steps < 1:
+            raise ConfigError(f"finite_guard.max_nonfinite_steps must be 1 or more, got {max_nonfinite_steps}")
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self._losses: list[Tensor] = []  # of the step's micro-batches
+        self._num_in_a_row = 0
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at what was loaded.
+
+        Raises:
+            NonFiniteError: Weights or the optimizer's state are not finite.
+        """
+        self._losses, self._num_in_a_row, self._last_step = [], 0, trainer.global_step
+        self._check(trainer, pl_module)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keeps the loss of a micro-batch; reading it here would wait for the device."""
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Gives the module a reason to skip the step, on all ranks or on none.
+
+        Raises:
+            NonFiniteError: That was one step too many.
+        """
+        module = cast(GuardedModule, pl_module)
+        losses, self._losses = torch.stack(self._losses), []
+        norm = total_norm([p.grad for p in module.policy.trainable_parameters() if p.grad is not None])
+        num_ranks = num_ranks_where(trainer, not bool(losses.isfinite().all() & norm.isfinite()))
+        pl_module.log(NONFINITE_METRIC, float(num_ranks > 0))
+        if not num_ranks:
+            self._num_in_a_row = 0
+            return
+        self._num_in_a_row += 1
+        found = (
+            f"the loss or the gradient is not finite on {num_ranks} of {trainer.world_size} ranks (here: losses of the "
+            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g})"
+        )
+        if self._num_in_a_row >= self.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"step {trainer.global_step + 1}: {found}. It is step {self._num_in_a_row} of this kind in a row, and "
+                f"finite_guard.max_nonfinite_steps is {self.max_nonfinite_steps}. The weights are those of the last good step. "
+                "Lower the learning rate or the rewards, or set trainer.precision to 32-true"
+            )
+        module.skip_reason = found
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Looks at what an optimizer step has made, before it is synced or saved.
+
+        Raises:
+            NonFiniteError: Weights or the optimizer's state are not finite.
+        """
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._check(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at what is exported last.
+
+        Raises:
+            NonFiniteError: Weights or the optimizer's state are not finite.
+        """
+        self._check(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whoever saves, and be it for an exception: these weights reach no file.
+
+        Raises:
+            NonFiniteError: Weights or the optimizer's state are not finite.
+        """
+        # Not over all ranks: after an exception, one may save while another has ended.
+        names = not_finite(_tensors(trainer, pl_module))
+        _refuse(trainer, names, bool(names))
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = not_finite(_tensors(trainer, pl_module))
+        _refuse(trainer, names, num_ranks_where(trainer, bool(names)) > 0)
+
+
+def _tensors(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tensor]:
+    """Trained weights by name, and the tensors of the optimizers' states."""
+    tensors = {name: p.detach() for name, p in pl_module.named_parameters() if p.requires_grad}
+    names = {parameter: name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+    for optimizer in trainer.optimizers:
+        for parameter, state in optimizer.state.items():
+            held = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            tensors |= {f"{key} of {names[parameter]}": value for key, value in held.items()}
+    return tensors
+
+
+def _shown(losses: Tensor) -> str:
+    return ", ".join(f"{loss:g}" for loss in losses.tolist())
+
+
+def _refuse(trainer: Trainer, names: list[str], refuses: bool) -> None:
+    if refuses:
+        found = ", ".join(names[:NUM_SHOWN]) or "on another rank"
+        more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+        raise NonFiniteError(
+            f"after step {trainer.global_step} weights or the optimizer's state are not finite: {found}{more}. Nothing was saved "
+            "of them: resume from an older checkpoint, with a lower learning rate"
+        )
