@@ -160,12 +160,13 @@ class PoisonedRank(Callback):
     def on_after_backward(self, trainer, pl_module):
         if self._acts(trainer, "gradient"):
             gradients = [local(p.grad) for p in pl_module.policy.trainable_parameters() if p.grad is not None]
-            next(part for part in gradients if part.numel()).view(-1)[0] = torch.nan
+            for part in gradients:  # FSDP has none before the last micro-batch
+                part.fill_(torch.nan)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self._acts(trainer, "state"):
             parts = [local(state["momentum_buffer"]) for state in optimizer.state.values()]
-            next(part for part in parts if part.numel()).view(-1)[0] = torch.nan
+            max(parts, key=torch.numel).view(-1)[0] = torch.nan
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self._acts(trainer, "loss") and batch_idx % 2 == 0:

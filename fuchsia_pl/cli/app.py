@@ -30,7 +30,7 @@ from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.cli.chatter import chatter_to
-from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint
+from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
 from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
 from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
@@ -47,7 +47,6 @@ from fuchsia_pl.cli.run_folder import (
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
-from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.loading import check_quantization, trained_shapes
 from fuchsia_pl.policy.model_folder import blank_model
 from fuchsia_pl.policy.schedules import check_optimization
@@ -169,7 +168,7 @@ class FuchsiaCLI(LightningCLI):
         console = Console(highlight=False, quiet=not is_first_rank())
         path = agreed_checkpoint(lambda: find_checkpoint(str(given), runs, console))
         arguments.ckpt_path = str(path)
-        return read_checkpoint(path)
+        return read_given(path)
 
     def _check_weights(self, checkpoint: dict[str, Any] | None) -> None:
         """Compares the files of the model, the adapter and the checkpoint, from their headers, before anything is loaded."""

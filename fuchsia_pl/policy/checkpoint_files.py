@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from fuchsia_pl.policy.checksums import check_intact, damage_of
 from fuchsia_pl.policy.sharding import FOLDER_METADATA, older_folder
 from fuchsia_pl.policy.tensor_files import first_difference
 from fuchsia_pl.types import ConfigError
@@ -50,7 +51,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         What Lightning saved; of a folder, without weights and optimizers.
 
     Raises:
-        ConfigError: It is missing, empty, cut off, of another kind, or another program's.
+        ConfigError: It is missing, empty, cut off, damaged, of another kind, or another program's.
     """
     if not path.exists() and older_folder(path).is_dir():
         path = older_folder(path)  # a kill between two renames; `FSDP2Strategy` loads it too
@@ -75,6 +76,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"the checkpoint {path} is cut off, or is no checkpoint of this program, which holds tensors and plain values only "
             f"({type(error).__name__}: {reason}): give another one"
         ) from error
+    check_intact(path)
     if not isinstance(found, dict):
         raise ConfigError(
             f"the checkpoint {path} is no checkpoint: it holds a {type(found).__name__}. Give another one"
@@ -227,7 +229,7 @@ def _read_index(file: Path) -> Metadata:
 
 
 def _check_parts(path: Path, index: Metadata) -> None:
-    """Every part lies inside a file of the folder, and single values, which DCP unpickles without restriction, run no code."""
+    """Every part lies whole inside a file of the folder; single values, which DCP unpickles without restriction, run no code."""
     for key, place in index.storage_data.items():
         assert isinstance(place, _StorageInfo)
         part = path / place.relative_path
@@ -236,10 +238,15 @@ def _check_parts(path: Path, index: Metadata) -> None:
                 f"the checkpoint {path} is not whole: {place.relative_path} is missing or cut off before {key.fqn}. Give another "
                 "one"
             )
+        with part.open("rb") as stream:
+            stream.seek(place.offset)
+            value = stream.read(place.length)
+        damage = damage_of(value)
+        if damage is not None:
+            raise ConfigError(
+                f"the checkpoint {path} is damaged in {part.name}, at {key.fqn}: {damage}. Give another one"
+            )
         if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
-            with part.open("rb") as stream:
-                stream.seek(place.offset)
-                value = stream.read(place.length)
             try:
                 torch.load(io.BytesIO(value), weights_only=True)
             except Exception as error:  # as above

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from fuchsia_pl.policy.checkpointing import transformer_blocks
+from fuchsia_pl.policy.checksums import check_intact
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_TIMEOUT_S = 1800.0
@@ -99,11 +100,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Loads weights and optimizers, and returns the rest; from a file of any strategy, or a folder of this one.
 
         A run that was killed while a folder took another's place has left that other one, which is loaded then.
+
+        Raises:
+            ConfigError: The file is damaged.
         """
         path = Path(checkpoint_path)
         path = self.broadcast(path if path.exists() or not older_folder(path).is_dir() else older_folder(path))
         if path.is_dir():
             return self._load_folder(path, weights_only)
+        check_intact(path)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         assert self.model is not None
         weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
