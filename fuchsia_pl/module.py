@@ -325,7 +325,7 @@ class GRPOModule(LightningModule):
             raise ConfigError(
                 f"the checkpoint {path} is a folder of parts, which FSDP2Strategy alone loads: give a file"
             )
-        stored = _parsed(checkpoint[SETTINGS_KEY])
+        stored = parsed_settings(checkpoint[SETTINGS_KEY])
         module = cls(policy or stored["policy"], loss or stored["loss"])
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
@@ -357,7 +357,7 @@ class GRPOModule(LightningModule):
         self.log_dict(metrics, batch_size=max(len(batch.rollouts), 1), on_step=False, on_epoch=True, sync_dist=True)
 
 
-def _parsed(settings: Mapping[str, Any]) -> Any:
+def parsed_settings(settings: Mapping[str, Any]) -> Any:
     """The configs that a checkpoint holds as plain data."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=PolicyConfig)

@@ -1,7 +1,7 @@
 """Numbers that are not finite reach neither the weights nor a file."""
 
-import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.adapter_sync import num_ranks_where
+from fuchsia_pl.callbacks.recorded_step import record_step
 from fuchsia_pl.policy.contents import not_finite
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import total_norm
@@ -17,8 +18,7 @@ from fuchsia_pl.types import ConfigError
 
 NONFINITE_METRIC = "train/nonfinite"
 NUM_SHOWN = 3
-
-logger = logging.getLogger(__name__)
+RECORD_FOLDER = "nonfinite"
 
 
 class NonFiniteError(RuntimeError):
@@ -38,6 +38,7 @@ class FiniteGuard(Callback):
     Adam keeps a NaN for ever, and clipping by the norm spreads one NaN over all gradients. So the check is made before clipping,
     over all ranks, and a step that is skipped leaves weights and optimizer as they are. After each step the weights and the
     optimizer's state are checked before anything is synced or saved, and once more whenever a checkpoint is made.
+    Each step that is skipped is left in `nonfinite/` for `fuchsia replay`.
 
     It must stand before the callbacks that write weights in the trainer's callbacks.
 
@@ -53,6 +54,7 @@ class FiniteGuard(Callback):
             raise ConfigError(f"finite_guard.max_nonfinite_steps must be 1 or more, got {max_nonfinite_steps}")
         self.max_nonfinite_steps = max_nonfinite_steps
         self._losses: list[Tensor] = []  # of the step's micro-batches
+        self._batches: list[Batch] = []
         self._num_in_a_row = 0
         self._last_step = 0
 
@@ -62,8 +64,13 @@ class FiniteGuard(Callback):
         Raises:
             NonFiniteError: Weights or the optimizer's state are not finite.
         """
-        self._losses, self._num_in_a_row, self._last_step = [], 0, trainer.global_step
+        self._losses, self._batches = [], []
+        self._num_in_a_row, self._last_step = 0, trainer.global_step
         self._check(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Keeps the step's micro-batches until it is known to be good."""
+        self._batches.append(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the loss of a micro-batch; reading it here would wait for the device."""
@@ -79,6 +86,7 @@ class FiniteGuard(Callback):
         """
         module = cast(GuardedModule, pl_module)
         losses, self._losses = torch.stack(self._losses), []
+        batches, self._batches = self._batches, []
         norm = total_norm([p.grad for p in module.policy.trainable_parameters() if p.grad is not None])
         num_ranks = num_ranks_where(trainer, not bool(losses.isfinite().all() & norm.isfinite()))
         pl_module.log(NONFINITE_METRIC, float(num_ranks > 0))
@@ -86,9 +94,11 @@ class FiniteGuard(Callback):
             self._num_in_a_row = 0
             return
         self._num_in_a_row += 1
+        file = Path(trainer.default_root_dir) / RECORD_FOLDER / f"step-{trainer.global_step + 1}.pt"
+        record_step(file, trainer, pl_module, batches, losses)
         found = (
             f"the loss or the gradient is not finite on {num_ranks} of {trainer.world_size} ranks (here: losses of the "
-            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g})"
+            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g}); `fuchsia replay {file}` computes it again"
         )
         if self._num_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(

@@ -9,6 +9,7 @@ from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.failures import DEBUG_OPTION
+from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
@@ -40,6 +41,8 @@ def main() -> None:
 def _run(words: list[str]) -> None:
     if words[:1] == ["check-env"]:
         sys.exit(check_env(words[1:]))
+    if words[:1] == ["replay"]:
+        sys.exit(replay(words[1:]))
     if words[:1] == ["serve"]:
         serve(words[1:])
     FuchsiaCLI(words)
