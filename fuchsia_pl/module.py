@@ -231,7 +231,12 @@ class GRPOModule(LightningModule):
         self.rollout_metrics, self.skip_reason = batch.metrics, batch.skip_reason
         # The loss is divided by the whole step's counts already; Lightning divides by the number of micro-batches once
         # more, and DDP and FSDP by the number of ranks.
-        return output.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return output.loss * (self.trainer.accumulate_grad_batches * self.num_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks over which the strategy averages gradients."""
+        return self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the step's metrics: sums of the micro-batches' shares, and the gradient's norm before clipping.

@@ -164,7 +164,7 @@ class AdapterSync(Callback):
         """
         module = cast(SyncedModule, pl_module)
         gap = float(trainer.strategy.reduce(module.step_metrics[GAP_METRIC].clone(), reduce_op="sum"))
-        if math.isnan(gap) and module.skip_reason is not None:
+        if not math.isfinite(gap) and module.skip_reason is not None:
             return  # FiniteGuard has met the numbers that it comes from
         allowed = self.tolerance * (1 + self._lag)
         if not gap <= allowed:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fuchsia_pl.callbacks.adapter_sync import ends_phase
 from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import check_intact
 from fuchsia_pl.types import ConfigError
 
@@ -83,14 +84,17 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(filename=LAST, every_n_train_steps=every_n_steps, enable_version_counter=False)
         self.every_n_steps = every_n_steps
         self.keep = keep
-        self._saved: list[int] = []  # steps of the checkpoints that lie there, oldest first
+        self._older: list[int] = []  # steps of the checkpoints beside `last.ckpt`, oldest first
+        self._current: int | None = None  # step of `last.ckpt`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the run folder, whatever the loggers are."""
         self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         num_updates = cast(PhasedModule, pl_module).loss_config.num_policy_updates
         self._every_n_train_steps = math.ceil(self.every_n_steps / num_updates) * num_updates
-        self._saved = []
+        self._older, self._current = [], None
+        if stage == "fit" and trainer.is_global_zero:
+            self._older, self._current = _steps_in(Path(self.dirpath))
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
@@ -112,18 +116,29 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Lightning's one place of saving: what lies there gets a second name before, and the oldest goes after."""
-        follows = bool(self._saved) and self._saved[-1] != trainer.global_step
-        if follows and self.keep > 1 and trainer.is_global_zero:
-            _link(Path(filepath), _older(filepath, self._saved[-1]))
+        path, step = Path(filepath), trainer.global_step
+        if trainer.is_global_zero and self.keep > 1 and self._current not in (None, step):
+            _link(path, _older_of(path, self._current))
+            self._older = [*(other for other in self._older if other != self._current), self._current]
         super()._save_checkpoint(trainer, filepath)
-        self._saved = [*(step for step in self._saved if step != trainer.global_step), trainer.global_step]
-        surplus, self._saved = self._saved[: -self.keep], self._saved[-self.keep :]
-        for step in surplus if trainer.is_global_zero else ():
-            _remove(_older(filepath, step))
+        self._current = step
+        while trainer.is_global_zero and len(self._older) >= self.keep:
+            _remove(_older_of(path, self._older.pop(0)))
 
 
-def _older(filepath: str, step: int) -> Path:
-    return Path(filepath).with_stem(OLDER.format(step))
+def _steps_in(folder: Path) -> tuple[list[int], int | None]:
+    """What an earlier run in the same folder has left: steps of the older checkpoints, oldest first, and of `last.ckpt`."""
+    files = sorted(folder.glob(f"{OLDER.format('*')}.ckpt"), key=lambda path: path.stat().st_mtime)
+    numbers = [path.stem.removeprefix(OLDER.format("")) for path in files]
+    older = [int(number) for number in numbers if number.isdecimal()]
+    try:
+        return older, int(read_checkpoint(folder / f"{LAST}.ckpt")["global_step"])
+    except ConfigError:
+        return older, None  # there is none, or one that nothing can be continued from
+
+
+def _older_of(last: Path, step: int | None) -> Path:
+    return last.with_stem(OLDER.format(step))
 
 
 def _link(source: Path, target: Path) -> None:

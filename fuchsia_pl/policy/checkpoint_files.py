@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from fuchsia_pl.policy.checksums import check_intact, damage_of
+from fuchsia_pl.policy.checksums import check_intact, damaged_part, part_of
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
 from fuchsia_pl.policy.sharding import FOLDER_METADATA, older_folder
 from fuchsia_pl.policy.tensor_files import first_difference
@@ -233,25 +232,13 @@ def _read_index(file: Path) -> Metadata:
 
 def _check_parts(path: Path, index: Metadata) -> None:
     """Every part lies whole inside a file of the folder; single values, which DCP unpickles without restriction, run no code."""
+    damage = damaged_part(path, index)
+    if damage is not None:
+        raise ConfigError(f"the checkpoint {path} is not whole: {damage}. Give another one")
     for key, place in index.storage_data.items():
-        assert isinstance(place, _StorageInfo)
-        part = path / place.relative_path
-        if part.parent != path or not part.is_file() or part.stat().st_size < place.offset + place.length:
-            raise ConfigError(
-                f"the checkpoint {path} is not whole: {place.relative_path} is missing or cut off before {key.fqn}. Give another "
-                "one"
-            )
-        with part.open("rb") as stream:
-            stream.seek(place.offset)
-            value = stream.read(place.length)
-        damage = damage_of(value)
-        if damage is not None:
-            raise ConfigError(
-                f"the checkpoint {path} is damaged in {part.name}, at {key.fqn}: {damage}. Give another one"
-            )
         if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
             try:
-                torch.load(io.BytesIO(value), weights_only=True)
+                torch.load(io.BytesIO(part_of(path, place)), weights_only=True)
             except Exception as error:  # as above
                 raise ConfigError(
                     f"the checkpoint {path} holds a value that is broken or would run code, {key.fqn}: give another one"

@@ -5,14 +5,18 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+
 from fuchsia_pl.types import ConfigError
 
 
-def check_intact(path: Path) -> None:
+def check_intact(path: Path, kind: str = "checkpoint") -> None:
     """Reads a file once and compares every record with its checksum.
 
     Args:
         path: A file that `torch.save` wrote.
+        kind: What the file should be, for the error.
 
     Raises:
         ConfigError: A record is not as it was written, or the file is cut off or another format.
@@ -21,7 +25,7 @@ def check_intact(path: Path) -> None:
         damage = _damage(stream)
     if damage is not None:
         raise ConfigError(
-            f"the checkpoint {path} is damaged, cut off, or no checkpoint of this program: {damage}. Give another one"
+            f"the {kind} {path} is damaged, cut off, or no {kind} of this program: {damage}. Give another one"
         )
 
 
@@ -35,6 +39,31 @@ def damage_of(content: bytes) -> str | None:
     (None, 'File is not a zip file')
     """
     return _damage(io.BytesIO(content))
+
+
+def damaged_part(path: Path, index: Metadata) -> str | None:
+    """What is wrong with the parts of a folder that FSDP2Strategy wrote, and where; None where nothing is.
+
+    Args:
+        path: The folder.
+        index: What its index file holds.
+    """
+    for key, place in index.storage_data.items():
+        assert isinstance(place, _StorageInfo)
+        part = path / place.relative_path
+        if part.parent != path or not part.is_file() or part.stat().st_size < place.offset + place.length:
+            return f"{place.relative_path} is missing or cut off before {key.fqn}"
+        damage = damage_of(part_of(path, place))
+        if damage is not None:
+            return f"{part.name} is damaged at {key.fqn}: {damage}"
+    return None
+
+
+def part_of(path: Path, place: _StorageInfo) -> bytes:
+    """The bytes of one value of a folder of parts."""
+    with (path / place.relative_path).open("rb") as stream:
+        stream.seek(place.offset)
+        return stream.read(place.length)
 
 
 def _damage(stream: IO[bytes]) -> str | None:

@@ -60,7 +60,7 @@ def fit(tiny_model, root: Path, poison: Poison, guard: FiniteGuard | None = None
         **{"gradient_clip_val": 1.0, "max_steps": 3, **settings},
     )
     try:
-        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=10))
+        trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=10))
     finally:
         poison.weights.append([p.detach().clone() for p in module.policy.trainable_parameters()])
     return trainer
@@ -97,7 +97,11 @@ def files_are_finite(root: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("what", "number"),
-    [*itertools.product(["gradient", "loss"], [math.nan, math.inf, -math.inf]), ("logprobs", math.nan)],
+    [
+        *itertools.product(["gradient", "loss"], [math.nan, math.inf, -math.inf]),
+        ("logprobs", math.nan),
+        ("logprobs", -math.inf),
+    ],
 )
 def test_a_step_with_a_number_that_is_not_finite_is_skipped_and_counted(tiny_model, tmp_path, what, number):
     poison = Poison(what, number, 1)
@@ -122,6 +126,8 @@ def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole
         fit(tiny_model, tmp_path, Poison("gradient", math.nan, 1, 3, 4, 5), max_steps=10)
     assert files_are_finite(tmp_path)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    # Each may be as large as a checkpoint, so the last three stay.
+    assert sorted(file.name for file in (tmp_path / "recorded").iterdir()) == ["step-4.pt", "step-5.pt", "step-6.pt"]
     guard = FiniteGuard(max_nonfinite_steps=1)
     with pytest.raises(NonFiniteError, match=r"^step 2: .*max_nonfinite_steps is 1"):
         fit(tiny_model, tmp_path / "one", Poison("gradient", math.nan, 1), guard)
