@@ -177,7 +177,9 @@ class FiniteGuard(Callback):
 def _tensors(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tensor]:
     """Trained weights by name, and the tensors of the optimizers' states."""
     tensors = {name: p.detach() for name, p in pl_module.named_parameters() if p.requires_grad}
-    names = {parameter: name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+    names: dict[Tensor, str] = {
+        parameter: name for name, parameter in pl_module.named_parameters() if parameter.requires_grad
+    }
     for optimizer in trainer.optimizers:
         for parameter, state in optimizer.state.items():
             held = {key: value for key, value in state.items() if isinstance(value, Tensor)}

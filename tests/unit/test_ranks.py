@@ -122,7 +122,7 @@ def check_that_a_folder_is_read_before_it_is_loaded(folder: Path, root: Path) ->
     moved = replace(index.storage_data[key], offset=len(whole), length=len(value.getvalue()))
     for words, changed, content in (
         ("missing or cut off", index, whole[: len(whole) // 2]),
-        (f"{part.name} is damaged at .*: the checksum", index, whole[:8192] + bytes([7] * 4096) + whole[12288:]),
+        (f"{part.name} is damaged at ", index, whole[:8192] + bytes([7] * 4096) + whole[12288:]),
         ("cannot be read", Touches(touched), whole),
         (
             f"{name.removeprefix('state_dict.')} is expected and missing",
