@@ -234,7 +234,12 @@ class GRPOModule(LightningModule):
         self.rollout_metrics, self.skip_reason = batch.metrics, batch.skip_reason
         # The loss is divided by the whole step's counts already; Lightning divides by the number of micro-batches once
         # more, and DDP and FSDP by the number of ranks.
-        return output.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return output.loss * (self.trainer.accumulate_grad_batches * self.num_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks over which the strategy averages gradients."""
+        return self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the step's metrics: sums of the micro-batches' shares, and the gradient's norm before clipping.
@@ -339,7 +344,7 @@ class GRPOModule(LightningModule):
             raise ConfigError(
                 f"the checkpoint {path} is a folder of parts, which FSDP2Strategy alone loads: give a file"
             )
-        stored = _parsed(checkpoint[SETTINGS_KEY])
+        stored = parsed_settings(checkpoint[SETTINGS_KEY])
         module = cls(policy or stored["policy"], loss or stored["loss"])
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
@@ -371,7 +376,7 @@ class GRPOModule(LightningModule):
         self.log_dict(metrics, batch_size=max(len(batch.rollouts), 1), on_step=False, on_epoch=True, sync_dist=True)
 
 
-def _parsed(settings: Mapping[str, Any]) -> Any:
+def parsed_settings(settings: Mapping[str, Any]) -> Any:
     """The configs that a checkpoint holds as plain data."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=PolicyConfig)

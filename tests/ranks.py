@@ -1,6 +1,6 @@
 """What the tests of several ranks run: each process is a rank that Lightning launches, over gloo.
 
-python -m tests.ranks equal|resume|uneven|fails MODEL_FOLDER FOLDER STRATEGY [NUMBER]
+python -m tests.ranks equal|resume|uneven|fails|nonfinite MODEL_FOLDER FOLDER STRATEGY [NUMBER]
 """
 
 import os
@@ -11,16 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
+from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
-from fuchsia_pl.policy.sharding import FSDP2Strategy, whole
+from fuchsia_pl.policy.sharding import FSDP2Strategy, local, whole
 from tests.doubles import RecordedEngine, TinyEnvironment, make_data, make_trainer
 
 STRATEGIES = {
@@ -148,10 +150,71 @@ def fails(model: Path, root: Path, strategy: str, rank: int) -> None:
     trainer.fit(module, datamodule=make_data(module, engine, batch_size=4, steps_per_epoch=3))
 
 
+class PoisonedRank(Callback):
+    """Writes a NaN into what rank 1 alone has, in step 1 (counted from 0)."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def _acts(self, trainer: Trainer, what: str) -> bool:
+        return self.what == what and trainer.global_rank == 1 and trainer.global_step == 1
+
+    def on_after_backward(self, trainer, pl_module):
+        if self._acts(trainer, "gradient"):
+            gradients = [local(p.grad) for p in pl_module.policy.trainable_parameters() if p.grad is not None]
+            for part in gradients:  # FSDP has none before the last micro-batch
+                part.fill_(torch.nan)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self._acts(trainer, "state"):
+            parts = [local(state["momentum_buffer"]) for state in optimizer.state.values()]
+            max(parts, key=torch.numel).view(-1)[0] = torch.nan
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self._acts(trainer, "loss") and batch_idx % 2 == 0:
+            step = GRPOModule.training_step.__get__(pl_module)
+            pl_module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * torch.nan
+        else:
+            pl_module.__dict__.pop("training_step", None)
+
+
+def nonfinite(model: Path, root: Path, strategy: str) -> None:
+    """A NaN on one rank, in one step of three: all ranks skip it, or all stop where it is in the optimizer's state."""
+    for what in ("gradient", "loss", "state"):
+        seed_everything(0, verbose=False)
+        config = PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8))
+        module = GRPOModule(config, LossConfig(), SGD)
+        folder = root / what
+        trainer = make_trainer(
+            folder,
+            FiniteGuard(),
+            PoisonedRank(what),
+            AdapterExport(),
+            RunCheckpoint(every_n_steps=1),
+            sync=AdapterSync(tolerance=100.0),
+            accumulate_grad_batches=2,
+            max_epochs=-1,
+            max_steps=3,
+            gradient_clip_val=1.0,
+            enable_checkpointing=True,
+            log_every_n_steps=1,
+            **{"logger": CSVLogger(folder, name="", version=""), **STRATEGIES[strategy]()},
+        )
+        data = make_data(module, RecordedEngine(), batch_size=4, steps_per_epoch=5)
+        stopped = False
+        try:
+            trainer.fit(module, datamodule=data)
+        except NonFiniteError:
+            stopped = True
+        assert stopped == (what == "state"), what
+        weights = [local(p.detach()) for p in module.policy.trainable_parameters()]
+        assert stopped or all(part.isfinite().all() for part in weights), what
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, model, root, strategy, *numbers = sys.argv[1:]
-    tasks = {"equal": equal, "resume": resume, "uneven": uneven, "fails": fails}
+    tasks = {"equal": equal, "resume": resume, "uneven": uneven, "fails": fails, "nonfinite": nonfinite}
     start = time.perf_counter()
     tasks[what](Path(model), Path(root), strategy, *map(int, numbers))
     sys.stderr.write(f"{what} {strategy}: {time.perf_counter() - start:.1f} s\n")

@@ -1,6 +1,7 @@
 """Keeps the engine on the trainer's weights, and stops the run where it is not."""
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -44,6 +45,7 @@ class SyncedModule(Protocol):
     behaviour: list[Tensor]
     ref_logprobs: Tensor | None
     loaded_step: int
+    skip_reason: str | None
 
 
 class AdapterSync(Callback):
@@ -162,8 +164,10 @@ class AdapterSync(Callback):
         Raises:
             SyncError: The step's mean gap is above the tolerance, or not a number.
         """
-        share = cast(SyncedModule, pl_module).step_metrics[GAP_METRIC]
-        gap = float(trainer.strategy.reduce(share.clone(), reduce_op="sum"))
+        module = cast(SyncedModule, pl_module)
+        gap = float(trainer.strategy.reduce(module.step_metrics[GAP_METRIC].clone(), reduce_op="sum"))
+        if not math.isfinite(gap) and module.skip_reason is not None:
+            return  # FiniteGuard has met the numbers that it comes from
         allowed = self.tolerance * (1 + self._lag)
         if not gap <= allowed:
             raise SyncError(
@@ -192,7 +196,7 @@ class AdapterSync(Callback):
 
     def _check_content(self, trainer: Trainer, policy: Policy) -> None:
         changed = self._loaded is None or fingerprint(policy.trainable_parameters()) != self._loaded[1]
-        if _num_ranks(trainer, changed):
+        if num_ranks_where(trainer, changed):
             raise SyncError(
                 "the trained weights were changed outside of the optimizer after the engine got those of step "
                 f"{trainer.global_step}, so the rollouts are not of the weights that would learn from them. A callback that "
@@ -206,7 +210,7 @@ class AdapterSync(Callback):
         owner = cast(EngineOwner, trainer.datamodule)  # type: ignore[attr-defined]
         engine = owner.engine
         loaded = (version, fingerprint(module.policy.trainable_parameters()))
-        if not _num_ranks(trainer, engine.policy_version != version or loaded != self._loaded):
+        if not num_ranks_where(trainer, engine.policy_version != version or loaded != self._loaded):
             return None
         start = time.perf_counter()
         if self._root is None:
@@ -227,7 +231,7 @@ class AdapterSync(Callback):
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         # Every rank hears of it, so that none waits for one that has ended.
-        num_failed = _num_ranks(trainer, failure is not None)
+        num_failed = num_ranks_where(trainer, failure is not None)
         if failure is not None:
             raise failure
         if num_failed:
@@ -236,7 +240,7 @@ class AdapterSync(Callback):
         return time.perf_counter() - start
 
 
-def _num_ranks(trainer: Trainer, holds: bool) -> int:
+def num_ranks_where(trainer: Trainer, holds: bool) -> int:
     """The number of ranks on which something holds. All ranks have to call it at the same time."""
     holding = torch.tensor(float(holds), device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(holding, reduce_op="sum"))

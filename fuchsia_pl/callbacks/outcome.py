@@ -17,6 +17,7 @@ class ConfiguredModule(Protocol):
     """What this callback knows of the module."""
 
     policy_config: PolicyConfig
+    skip_reason: str | None
 
 
 class Outcome(Callback):
@@ -26,10 +27,12 @@ class Outcome(Callback):
         self._num_steps = 0
         self._num_skipped = 0
         self._last_step = 0
+        self._num_without_advantage = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the highest rate that the optimizer was made with: a warm-up begins at 0."""
-        self._num_steps, self._num_skipped, self._last_step = 0, 0, trainer.global_step
+        self._num_steps, self._num_skipped, self._num_without_advantage = 0, 0, 0
+        self._last_step = trainer.global_step
         given = [group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups]
         rates = [float(rate) for rate in given if rate is not None]  # Adafactor may make its own
         lora = cast(ConfiguredModule, pl_module).policy_config.lora
@@ -48,7 +51,8 @@ class Outcome(Callback):
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             self._num_steps += 1
-            self._num_skipped += batch.skip_reason is not None
+            self._num_skipped += cast(ConfiguredModule, pl_module).skip_reason is not None
+            self._num_without_advantage += batch.skip_reason is not None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says why nothing was trained, if so."""
@@ -58,6 +62,8 @@ class Outcome(Callback):
 
     def _reason(self, trainer: Trainer) -> str:
         step, max_epochs = trainer.global_step, trainer.max_epochs
+        if self._num_steps > self._num_without_advantage:
+            return f"all {self._num_steps} steps were skipped, since numbers were not finite; see train/nonfinite"
         if self._num_steps:
             return f"all {self._num_steps} steps were skipped, since no rollout had an advantage; see train/skipped and reward/*"
         if 0 <= trainer.max_steps <= step:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -12,9 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fuchsia_pl.callbacks.adapter_sync import ends_phase
 from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.policy.checksums import check_intact
 from fuchsia_pl.types import ConfigError
 
 LAST = "last"
+OLDER = "step-{}"  # a checkpoint that a newer one has followed
 
 
 class PhasedModule(Protocol):
@@ -43,28 +47,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(stream.fileno())
         partial.replace(target)
 
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Loads one whose checksums hold.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
+        if Path(path).is_file():
+            check_intact(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only)
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/last.ckpt` every few optimizer steps and at the end of training, written atomically.
+
+    Those before it stay as `step-<number>.ckpt`, so that one that turns out to be bad is not the only one.
 
     For the best by a metric, add Lightning's own ModelCheckpoint to `trainer.callbacks`.
 
     Args:
         every_n_steps: Optimizer steps between two saves, rounded up to whole phases: the rollouts of a phase are not saved, so
             a run resumes where one begins.
+        keep: How many of the newest stay, `last.ckpt` among them.
+
+    Raises:
+        ConfigError: A number is below 1.
     """
 
-    def __init__(self, every_n_steps: int = 5) -> None:
+    def __init__(self, every_n_steps: int = 5, keep: int = 2) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"checkpoint.every_n_steps must be 1 or more, got {every_n_steps}")
+        if keep < 1:
+            raise ConfigError(f"checkpoint.keep must be 1 or more, got {keep}")
         super().__init__(filename=LAST, every_n_train_steps=every_n_steps, enable_version_counter=False)
         self.every_n_steps = every_n_steps
+        self.keep = keep
+        self._older: list[int] = []  # steps of the checkpoints beside `last.ckpt`, oldest first
+        self._current: int | None = None  # step of `last.ckpt`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the run folder, whatever the loggers are."""
         self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         num_updates = cast(PhasedModule, pl_module).loss_config.num_policy_updates
         self._every_n_train_steps = math.ceil(self.every_n_steps / num_updates) * num_updates
+        self._older, self._current = [], None
+        if stage == "fit" and trainer.is_global_zero:
+            self._older, self._current = _steps_in(Path(self.dirpath))
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
@@ -96,5 +126,55 @@ class RunCheckpoint(ModelCheckpoint):
 
     def save_now(self, trainer: Trainer) -> None:
         """Saves the state at hand, which has to be one between two phases. All ranks have to call it."""
-        trainer.save_checkpoint(self.last_file)
-        self._last_global_step_saved = trainer.global_step
+        self._save_checkpoint(trainer, str(self.last_file))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Lightning's one place of saving: what lies there gets a second name before, and the oldest goes after."""
+        path, step = Path(filepath), trainer.global_step
+        if trainer.is_global_zero and self.keep > 1 and self._current not in (None, step):
+            _link(path, _older_of(path, self._current))
+            self._older = [*(other for other in self._older if other != self._current), self._current]
+        super()._save_checkpoint(trainer, filepath)
+        self._current = step
+        while trainer.is_global_zero and len(self._older) >= self.keep:
+            _remove(_older_of(path, self._older.pop(0)))
+
+
+def _steps_in(folder: Path) -> tuple[list[int], int | None]:
+    """What an earlier run in the same folder has left: steps of the older checkpoints, oldest first, and of `last.ckpt`."""
+    files = sorted(folder.glob(f"{OLDER.format('*')}.ckpt"), key=lambda path: path.stat().st_mtime)
+    numbers = [path.stem.removeprefix(OLDER.format("")) for path in files]
+    older = [int(number) for number in numbers if number.isdecimal()]
+    try:
+        return older, int(read_checkpoint(folder / f"{LAST}.ckpt")["global_step"])
+    except ConfigError:
+        return older, None  # there is none, or one that nothing can be continued from
+
+
+def _older_of(last: Path, step: int | None) -> Path:
+    return last.with_stem(OLDER.format(step))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name of a file, or of all files of a folder, without their bytes where the file system can do that."""
+    _remove(target)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file)
+    elif source.exists():
+        _link_file(str(source), str(target))
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links
+        partial = f"{target}.partial"
+        shutil.copy2(source, partial)
+        os.replace(partial, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

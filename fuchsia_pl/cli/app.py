@@ -20,6 +20,7 @@ from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
+from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.lost_rank import LostRank
@@ -32,7 +33,7 @@ from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoin
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.callbacks.stop_signals import StopSignals
 from fuchsia_pl.cli.chatter import chatter_to
-from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint
+from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
 from fuchsia_pl.cli.ending import ended_by_itself
 from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
@@ -50,7 +51,6 @@ from fuchsia_pl.cli.run_folder import (
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
-from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.loading import check_quantization, trained_shapes
 from fuchsia_pl.policy.model_folder import blank_model
 from fuchsia_pl.policy.schedules import check_optimization
@@ -102,6 +102,8 @@ class FuchsiaCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, in the order in which Lightning calls them, and links what two parts share."""
+        # First, so that weights are checked before another callback writes them.
+        parser.add_lightning_class_args(FiniteGuard, "finite_guard")
         parser.add_lightning_class_args(StepTimer, "step_timer")
         parser.add_lightning_class_args(MemoryReport, "memory")
         # The longest rows are rehearsed while the trainer has the device, which it then leaves to the engine that syncs.
@@ -173,7 +175,7 @@ class FuchsiaCLI(LightningCLI):
         console = Console(highlight=False, quiet=not is_first_rank())
         path = agreed_checkpoint(lambda: find_checkpoint(str(given), runs, console))
         arguments.ckpt_path = str(path)
-        return read_checkpoint(path)
+        return read_given(path)
 
     def _check_weights(self, checkpoint: dict[str, Any] | None) -> None:
         """Compares the files of the model, the adapter and the checkpoint, from their headers, before anything is loaded."""

@@ -1,6 +1,6 @@
 """`--ckpt_path`: which checkpoint is meant, and whether it is one, before anything is built."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fuchsia_pl.types import ConfigError
 LAST, BEST = "last", "best"
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_FILE = "last.ckpt"
+OLDER_FILES = "step-*.ckpt"
 
 
 def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
@@ -49,8 +50,7 @@ def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
 
 
 def _last(runs: Path, console: Console) -> tuple[Path, int]:
-    files = [folder / CHECKPOINT_FOLDER / LAST_FILE for folder in _folders(runs)]
-    for path in sorted((file for file in files if _changed(file)), key=_changed, reverse=True):
+    for path in _by_age(folder / CHECKPOINT_FOLDER for folder in _folders(runs)):
         checkpoint = _whole(path, console)
         if checkpoint is not None:
             return path, checkpoint["global_step"]
@@ -58,6 +58,31 @@ def _last(runs: Path, console: Console) -> tuple[Path, int]:
         f"--ckpt_path {LAST}: no run under {runs} has left a whole {CHECKPOINT_FOLDER}/{LAST_FILE}. Leave it out to start anew, "
         "give a path, or set trainer.default_root_dir to the root of those runs"
     )
+
+
+def _by_age(folders: Iterable[Path]) -> list[Path]:
+    """What a run keeps by itself in some folders of checkpoints, the newest first."""
+    files = [file for folder in folders for file in (folder / LAST_FILE, *folder.glob(OLDER_FILES))]
+    # An older one is a second name of what `last.ckpt` was, so it has the time of its own step.
+    return sorted((file for file in files if _changed(file)), key=_changed, reverse=True)
+
+
+def read_given(path: Path) -> dict[str, Any]:
+    """The checkpoint that a command names, see `read_checkpoint`.
+
+    Raises:
+        ConfigError: It cannot be used; the newest beside it that can is named.
+    """
+    try:
+        return read_checkpoint(path)
+    except ConfigError as error:
+        for other in _by_age([path.parent]):
+            try:
+                step = read_checkpoint(other)["global_step"]
+            except ConfigError:
+                continue
+            raise ConfigError(f"{error}. The newest whole one beside it is {other}, of step {step}") from error
+        raise
 
 
 def _best(runs: Path, console: Console) -> tuple[Path, int]:

@@ -4,11 +4,13 @@ import os
 import sys
 import traceback
 
+from fuchsia_pl.callbacks.finite import NonFiniteError
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.ending import leave_stopped
 from fuchsia_pl.cli.failures import DEBUG_OPTION
+from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
@@ -42,8 +44,8 @@ def _report(end: BaseException, is_debugging: bool) -> None:
     """Prints what ended the command, where that takes one line; raises where that decides the exit code."""
     if isinstance(end, SystemExit) and is_debugging and end.__cause__ is not None:
         traceback.print_exception(end.__cause__)
-    # Errors of another process: where this one stood when it met them is no help.
-    if isinstance(end, EngineError | ToolServerError) and not is_debugging:
+    # Errors of another process or of numbers: where this one stood when it met them is no help.
+    if isinstance(end, EngineError | ToolServerError | NonFiniteError) and not is_debugging:
         sys.stderr.write("\n".join([f"error: {end}", *end.__dict__.get("__notes__", ())]) + "\n")
         sys.exit(1)
 
@@ -51,6 +53,8 @@ def _report(end: BaseException, is_debugging: bool) -> None:
 def _run(words: list[str]) -> None:
     if words[:1] == ["check-env"]:
         sys.exit(check_env(words[1:]))
+    if words[:1] == ["replay"]:
+        sys.exit(replay(words[1:]))
     if words[:1] == ["serve"]:
         serve(words[1:])
     FuchsiaCLI(words)

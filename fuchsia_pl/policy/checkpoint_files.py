@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from fuchsia_pl.policy.checksums import check_intact, damaged_part, part_of
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
 from fuchsia_pl.policy.sharding import FOLDER_METADATA, older_folder
 from fuchsia_pl.policy.tensor_files import first_difference
@@ -51,7 +51,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         What Lightning saved; of a folder, without weights and optimizers.
 
     Raises:
-        ConfigError: It is missing, empty, cut off, of another kind, or another program's.
+        ConfigError: It is missing, empty, cut off, damaged, of another kind, or another program's.
     """
     if not path.exists() and older_folder(path).is_dir():
         path = older_folder(path)  # a kill between two renames; `FSDP2Strategy` loads it too
@@ -76,6 +76,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"the checkpoint {path} is cut off, or is no checkpoint of this program, which holds tensors and plain values only "
             f"({type(error).__name__}: {reason}): give another one"
         ) from error
+    check_intact(path)
     if not isinstance(found, dict):
         raise ConfigError(
             f"the checkpoint {path} is no checkpoint: it holds a {type(found).__name__}. Give another one"
@@ -230,21 +231,14 @@ def _read_index(file: Path) -> Metadata:
 
 
 def _check_parts(path: Path, index: Metadata) -> None:
-    """Every part lies inside a file of the folder, and single values, which DCP unpickles without restriction, run no code."""
+    """Every part lies whole inside a file of the folder; single values, which DCP unpickles without restriction, run no code."""
+    damage = damaged_part(path, index)
+    if damage is not None:
+        raise ConfigError(f"the checkpoint {path} is not whole: {damage}. Give another one")
     for key, place in index.storage_data.items():
-        assert isinstance(place, _StorageInfo)
-        part = path / place.relative_path
-        if part.parent != path or not part.is_file() or part.stat().st_size < place.offset + place.length:
-            raise ConfigError(
-                f"the checkpoint {path} is not whole: {place.relative_path} is missing or cut off before {key.fqn}. Give another "
-                "one"
-            )
         if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
-            with part.open("rb") as stream:
-                stream.seek(place.offset)
-                value = stream.read(place.length)
             try:
-                torch.load(io.BytesIO(value), weights_only=True)
+                torch.load(io.BytesIO(part_of(path, place)), weights_only=True)
             except Exception as error:  # as above
                 raise ConfigError(
                     f"the checkpoint {path} holds a value that is broken or would run code, {key.fqn}: give another one"

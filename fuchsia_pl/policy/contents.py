@@ -1,6 +1,6 @@
-"""What the trained weights hold: whether it is the same as before, and where a checkpoint keeps an average of it."""
+"""What the trained weights hold: whether it is the same as before and finite, and where a checkpoint keeps an average of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,3 +48,22 @@ def _hash(part: Tensor) -> Tensor:
         places = torch.arange(start + 1, start + 1 + len(chunk), device=part.device) * MULTIPLIER
         total += (chunk * ((places ^ (places >> 29)) * MULTIPLIER | 1)).sum()
     return total
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with a value that is infinite or NaN, in the part on this rank where they are sharded.
+
+    Args:
+        tensors: By name, of any shape, type and device.
+
+    >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.inf]), "c": torch.zeros(0), "step": torch.tensor(3)})
+    ['b']
+    """
+    parts = {name: local(tensor) for name, tensor in tensors.items()}
+    checked = {name: part for name, part in parts.items() if part.is_floating_point()}
+    if not checked:
+        return []
+    device = next(iter(checked.values())).device
+    found = torch.stack([part.isfinite().all().to(device) for part in checked.values()]).tolist()  # one transfer
+    return [name for name, is_finite in zip(checked, found, strict=True) if not is_finite]

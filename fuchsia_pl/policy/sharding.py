@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from fuchsia_pl.policy.checkpointing import transformer_blocks
+from fuchsia_pl.policy.checksums import check_intact, damaged_part
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_TIMEOUT_S = 1800.0
@@ -99,11 +100,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Loads weights and optimizers, and returns the rest; from a file of any strategy, or a folder of this one.
 
         A run that was killed while a folder took another's place has left that other one, which is loaded then.
+
+        Raises:
+            ConfigError: The file is damaged, or a part of the folder is.
         """
         path = Path(checkpoint_path)
         path = self.broadcast(path if path.exists() or not older_folder(path).is_dir() else older_folder(path))
         if path.is_dir():
+            # The parts are read twice, so by one rank.
+            index = dcp.FileSystemReader(path).read_metadata()
+            damage = self.broadcast(damaged_part(path, index) if self.is_global_zero else None)
+            if damage is not None:
+                raise ConfigError(f"the checkpoint {path} is not whole: {damage}. Give another one")
             return self._load_folder(path, weights_only)
+        check_intact(path)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         assert self.model is not None
         weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -22,6 +22,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES, Advantage
 from fuchsia_pl.objectives.returns import gae, rewards_to_go
 from fuchsia_pl.objectives.rewards import overlong_penalty
+from fuchsia_pl.rollouts.scoring import LARGEST, RewardError
 from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus, Sample
 
 OVERLONG = "overlong"
@@ -90,6 +91,9 @@ def make_samples(
         weights: Weight of each reward function by name, 1.0 where not given; needed for "normalize_then_sum".
         scores: Where `config.needs_scores`, what the trainer says of each rollout's sampled tokens, by `id(rollout)`.
         over_ranks: Adds a tensor up over all ranks. Every rank calls it equally often.
+
+    Raises:
+        RewardError: An advantage, or the target of a value, is no number that a batch can hold.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     advantages, targets = _token_advantages(config, groups, weights, scores, over_ranks)
@@ -99,13 +103,32 @@ def make_samples(
             continue
         length = rollout.num_sampled_tokens
         own = advantages[row, :length].tolist()
+        _check_bounds(rollout, own, scores.get(id(rollout)))
         if targets is None:
             samples.append(Sample(rollout, tuple(own)))
         else:
             values = scores[id(rollout)].values
             assert values is not None
+            _check_bounds(rollout, targets[row, :length].tolist(), scores[id(rollout)])
             samples.append(Sample(rollout, tuple(own), tuple(values.tolist()), tuple(targets[row, :length].tolist())))
     return samples
+
+
+def _check_bounds(rollout: Rollout, values: Sequence[float], scores: RolloutScores | None) -> None:
+    """Refuses what is made of finite rewards and is not finite itself, or not in a batch's float32."""
+    endless = next((value for value in values if not abs(value) <= LARGEST), None)
+    if endless is None:
+        return
+    parts = [f"{name} {value:g}" for name, value in rollout.rewards.items() if value is not None]
+    if scores is not None and scores.kl is not None:
+        parts.append(f"KL {float(scores.kl.sum()):g}")
+    if scores is not None and scores.values is not None:
+        parts.append(f"largest value of the critic {float(scores.values.abs().max()):g}")
+    raise RewardError(
+        f"an advantage of sibling {rollout.sibling} of item {rollout.item_index} is {endless:g}, from a total reward of "
+        f"{rollout.reward:g} with the parts {', '.join(parts)}. Advantages must be finite and at most {LARGEST:g}: lower the "
+        "rewards, their weights or model.loss.beta"
+    )
 
 
 def scores_by_rollout(batches: Sequence[Batch], scores: Sequence[RolloutScores]) -> dict[int, RolloutScores]:

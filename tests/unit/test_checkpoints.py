@@ -211,3 +211,26 @@ def test_a_schedule_that_has_ended_is_said_and_a_longer_one_can_be_chosen(config
     assert chosen.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)  # at the end of all four
     kept = fit(config, *longer, "--resume.scheduler", "checkpoint")
     assert kept.trainer.lr_scheduler_configs[0].scheduler.total_iters == 2
+
+
+def test_a_bad_checkpoint_names_the_newest_good_one_and_last_takes_it(config, capsys, tmp_path):
+    """Each fault in turn; the run saved after steps 1 and 2."""
+    fit(config, "--checkpoint.every_n_steps", "1")
+    capsys.readouterr()
+    last, older = last_of(0), last_of(0).with_name("step-1.ckpt")
+    whole = last.read_bytes()
+    for name, content in (
+        ("torn", whole[:-100]),
+        ("empty", b""),
+        ("foreign", b"hello"),
+        ("overwritten", whole[:9000] + bytes(4096) + whole[13096:]),
+    ):
+        last.write_bytes(content)
+        said = refused(capsys, "fit", "--config", str(config), "--ckpt_path", str(last))
+        assert f"The newest whole one beside it is {older}, of step 1" in said, name
+        assert len(said.splitlines()) == 2, name  # and where all keys are listed
+    validated = FuchsiaCLI(["validate", "--config", str(config), "--ckpt_path", "last", *VALIDATE])
+    assert f"--ckpt_path last: {older}, of step 1" in capsys.readouterr().out
+    assert validated.model.loaded_step == 1
+    older.write_bytes(b"")
+    assert "newest whole one" not in refused(capsys, "fit", "--config", str(config), "--ckpt_path", str(last))

@@ -16,7 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fuchsia_pl.callbacks.recorded_step import read_step
+from fuchsia_pl.cli.replay import replay_step
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.policy.checksums import damaged_part
 from fuchsia_pl.types import ConfigError
 from tests.ranks import POLICIES
 from tests.unit.policy.test_adapter import Touches
@@ -119,6 +122,7 @@ def check_that_a_folder_is_read_before_it_is_loaded(folder: Path, root: Path) ->
     moved = replace(index.storage_data[key], offset=len(whole), length=len(value.getvalue()))
     for words, changed, content in (
         ("missing or cut off", index, whole[: len(whole) // 2]),
+        (f"{part.name} is damaged at ", index, whole[:8192] + bytes([7] * 4096) + whole[12288:]),
         ("cannot be read", Touches(touched), whole),
         (
             f"{name.removeprefix('state_dict.')} is expected and missing",
@@ -131,6 +135,8 @@ def check_that_a_folder_is_read_before_it_is_loaded(folder: Path, root: Path) ->
         part.write_bytes(content)
         with pytest.raises(ConfigError, match=words):
             read_checkpoint(folder)
+        if "damaged" in words:
+            assert re.search(words, damaged_part(folder, index) or "")  # what FSDP2Strategy refuses by in a script
     assert not touched.exists()
 
 
@@ -155,6 +161,33 @@ def test_a_run_resumes_with_another_strategy_or_number_of_ranks(tiny_model, tmp_
     for name, tensor in straight.items():
         exact = {"rtol": 0, "atol": 0 if is_exact else 1e-4}
         torch.testing.assert_close(after[name], tensor, **exact)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_nan_on_one_rank_is_skipped_or_stops_all_of_them_and_reaches_no_file(tiny_model, tmp_path, strategy):
+    done = run("nonfinite", tiny_model, tmp_path, strategy)
+    assert done.returncode == 0, errors_of(done)
+    for what, last in (("gradient", 3), ("loss", 3), ("state", 1)):
+        checkpoint = torch.load(tmp_path / what / "checkpoints/last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == last
+        tensors = [*checkpoint["state_dict"].values()]
+        tensors += [state["momentum_buffer"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+        assert tensors
+        assert all(tensor.isfinite().all() for tensor in tensors)
+        adapter = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / what / "adapter"
+        )
+        assert all(p.isfinite().all() for p in adapter.parameters())
+        if last == 3:
+            recorded = [read_step(tmp_path / what / f"recorded/step-2.pt.rank{rank}") for rank in (0, 1)]
+            assert recorded[0].weights.keys() == recorded[1].weights.keys()
+            assert [step.losses.isfinite().all().item() for step in recorded] == [True, what == "gradient"]
+            # What was poisoned lay behind the loss, so each rank's own losses are found again.
+            for step in recorded[: 2 if what == "gradient" else 1]:
+                replayed = replay_step(step, tmp_path)
+                assert (replayed.same_losses, replayed.same_gradients) == (True, None)
+            rows = csv.DictReader((tmp_path / what / "metrics.csv").open())
+            assert [float(row["train/nonfinite"]) for row in rows if row["train/grad_norm"]] == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -20,10 +20,11 @@ from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel, conversation_text
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
-from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.types import Rollout
+from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.types import ConfigError, Rollout
 from tests.doubles import TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
 
 EXPECTED_METRICS = {
@@ -130,9 +131,47 @@ def test_the_exported_adapter_is_the_trained_one(run, tiny_model):
 
 
 def test_the_last_checkpoint_is_of_the_last_step(run):
-    checkpoints = list((run[0] / "checkpoints").iterdir())
-    assert [file.name for file in checkpoints] == ["last.ckpt"]
-    assert torch.load(checkpoints[0], weights_only=True)["global_step"] == 3
+    folder = run[0] / "checkpoints"
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "step-2.ckpt"]
+    for name, step in (("last.ckpt", 3), ("step-2.ckpt", 2)):
+        assert torch.load(folder / name, weights_only=True)["global_step"] == step
+
+
+@pytest.mark.parametrize(("keep", "older", "links"), [(1, [], True), (2, [4], True), (3, [3, 4], False)])
+def test_the_last_checkpoints_stay_whole(tiny_model, tmp_path, monkeypatch, keep, older, links):
+    if not links:
+        monkeypatch.setattr("os.link", lambda *args: (_ for _ in ()).throw(PermissionError("no links here")))
+    module = make_module(tiny_model)
+    trainer = make_trainer(
+        tmp_path, RunCheckpoint(every_n_steps=1, keep=keep), enable_checkpointing=True, plugins=[AtomicCheckpointIO()]
+    )
+    trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=5))
+    folder = tmp_path / "checkpoints"
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", *(f"step-{step}.ckpt" for step in older)]
+    for step in older:
+        assert read_checkpoint(folder / f"step-{step}.ckpt")["global_step"] == step
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] == 5
+
+
+def test_a_later_run_in_the_same_folder_keeps_what_is_whole(tiny_model, tmp_path):
+    def fit(max_steps: int, **settings) -> list[str]:
+        module = make_module(tiny_model)
+        saver = RunCheckpoint(every_n_steps=1, keep=2)
+        trainer = make_trainer(tmp_path, saver, enable_checkpointing=True, max_epochs=-1, max_steps=max_steps)
+        trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=5), **settings)
+        return sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
+
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert fit(2) == ["last.ckpt", "step-1.ckpt"]
+    assert fit(3, ckpt_path=last) == ["last.ckpt", "step-2.ckpt"]
+    last.write_bytes(b"")  # an empty one takes no good one's place
+    assert fit(1) == ["last.ckpt", "step-2.ckpt"]
+    assert read_checkpoint(last.with_name("step-2.ckpt"))["global_step"] == 2
+
+
+def test_fewer_than_one_checkpoint_is_refused():
+    with pytest.raises(ConfigError, match=r"checkpoint.keep must be 1 or more, got 0"):
+        RunCheckpoint(keep=0)
 
 
 def test_tokens_per_second_are_those_of_all_ranks(tiny_model, tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,7 +7,8 @@ from fuchsia_pl.batch import RolloutScores
 from fuchsia_pl.objectives.config import CriticSettings, LossConfig
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, scores_by_rollout
-from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
+from fuchsia_pl.rollouts.scoring import RewardError
+from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
 
 
 def rollout(length: int, reward: float | None, truncated: bool = False, **rewards) -> Rollout:
@@ -228,3 +231,33 @@ def test_a_step_on_which_only_the_critic_learns():
     rows = make_samples(config, make_groups([group]), {}, of(group, values=[[0.0], [0.0]]), lambda values: values)
     assert [row.advantages for row in rows] == [(0.0,), (0.0,)]
     assert [row.value_targets for row in rows] == [(1.0,), (1.0,)]
+
+
+@pytest.mark.parametrize(
+    ("config", "rewards", "word"),
+    [
+        # 3.4e38 - (-3.4e38) is finite in float64, and infinite in a batch's float32
+        (
+            LossConfig("rloo"),
+            (-3.4e38, 3.4e38),
+            "is -6.8e+38, from a total reward of -3.4e+38 with the parts right -3.4e+38",
+        ),
+        (LossConfig("dr_grpo"), (math.inf, 1.0), "with the parts right inf"),
+    ],
+)
+def test_advantages_that_are_not_finite_are_refused_with_their_parts(config, rewards, word):
+    group = RolloutGroup(tuple(rollout(1, reward, right=reward) for reward in rewards), has_spread=True)
+    with pytest.raises(RewardError) as caught:
+        make_samples(config, [group], {}, {}, lambda values: values)
+    assert word in str(caught.value)
+
+
+def test_a_kl_or_a_value_that_is_not_finite_is_named():
+    config = LossConfig("ppo", advantage="reward", beta=0.1, kl_in="reward")
+    group = [rollout(1, 0.0, right=0.0), rollout(1, 1.0, right=1.0)]
+    scores = {id(r): RolloutScores(torch.tensor([math.inf]), None) for r in group}
+    with pytest.raises(RewardError, match="is -inf, from a total reward of 0 with the parts right 0, KL inf"):
+        make_samples(config, make_groups([group]), {}, scores, lambda values: values)
+    scores = {id(r): RolloutScores(None, torch.tensor([math.nan])) for r in group}
+    with pytest.raises(RewardError, match=r"is nan, .* largest value of the critic nan"):
+        make_samples(LossConfig("ppo", advantage="gae"), make_groups([group]), {}, scores, lambda values: values)

@@ -1,0 +1,174 @@
+"""One optimizer step in a file: all that its losses and gradients are computed from, and what they were."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.checksums import check_intact
+from fuchsia_pl.policy.config import PolicyConfig
+from fuchsia_pl.policy.contents import fingerprint
+from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.policy.sharding import whole
+from fuchsia_pl.types import ConfigError
+
+# Of a batch, what is for logs alone and holds a user's objects.
+LEFT_OUT = {"samples", "unused", "without_effect", "metrics", "skip_reason"}
+KINDS = {
+    "step": int,
+    "world_size": int,
+    "precision": str,
+    "num_threads": int,
+    "settings": dict,
+    "weights": dict,
+    "losses": Tensor,
+    "gradient_norm": float,
+}
+
+
+class RecordedModule(Protocol):
+    """What is recorded of the module."""
+
+    policy: Policy
+    policy_config: PolicyConfig
+    loss_config: LossConfig
+    behaviour: list[Tensor]
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One rank's part of an optimizer step.
+
+    Attributes:
+        step: Optimizer steps before it.
+        world_size: Number of ranks.
+        precision: `trainer.precision`.
+        device: Type of the device, such as "cuda".
+        num_threads: Threads of torch on a CPU, on which the order of its sums depends.
+        settings: Policy and loss, as plain data.
+        weights: The trained weights before the step, by name in the policy.
+        batches: Its micro-batches, without samples.
+        behaviour: The trainer's logprobs before the first update of the phase, of each micro-batch; float32 [B, T] each.
+        losses: Of each micro-batch, as given to backward. Shape [number of micro-batches].
+        gradient: Fingerprint of the gradients, of this rank's part.
+        gradient_norm: L2 norm of the gradient over all ranks, before clipping.
+
+    >>> RecordedStep(3, 1, "32-true", "cpu", 1, {}, {}, (), (), torch.zeros(0), (), 0.5).step
+    3
+    """
+
+    step: int
+    world_size: int
+    precision: str
+    device: str
+    num_threads: int
+    settings: dict[str, Any]
+    weights: dict[str, Tensor]
+    batches: tuple[Batch, ...]
+    behaviour: tuple[Tensor, ...]
+    losses: Tensor
+    gradient: tuple[int, ...]
+    gradient_norm: float
+
+
+def record_step(
+    path: Path, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], losses: Tensor, norm: Tensor
+) -> Path:
+    """Writes the step whose gradients the module holds. All ranks have to call it at the same time.
+
+    Args:
+        path: The file; with several ranks each writes one that ends in its rank, and the first holds the weights for all.
+        trainer: The run's, within `on_before_optimizer_step`.
+        pl_module: The run's.
+        batches: The step's micro-batches.
+        losses: Of each of them, shape [number of micro-batches].
+        norm: L2 norm of the gradient, a scalar.
+
+    Returns:
+        The file of this rank.
+    """
+    module = cast(RecordedModule, pl_module)
+    trained = {name: p for name, p in module.policy.named_parameters() if p.requires_grad}
+    weights = {name: _kept(whole(p.detach()), trainer.is_global_zero) for name, p in trained.items()}
+    content = {
+        "step": trainer.global_step,
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+        "device": trainer.strategy.root_device.type,
+        "num_threads": torch.get_num_threads(),
+        "settings": {"policy": asdict(module.policy_config), "loss": asdict(module.loss_config)},
+        "weights": weights if trainer.is_global_zero else None,
+        "batches": [_plain(batch) for batch in batches],
+        "behaviour": [logprobs.cpu() for logprobs in module.behaviour],
+        "losses": losses.cpu(),
+        "gradient": list(fingerprint([p.grad for p in trained.values() if p.grad is not None])),
+        "gradient_norm": float(norm),
+    }
+    target = path if trainer.world_size == 1 else path.with_name(f"{path.name}.rank{trainer.global_rank}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    torch.save(content, partial)
+    partial.replace(target)
+    return target
+
+
+def _kept(weight: Tensor, is_writer: bool) -> Tensor:
+    """A weight on the host of the rank that writes it; the others keep nothing of it."""
+    return weight.cpu() if is_writer else weight.new_empty(0)
+
+
+def _plain(batch: Batch) -> dict[str, Any]:
+    on_host = batch.to("cpu")
+    values = {f.name: getattr(on_host, f.name) for f in fields(on_host) if f.name not in LEFT_OUT}
+    groups = [(group.num_rows, group.prefix_length) for group in batch.groups]
+    return {**values, "groups": groups, "denominators": asdict(batch.denominators)}
+
+
+def read_step(path: Path) -> RecordedStep:
+    """A step that was recorded. No code in the file is run.
+
+    Raises:
+        ConfigError: It is no such file, or is damaged.
+    """
+    content = _read(path)
+    if content.get("weights") is None:
+        content["weights"] = _read(path.with_suffix(".rank0")).get("weights")
+    try:
+        batches = tuple(_batch(values) for values in content.pop("batches"))
+        behaviour, gradient = tuple(content.pop("behaviour")), tuple(content.pop("gradient"))
+        recorded = RecordedStep(**content, batches=batches, behaviour=behaviour, gradient=gradient)
+    except Exception as error:  # a file of unknown origin: it may hold anything under any key
+        raise _foreign(path, error) from error
+    for name, kind in KINDS.items():
+        if not isinstance(getattr(recorded, name), kind):
+            raise _foreign(path, TypeError(f"its {name} is a {type(getattr(recorded, name)).__name__}"))
+    return recorded
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist or is no file: give a file that a run left under recorded/")
+    check_intact(path, "recorded step")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler fails in whatever way the bytes lead to
+        raise _foreign(path, error) from error
+    if not isinstance(content, dict):
+        raise _foreign(path, TypeError(f"it holds a {type(content).__name__}"))
+    return content
+
+
+def _foreign(path: Path, error: Exception) -> ConfigError:
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
+    return ConfigError(f"{path} is no step that a run of this version recorded ({reason}): give a file under recorded/")
+
+
+def _batch(values: dict[str, Any]) -> Batch:
+    groups = tuple(PrefixGroup(*group) for group in values["groups"])
+    denominators = Denominators(**values["denominators"])
+    return Batch(**{**values, "groups": groups, "denominators": denominators}, samples=(), metrics={})

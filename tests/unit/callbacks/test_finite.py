@@ -1,0 +1,168 @@
+"""Numbers that are not finite are injected for real; none of them reaches the weights or a file."""
+
+import csv
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from fuchsia_pl.callbacks.adapter_export import AdapterExport
+from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
+from fuchsia_pl.callbacks.outcome import Outcome
+from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.types import ConfigError
+from tests.doubles import make_data, make_module, make_trainer
+
+
+class Poison(Callback):
+    """Writes a number into what is trained, in some steps."""
+
+    def __init__(self, what: str, number: float, *steps: int) -> None:
+        self.what, self.number, self.steps = what, number, steps
+        self.weights: list[list[torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weights.append([p.detach().clone() for p in pl_module.policy.trainable_parameters()])
+
+    def on_after_backward(self, trainer, pl_module):
+        if self.what == "gradient" and trainer.global_step in self.steps:
+            pl_module.policy.trainable_parameters()[-1].grad.view(-1)[3] = self.number
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step in self.steps and self.what in ("momentum", "variance"):
+            key = {"momentum": "exp_avg", "variance": "exp_avg_sq"}[self.what]
+            next(iter(optimizer.state.values()))[key].view(-1)[0] = self.number
+
+
+def fit(tiny_model, root: Path, poison: Poison, guard: FiniteGuard | None = None, **settings):
+    module = make_module(tiny_model)
+    if poison.what == "loss":
+        module.training_step = poisoned_loss(module, poison)
+    if poison.what == "logprobs":
+        module.configure_model()
+        module.policy.scores = poisoned_scores(module, poison)
+    callbacks = [guard or FiniteGuard(), poison, Outcome(), AdapterExport(), RunCheckpoint(every_n_steps=1)]
+    trainer = make_trainer(
+        root,
+        *callbacks,
+        *settings.pop("more", ()),
+        enable_checkpointing=True,
+        plugins=[AtomicCheckpointIO()],
+        log_every_n_steps=1,
+        logger=CSVLogger(root, name="", version=""),
+        accumulate_grad_batches=2,
+        max_epochs=-1,
+        **{"gradient_clip_val": 1.0, "max_steps": 3, **settings},
+    )
+    try:
+        trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=10))
+    finally:
+        poison.weights.append([p.detach().clone() for p in module.policy.trainable_parameters()])
+    return trainer
+
+
+def poisoned_loss(module, poison: Poison):
+    step = module.training_step
+    return lambda batch, batch_idx: (
+        step(batch, batch_idx) * (poison.number if module.global_step in poison.steps else 1.0)
+    )
+
+
+def poisoned_scores(module, poison: Poison):
+    scores = module.policy.scores
+
+    def poisoned(batch):
+        found = scores(batch)
+        if module.global_step in poison.steps:
+            found.logprobs.data.fill_(poison.number)
+        return found
+
+    return poisoned
+
+
+def rows(root: Path) -> list[dict[str, str]]:
+    with (root / "metrics.csv").open() as stream:
+        return [row for row in csv.DictReader(stream) if row["train/grad_norm"]]
+
+
+def files_are_finite(root: Path) -> bool:
+    state = torch.load(root / "checkpoints/last.ckpt", weights_only=True)
+    return all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [
+        *itertools.product(["gradient", "loss"], [math.nan, math.inf, -math.inf]),
+        ("logprobs", math.nan),
+        ("logprobs", -math.inf),
+    ],
+)
+def test_a_step_with_a_number_that_is_not_finite_is_skipped_and_counted(tiny_model, tmp_path, what, number):
+    poison = Poison(what, number, 1)
+    trainer = fit(tiny_model, tmp_path, poison)
+    assert trainer.global_step == 3
+    assert [float(row["train/nonfinite"]) for row in rows(tmp_path)] == [0.0, 1.0, 0.0]
+    assert [float(row["train/skipped"]) for row in rows(tmp_path)] == [0.0, 1.0, 0.0]
+    # Two micro-batches a step: the weights at the start of each step, and at the end.
+    first, second, third, end = (poison.weights[place] for place in (0, 2, 4, 6))
+    assert all(torch.equal(a, b) for a, b in zip(second, third, strict=True))  # no momentum moved them either
+    assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(third, end, strict=True))
+    assert all(weight.isfinite().all() for weight in end)
+    assert files_are_finite(tmp_path)
+
+
+def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole(tiny_model, tmp_path):
+    # Steps 1 and 3 to 5 of 10, counted from 0: a good step between them starts the count anew.
+    with pytest.raises(
+        NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*step 3 of this kind in a row"
+    ):
+        fit(tiny_model, tmp_path, Poison("gradient", math.nan, 1, 3, 4, 5), max_steps=10)
+    assert files_are_finite(tmp_path)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    # Each may be as large as a checkpoint, so the last three stay.
+    assert sorted(file.name for file in (tmp_path / "recorded").iterdir()) == ["step-4.pt", "step-5.pt", "step-6.pt"]
+    guard = FiniteGuard(max_nonfinite_steps=1)
+    with pytest.raises(NonFiniteError, match=r"^step 2: .*max_nonfinite_steps is 1"):
+        fit(tiny_model, tmp_path / "one", Poison("gradient", math.nan, 1), guard)
+    with pytest.raises(ConfigError, match=r"finite_guard.max_nonfinite_steps must be 1 or more, got 0"):
+        FiniteGuard(max_nonfinite_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("what", "number", "named"),
+    [("momentum", math.nan, "policy.model"), ("variance", math.inf, "exp_avg_sq of policy.model")],
+)
+def test_weights_or_a_state_that_are_not_finite_stop_the_run_before_anything_is_written(
+    tiny_model, tmp_path, what, number, named
+):
+    saver = OnExceptionCheckpoint(tmp_path / "exceptions")
+    with pytest.raises(NonFiniteError, match=f"^after step 2 .* are not finite: .*{named}"):
+        fit(tiny_model, tmp_path, Poison(what, number, 1), more=[saver])
+    assert files_are_finite(tmp_path)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
+    assert not list((tmp_path / "exceptions").glob("*"))
+
+
+def test_a_checkpoint_with_such_a_state_is_not_continued_from(tiny_model, tmp_path):
+    fit(tiny_model, tmp_path, Poison("", 0.0), max_steps=1)
+    file = tmp_path / "checkpoints/last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["optimizer_states"][0]["state"][0]["exp_avg"].view(-1)[0] = math.inf
+    torch.save(checkpoint, file)
+    module = make_module(tiny_model)
+    trainer = make_trainer(tmp_path / "resumed", FiniteGuard(), max_epochs=-1, max_steps=2)
+    with pytest.raises(NonFiniteError, match=r"^after step 1 .* not finite: exp_avg of policy\.model"):
+        trainer.fit(module, datamodule=make_data(module), ckpt_path=file)
+
+
+def test_a_run_whose_steps_were_all_skipped_names_the_cause(tiny_model, tmp_path, caplog):
+    fit(tiny_model, tmp_path, Poison("gradient", math.nan, 0), max_steps=1)
+    told = [record.getMessage() for record in caplog.records if "nothing was trained" in record.getMessage()]
+    assert told == ["nothing was trained: all 1 steps were skipped, since numbers were not finite; see train/nonfinite"]
