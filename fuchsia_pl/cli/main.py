@@ -11,6 +11,7 @@ from fuchsia_pl.cli.failures import DEBUG_OPTION
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.envs.user_code import ends_by_itself
 
 
 def main() -> None:
@@ -23,7 +24,8 @@ def main() -> None:
     show_warnings()
     is_debugging = DEBUG_OPTION in sys.argv
     try:
-        _run([word for word in sys.argv[1:] if word != DEBUG_OPTION])
+        with ends_by_itself():
+            _run([word for word in sys.argv[1:] if word != DEBUG_OPTION])
     except SystemExit as end:
         if is_debugging and end.__cause__ is not None:
             traceback.print_exception(end.__cause__)
