@@ -1,6 +1,5 @@
 """The DataModule: each optimizer step's items become rollouts, groups, advantages and micro-batches."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,12 +18,15 @@ from torch.utils.data import DataLoader
 from fuchsia_pl.batch import Batch, Denominators, RolloutScores
 from fuchsia_pl.engines.base import Engine, EngineSpec, engine_log
 from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
+from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.objectives.config import Learner
+from fuchsia_pl.rollouts import preparation
 from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
 from fuchsia_pl.rollouts.ahead import PhasesAhead
 from fuchsia_pl.rollouts.batcher import Unit, count_denominators, count_over_ranks, make_batches, split_balanced
 from fuchsia_pl.rollouts.budget import LongestRow, check_budget, longest_row, longest_samples, plan_micro_batches
+from fuchsia_pl.rollouts.calls import close
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
@@ -34,7 +36,6 @@ from fuchsia_pl.rollouts.flags import Limits, check_settings, return_limits, tak
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
 from fuchsia_pl.rollouts.parts import Scorer, check_parts
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
-from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
 from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.stopping import stopping
@@ -111,15 +112,15 @@ class RolloutDataModule(LightningDataModule):
             EngineError: The engine did not start.
         """
         trainer, self._stage = self._trainer, stage
-        check_shares(self.batch_size, trainer.world_size)
+        preparation.check_shares(self.batch_size, trainer.world_size)
         sleeps = check_parts(trainer)
         num_updates = self.loss.num_policy_updates
         self._limits = take_limits(trainer, stage, self.steps_per_epoch, num_updates, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
         self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
-        with told_as_config_error(f"{type(self.environment).__name__}.prepare"):
+        with preparation.told_as_config_error(f"{type(self.environment).__name__}.prepare"):
             self._run(self._collector.prepare())
-        self._check_prompts()
+        call_apart(self._check_prompts)
         self.engine.start(
             EngineSpec(
                 self.served_model,
@@ -154,7 +155,7 @@ class RolloutDataModule(LightningDataModule):
         was_read = self._collector.chat.template.has_read_date
         self._collector.chat = self.make_chat()
         if was_read:
-            self._check_prompts()
+            call_apart(self._check_prompts)
 
     def teardown(self, stage: str) -> None:
         """Ends the environment's servers and the engine, while the interpreter is still whole."""
@@ -222,7 +223,7 @@ class RolloutDataModule(LightningDataModule):
         """Refuses, before the engine starts, what would fail or silently drop rows later."""
         assert self._collector is not None
         check_settings(self._trainer)
-        trainer, prompts = self._trainer, training_prompts(self._collector, self.seed, self.batch_size)
+        trainer, prompts = self._trainer, preparation.training_prompts(self._collector, self.seed, self.batch_size)
         self._fitting = list(prompts)
         self._longest_row = longest_row(prompts.values(), self.sampling, has_turns=self.environment.max_steps > 1)
         budget = self._scorer.max_tokens_per_micro_batch
@@ -240,7 +241,7 @@ class RolloutDataModule(LightningDataModule):
         """Refuses, before anything is trained, a held-out split that could not be asked."""
         assert self._collector is not None
         num_ranks = self._trainer.world_size
-        self._held_out = self._taken.first_held_out(held_out_prompts(self._collector, num_ranks), num_ranks)
+        self._held_out = self._taken.first_held_out(preparation.held_out_prompts(self._collector, num_ranks), num_ranks)
 
     def _plan_micro_batches(self, max_tokens: int) -> None:
         """Sets the trainer's number of micro-batches; only now does the model say whether it shares prefixes."""
@@ -293,7 +294,7 @@ class RolloutDataModule(LightningDataModule):
                 await phases.cancel()
         finally:
             try:
-                await asyncio.wait_for(self.environment.close(), CLOSE_TIMEOUT_S)
+                await close(self.environment, CLOSE_TIMEOUT_S)
             finally:
                 await cancel_others(CLOSE_TIMEOUT_S)
 
@@ -308,7 +309,7 @@ class RolloutDataModule(LightningDataModule):
         version = min((r.policy_version for r in rollouts if r.turns), default=self.engine.policy_version)
         penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
         scores = self._scores(sampled.kept, version)
-        weights = weights_at(self.environment, step)
+        weights = call_apart(weights_at, self.environment, step)
         made = make_samples(self.loss, sampled.kept, weights, scores, self._add_up)
         samples = drop_stale(made, step, self.sampling.max_staleness)
         version = oldest_version(samples, version, partial(self._over_ranks, "min"))
@@ -322,12 +323,12 @@ class RolloutDataModule(LightningDataModule):
             len(samples),
             len(samples) - len(effective),
             seconds,
-            len(self.environment.train_items()) - len(self._fitting),
+            len(call_apart(preparation.training_items, self.environment)) - len(self._fitting),
             kl_total if self.loss.kl_in_reward else None,
             len(made) - len(samples),
         )
         world_size = self._trainer.world_size
-        metrics = over_ranks(step_fractions(record, self.environment, world_size), self._add_up)
+        metrics = over_ranks(call_apart(step_fractions, record, self.environment, world_size), self._add_up)
         longest = self.sampling.max_completion_tokens
         denominators, skip_reason = count_over_ranks(samples, effective, longest, self._add_up)
         batches = make_batches(self._split(effective), denominators, version, metrics)
@@ -351,7 +352,7 @@ class RolloutDataModule(LightningDataModule):
         drawn = self._taken.drawn_phase(phase)
         places = item_indices(self.seed, drawn, len(self._fitting), self.batch_size)
         draw = Draw(
-            items=self.environment.train_items(),
+            items=preparation.training_items(self.environment),
             indices=self._share([self._fitting[place] for place in places]),
             siblings=self.sampling.group_size,
             temperature=self.sampling.temperature,
@@ -392,10 +393,10 @@ class RolloutDataModule(LightningDataModule):
         assert collector is not None, "setup comes first"
         if trainer.sanity_checking and trainer.num_sanity_val_steps < len(held_out):
             held_out = held_out[: max(int(trainer.num_sanity_val_steps), trainer.world_size)]
-        items = self.environment.validation_items()
+        items = call_apart(preparation.held_out_items, self.environment)
         draw = Draw(items, self._share(held_out), 1, self.sampling.validation_temperature, (self.seed, "validation"))
         sample = partial(collector.collect, draw)
         siblings = self._waited(lambda: self._run(sampled_by(self.engine, sample)))
         rollouts = tuple(rollout for group in siblings for rollout in group)
-        fractions = reward_fractions(rollouts, self.environment, trainer.world_size)
+        fractions = call_apart(reward_fractions, rollouts, self.environment, trainer.world_size)
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]

@@ -1,6 +1,7 @@
 """LightningCLI with this project's parts wired in."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ from fuchsia_pl.cli.run_folder import (
     run_name,
 )
 from fuchsia_pl.datamodule import RolloutDataModule
+from fuchsia_pl.envs.user_code import FAILED, is_success
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
 from fuchsia_pl.policy.loading import check_quantization, trained_shapes
@@ -203,6 +205,13 @@ class FuchsiaCLI(LightningCLI):
             if is_first_rank() and self.run_folder != Path():
                 remove_unused(self.run_folder)
             self._parser(self.subcommand).error(str(error), error)
+        except SystemExit as end:
+            if type(end) is not SystemExit or not is_success(end.code):
+                raise
+            where = traceback.extract_tb(end.__traceback__)[-1]
+            called = f"some code called sys.exit({end.code}) ({where.filename}, line {where.lineno})"
+            sys.stderr.write(f"error: {called} before the run ended\n")
+            raise SystemExit(FAILED) from end
 
     def _announce(self) -> None:
         bar = self.trainer.progress_bar_callback

@@ -1,10 +1,8 @@
 """With which code and words the command ends where its run did not come to its own end."""
 
-import os
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 
 from fuchsia_pl.cli.failures import one_line
 from fuchsia_pl.cli.launch import is_first_rank
+from fuchsia_pl.envs.user_code import ends_by_itself, is_success
 from fuchsia_pl.stopping import Stopped, stopping
 
 CHECKPOINT_OPTION = "--ckpt_path"
@@ -26,27 +25,13 @@ def ended_by_itself() -> Iterator[None]:
     Raises:
         RuntimeError: Something left it with `sys.exit(0)`.
     """
-    leave, pid = os._exit, os.getpid()
-
-    def exit_now(status: int) -> NoReturn:
-        if status == 0 and os.getpid() == pid:  # a forked child may end so
-            stack = "".join(traceback.format_stack(limit=2)[:1])
-            sys.stderr.write(
-                f"error: os._exit(0) was called in the middle of the run, which ends with exit code 1, by\n{stack}"
-            )
-            sys.stderr.flush()
-            status = 1
-        leave(status)
-
-    os._exit = exit_now
     try:
-        yield
+        with ends_by_itself():
+            yield
     except SystemExit as end:
-        if end.code in (None, 0):
+        if is_success(end.code):
             raise RuntimeError("sys.exit(0) was called in the middle of the run, which is no success") from end
         raise
-    finally:
-        os._exit = leave
 
 
 def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:

@@ -4,13 +4,21 @@ from dataclasses import dataclass, field, replace
 
 from fuchsia_pl.cli.findings import findings, one_line, written_objects
 from fuchsia_pl.cli.played import GOLD, Played, PlayedEngine, RememberingChat, Split, hostile_turns, known_turns, play
-from fuchsia_pl.datamodule import RolloutDataModule
+from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S, RolloutDataModule
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.budget import check_budget, longest_row
+from fuchsia_pl.rollouts.calls import close
 from fuchsia_pl.rollouts.collector import Collector
 from fuchsia_pl.rollouts.flags import HELD_OUT_FLAGS, Limits
-from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
+from fuchsia_pl.rollouts.preparation import (
+    check_shares,
+    held_out_items,
+    held_out_prompts,
+    told_as_config_error,
+    training_items,
+    training_prompts,
+)
 from fuchsia_pl.types import ConfigError
 
 # A hostile text is played whole: what must hold out is the environment, not the length limit before it.
@@ -104,7 +112,7 @@ class Examiner:
         finally:
             environment.on_error = on_error
             with told_as_config_error(f"{type(environment).__name__}.close"):
-                await environment.close()
+                await close(environment, CLOSE_TIMEOUT_S)
         found.wrong += findings(environment, found.played)
         if not any(one.name == GOLD for one in found.played):
             found.unchecked.append("that the gold answer earns most, since it is not known (override gold_turns)")
@@ -116,7 +124,7 @@ class Examiner:
         if self.run.max_tokens is not None:
             row = longest_row(prompts.values(), data.sampling, has_turns=data.environment.max_steps > 1)
             check_budget(row, self.run.max_tokens)
-        items, positions = data.environment.train_items(), list(prompts)
+        items, positions = training_items(data.environment), list(prompts)
         found.num_items, found.num_too_long = len(positions), len(items) - len(positions)
         found.wrong += written_objects(data.environment, items, positions, "item")
         split = Split(items, "item", data.sampling.group_size, data.sampling.temperature, step=0)
@@ -138,7 +146,7 @@ class Examiner:
                     one_line(f"the held-out split, which trainer.limit_val_batches=0 leaves out: {error}")
                 )
             return
-        items = environment.validation_items()
+        items = held_out_items(environment)
         found.num_held_out = len(positions)
         found.wrong += written_objects(environment, items, positions, "held-out item")
         temperature = self.data.sampling.validation_temperature

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from fuchsia_pl.cli.played import GOLD, Played
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.conversation import conversation
+from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.types import Item
 
 MAX_CHARS = 400  # of a sentence: some errors repeat the text that they are about
@@ -100,7 +101,8 @@ def _against_gold(environment: Environment, one: Played, played: Sequence[Played
     if gold is None or not one.rewards:
         return []
     if one is gold:
-        is_right = all(environment.is_correct(rollout) for rollout in one.rollouts)
+        with user_code(f"{type(environment).__name__}.is_correct"):
+            is_right = all(environment.is_correct(rollout) for rollout in one.rollouts)
         return [] if is_right else [("wrong gold", "does not count as right")]
     if max(one.rewards) < min(gold.rewards):
         return []

@@ -11,6 +11,7 @@ from fuchsia_pl.envs.table_rows import CSV_TYPES
 from fuchsia_pl.envs.thinking import THINKING_MARKS, check_marks
 from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention
 from fuchsia_pl.envs.tools.spec import ToolSpec
+from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 Rewards = list[float] | list[float | None]
@@ -278,7 +279,8 @@ def is_finite_number(value: object) -> bool:
 def weights_at(environment: Environment, step: int | None) -> dict[str, float]:
     """The weight of every reward function at a step."""
     names = [reward_name(function) for function in environment.reward_functions]
-    return {name: environment.reward_weight(name, step) for name in names}
+    with user_code(f"{type(environment).__name__}.reward_weight"):
+        return {name: environment.reward_weight(name, step) for name in names}
 
 
 def total_reward(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:

@@ -2,15 +2,29 @@
 
 import asyncio
 import inspect
+import re
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
+from fuchsia_pl.envs.user_code import StrayError, contained, reason, user_code
+
 T = TypeVar("T")
+# Threads whose call was given up after its time limit and that run on all the same.
+MAX_LEFT_THREADS = 64
+# All other threads of the process: a run has some dozens, so so many more are threads that user code starts and leaves.
+MAX_OTHER_THREADS = 1000
+NUM_NAMED = 3
+# What each thread calls, and when its time is up in seconds of the monotonic clock.
+_running: dict[threading.Thread, tuple[str, float]] = {}
 
 
-class StrayError(RuntimeError):
-    """User code raised what has a meaning of its own for whoever waits: an end of the process, a cancellation, a time-out."""
+class LeftThreadsError(RuntimeError):
+    """User code leaves more and more threads behind, until the system has no more. Ends the run, whatever `on_error` is."""
 
 
 async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:
@@ -19,55 +33,28 @@ async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: f
     Raises:
         TimeoutError: It took longer than `timeout_s`. A thread cannot be ended, so it may run on until the process ends.
         StrayError: It raised SystemExit, KeyboardInterrupt, another base exception, or a TimeoutError of its own.
+        LeftThreadsError: Too many threads of earlier calls still run.
     """
-    return await asyncio.wait_for(contained(_call(function, argument)), timeout_s)
+    check_left_threads()
+    return await asyncio.wait_for(contained(_call(function, argument, timeout_s)), timeout_s)
 
 
-async def contained(awaitable: Awaitable[T]) -> T:
-    """Awaits user code. A SystemExit that left a task would end the event loop, and whoever waits would wait forever.
-
-    Raises:
-        StrayError: It raised what is no plain error; that is chained.
-    """
-    try:
-        return await awaitable
-    except GeneratorExit:  # the coroutine is thrown away
-        raise
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise StrayError(reason(error)) from error
-    except TimeoutError as error:
-        raise StrayError(reason(error)) from error
-    except Exception:
-        raise
-    except BaseException as error:
-        raise StrayError(reason(error)) from error
-
-
-def reason(error: BaseException) -> str:
-    """The name of an error and what it is about, in one text.
-
-    >>> reason(KeyError("answer")), reason(StrayError("SystemExit: 1")), reason(KeyboardInterrupt())
-    ("KeyError: 'answer'", 'SystemExit: 1', 'KeyboardInterrupt')
-    """
-    if isinstance(error, StrayError):
-        return str(error)
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-async def _call(function: Callable[..., Any], argument: Any) -> Any:
-    result = function(argument) if inspect.iscoroutinefunction(function) else await call_in_thread(function, argument)
+async def _call(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:
+    is_async = inspect.iscoroutinefunction(function)
+    result = function(argument) if is_async else await call_in_thread(function, argument, timeout_s=timeout_s)
     return await result if inspect.isawaitable(result) else result
 
 
-def call_in_thread(function: Callable[..., Any], *arguments: Any) -> "asyncio.Future[Any]":
+def call_in_thread(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> "asyncio.Future[Any]":
     """Runs a sync function in a daemon thread.
 
     An executor's threads are joined when the event loop or the interpreter ends, so with one of those a call that hangs
     would hang the run after its time was up.
+
+    Args:
+        function: What is called.
+        arguments: Its arguments.
+        timeout_s: When the caller gives it up. This only counts the thread as left behind from then on.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -84,14 +71,87 @@ def call_in_thread(function: Callable[..., Any], *arguments: Any) -> "asyncio.Fu
         result: Any = None
         failure: BaseException | None = None
         try:
-            result = function(*arguments)
-        except (StopIteration, GeneratorExit) as error:  # awaited, they would end a coroutine in silence
+            with user_code():
+                result = function(*arguments)
+        except StopIteration as error:  # awaited, it would end a coroutine in silence
             failure = StrayError(reason(error))
             failure.__cause__ = error
         except BaseException as error:  # handed to the waiting coroutine whatever it is, or that would wait in vain
             failure = error
+        finally:
+            _running.pop(threading.current_thread(), None)
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, failure)
 
-    threading.Thread(target=work, name=f"bounded-{function}", daemon=True).start()
+    name = _name(function)
+    thread = threading.Thread(target=work, name=f"bounded-{name}", daemon=True)
+    _running[thread] = name, time.monotonic() + timeout_s
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no more
+        _running.pop(thread)
+        raise
     return future
+
+
+def call_apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function with user code in it outside of the calling thread, and waits for its end however long it takes.
+
+    In the main thread, an exception of a signal handler could not be told from one that user code raises. Here it ends the
+    wait alone.
+
+    Args:
+        function: What is called.
+        arguments: Its arguments.
+
+    Raises:
+        StrayError: It raised what is no plain error.
+
+    >>> call_apart(max, 3, 4)
+    4
+    """
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            with user_code():
+                result = function(*arguments)
+        except BaseException as error:  # whoever waits gets it
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    threading.Thread(target=work, name="apart", daemon=True).start()
+    return done.result()
+
+
+def check_left_threads() -> None:
+    """Counts the threads that user code left behind.
+
+    Raises:
+        LeftThreadsError: There are too many. The functions that they run are named.
+    """
+    now = time.monotonic()
+    left = Counter(name for name, end in list(_running.values()) if end < now)
+    if left.total() > MAX_LEFT_THREADS:
+        raise LeftThreadsError(
+            f"{left.total()} threads still run calls that were given up after their time limit, and {MAX_LEFT_THREADS} are "
+            f"allowed: {_most(left)}. A thread cannot be ended from outside: give these functions a time limit of their own, or "
+            "let them work in processes"
+        )
+    others = threading.active_count() - len(_running)
+    if others > MAX_OTHER_THREADS:
+        names = Counter(re.sub(r"\d+", "N", thread.name) for thread in threading.enumerate())
+        raise LeftThreadsError(
+            f"this process has {others} threads beside the bounded calls of user code, and {MAX_OTHER_THREADS} are allowed: "
+            f"{_most(names)}. Some code starts threads that never end: join them, or use one pool for all calls"
+        )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    inner = function.func if isinstance(function, partial) else function
+    return inner.__qualname__ if hasattr(inner, "__qualname__") else type(inner).__qualname__
+
+
+def _most(counted: "Counter[str]") -> str:
+    return ", ".join(f"{number} of {name}" for name, number in counted.most_common(NUM_NAMED))

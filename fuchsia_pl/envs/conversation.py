@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fuchsia_pl.envs.user_code import reason, user_code
 from fuchsia_pl.types import ConfigError, Item, Message
 
 HALF = re.compile("[\ud800-\udfff]")
@@ -51,11 +52,12 @@ def conversation(messages: Callable[[Item], Any], item: object) -> list[Message]
     if not isinstance(item, Mapping):
         raise ConfigError(f"it is {_kind(item)}, and an item is a mapping of names to values")
     try:
-        found = messages(item)
+        with user_code():
+            found = messages(item)
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:  # whatever user code raises is named with its item
-        raise ConfigError(f"messages(item) raised {type(error).__name__}: {error}") from error
+    except Exception as error:  # whatever user code raises is named with its item
+        raise ConfigError(f"messages(item) raised {reason(error)}") from error
     if not isinstance(found, list | tuple) or not found:
         what = "an empty list" if isinstance(found, list | tuple) else _kind(found)
         raise ConfigError(

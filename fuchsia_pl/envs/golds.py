@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from fuchsia_pl.envs.base import CHECK_GOLD, Environment
 from fuchsia_pl.envs.rows import place_of
+from fuchsia_pl.envs.user_code import reason, user_code
 from fuchsia_pl.types import ConfigError, Item
 
 NUM_THREADS = 4  # checks that wait for a worker process wait side by side
@@ -90,8 +91,9 @@ def check_golds(environment: Environment, split: str, items: Sequence[Item], ind
 
 def _problem(environment: Environment, item: Item) -> str | None:
     try:
-        return environment.check_gold(item)
+        with user_code():
+            return environment.check_gold(item)
     except KeyError as error:
         return f"there is no field {error}"
     except Exception as error:  # a check is the user's code; what it raises is a finding like any other
-        return f"the check of its gold answer raised {type(error).__name__}: {error}"
+        return f"the check of its gold answer raised {reason(error)}"

@@ -59,7 +59,7 @@ class ToolEnvironment(MultiTurnEnvironment):
         from fuchsia_pl.envs.tools.mcp import ToolServer, serve_functions  # fastmcp is loaded only where it is used
 
         if not self._running:
-            functions = serve_functions(self.functions) if self.functions else None
+            functions = serve_functions(self.functions, self.function_timeout_s) if self.functions else None
             in_process = [None] * len(self.servers) + ([functions] if functions is not None else [])
             self._running = [
                 ToolServer(config, server) for config, server in zip(self._configs(), in_process, strict=True)

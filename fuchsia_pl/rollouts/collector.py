@@ -2,18 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fuchsia_pl.engines.base import Engine, SamplingParams
 from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.envs.bounded import StrayError, call_bounded, contained, reason
 from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.envs.rows import place_of
 from fuchsia_pl.envs.thinking import Opaque, ends_in_opening_mark, ends_in_thinking, without_thinking
-from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.rollouts import calls
 from fuchsia_pl.rollouts.addressing import derived_seed
+from fuchsia_pl.rollouts.calls import EnvironmentStepError, call_method
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.scoring import score_group
@@ -28,10 +28,6 @@ logger = logging.getLogger(__name__)
 
 class PromptTooLongError(ConfigError):
     """A prompt leaves no room for the completion."""
-
-
-class EnvironmentStepError(RuntimeError):
-    """One of an environment's methods raised or hung, or `step_rollout` neither answered nor ended the interaction."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +76,7 @@ class Collector:
             EnvironmentStepError: `prepare` tried to end the process.
         """
         environment = self.environment
-        try:
-            await contained(environment.prepare())
-        except StrayError as error:
-            raise EnvironmentStepError(f"{type(environment).__name__}.prepare raised {error}") from error
+        await calls.prepare(environment)
         environment.tool_convention = self.chat.convention(environment.tools)
 
     def check_template(self, items: Sequence[Item], index: int) -> None:
@@ -125,6 +118,7 @@ class Collector:
             RewardError: A reward function failed.
             EngineError: The engine failed.
             ToolServerError: A tool server cannot be started again.
+            LeftThreadsError: User code leaves threads behind without end.
         """
         await self.prepare()
         prompts = [self.prompt(draw.items, index) for index in draw.indices]
@@ -208,10 +202,10 @@ class Collector:
         environment = self.environment
         try:
             try:
-                await self._call(environment.open_rollout, rollout, environment.timeout_s)
+                await call_method(environment, environment.open_rollout, rollout, environment.timeout_s)
                 await self._converse(draw, rollout)
             finally:
-                await self._call(environment.close_rollout, rollout, environment.timeout_s)
+                await call_method(environment, environment.close_rollout, rollout, environment.timeout_s)
         except EnvironmentStepError as error:
             if environment.on_error == "stop":
                 raise
@@ -303,7 +297,7 @@ class Collector:
 
     async def _step(self, rollout: Rollout) -> list[Message]:
         environment = self.environment
-        await self._call(environment.step_rollout, rollout, environment.step_timeout_s)
+        await call_method(environment, environment.step_rollout, rollout, environment.step_timeout_s)
         responses = rollout.take_responses()
         if rollout.status is None and not responses:
             raise EnvironmentStepError(
@@ -311,17 +305,6 @@ class Collector:
                 "rollout.respond(text) nor rollout.finish()"
             )
         return responses
-
-    async def _call(self, method: Callable[[Rollout], Any], rollout: Rollout, timeout_s: float) -> None:
-        where = f"{type(self.environment).__name__}.{method.__name__} on item {rollout.item_index}"
-        try:
-            await call_bounded(method, rollout, timeout_s)
-        except TimeoutError as error:
-            raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s") from error
-        except ToolServerError:
-            raise
-        except Exception as error:  # whatever an environment raises is passed on with its item
-            raise EnvironmentStepError(f"{where} raised {reason(error)}") from error
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

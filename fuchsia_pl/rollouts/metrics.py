@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.tools.spec import TOOL_CALLS
+from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.rollouts.scoring import REWARD_ERRORS
 from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus
 
@@ -50,12 +51,14 @@ def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, worl
     Raises:
         ValueError: A rollout counts under a name that the environment does not declare: ranks must agree on the names.
     """
-    number = float(len(rollouts))
+    number, kind = float(len(rollouts)), type(environment).__name__
+    with user_code(f"{kind}.is_correct"):
+        num_correct = sum(environment.is_correct(rollout) for rollout in rollouts)
     totals = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     num_environment = sum(len(r.token_ids) - r.num_prompt_tokens - r.num_sampled_tokens for r in rollouts)
     found: Fractions = {
         "reward/mean": (sum(totals), len(totals)),
-        "rollout/accuracy": (sum(environment.is_correct(rollout) for rollout in rollouts), number),
+        "rollout/accuracy": (num_correct, number),
         "rollout/completion_tokens": (sum(rollout.num_sampled_tokens for rollout in rollouts), number),
         "rollout/environment_tokens": (num_environment, number),
         "rollout/turns": (sum(len(rollout.turns) for rollout in rollouts), number),
@@ -70,7 +73,8 @@ def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, worl
 
 def _counts(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
     """What was counted, added up over ranks, and the share of the rollouts that called a tool."""
-    names = [REWARD_ERRORS, *environment.counter_names()]
+    with user_code(f"{type(environment).__name__}.counter_names"):
+        names = [REWARD_ERRORS, *environment.counter_names()]
     undeclared = sorted({name for rollout in rollouts for name in rollout.counts} - set(names))
     if undeclared:
         raise ValueError(

@@ -5,10 +5,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.envs.user_code import StrayError, reason, user_code
 from fuchsia_pl.rollouts.addressing import item_indices
-from fuchsia_pl.rollouts.collector import Collector, EnvironmentStepError
+from fuchsia_pl.rollouts.calls import EnvironmentStepError
+from fuchsia_pl.rollouts.collector import Collector
 from fuchsia_pl.stopping import Stopped
 from fuchsia_pl.types import ConfigError, Item
 
@@ -43,7 +46,7 @@ def training_prompts(collector: Collector, seed: int, batch_size: int) -> dict[i
             cannot be used.
     """
     kind = type(collector.environment).__name__
-    items = split_items(collector.environment.train_items, f"{kind}.train_items")
+    items = training_items(collector.environment)
     if len(items) == 0:
         raise ConfigError(f"{kind}.train_items has no items: there is nothing to train on")
     item_indices(seed, 0, len(items), batch_size)
@@ -70,7 +73,7 @@ def held_out_prompts(collector: Collector, num_ranks: int) -> list[int]:
         ConfigError: There are too few items, or a prompt or a gold answer cannot be used.
     """
     kind = type(collector.environment).__name__
-    items = split_items(collector.environment.validation_items, f"{kind}.validation_items")
+    items = held_out_items(collector.environment)
     fitting = list(collector.fitting(items, "held-out"))
     if len(fitting) < num_ranks:
         raise ConfigError(
@@ -80,6 +83,16 @@ def held_out_prompts(collector: Collector, num_ranks: int) -> list[int]:
     if len(fitting) < len(items):
         logger.warning("%d held-out items are left out: their prompts are too long", len(items) - len(fitting))
     return check_golds(collector.environment, "validation", items, fitting)
+
+
+def training_items(environment: Environment) -> Sequence[Item]:
+    """What `train_items` returns, see `split_items`."""
+    return split_items(environment.train_items, f"{type(environment).__name__}.train_items")
+
+
+def held_out_items(environment: Environment) -> Sequence[Item]:
+    """What `validation_items` returns, see `split_items`."""
+    return split_items(environment.validation_items, f"{type(environment).__name__}.validation_items")
 
 
 def split_items(method: Callable[[], Sequence[Item]], where: str) -> Sequence[Item]:
@@ -92,7 +105,7 @@ def split_items(method: Callable[[], Sequence[Item]], where: str) -> Sequence[It
     Raises:
         ConfigError: The method raised, or what it returned is no sequence of mappings.
     """
-    with told_as_config_error(where):
+    with told_as_config_error(where), user_code():
         items = method()
     is_sequence = hasattr(items, "__len__") and hasattr(items, "__getitem__")
     if not is_sequence or isinstance(items, str | bytes | Mapping):
@@ -116,8 +129,7 @@ def told_as_config_error(where: str) -> Iterator[None]:
         raise
     except EnvironmentStepError as error:  # it has its place in it
         raise ConfigError(str(error)) from error
-    except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{where} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-        ) from error
+    except Exception as error:
+        raised = error.__cause__ if isinstance(error, StrayError) and error.__cause__ else error
+        frame = traceback.extract_tb(raised.__traceback__)[-1]
+        raise ConfigError(f"{where} raised {reason(error)} ({frame.filename}, line {frame.lineno})") from error

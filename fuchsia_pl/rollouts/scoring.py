@@ -14,7 +14,8 @@ from fuchsia_pl.envs.base import (
     total_reward,
     weights_at,
 )
-from fuchsia_pl.envs.bounded import call_bounded, reason
+from fuchsia_pl.envs.bounded import LeftThreadsError, call_bounded
+from fuchsia_pl.envs.user_code import reason
 from fuchsia_pl.types import Rollout, RolloutStatus
 
 # Counted where `on_error` is "unscored"; the environment need not name it.
@@ -87,6 +88,8 @@ async def _rewards(
         raise RewardError(
             f"the reward function {name!r} took longer than {timeout_s} s {_where(rollouts[0])}"
         ) from error
+    except LeftThreadsError:
+        raise
     except Exception as error:  # whatever a reward function raises is passed on with its item
         raise RewardError(f"the reward function {name!r} raised {reason(error)} {_where(rollouts[0])}") from error
     if not isinstance(values, list) or len(values) != len(rollouts):

@@ -6,7 +6,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fuchsia_pl.envs.tools.spec import (
     ToolSpec,
     ToolStatus,
 )
+from fuchsia_pl.envs.user_code import contained
 from fuchsia_pl.scratch import OWNER_VARIABLE, scratch_file
 from fuchsia_pl.types import ConfigError
 
@@ -264,25 +265,31 @@ def missing_part(command: Sequence[str], search_path: str | None) -> str | None:
     return None if absent is None else f"there is no file {str(Path(absent).absolute())!r}"
 
 
-def serve_functions(functions: Sequence[Callable[..., Any]]) -> FastMCP:
-    """An MCP server in this process whose tools are Python functions; their annotations and docstrings become schemas."""
+def serve_functions(functions: Sequence[Callable[..., Any]], timeout_s: float) -> FastMCP:
+    """An MCP server in this process whose tools are Python functions; their annotations and docstrings become schemas.
+
+    Args:
+        functions: Sync or async.
+        timeout_s: When a call of one is given up.
+    """
     server: FastMCP = FastMCP("functions")
     for function in functions:
-        server.add_tool(FunctionTool.from_function(_off_the_loop(function)))
+        server.add_tool(FunctionTool.from_function(_off_the_loop(function, timeout_s)))
     return server
 
 
-def _off_the_loop(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A coroutine function with the signature of `function`; a sync one runs in a thread that nothing waits for at exit."""
-    if inspect.iscoroutinefunction(function):
-        return function
+def _off_the_loop(function: Callable[..., Any], timeout_s: float) -> Callable[..., Any]:
+    """A coroutine function with the signature of `function`; a sync one runs in a thread that nothing waits for at exit.
 
+    Of what is no plain error, such as SystemExit, the server's own task would die: it becomes one.
+    """
+
+    @wraps(function)
     async def tool(**arguments: Any) -> Any:
-        return await call_in_thread(partial(function, **arguments))
+        if inspect.iscoroutinefunction(function):
+            return await contained(function(**arguments))
+        return await contained(call_in_thread(partial(function, **arguments), timeout_s=timeout_s))
 
-    tool.__name__, tool.__doc__ = function.__name__, function.__doc__
-    tool.__annotations__ = dict(function.__annotations__)
-    tool.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return tool
 
 

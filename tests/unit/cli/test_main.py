@@ -1,6 +1,7 @@
 """The console script: what ends in one line, what in a traceback, and with which code."""
 
 import importlib
+import os
 import sys
 
 import pytest
@@ -65,3 +66,13 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch):
     monkeypatch.setattr(main_module, "FuchsiaCLI", fail)
     with pytest.raises(ZeroDivisionError):
         command("fit")
+
+
+def test_no_code_of_a_command_ends_it_with_success(command, capsys, monkeypatch):
+    def end(status: int) -> None:
+        raise SystemExit(f"really ended with {status}")
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(main_module, "FuchsiaCLI", lambda words: os._exit(0))
+    assert command("fit") == "really ended with 1"
+    assert "called os._exit(0) before the run ended" in capsys.readouterr().err

@@ -4,7 +4,9 @@ import time
 
 import pytest
 
-from fuchsia_pl.envs.bounded import StrayError, call_bounded
+from fuchsia_pl.envs import bounded
+from fuchsia_pl.envs.bounded import LeftThreadsError, call_apart, call_bounded, call_in_thread
+from fuchsia_pl.envs.user_code import StrayError
 
 
 def test_sync_and_async_functions_return_and_raise():
@@ -61,3 +63,63 @@ def test_a_cancellation_from_outside_stays_one():
         return task.cancelled()
 
     assert asyncio.run(cancelled())
+
+
+def test_threads_that_run_on_are_counted_and_too_many_end_the_run(monkeypatch):
+    monkeypatch.setattr(bounded, "MAX_LEFT_THREADS", 2)
+    release = threading.Event()
+
+    def hang(_):
+        release.wait(60)
+
+    async def hang_and_call(number):
+        for _ in range(number):
+            with pytest.raises(TimeoutError):
+                await call_bounded(hang, None, 0.05)
+        return await call_bounded(lambda value: value, 7, 30.0)
+
+    assert asyncio.run(hang_and_call(2)) == 7  # as many as are allowed
+    with pytest.raises(LeftThreadsError, match=r"^3 threads still run .* 2 are allowed: 3 of \S+<locals>\.hang\."):
+        asyncio.run(hang_and_call(1))
+    release.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name.endswith("hang")]:
+        thread.join(30)
+    assert asyncio.run(hang_and_call(0)) == 7  # what has ended is not counted
+
+
+def test_a_call_that_is_cancelled_within_its_time_limit_is_not_left_behind(monkeypatch):
+    monkeypatch.setattr(bounded, "MAX_LEFT_THREADS", 0)
+    release = threading.Event()
+
+    async def cancelled():
+        future = call_in_thread(release.wait, 60, timeout_s=60.0)
+        future.cancel()
+        return await call_bounded(lambda value: value, 7, 30.0)
+
+    assert asyncio.run(cancelled()) == 7
+    release.set()
+
+
+def test_threads_that_user_code_starts_itself_are_counted_too(monkeypatch):
+    release = threading.Event()
+    threads = [threading.Thread(target=release.wait, args=(60,), name=f"leak-{n}", daemon=True) for n in range(5)]
+    monkeypatch.setattr(bounded, "MAX_OTHER_THREADS", threading.active_count() + 4)
+    for thread in threads:
+        thread.start()
+    with pytest.raises(LeftThreadsError, match="5 of leak-N"):
+        asyncio.run(call_bounded(lambda value: value, 7, 30.0))
+    release.set()
+    for thread in threads:
+        thread.join(30)
+
+
+def test_a_call_apart_returns_raises_and_ends_nothing_but_itself():
+    def leave(error):
+        raise error
+
+    assert call_apart(lambda: threading.current_thread() is threading.main_thread()) is False
+    with pytest.raises(LookupError, match="no"):
+        call_apart(leave, LookupError("no"))
+    for error in (SystemExit(0), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()):
+        with pytest.raises(StrayError, match=type(error).__name__):
+            call_apart(leave, error)

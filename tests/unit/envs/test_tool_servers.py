@@ -179,7 +179,7 @@ def test_a_protocol_error_of_a_server_that_lives_is_a_refusal():
     def add(a: int, b: int) -> int:
         return a + b
 
-    with_server(scenario, MCPServer(url="functions"), serve_functions([add]))
+    with_server(scenario, MCPServer(url="functions"), serve_functions([add], 30.0))
 
 
 def test_values_at_the_bounds_are_sent():
@@ -337,7 +337,7 @@ def test_functions_of_this_process_are_tools_and_one_that_hangs_ends_at_its_limi
         assert time.perf_counter() - start < 2
 
     config = MCPServer(url="functions", call_timeout_s=0.5)
-    with_server(scenario, config, serve_functions([shout, wait, hang]))
+    with_server(scenario, config, serve_functions([shout, wait, hang], 30.0))
 
 
 @pytest.mark.parametrize(
@@ -369,3 +369,29 @@ def test_a_server_gets_the_variables_it_was_given_and_no_others(monkeypatch):
         return (await server.call("k", "variables", {})).text
 
     assert with_server(scenario, MCPServer(command=[sys.executable, "-c", code], env={"GIVEN": "yes"})) == "None yes"
+
+
+def test_a_function_that_ends_the_process_is_an_error_that_the_policy_reads():
+    def leave(code: int) -> str:
+        raise SystemExit(code)
+
+    async def leave_later(code: int) -> str:
+        raise KeyboardInterrupt
+
+    def end(code: int) -> str:
+        os._exit(code)
+
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    async def scenario(server):
+        await server.ensure_running()
+        for name, words in (("leave", "SystemExit: 0"), ("leave_later", "KeyboardInterrupt"), ("end", "os._exit(0)")):
+            result = await server.call("k", name, {"code": 0})
+            assert (result.status, words in result.text) == (ToolStatus.ERROR, True), result
+        assert (await server.call("k", "add", {"a": 3, "b": 4})).text == "7"
+        assert server.num_starts == 1
+
+    with_server(
+        scenario, MCPServer(url="functions", call_timeout_s=20), serve_functions([leave, leave_later, end, add], 20)
+    )
