@@ -10,7 +10,7 @@ import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -21,15 +21,17 @@ from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
+from fuchsia_pl.callbacks.last_row import LastRow
 from fuchsia_pl.callbacks.lost_rank import LostRank
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.resume import Resume
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.callbacks.run_metrics import Row, RunMetrics
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.cli.chatter import chatter_to
-from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint
+from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint
 from fuchsia_pl.cli.class_change import fresh_arguments
 from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
 from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
@@ -44,6 +46,7 @@ from fuchsia_pl.cli.run_folder import (
     run_name,
 )
 from fuchsia_pl.datamodule import RolloutDataModule
+from fuchsia_pl.files import writing
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
@@ -62,11 +65,13 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on the first rank."""
         file = Path(trainer.default_root_dir) / SAVED_CONFIG
-        self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
+        with writing(file):
+            self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
         # What the preset made of it; given as one more --config, it pins every part.
         loss = cast(GRPOModule, pl_module).loss_config.resolved()
         objective = Path(trainer.default_root_dir) / SAVED_OBJECTIVE
-        objective.write_text(yaml.safe_dump({"model": {"loss": loss}}, sort_keys=False))
+        with writing(objective):
+            objective.write_text(yaml.safe_dump({"model": {"loss": loss}}, sort_keys=False))
 
 
 class FuchsiaCLI(LightningCLI):
@@ -75,6 +80,7 @@ class FuchsiaCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self.arguments: list[str] = []
         self.run_folder = Path()
+        self._earlier: list[Row] = []  # of metrics, where a run is resumed
         super().__init__(
             GRPOModule,
             RolloutDataModule,
@@ -110,6 +116,7 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(Outcome, "outcome")
         parser.add_lightning_class_args(ConsoleReport, "console")
         parser.add_lightning_class_args(AdapterExport, "adapter_export")
+        parser.add_lightning_class_args(LastRow, "last_row")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Resume, "resume")
         # Item order and sampling seeds come from the run's one seed.
@@ -137,6 +144,8 @@ class FuchsiaCLI(LightningCLI):
         with self._refusals():
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
             self.run_folder = new_run_folder(root, run_name(self.arguments))
+            if checkpoint is not None and self.subcommand == "fit" and is_first_rank():
+                self._earlier = earlier_metrics(Path(self.config.fit.ckpt_path), checkpoint)
             chatter_to(self.run_folder)
             with refused_by("the trainer does not take its settings"):
                 super().instantiate_classes()
@@ -215,10 +224,7 @@ class FuchsiaCLI(LightningCLI):
         keys = self._parser(self.subcommand).callback_keys
         keys[:] = [key for key in keys if not needless.get(key)]
         given = trainer.logger
-        csv = CSVLogger(
-            save_dir=self.run_folder.parent.parent, name=self.run_folder.parent.name, version=self.run_folder.name
-        )
-        loggers: list[Logger] = [] if given is False else [csv]
+        loggers: list[Logger] = [] if given is False else [RunMetrics(self.run_folder, self._earlier)]
         if isinstance(given, Logger):
             loggers.append(given)
         elif isinstance(given, list):

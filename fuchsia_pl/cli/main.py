@@ -11,6 +11,7 @@ from fuchsia_pl.cli.failures import DEBUG_OPTION
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.files import DiskError
 
 
 def main() -> None:
@@ -28,8 +29,8 @@ def main() -> None:
         if is_debugging and end.__cause__ is not None:
             traceback.print_exception(end.__cause__)
         raise
-    except (EngineError, ToolServerError) as error:
-        # Errors of another process: where this one stood when it met them is no help.
+    except (EngineError, ToolServerError, DiskError) as error:
+        # Errors of another process or of a disk: where this one stood when it met them is no help.
         if is_debugging:
             raise
         sys.stderr.write("\n".join([f"error: {error}", *error.__dict__.get("__notes__", ())]) + "\n")

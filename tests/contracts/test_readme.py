@@ -90,7 +90,7 @@ def test_every_command_under_use_runs(tiny_config):
             assert caught.value.code == 0
         else:
             run(command, tiny_config)
-    for number, steps in enumerate([2, 3, 48]):
+    for number, steps in enumerate([2, 3, 50]):
         with Path(f"runs/quickstart/{number}/metrics.csv").open() as stream:
             assert len([row for row in csv.DictReader(stream) if row["train/loss"]]) == steps
     for number, split in {3: "validation", 4: "test", 5: "predict"}.items():

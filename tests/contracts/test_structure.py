@@ -19,6 +19,7 @@ SOURCES = sorted([*ROOT.glob("fuchsia_pl/**/*.py"), *ROOT.glob("envs/**/*.py")])
 RANKS = {
     "types": 0,
     "loop": 0,
+    "files": 0.5,
     "batch": 0.5,
     "objectives": 1,
     "engines.base": 1,
@@ -44,6 +45,7 @@ ONLY_FROM = {
 THIRD_PARTIES: dict[str, set[str]] = {
     "types": set(),
     "loop": set(),
+    "files": set(),
     "batch": {"torch"},
     "objectives": {"torch"},
     "engines.base": set(),
