@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -96,8 +97,7 @@ def append_lines(path: Path, text: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as stream:
-            with contextlib.suppress(OSError):  # not every file system has locks
-                fcntl.flock(stream, fcntl.LOCK_EX)  # see mend_lines
+            _lock(stream)
             length = _cut_torn_line(stream)
             rest = memoryview(text.encode(errors="backslashreplace"))
             try:
@@ -145,6 +145,19 @@ def roomy_folder(needed: int, setting: str) -> Path:
         f"{setting} needs {needed / 1e6:.1f} MB for short-lived files, and {free}: make room in one of them, or set the variable "
         "TMPDIR to a folder that has it"
     )
+
+
+def _lock(stream: FileIO) -> None:
+    """Waits, a second at most, until `mend_lines` of another process is done with a file."""
+    for _ in range(100):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:  # not every file system has locks
+            return
+        else:
+            return
 
 
 def _cut_torn_line(stream: FileIO) -> int:

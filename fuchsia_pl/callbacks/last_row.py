@@ -16,10 +16,9 @@ class LastRow(Callback):
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the row where a step is being trained; in validation and at the end of training it is logged already."""
-        connector = trainer._logger_connector
+        """Adds the row where a step is being trained; between steps, in validation and at the end it is logged already."""
+        connector, step = trainer._logger_connector, trainer.fit_loop.epoch_loop._batches_that_stepped
         is_in_step = trainer.state.stage == RunningStage.TRAINING and connector._first_loop_iter is not None
-        if trainer.loggers and is_in_step and connector.should_update_logs:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if trainer.loggers and is_in_step and step < trainer.global_step and connector.should_update_logs:
             metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
             checkpoint[ROW_KEY] = {**metrics, "epoch": trainer.current_epoch, "step": step}

@@ -171,6 +171,14 @@ def test_the_file_map_is_the_tree():
     assert all((ROOT / name).exists() for name in mapped)
 
 
+def test_the_tests_of_the_table_of_faults_exist():
+    table = (ROOT / "tests/README.md").read_text()
+    named = re.findall(r"^\|.*\| `([\w/]+\.py)::(\w+)` \|$", table, flags=re.MULTILINE)
+    assert len(named) == len([line for line in table.splitlines() if line.startswith("|")]) - 2
+    for file, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / "tests" / file).read_text(), flags=re.MULTILINE), name
+
+
 def generic(metric: str) -> str:
     return re.sub(r"^count/.*", "count/<name>", re.sub(r"^reward/(?!mean$).*", "reward/<name>", metric))
 

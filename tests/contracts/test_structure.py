@@ -128,6 +128,15 @@ def test_files_and_functions_stay_small(file):
             assert len([a for a in arguments if a not in ("self", "cls")]) <= 7, node.name
 
 
+def test_durations_are_of_a_clock_that_never_goes_back():
+    """`time.time` follows the system's clock, which may be set back during a run."""
+    calls = [
+        (file, node) for file in SOURCES for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)
+    ]
+    wall = [f"{module_name(file)}:{node.lineno}" for file, node in calls if ast.unparse(node.func) == "time.time"]
+    assert not wall
+
+
 def tracked_files() -> list[str]:
     out = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_leaves_the_older_files_whole(tiny_model, disk, wor
     assert saved["global_step"] == 2
     adapter = load_file(disk / "adapter/adapter_model.safetensors")
     trained = [name for name in saved["state_dict"] if "lora_" in name]
-    is_of_step_3 = "last.ckpt" in words
+    is_of_step_3 = "checkpoints" in words
     same = [
         torch.equal(adapter[re.sub(r"^policy\.model\.|\.default", "", name)], saved["state_dict"][name])
         for name in trained
@@ -250,6 +250,9 @@ def test_a_kill_between_a_checkpoint_and_the_metrics_of_its_step_loses_none(tiny
         def on_save_checkpoint(self, trainer, pl_module, checkpoint):
             saved.append(checkpoint)
 
+        def on_train_batch_start(self, trainer, *args):  # as a run that is stopped between two steps does
+            trainer.save_checkpoint(tmp_path / "between.ckpt")
+
     saved, folder = [], tmp_path / "tiny/0"
     module = make_module(tiny_model)
     callbacks = [LastRow(), Keep(), RunCheckpoint(every_n_steps=1)]
@@ -261,6 +264,7 @@ def test_a_kill_between_a_checkpoint_and_the_metrics_of_its_step_loses_none(tiny
     assert [row["step"] for row in whole] == ["0", "1", "2"]
     in_step = [checkpoint for checkpoint in saved if ROW_KEY in checkpoint]
     assert [checkpoint["global_step"] for checkpoint in in_step] == [1, 2, 3]
+    assert len(saved) > 2 * len(in_step)
     for checkpoint in saved:  # nothing twice
         assert rows_before(folder, checkpoint) == whole[: checkpoint["global_step"]]
     file = folder / "metrics.csv"
