@@ -39,14 +39,13 @@ def owner_name() -> str:
     return f"fuchsia-{os.getuid()}-{_machine()}-{os.getpid()}-{started_at(os.getpid()) or 0}"
 
 
-def scratch_folder(kind: str, in_memory: bool = False) -> "tempfile.TemporaryDirectory[str]":
+def scratch_folder(kind: str, place: Path | None = None) -> "tempfile.TemporaryDirectory[str]":
     """A folder that nobody else can read, removed with the object, or by the next run where this process was killed.
 
     Args:
         kind: What it is for, a part of its name.
-        in_memory: Whether it should be in memory, where the machine has a place for that.
+        place: Where it is made; None: the folder for temporary files.
     """
-    place = RAM_BACKED if in_memory and RAM_BACKED.is_dir() else None
     return tempfile.TemporaryDirectory(prefix=f"{owner_name()}-{kind}-", dir=place)
 
 

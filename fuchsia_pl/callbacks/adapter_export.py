@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.callbacks.weight_average import WeightAverage
+from fuchsia_pl.files import writing
 from fuchsia_pl.policy.policy import Policy
 
 ADAPTER_FOLDER = "adapter"
@@ -24,7 +25,7 @@ class AdapterExport(Callback):
     """Writes `adapter/` (with LoRA off: a whole model) whenever a checkpoint is saved, and at the end of training.
 
     `PeftModel.from_pretrained` loads it. Each file is replaced by one rename, so a run killed at any moment leaves the old
-    or the new weights.
+    or the new weights, and so does a disk that is full.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -54,8 +55,11 @@ class AdapterExport(Callback):
     def _write(policy: Policy, target: Path) -> None:
         partial = target.with_name(f".{ADAPTER_FOLDER}")
         shutil.rmtree(partial, ignore_errors=True)
-        policy.save_trained(partial)
-        target.mkdir(parents=True, exist_ok=True)
-        for file in sorted(partial.iterdir()):
-            os.replace(file, target / file.name)
-        partial.rmdir()
+        try:
+            with writing(target):
+                policy.save_trained(partial)
+                target.mkdir(parents=True, exist_ok=True)
+                for file in sorted(partial.iterdir()):
+                    os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.engines.base import VERSION_FILE, EngineOwner
+from fuchsia_pl.files import roomy_folder, writing
 from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
@@ -28,6 +29,7 @@ from fuchsia_pl.types import ConfigError
 GAP_METRIC = "train/logprob_gap"
 MAX_PROBES = 6
 MIN_STEPS_PER_LAG = 4
+SYNC_OVERHEAD_BYTES = 1 << 20  # config, index and tokenizer files
 
 logger = logging.getLogger(__name__)
 
@@ -214,12 +216,14 @@ class AdapterSync(Callback):
             return None
         start = time.perf_counter()
         if self._root is None:
-            self._root = scratch_folder("sync", in_memory=True)
+            place = roomy_folder(_sync_bytes(trainer, module.policy), "a sync (model.policy.lora.r)")
+            self._root = scratch_folder("sync", place)
         folder = Path(self._root.name) / f"version-{version}"
         partial = folder.with_name(f".version-{version}")
-        module.policy.save_trained(partial)
-        (partial / VERSION_FILE).write_text(str(version))
-        partial.rename(folder)
+        with writing(folder):
+            module.policy.save_trained(partial)
+            (partial / VERSION_FILE).write_text(str(version))
+            partial.rename(folder)
         failure: Exception | None = None
         with owner.paused():
             # Ranks may share servers, whose weights must not change under the requests of another.
@@ -244,6 +248,12 @@ def num_ranks_where(trainer: Trainer, holds: bool) -> int:
     """The number of ranks on which something holds. All ranks have to call it at the same time."""
     holding = torch.tensor(float(holds), device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(holding, reduce_op="sum"))
+
+
+def _sync_bytes(trainer: Trainer, policy: Policy) -> int:
+    """The bytes that all ranks of this machine write at a sync, each its own files, and keep for an engine that restarts."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable_parameters())
+    return 2 * trainer.num_devices * (weights + SYNC_OVERHEAD_BYTES)
 
 
 def ends_phase(trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:

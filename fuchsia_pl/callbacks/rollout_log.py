@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
 from fuchsia_pl.batch import Batch
+from fuchsia_pl.files import append_lines
 from fuchsia_pl.types import Evaluation, Rollout
 
 TRAIN_FILE = "rollouts.jsonl"
@@ -54,10 +55,7 @@ class RolloutLog(Callback):
     def _append(self, trainer: Trainer, name: str, lines: list[dict[str, Any]]) -> None:
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = Path(trainer.default_root_dir) / (name + suffix)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair has no UTF-8, but is written as JSON's own escape.
-        with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write("".join(json_line(line) for line in lines))
+        append_lines(file, "".join(json_line(line) for line in lines))
 
 
 def json_line(line: dict[str, Any]) -> str:

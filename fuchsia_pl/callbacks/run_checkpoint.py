@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fuchsia_pl.callbacks.adapter_sync import ends_phase
+from fuchsia_pl.files import replacing
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import check_intact
@@ -28,7 +29,7 @@ class PhasedModule(Protocol):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the older one and then puts it in its place, so that a kill leaves one of them whole.
+    """Writes a checkpoint beside the older one and then puts it in its place: a kill or a full disk leaves one of them whole.
 
     Lightning's own goes through the folder for temporary files, which may be on another file system.
     """
@@ -38,14 +39,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
+        with replacing(Path(path)) as partial, partial.open("wb") as stream:
             torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None

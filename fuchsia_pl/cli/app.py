@@ -11,7 +11,7 @@ import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -24,6 +24,7 @@ from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
+from fuchsia_pl.callbacks.last_row import LastRow
 from fuchsia_pl.callbacks.lost_rank import LostRank
 from fuchsia_pl.callbacks.memory import MemoryReport
 from fuchsia_pl.callbacks.outcome import Outcome
@@ -31,10 +32,11 @@ from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.resume import Resume
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.callbacks.run_metrics import Row, RunMetrics
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.callbacks.stop_signals import StopSignals
 from fuchsia_pl.cli.chatter import chatter_to
-from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, find_checkpoint, read_given
+from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
 from fuchsia_pl.cli.ending import ended_by_itself
 from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
@@ -51,6 +53,7 @@ from fuchsia_pl.cli.run_folder import (
 )
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.envs.user_code import FAILED, is_success
+from fuchsia_pl.files import writing
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
 from fuchsia_pl.policy.loading import check_quantization, trained_shapes
@@ -68,11 +71,13 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on the first rank."""
         file = Path(trainer.default_root_dir) / SAVED_CONFIG
-        self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
+        with writing(file):
+            self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
         # What the preset made of it; given as one more --config, it pins every part.
         loss = cast(GRPOModule, pl_module).loss_config.resolved()
         objective = Path(trainer.default_root_dir) / SAVED_OBJECTIVE
-        objective.write_text(yaml.safe_dump({"model": {"loss": loss}}, sort_keys=False))
+        with writing(objective):
+            objective.write_text(yaml.safe_dump({"model": {"loss": loss}}, sort_keys=False))
 
 
 class FuchsiaCLI(LightningCLI):
@@ -81,6 +86,7 @@ class FuchsiaCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self.arguments: list[str] = []
         self.run_folder = Path()
+        self._earlier: list[Row] = []  # of metrics, where a run is resumed
         super().__init__(
             GRPOModule,
             RolloutDataModule,
@@ -120,6 +126,7 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(Outcome, "outcome")
         parser.add_lightning_class_args(ConsoleReport, "console")
         parser.add_lightning_class_args(AdapterExport, "adapter_export")
+        parser.add_lightning_class_args(LastRow, "last_row")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Resume, "resume")
         # Item order and sampling seeds come from the run's one seed.
@@ -147,6 +154,8 @@ class FuchsiaCLI(LightningCLI):
         with self._refusals():
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
             self.run_folder = new_run_folder(root, run_name(self.arguments))
+            if checkpoint is not None and self.subcommand == "fit" and is_first_rank():
+                self._earlier = earlier_metrics(Path(self.config.fit.ckpt_path), checkpoint)
             chatter_to(self.run_folder)
             with refused_by("the trainer does not take its settings"):
                 super().instantiate_classes()
@@ -233,10 +242,7 @@ class FuchsiaCLI(LightningCLI):
         keys = self._parser(self.subcommand).callback_keys
         keys[:] = [key for key in keys if not needless.get(key)]
         given = trainer.logger
-        csv = CSVLogger(
-            save_dir=self.run_folder.parent.parent, name=self.run_folder.parent.name, version=self.run_folder.name
-        )
-        loggers: list[Logger] = [] if given is False else [csv]
+        loggers: list[Logger] = [] if given is False else [RunMetrics(self.run_folder, self._earlier)]
         if isinstance(given, Logger):
             loggers.append(given)
         elif isinstance(given, list):

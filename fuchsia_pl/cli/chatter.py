@@ -52,6 +52,25 @@ class ConsoleHandler(logging.Handler):
             sys.stderr.write(f"{line}\n")
 
 
+class LogFile(logging.FileHandler):
+    """A log file that a run can do without: where the disk is full, one line follows, and no traceback for each record."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._was_refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Names the file and the reason once; any other error is of the record, and logging prints it."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._was_refused:
+            self._was_refused = True
+            sys.stderr.write(
+                f"warning: {self.baseFilename} cannot be written ({error.strerror}): the run continues without\n"
+            )
+
+
 def show_warnings() -> None:
     """Has warnings and errors of this package, and of everything whose logger is not pointed elsewhere, written to stderr."""
     logging.getLogger().addHandler(ConsoleHandler(logging.WARNING))
@@ -67,7 +86,7 @@ def chatter_to(run_folder: Path) -> None:
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.captureWarnings(True)
-    handler = logging.FileHandler(run_folder / LOG_FILE)
+    handler = LogFile(run_folder / LOG_FILE)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     errors = ConsoleHandler(logging.ERROR)
     for name in LOGGERS:

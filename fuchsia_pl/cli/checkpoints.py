@@ -1,5 +1,6 @@
 """`--ckpt_path`: which checkpoint is meant, and whether it is one, before anything is built."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
+from fuchsia_pl.callbacks.run_metrics import METRICS_FILE, Row, rows_before
+from fuchsia_pl.files import mend_lines
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.checkpoint_files import check_trained, read_checkpoint
 from fuchsia_pl.policy.sharding import FSDP2Strategy, older_folder
@@ -16,6 +19,8 @@ LAST, BEST = "last", "best"
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_FILE = "last.ckpt"
 OLDER_FILES = "step-*.ckpt"
+
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
@@ -32,6 +37,7 @@ def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
     """
     if given == LAST:
         path, step = _last(runs, console)
+        _print_later_runs(path, runs, console)
     elif given == BEST:
         path, step = _best(runs, console)
     else:
@@ -85,6 +91,21 @@ def read_given(path: Path) -> dict[str, Any]:
         raise
 
 
+def _print_later_runs(chosen: Path, runs: Path, console: Console) -> None:
+    """Prints the runs that have higher numbers and older checkpoints: numbers do not depend on the clock, file times do."""
+    run = chosen.parent.parent.name
+    numbers = [int(folder.name) for folder in _folders(runs) if folder.name.isdigit() and run.isdigit()]
+    files = {number: runs / str(number) / CHECKPOINT_FOLDER / LAST_FILE for number in numbers if number > int(run)}
+    older = [number for number, file in files.items() if 0 < _changed(file) < _changed(chosen)]
+    if older:
+        console.print(
+            f"run {max(older)} began after run {run}, and its {LAST_FILE} has an earlier time. If the clock was set back, give "
+            f"its path: --ckpt_path {files[max(older)]}",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
 def _best(runs: Path, console: Console) -> tuple[Path, int]:
     for folder in sorted(_folders(runs), key=lambda run: _changed(run / CHECKPOINT_FOLDER), reverse=True):
         best = _best_of(folder / CHECKPOINT_FOLDER, console)
@@ -136,6 +157,29 @@ def _whole(path: Path, console: Console) -> dict[str, Any] | None:
     except ConfigError as error:
         console.print(f"passed over: {error}", soft_wrap=True, markup=False)
         return None
+
+
+def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
+    """The metrics of a checkpoint's steps, from the folder of the run that saved it.
+
+    Torn last lines of that run's logs, as a kill leaves them, are removed.
+
+    Args:
+        path: Where the checkpoint lies.
+        checkpoint: What `read_checkpoint` returned.
+    """
+    folder = path.absolute().parent
+    if folder.name == CHECKPOINT_FOLDER:
+        folder = folder.parent
+    mend_lines(folder)
+    rows = rows_before(folder, checkpoint)
+    if not rows:
+        logger.warning(
+            "%s has no steps before %d: the metrics of this run begin there",
+            folder / METRICS_FILE,
+            checkpoint["global_step"],
+        )
+    return rows
 
 
 def check_checkpoint(

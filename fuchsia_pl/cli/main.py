@@ -14,6 +14,7 @@ from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.files import DiskError
 from fuchsia_pl.stopping import stopping
 
 
@@ -44,8 +45,8 @@ def _report(end: BaseException, is_debugging: bool) -> None:
     """Prints what ended the command, where that takes one line; raises where that decides the exit code."""
     if isinstance(end, SystemExit) and is_debugging and end.__cause__ is not None:
         traceback.print_exception(end.__cause__)
-    # Errors of another process or of numbers: where this one stood when it met them is no help.
-    if isinstance(end, EngineError | ToolServerError | NonFiniteError) and not is_debugging:
+    # Errors of another process, a disk or numbers: where this one stood when it met them is no help.
+    if isinstance(end, EngineError | ToolServerError | DiskError | NonFiniteError) and not is_debugging:
         sys.stderr.write("\n".join([f"error: {end}", *end.__dict__.get("__notes__", ())]) + "\n")
         sys.exit(1)
 

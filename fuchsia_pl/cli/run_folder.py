@@ -1,7 +1,6 @@
 """Where configs are found and where a run's files go."""
 
 import contextlib
-import errno
 import itertools
 import os
 import re
@@ -19,6 +18,7 @@ DEFAULT_ROOT = "runs"
 CONFIG_OPTIONS = ("-c", "--config")
 SAVED_CONFIG = "config.yaml"
 SAVED_OBJECTIVE = "objective.yaml"
+PROBE_BYTES = 1 << 20
 # What a run has written by the time at which its settings are all accepted.
 BEFORE_A_RUN = {LOG_FILE, SAVED_CONFIG, SAVED_OBJECTIVE}
 
@@ -87,7 +87,7 @@ def new_run_folder(root: str | Path, name: str) -> Path:
     """Makes `<root>/<name>/<n>` with the first free number n, one for all ranks of a run; in a SLURM job, n is the job's.
 
     Raises:
-        ConfigError: The root cannot be written, or the ranks did not agree.
+        ConfigError: The root cannot be written or is full, or the ranks did not agree.
     """
     parent = Path(root) / name
 
@@ -100,14 +100,26 @@ def new_run_folder(root: str | Path, name: str) -> Path:
 
     try:
         folder = agreed_folder(lambda: _numbered(parent), make_named)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _try_to_write(folder)
         return folder
     except OSError as error:
         raise ConfigError(
-            f"trainer.default_root_dir={str(root)!r}: the run's folder {parent}/<n> cannot be made ({error.strerror}). Give a "
-            "folder that can be written"
+            f"trainer.default_root_dir={str(root)!r}: the run's folder {parent}/<n> cannot be made or written "
+            f"({error.strerror}). Give a folder that can be written and has room"
         ) from error
+
+
+def _try_to_write(folder: Path) -> None:
+    """Writes as much as the first files of a run take, and removes it: rights, quotas and room show in nothing else."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+    except OSError:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+            folder.rmdir()
+        raise
+    probe.unlink()
 
 
 def remove_unused(folder: Path) -> None:

@@ -148,6 +148,6 @@ def _from_hub(kind: str, split: str, source: ItemSource) -> Sequence[Item]:
     except Exception as error:  # the loaders of `datasets` raise anything; all of it is about what the user named
         raise ConfigError(
             f"{kind}: {split} items could not be read from {source.dataset} ({source.config or 'default'}, split {source.split}) "
-            f"({type(error).__name__}: {error}). A dataset on the hub needs the network, or its cache"
+            f"({type(error).__name__}: {' '.join(str(error).split())}). A dataset on the hub needs the network, or its cache"
         ) from error
     return cast(Sequence[Item], rows)

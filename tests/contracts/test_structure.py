@@ -22,6 +22,7 @@ RANKS = {
     "scratch": 0,
     "stopping": 0,
     "orphans": 0.2,
+    "files": 0.5,
     "batch": 0.5,
     "objectives": 1,
     "engines.base": 1,
@@ -50,6 +51,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "scratch": set(),
     "stopping": set(),
     "orphans": set(),
+    "files": set(),
     "batch": {"torch"},
     "objectives": {"torch"},
     "engines.base": set(),
@@ -130,6 +132,15 @@ def test_files_and_functions_stay_small(file):
             assert node.end_lineno - node.lineno < 70, node.name
             arguments = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
             assert len([a for a in arguments if a not in ("self", "cls")]) <= 7, node.name
+
+
+def test_durations_are_of_a_clock_that_never_goes_back():
+    """`time.time` follows the system's clock, which may be set back during a run."""
+    calls = [
+        (file, node) for file in SOURCES for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)
+    ]
+    wall = [f"{module_name(file)}:{node.lineno}" for file, node in calls if ast.unparse(node.func) == "time.time"]
+    assert not wall
 
 
 def tracked_files() -> list[str]:

@@ -1,5 +1,6 @@
 """`--ckpt_path` and `--resume`: which checkpoint a command takes, and what it takes from it."""
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from fuchsia_pl.cli import FuchsiaCLI
+from fuchsia_pl.cli.checkpoints import find_checkpoint
 from fuchsia_pl.cli.launch import CHECKPOINT_VARIABLE
+from fuchsia_pl.cli.run_folder import new_run_folder
 from tests.unit.policy.test_adapter import Touches
 from tests.unit.test_cli import TINY, config, refused
 
@@ -61,7 +65,7 @@ def test_last_is_the_newest_whole_checkpoint_of_the_configs_runs(config, capsys,
     resumed = fit(config, "--ckpt_path", "last", "--trainer.max_epochs", "-1", "--trainer.max_steps", "3")
     assert f"--ckpt_path last: {last_of(1)}, of step 1" in capsys.readouterr().out
     assert resumed.trainer.global_step == 3
-    assert len(Path("runs/tiny/2/metrics.csv").read_text().splitlines()) == 1 + 2  # steps 2 and 3
+    assert len(Path("runs/tiny/2/metrics.csv").read_text().splitlines()) == 1 + 3  # the first is of run 1
     assert yaml.safe_load(Path("runs/tiny/2/config.yaml").read_text())["ckpt_path"] == str(last_of(1))
     # The newest is cut off: the one before it, with a word on it. And `validate` has its weights, not the base model's.
     os.utime(last_of(0), (1, 1))
@@ -72,6 +76,14 @@ def test_last_is_the_newest_whole_checkpoint_of_the_configs_runs(config, capsys,
     assert f"passed over: the checkpoint {last_of(2)} is cut off" in printed
     assert f"--ckpt_path last: {last_of(1)}, of step 1" in printed
     assert validated.model.loaded_step == 1
+    # The clock was set back between the runs: their numbers show it.
+    assert "clock" not in printed
+    last_of(2).write_bytes(whole)
+    os.utime(last_of(2), (2, 2))
+    console = Console(file=io.StringIO())
+    assert find_checkpoint("last", Path("runs/tiny"), console) == last_of(1)
+    assert f"If the clock was set back, give its path: --ckpt_path {last_of(2)}\n" in console.file.getvalue()
+    assert new_run_folder("runs", "tiny").name == "4"
 
 
 def test_best_is_what_a_monitor_kept(config, capsys, tmp_path):

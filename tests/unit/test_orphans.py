@@ -24,7 +24,7 @@ STUBBORN = (
 )
 orphans.watch()
 orphans.watch()
-folders = scratch.scratch_folder("a"), scratch.scratch_folder("b", in_memory=True)
+folders = scratch.scratch_folder("a"), scratch.scratch_folder("b", place=scratch.RAM_BACKED)
 child = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True, stdout=subprocess.PIPE)
 child.stdout.readline()
 segment = shared_memory.SharedMemory(create=True, size=4096)

@@ -37,7 +37,7 @@ def test_what_a_dead_process_left_is_removed_and_nothing_else(places, monkeypatc
     left = {Path(name) for name in done.stdout.split()}
     assert len(left) == 2
     assert all(path.exists() and path.stat().st_mode & 0o077 == 0 for path in left)
-    mine, in_memory = scratch.scratch_folder("sync"), scratch.scratch_folder("sync", in_memory=True)
+    mine, in_memory = scratch.scratch_folder("sync"), scratch.scratch_folder("sync", place=scratch.RAM_BACKED)
     assert Path(in_memory.name).parent == places / "shm"
     parts = next(iter(left)).name.split("-")
     others = {

@@ -250,6 +250,24 @@ def test_a_health_check_finds_a_server_that_no_longer_answers_and_restarts_it():
     with_server(scenario, MCPServer(command=COMMAND, start_timeout_s=8))
 
 
+def test_a_server_that_does_not_want_to_die_is_gone_within_a_bound():
+    """It stays when its input ends, and when it is asked to end; `with_server` sees that no process is left."""
+    words = f"import runpy, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); runpy.run_path({SCRIPT!r}, run_name="
+    stubborn = [
+        sys.executable,
+        "-c",
+        words + "'__main__'); signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+    ]
+
+    async def scenario(server):
+        await server.ensure_running()
+        start = time.perf_counter()
+        await server.stop()
+        return time.perf_counter() - start
+
+    assert with_server(scenario, MCPServer(command=stubborn)) < 40
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -1,10 +1,15 @@
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import snapshot_download
 
 from fuchsia_pl.policy import sources
 from fuchsia_pl.policy.sources import ModelNotFoundError, cache_root, convert_gguf, read_template, resolve_model
 from fuchsia_pl.types import ConfigError
+from tests.hub_double import NAME, hub
 
 
 def test_a_folder_is_itself(tiny_model):
@@ -51,6 +56,34 @@ def test_an_unreachable_hub_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelNotFoundError, match=r"the hub did not give it out.*local folder"):
         resolve_model("some/model-that-is-not-there")
+
+
+def test_a_hub_that_breaks_off_in_a_download_is_one_line_and_what_it_left_is_never_taken_for_a_model(
+    tiny_model, tmp_path, monkeypatch
+):
+    files = {file.name: file.read_bytes() for file in tiny_model.iterdir()}
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.time", SimpleNamespace(**{**vars(time), "sleep": lambda s: None})
+    )
+
+    def resolve(address):
+        here = partial(snapshot_download, endpoint=address, cache_dir=tmp_path)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", here)
+        return resolve_model(NAME)
+
+    with hub(files, breaks_in="model.safetensors", after_bytes=5_000) as (address, requests):
+        with pytest.raises(
+            ModelNotFoundError, match=r"the hub did not give it out \(RemoteProtocolError: .*try again"
+        ) as caught:
+            resolve(address)
+        assert "\n" not in str(caught.value)
+        assert any("model.safetensors" in request for request in requests if request.startswith("GET"))
+    with pytest.raises(ModelNotFoundError, match=r"'someone/model' is") as caught:  # now nobody listens there
+        resolve(address)
+    assert "\n" not in str(caught.value)
+    with hub(files) as (address, _):
+        folder = resolve(address)
+    assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):

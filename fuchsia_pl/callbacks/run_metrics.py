@@ -1,0 +1,111 @@
+"""`metrics.csv`: one file from the first step on, also after a resume."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from fuchsia_pl.callbacks.last_row import ROW_KEY
+from fuchsia_pl.files import append_lines, replacing, writing
+
+METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
+
+Row = dict[str, str]
+
+
+class RunMetrics(CSVLogger):
+    """Lightning's CSV log of a run folder, which a full disk or a kill leaves whole, and which takes earlier rows along.
+
+    Args:
+        folder: The run folder, `<root>/<config name>/<n>`.
+        earlier: Rows of the run that this one resumes, see `rows_before`. They come first in the file.
+    """
+
+    def __init__(self, folder: Path, earlier: Sequence[Row] = ()) -> None:
+        super().__init__(save_dir=folder.parent.parent, name=folder.parent.name, version=folder.name)
+        self._earlier = earlier
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "MetricsWriter":
+        """The writer, made when it is first needed."""
+        if self._experiment is None:
+            self._experiment = MetricsWriter(self.log_dir, self._earlier)
+        return cast(MetricsWriter, self._experiment)
+
+
+class MetricsWriter(ExperimentWriter):
+    """Appends whole rows, and replaces the file where a new metric changes its header.
+
+    Args:
+        log_dir: The run folder.
+        earlier: Rows that come first.
+    """
+
+    def __init__(self, log_dir: str, earlier: Sequence[Row]) -> None:
+        with writing(Path(log_dir)):
+            super().__init__(log_dir)
+        # Lightning's own rows are numbers; those of a file are their text.
+        self.metrics: list[Any] = [dict(row) for row in earlier]
+        self._written_keys: list[str] = []
+
+    def log_hparams(self, params: dict[str, object]) -> None:
+        """Writes `hparams.yaml`."""
+        with writing(Path(self.log_dir) / self.NAME_HPARAMS_FILE):
+            super().log_hparams(params)
+
+    def save(self) -> None:
+        """Writes the rows that came since the last time.
+
+        Raises:
+            DiskError: They could not be written. The file is as it was.
+        """
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        self._record_new_keys()
+        if self._written_keys != self.metrics_keys:
+            rows = [*(read_rows(path) if path.exists() else []), *self.metrics]
+            with replacing(path) as partial:
+                partial.write_text(self._lines(rows, with_header=True), newline="")
+        else:
+            append_lines(path, self._lines(self.metrics, with_header=False))
+        self.metrics, self._written_keys = [], list(self.metrics_keys)
+
+    def _lines(self, rows: Sequence[Row], with_header: bool) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
+        if with_header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def rows_before(folder: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
+    """What a run logged of the steps of its checkpoint. Nothing where there is no file.
+
+    Args:
+        folder: Its run folder.
+        checkpoint: The checkpoint that another run continues from. Steps are counted from 0, in it as in the file.
+    """
+    path, num_steps = folder / METRICS_FILE, checkpoint["global_step"]
+    if not path.is_file():
+        return []
+    rows = [row for row in read_rows(path) if row.get("step", "").isdecimal() and int(row["step"]) < num_steps]
+    last = {str(name): str(value) for name, value in checkpoint.get(ROW_KEY, {}).items()}
+    # Other parts log rows of the same step, with other names.
+    is_logged = any(row["step"] == last.get("step") and all(row.get(name) for name in last) for row in rows)
+    if last and not is_logged:
+        rows.append(last)
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of metrics. One that a kill has torn, or that fits no header, is left out."""
+    whole, _, _ = path.read_text(errors="replace").rpartition("\n")
+    return [row for row in csv.DictReader(whole.splitlines()) if None not in row and None not in row.values()]

@@ -1,0 +1,190 @@
+"""Writing to a disk that may be full: what lay there stays whole, and the error is one line."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from fuchsia_pl.types import ConfigError
+
+RAM_BACKED = Path("/dev/shm")
+# Libraries in Rust and C++ put the system's number into the text of their own errors.
+SYSTEM_NUMBER = re.compile(r"\(os error (\d+)\)")
+TORCH_WRITER = "iostream error"  # all that torch tells of a file that it opened itself
+BLOCK_BYTES = 1 << 16
+RUN_ADVICE = "Make room there, or set another folder, and continue from the newest checkpoint with --ckpt_path last"
+
+
+class DiskError(RuntimeError):
+    """A file could not be written: which, why, and what to do."""
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str = RUN_ADVICE) -> Iterator[None]:
+    """Inside the `with` block, the system's refusal to write is raised as DiskError, whichever library met it.
+
+    Args:
+        path: The file or folder that is written, for the message.
+        advice: What to do, for the message.
+
+    Raises:
+        DiskError: There is no room, no right, or no such folder.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:  # torch raises RuntimeError, safetensors an Exception of its own
+        reason = _systems_reason(error)
+        if reason is None:
+            raise
+        raise DiskError(
+            f"{path} cannot be written: {reason} ({free_bytes(path) / 1e6:.1f} MB are free there). What was written before is "
+            f"whole. {advice}"
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the path of a new file beside `path`, which takes its place when the `with` block ends without an error.
+
+    Raises:
+        DiskError: It could not be written. The older file is as it was, and nothing is left of the new one.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with replacing(Path(folder, "a.txt")) as partial:
+    ...         _ = partial.write_text("new")
+    ...     [file.name for file in Path(folder).iterdir()]
+    ['a.txt']
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def append_lines(path: Path, text: str) -> None:
+    r"""Appends whole lines to a file of lines, or nothing. A torn line that a kill left at its end is removed first.
+
+    Args:
+        path: The file. It is made where there is none.
+        text: Lines, the last with its end too. Half a surrogate pair, which has no UTF-8, is written as JSON's own escape.
+
+    Raises:
+        DiskError: They could not be written. The file has the lines that it had.
+
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     _ = Path(file.name).write_text('{"n": 1}\n{"n"')
+    ...     append_lines(Path(file.name), '{"n": 2}\n')
+    ...     Path(file.name).read_text()
+    '{"n": 1}\n{"n": 2}\n'
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as stream:
+            _lock(stream)
+            length = _cut_torn_line(stream)
+            rest = memoryview(text.encode(errors="backslashreplace"))
+            try:
+                while rest:
+                    rest = rest[stream.write(rest) :]
+            except OSError:
+                stream.truncate(length)
+                raise
+
+
+def mend_lines(folder: Path) -> None:
+    """Removes the torn last line of every file of JSON lines in the folder of a run that was killed.
+
+    Files that a running process writes to at this moment, or that cannot be written, are left alone.
+    """
+    for path in sorted(folder.glob("*.jsonl*")):
+        with contextlib.suppress(OSError), path.open("r+b", buffering=0) as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _cut_torn_line(stream)
+
+
+def free_bytes(path: Path) -> int:
+    """The room on the file system of a path, or of the nearest folder above it that exists."""
+    folder = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(folder).free
+
+
+def roomy_folder(needed: int, setting: str) -> Path:
+    """The folder for short-lived files: the RAM-backed one if they fit there, else the one for temporary files.
+
+    Args:
+        needed: Their bytes.
+        setting: What makes them larger or smaller, for the message.
+
+    Raises:
+        ConfigError: They fit in neither.
+    """
+    folders = [RAM_BACKED] if RAM_BACKED.is_dir() and os.access(RAM_BACKED, os.W_OK) else []
+    folders.append(Path(tempfile.gettempdir()))
+    for folder in folders:
+        if free_bytes(folder) >= needed:
+            return folder
+    free = ", ".join(f"{free_bytes(folder) / 1e6:.1f} MB are free in {folder}" for folder in folders)
+    raise ConfigError(
+        f"{setting} needs {needed / 1e6:.1f} MB for short-lived files, and {free}: make room in one of them, or set the variable "
+        "TMPDIR to a folder that has it"
+    )
+
+
+def _lock(stream: FileIO) -> None:
+    """Waits, a second at most, until `mend_lines` of another process is done with a file."""
+    for _ in range(100):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:  # not every file system has locks
+            return
+        else:
+            return
+
+
+def _cut_torn_line(stream: FileIO) -> int:
+    """Cuts a file after its last line end; returns its length then, in bytes."""
+    length = end = stream.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(end - BLOCK_BYTES, 0)
+        found = os.pread(stream.fileno(), end - start, start).rfind(b"\n")
+        end = start
+        if found >= 0:
+            end = start + found + 1
+            break
+    if end < length:
+        stream.truncate(end)
+    return end
+
+
+def _systems_reason(error: BaseException) -> str | None:
+    """Why the system refused, in its words; None where it did not."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
+        if TORCH_WRITER in str(cause):
+            return os.strerror(errno.EIO)
+        number = SYSTEM_NUMBER.search(str(cause))
+        if number:
+            return os.strerror(int(number[1]))
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -1,0 +1,153 @@
+"""Writing to disks that are full, and mending what a kill tore."""
+
+import fcntl
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Callback
+from safetensors.torch import save_file
+
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.files import DiskError, append_lines, mend_lines, replacing, roomy_folder, writing
+from fuchsia_pl.types import ConfigError
+from tests.doubles import make_data, make_module, make_trainer
+from tests.small_disk import fill, make_room, mounted
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with mounted(tmp_path / "disk") as folder:
+        yield folder
+
+
+def test_lines_that_do_not_fit_are_not_begun(disk):
+    file, line = disk / "a.jsonl", "x" * 9_999 + "\n"
+    append_lines(file, line)
+    fill(disk, spare=4_096)
+    with pytest.raises(
+        DiskError, match=r"a\.jsonl cannot be written: No space left on device \(0\.\d MB are free there\)"
+    ):
+        append_lines(file, line)
+    assert file.read_text() == line
+    make_room(disk)
+    append_lines(file, line)
+    assert file.read_text() == 2 * line
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(1 << 20)),
+        lambda path: torch.save(torch.zeros(1 << 18), path.open("wb")),
+        lambda path: torch.save(torch.zeros(1 << 18), path),
+        lambda path: save_file({"a": torch.zeros(1 << 18)}, path),
+    ],
+    ids=["python", "torch to a stream", "torch to a path", "safetensors"],
+)
+def test_a_file_that_does_not_fit_leaves_the_older_one_and_nothing_else(disk, write):
+    """Each library has an error of its own for a disk that is full."""
+    path = disk / "folder" / "a"
+    with replacing(path) as partial:
+        partial.write_text("old")
+    fill(disk, spare=100_000)
+    reason = "(No space left on device|Input/output error)"  # torch does not tell why its own file failed
+    words = rf"/folder/a cannot be written: {reason} \(0\.\d MB are free there\).*--ckpt_path last$"
+    with pytest.raises(DiskError, match=words), replacing(path) as partial:
+        write(partial)
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("a", "old")]
+
+
+def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path):
+    for error in (ValueError("lr is -1"), RuntimeError("the rank is lost"), OSError("without a number")):
+        with pytest.raises(type(error)) as caught, writing(tmp_path):
+            raise error
+        assert caught.value is error
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.lists(st.text(alphabet="ab\u20ac", max_size=9), max_size=5), st.text(alphabet="ab\u20ac", max_size=9))
+def test_a_torn_last_line_goes_and_whole_ones_stay(tmp_path_factory, lines, torn):
+    folder = tmp_path_factory.mktemp("torn")
+    file, whole = folder / "a.jsonl.rank1", "".join(f"{line}\n" for line in lines)
+    file.write_bytes(
+        (whole + torn).encode()[: len((whole + torn).encode()) - (1 if torn else 0)]
+    )  # within a letter too
+    append_lines(file, "c\n")
+    assert file.read_text() == whole + "c\n"
+    file.write_text(whole + torn)
+    mend_lines(folder)
+    assert file.read_text() == whole
+    shutil.rmtree(folder)
+
+
+def test_a_torn_line_that_is_longer_than_a_block_goes(tmp_path):
+    (tmp_path / "a.jsonl").write_text("first\n" + 200_000 * "x")
+    mend_lines(tmp_path)
+    assert (tmp_path / "a.jsonl").read_text() == "first\n"
+
+
+def test_a_line_that_another_process_is_writing_is_left_to_it(tmp_path):
+    file = tmp_path / "a.jsonl"
+    with file.open("a+b", buffering=0) as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.write(b"half")
+        mend_lines(tmp_path)
+        stream.write(b" and half\n")
+    mend_lines(tmp_path)
+    assert file.read_text() == "half and half\n"
+
+
+def test_short_lived_files_lie_in_memory_where_they_fit_there(disk, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("fuchsia_pl.files.RAM_BACKED", disk)
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    assert roomy_folder(4 << 20, "it") == disk
+    fill(disk, spare=1 << 20)
+    assert roomy_folder(1 << 20, "it") == disk
+    assert roomy_folder((1 << 20) + 1, "it") == elsewhere
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    with pytest.raises(ConfigError, match=r"^it needs 2\.1 MB for short-lived files, and 1\.0 MB are free in .*TMPDIR"):
+        roomy_folder(2 << 20, "it")
+    monkeypatch.setattr("fuchsia_pl.files.RAM_BACKED", tmp_path / "there is none")
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    assert roomy_folder(1, "it") == elsewhere
+
+
+class Full(Callback):
+    """Fills a disk when the second step was trained."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 2:
+            fill(self.folder)
+
+
+def test_a_sync_that_finds_no_room_in_memory_goes_elsewhere_and_one_that_loses_it_is_one_line(
+    tiny_model, disk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fuchsia_pl.files.RAM_BACKED", disk)
+    used = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            used.append([folder.name for folder in disk.iterdir() if folder.is_dir()])
+
+    def fit(*callbacks):
+        module = make_module(tiny_model)
+        make_trainer(tmp_path / "run", *callbacks, sync=AdapterSync(tolerance=1e-3)).fit(
+            module, datamodule=make_data(module)
+        )
+
+    with pytest.raises(DiskError, match=r"fuchsia-sync-\w+/version-2 cannot be written: No space left on device"):
+        fit(Full(disk), Watch())
+    assert used[0]
+    used.clear()
+    fit(Watch())  # the disk is full by now
+    assert len(used) == 3
+    assert not any(name for names in used[1:] for name in names if name not in used[0])
