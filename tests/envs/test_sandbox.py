@@ -190,7 +190,7 @@ BROKEN = {
     },
     "files: their sum is bounded": {
         "for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(2**22))": "No space left",
-        "for p in ('/tmp', '/dev/shm', '/var/tmp'): open(p + p[-2:], 'wb').write(bytes(7 * 2**20))": "No space left",
+        "for p in ('/tmp', '/dev/shm', '/var/tmp'): open(p + '/x' + p[1], 'wb').write(bytes(7 * 2**20))": "No space left",
         "for i in range(10**5): open(f'/tmp/{i}', 'w').close()": "No space left",
     },
     "devices": {
@@ -261,14 +261,14 @@ def test_memory_is_bounded_by_the_sum_of_all_processes(sandboxed):
     # many forks of the interpreter share its pages, which count once
     assert sandboxed.cells(
         PREPARE, "for _ in range(15):\n  if os.fork() == 0: time.sleep(60)\ntime.sleep(1)", "7", key="forks"
-    )[1] == ("7", "ok")
+    )[2] == ("7", "ok")
 
 
 def test_what_a_rollout_writes_is_gone_and_what_programs_need_is_there(sandboxed):
     write = "for p in ('/tmp/x', '/var/tmp/y', '/dev/shm/z'): open(p, 'w').write('state')"
     assert sandboxed.cells(PREPARE + write, key="first") == [("(no output)", "ok")]
     found = sandboxed.cells(
-        "import glob; glob.glob('/tmp/[xyz]') + glob.glob('/var/tmp/*') + glob.glob('/dev/shm/[xyz]')",
+        "import glob; glob.glob('/tmp/[xyz]') + glob.glob('/var/tmp/[xyz]') + glob.glob('/dev/shm/[xyz]')",
         "!echo shell",
         "import multiprocessing; multiprocessing.get_context('fork').Pool(2).map(abs, [-1, -2])",
         "import asyncio, tempfile; asyncio.run(asyncio.sleep(0)); tempfile.TemporaryFile().write(b'12')",
