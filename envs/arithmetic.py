@@ -10,10 +10,12 @@ import re
 from typing import Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, RolloutStatus, SingleTurnEnvironment
-from fuchsia_pl.envs.rewards import checks_gold, last_turn, parse_number
+from fuchsia_pl.envs.rewards import checks_gold, last_turn, read_number
 
-# Digits with what people write between them: of "1,072" or "7.5" no part is a number of its own.
-NUMBER = re.compile(r"[-\u2212]?[0-9](?:[0-9.,]*[0-9])?")
+# Digits with what people write between them: of "1,072", "1 072", "1{,}072" or "7.5" no part is a number of its own.
+GROUP_MARK = r"(?:\{,\}|,?\\[,!;: ]|[ \u00a0\u2007\u2009\u202f'\u2019_])(?=[0-9]{3}(?![0-9]))"
+NUMBER = re.compile(rf"[-\u2212]?[0-9](?:(?:[0-9.,]|{GROUP_MARK})*[0-9])?")
+MAX_CHARS = 30
 
 
 def gold_problem(item: Item) -> str | None:
@@ -41,12 +43,12 @@ def ended(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
 def last_integer(text: str) -> int | None:
     """The last number in a text, None where there is none, where it is not whole or too long.
 
-    >>> last_integer("27 plus 45 is 72."), last_integer("1,072"), last_integer("no idea"), last_integer("7.5")
+    >>> last_integer("27 plus 45 is 72."), last_integer("1 072"), last_integer("no idea"), last_integer("7.5")
     (72, 1072, None, None)
     """
     found = NUMBER.findall(text)
-    number = parse_number(found[-1].replace("\u2212", "-")) if found and len(found[-1]) < 20 else None
-    return int(number) if number is not None and number.denominator == 1 else None
+    number = read_number(found[-1]) if found and len(found[-1]) < MAX_CHARS else None
+    return int(number.value) if number is not None and number.value.denominator == 1 else None
 
 
 class Arithmetic(SingleTurnEnvironment):

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, SingleTurnEnvironment
-from fuchsia_pl.envs.rewards import checks_gold, format_tags, last_between, last_turn, parse_number, unwrapped
+from fuchsia_pl.envs.rewards import checks_gold, format_tags, last_answer, last_turn, parse_number, unwrapped
 
 # An expression of a handful of small numbers is short. Parsing and evaluating anything of this size takes microseconds.
 MAX_CHARS = 200
@@ -175,7 +175,7 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction | None:
 
 
 def _is_right(rollout: Rollout) -> bool:
-    answer = last_between(last_turn(rollout), "answer")
+    answer = last_answer(last_turn(rollout))
     found = evaluate(answer) if answer is not None else None
     if found is None:
         return False

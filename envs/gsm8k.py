@@ -6,10 +6,12 @@ gold    72: what stands behind "####" in the item's answer, without the commas, 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
-from fuchsia_pl.envs.rewards import Scorer, format_tags, last_between, last_turn, number_match, parse_number
+from fuchsia_pl.envs.rewards import Scorer, format_tags, last_answer, last_turn, number_match, parse_number
+from fuchsia_pl.envs.rows import first_rows
 
 # The official extraction, github.com/openai/grade-school-math, grade_school_math/dataset.py: ANS_RE and extract_answer.
 OFFICIAL_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -34,11 +36,6 @@ def official_answer(solution: str) -> str:
     return found.group(1).strip().replace(",", "")
 
 
-def in_tags(text: str) -> str | None:
-    """What stands in the last `<answer>` of a text."""
-    return last_between(text, "answer")
-
-
 def correct_by(scorer: Scorer) -> RewardFunction:
     """The reward `correct`: 1.0 where the last `<answer>` outside of the thinking is the gold number.
 
@@ -46,7 +43,7 @@ def correct_by(scorer: Scorer) -> RewardFunction:
         scorer: "lenient" takes the number however a person would write it ("1,072", "$1072", "**1072**", "1072 dollars"),
             "strict" a bare number alone ("1,072", "$1072"). Neither takes "1072 clips" or "x = 1072".
     """
-    return number_match("answer", in_tags, scorer=scorer, read_gold=official_answer)
+    return number_match("answer", last_answer, scorer=scorer, read_gold=official_answer)
 
 
 correct = correct_by("lenient")
@@ -54,7 +51,7 @@ correct = correct_by("lenient")
 
 def number(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
     """1.0 where the last `<answer>` outside of the thinking is a bare number, right or wrong: the strict scorer's form."""
-    answers = (in_tags(last_turn(r)) for r in rollouts)
+    answers = (last_answer(last_turn(r)) for r in rollouts)
     return [float(answer is not None and parse_number(answer) is not None) for answer in answers]
 
 
@@ -106,10 +103,10 @@ class GSM8K(SingleTurnEnvironment):
         self.ramp_steps = ramp_steps
         self.num_validation = num_validation
 
-    def validation_items(self) -> list[Item]:
+    def validation_items(self) -> Sequence[Item]:
         """The first rows of the held-out split."""
         rows = super().validation_items()
-        return [rows[index] for index in range(min(len(rows), self.num_validation or len(rows)))]
+        return rows if self.num_validation is None else first_rows(rows, self.num_validation)
 
     def messages(self, item: Item) -> list[Message]:
         """The request and the problem."""

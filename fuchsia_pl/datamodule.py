@@ -146,8 +146,11 @@ class RolloutDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the start of the run that is resumed, so that its prompts are the same. Lightning calls this after `setup`."""
         self._started_at = datetime.fromisoformat(state_dict["started_at"])
-        if self._collector is not None and self._collector.chat.template.writes_date:
-            self._collector.chat = self.make_chat()
+        if self._collector is None:
+            return
+        was_read = self._collector.chat.template.has_read_date
+        self._collector.chat = self.make_chat()
+        if was_read:
             self._check_prompts()
 
     def teardown(self, stage: str) -> None:

@@ -104,15 +104,21 @@ class GRPOModule(LightningModule):
                 with_reference=self.loss_config.beta > 0,
                 with_critic=self.loss_config.parts.advantage == "gae",
             )
-            if self.device_mesh is not None:
-                mesh = self.device_mesh["data_parallel"]
-                if mesh.size() != self.trainer.world_size:
-                    raise ConfigError(
-                        f"trainer.strategy averages over {mesh.size()} of {self.trainer.world_size} ranks, which would train "
-                        "apart: use fuchsia_pl.policy.sharding.FSDP2Strategy (--config overlays/fsdp.yaml), or ddp"
-                    )
-                self.policy.shard(mesh)
             self.policy.train()
+        if self.device_mesh is None or self.policy.is_sharded:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        if mesh.size() != self.trainer.world_size:
+            raise ConfigError(
+                f"trainer.strategy averages over {mesh.size()} of {self.trainer.world_size} ranks, which would train "
+                "apart: use fuchsia_pl.policy.sharding.FSDP2Strategy (--config overlays/fsdp.yaml), or ddp"
+            )
+        self.policy.shard(mesh)
+
+    def setup(self, stage: str) -> None:
+        """Forgets the checkpoint of an earlier run of this module; that of this run is loaded after this."""
+        if stage == "fit":
+            self.loaded_step, self.loaded_micro_batches, self.resumed = 0, None, None
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trained weights, with the scheduler if there is one."""
@@ -291,6 +297,11 @@ class GRPOModule(LightningModule):
                 for optimizer in self._trainer.optimizers:
                     self.resumed.apply(optimizer)
         elif AVERAGED_WEIGHTS in checkpoint:
+            if self.device_mesh is not None:  # whose weights were loaded before this module is asked
+                raise ConfigError(
+                    "the checkpoint holds averaged weights (WeightAverage), which sharded weights cannot take: leave out "
+                    "FSDP2Strategy, or export the run's adapter/ and start from it with model.policy.lora.init_from"
+                )
             checkpoint["state_dict"] = checkpoint[AVERAGED_WEIGHTS]
         self.loaded_step, self.loaded_micro_batches = checkpoint["global_step"], checkpoint[MICRO_BATCHES_KEY]
 

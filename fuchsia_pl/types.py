@@ -139,7 +139,7 @@ class Turn:
         text: Their text without special tokens, for people and reward functions.
         raw_text: Their text with special tokens but without the end of the turn: some models mark tool calls with such tokens.
         answer: `text` without the thinking. Rewards read this.
-        raw_answer: `raw_text` without the thinking. Tool calls are read from this.
+        raw_answer: `raw_text` without the thinking; calls stand in it as they were written. Tool calls are read from this.
 
     >>> Turn(Completion((52, 2), (-0.1, -0.02), "stop", None, 3), "<think>3+4</think>7", "<think>3+4</think>7", "7", "7").answer
     '7'

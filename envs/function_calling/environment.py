@@ -10,7 +10,7 @@ from typing import Any
 
 from envs.function_calling.items import KINDS, Kind, make_items
 from fuchsia_pl.envs import ConfigError, Item, MCPServer, Message, Rollout, ToolEnvironment
-from fuchsia_pl.envs.rewards import last_between, last_turn, number_match, parse_number
+from fuchsia_pl.envs.rewards import last_answer, last_turn, number_match, parse_number
 
 SYSTEM = (
     "Answer the question. Use the tool for every computation, never your head. When you have its result, give the answer as a "
@@ -20,19 +20,14 @@ SYSTEM = (
 EXAMPLE_SEED = 1
 
 
-def in_tags(text: str) -> str | None:
-    """What stands in the last `<answer>` of a text."""
-    return last_between(text, "answer")
-
-
 # 1.0 where the last `<answer>` of the last turn is the gold number, however a person would write it.
-correct = number_match("answer", in_tags)
+correct = number_match("answer", last_answer)
 
 
 def well_formed(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
     """1/2 for at least one call of the tool and none that is malformed, 1/2 for a bare number in `<answer>` in the last turn."""
     called = (r.counts["tool_calls"] > 0 and r.counts["tool_invalid_call"] == 0 for r in rollouts)
-    answers = (in_tags(last_turn(r)) for r in rollouts)
+    answers = (last_answer(last_turn(r)) for r in rollouts)
     is_number = (answer is not None and parse_number(answer) is not None for answer in answers)
     return [0.5 * calls + 0.5 * number for calls, number in zip(called, is_number, strict=True)]
 

@@ -76,7 +76,8 @@ def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
     """The class and the settings of an optimizer; a schedule changes the rate, so it is the one that it began with."""
     group = optimizer.param_groups[0]
     settings = {name: _plain(value) for name, value in group.items() if name not in ("params", "initial_lr")}
-    return {**settings, "lr": float(group.get("initial_lr", group["lr"])), "class": type(optimizer).__name__}
+    rate = group.get("initial_lr", group["lr"])  # None where the optimizer makes its own
+    return {**settings, "lr": None if rate is None else float(rate), "class": type(optimizer).__name__}
 
 
 def _plain(value: Any) -> Any:

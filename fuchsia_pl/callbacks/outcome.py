@@ -30,9 +30,10 @@ class Outcome(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the highest rate that the optimizer was made with: a warm-up begins at 0."""
         self._num_steps, self._num_skipped, self._last_step = 0, 0, trainer.global_step
-        rates = [float(group.get("initial_lr", group["lr"])) for o in trainer.optimizers for group in o.param_groups]
+        given = [group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups]
+        rates = [float(rate) for rate in given if rate is not None]  # Adafactor may make its own
         lora = cast(ConfiguredModule, pl_module).policy_config.lora
-        if trainer.is_global_zero and lora.enabled and max(rates) < LOW_RATE:
+        if trainer.is_global_zero and lora.enabled and rates and max(rates) < LOW_RATE:
             logger.warning(
                 "the learning rate is %g, and an adapter hardly learns below %g: the usual ones are from 1e-5 to 1e-3 "
                 "(model.optimizer.init_args.lr)",

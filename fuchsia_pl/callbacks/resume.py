@@ -39,9 +39,9 @@ class Resume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints where the schedule of a resumed run is; one that has ended may not be what was meant."""
         module = cast(ResumedModule, pl_module)
-        if module.loaded_step and trainer.is_global_zero:
-            line = outlook(trainer, module.recipe)
-            if line is not None:
+        if module.loaded_step:
+            line = outlook(trainer, module.recipe)  # on every rank, so that all end where it cannot be
+            if line is not None and trainer.is_global_zero:
                 self.console.print(line, soft_wrap=True, markup=False)
 
 
@@ -59,12 +59,13 @@ def outlook(trainer: Trainer, recipe: Recipe) -> str | None:
     rates = recipe.outlook(settings, scheduler.state_dict(), num_steps - 1)
     if rates is None:
         return None
-    last, name = trainer.global_step + num_steps, type(scheduler).__name__
+    name = type(scheduler).__name__
+    last = f"{'at least ' if num_steps == MAX_OUTLOOK_STEPS else ''}step {trainer.global_step + num_steps}"
     if len(set(rates)) == 1 and rates[0] != settings.get("initial_lr", rates[0]):
         return (
             f"resumed after step {trainer.global_step}: the schedule {name} has ended, and the learning rate stays at "
-            f"{rates[0]:.3g} until step {last}; it began at {settings['initial_lr']:.3g}. For another schedule change "
+            f"{rates[0]:.3g} until {last}; it began at {settings['initial_lr']:.3g}. For another schedule change "
             "model.lr_scheduler and add --resume.scheduler config"
         )
     now = f"resumed after step {trainer.global_step}: the learning rate is {rates[0]:.3g} now"
-    return f"{now} and {rates[-1]:.3g} in step {last} ({name})"
+    return f"{now} and {rates[-1]:.3g} in {last} ({name})"

@@ -144,20 +144,21 @@ class FuchsiaCLI(LightningCLI):
                 check_optimization(self.model.optimizer, self.model.lr_scheduler, self.trainer)
             check_quantization(self.model.policy_config.quantization)
             check_adapter(self.model.policy_config.lora)
-            self._announce()
             # Last, since it may download or convert: every setting has been accepted by now.
             check_targets(blank_model(self.model.learner.served_model.folder), self.model.policy_config.lora)
             self._check_weights(checkpoint)
+            self._announce()
 
     def _find_checkpoint(self, runs: Path) -> dict[str, Any] | None:
         """The checkpoint that the command names, looked for before there is a folder of this run; None where it names none."""
         arguments = self.config[self.subcommand]
         given = arguments.get("ckpt_path")
+        if any(arguments.resume.as_dict().values()) and (self.subcommand != "fit" or given is None):
+            raise ConfigError(
+                "resume.optimizer and resume.scheduler decide what `fit --ckpt_path` continues with, and do nothing here: leave "
+                "them out"
+            )
         if given is None:
-            if self.subcommand == "fit" and any(arguments.resume.as_dict().values()):
-                raise ConfigError(
-                    "resume.optimizer and resume.scheduler do nothing without --ckpt_path: leave them out"
-                )
             return None
         if arguments.get("weights_only") is False:
             raise ConfigError(

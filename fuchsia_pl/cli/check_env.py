@@ -38,7 +38,7 @@ class CheckEnvCLI(PartsCLI):
             num_ranks(trainer.devices, trainer.num_nodes),
             self.model.policy_config.max_tokens_per_micro_batch,
         )
-        run = Run(ranks, budget, has_validation=limit is None or limit > 0)
+        run = Run(ranks, budget, held_out=1.0 if limit is None else limit)
         found = run_blocking(Examiner(self.datamodule, run, self.num_items).examine())
         report(Console(highlight=False), found)
         self.holds = not found.wrong

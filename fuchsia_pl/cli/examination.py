@@ -9,6 +9,7 @@ from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.budget import check_budget, longest_row
 from fuchsia_pl.rollouts.collector import Collector
+from fuchsia_pl.rollouts.flags import HELD_OUT_FLAGS, Limits
 from fuchsia_pl.rollouts.preparation import check_shares, held_out_prompts, told_as_config_error, training_prompts
 from fuchsia_pl.types import ConfigError
 
@@ -23,15 +24,15 @@ class Run:
     Attributes:
         num_ranks: Ranks that share the items, as far as the config tells.
         max_tokens: The budget of a micro-batch, None without one.
-        has_validation: Whether the run looks at its held-out split.
+        held_out: The number (int) or the share (float) of the held-out items that the run takes; 0 takes none.
 
-    >>> Run(num_ranks=1, max_tokens=None, has_validation=True).num_ranks
+    >>> Run(num_ranks=1, max_tokens=None, held_out=1.0).num_ranks
     1
     """
 
     num_ranks: int
     max_tokens: int | None
-    has_validation: bool
+    held_out: int | float
 
 
 @dataclass
@@ -126,8 +127,11 @@ class Examiner:
         environment = self.data.environment
         try:
             positions = held_out_prompts(self._asked, self.run.num_ranks)
+            if self.run.held_out:
+                limits = Limits(1, None, self.run.held_out, HELD_OUT_FLAGS["fit"], self.run.held_out)
+                positions = limits.first_held_out(positions, self.run.num_ranks)
         except ConfigError as error:
-            if self.run.has_validation:
+            if self.run.held_out:
                 found.wrong.append(one_line(str(error)))
             else:
                 found.unchecked.append(

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 
 from fuchsia_pl.cli.app import FuchsiaCLI
+from fuchsia_pl.types import ConfigError
 
 
 class PartsCLI(FuchsiaCLI):
@@ -15,6 +16,9 @@ class PartsCLI(FuchsiaCLI):
     def instantiate_classes(self) -> None:
         """Makes module and data module; neither loads anything."""
         with self._refusals():
+            for name in ("ckpt_path", "resume.optimizer", "resume.scheduler"):
+                if self._get(self.config, name) is not None:
+                    raise ConfigError(f"--{name} does nothing in this command, which loads no checkpoint: leave it out")
             self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
 

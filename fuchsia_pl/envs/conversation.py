@@ -1,10 +1,12 @@
 """The conversation that an item asks the policy to continue, checked before anything is sampled."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fuchsia_pl.types import ConfigError, Item, Message
 
+HALF = re.compile("[\ud800-\udfff]")
 ALLOWED = 'a prompt is a text or a list of messages {"role": …, "content": …}'
 
 
@@ -96,8 +98,13 @@ def _checked(message: Any, where: str) -> Message:
     if missing:
         raise ConfigError(f"{where} has no {missing[0]!r}, it has {sorted(map(str, message))}")
     role = given["role"]
-    if not isinstance(role, str) or not role:
-        raise ConfigError(f'{where}: its role is {_kind(role)}, and must be a text such as "user"')
+    if not isinstance(role, str) or not role.strip():
+        what = "empty" if isinstance(role, str) else _kind(role)
+        raise ConfigError(f'{where}: its role is {what}, and must be a text such as "user"')
+    for name, value in others.items():
+        if name != "content":  # of which the parts are named
+            _check_halves(name, f"{where}: a name of its fields")
+            _check_halves(value, f"{where}: its field {name!r}")
     return {**others, "role": role, "content": _text(given["content"], f"{where} ({role})")}
 
 
@@ -106,13 +113,23 @@ def _text(content: Any, where: str) -> str:
         content = "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content))
     if not isinstance(content, str):
         raise ConfigError(f"{where}: its content is {_kind(content)}, and must be a text")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{where}: character {error.start} of its content is half of a surrogate pair, which no tokenizer can encode"
-        ) from error
+    _check_halves(content, f"{where}: its content")
     return content
+
+
+def _check_halves(value: Any, where: str) -> None:
+    """Refuses half of a surrogate pair in a text or in the texts of a JSON value, names of fields included."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            waiting += part
+        elif isinstance(part, str) and (half := HALF.search(part)) is not None:
+            raise ConfigError(
+                f"{where}: character {half.start()} is half of a surrogate pair, which no tokenizer can encode"
+            )
 
 
 def _part(part: Any, where: str) -> str:

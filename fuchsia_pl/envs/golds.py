@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from fuchsia_pl.envs.base import CHECK_GOLD, Environment
+from fuchsia_pl.envs.rows import place_of
 from fuchsia_pl.types import ConfigError, Item
 
 NUM_THREADS = 4  # checks that wait for a worker process wait side by side
@@ -56,7 +57,7 @@ def bad_golds(
 
     with ThreadPoolExecutor(max_workers=NUM_THREADS) as threads:
         list(threads.map(check, [positions[start::NUM_THREADS] for start in range(NUM_THREADS)]))
-    shown = [f"item {index}: {problem}" for index, problem in sorted(found)[:limit]]
+    shown = [f"{place_of(items, index)}: {problem}" for index, problem in sorted(found)[:limit]]
     at_least = "at least " if len(found) >= MAX_FOUND else ""
     total = f"{at_least}{len(found)} of {len(positions)} items have a gold answer that cannot be used"
     return [*shown, total] if len(found) > limit else shown

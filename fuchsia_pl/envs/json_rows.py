@@ -10,6 +10,9 @@ from fuchsia_pl.envs.rows import JSONRows, check_row, unreadable
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_SPACE = b" \t\r\n"  # bytes.strip() alone would also take what JSON has no place for
+# Python's own reader ends near 1,000, less what is on the stack when a row is read again.
+MAX_DEPTH = 200
+TOO_DEEP = f"it is nested too deeply: lists and objects go up to {MAX_DEPTH} deep"
 SPACES = re.compile(r"[ \t\r\n]*")
 
 
@@ -48,11 +51,14 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
     ValueError: the key 'a' stands twice in one object
     """
     try:
-        return DECODER.raw_decode(text, start)
+        value, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} (column {error.colno})") from error
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError(TOO_DEEP) from error
+    if _is_too_deep(value):
+        raise ValueError(TOO_DEEP)
+    return value, end
 
 
 def decode_whole(text: str) -> Any:
@@ -84,6 +90,16 @@ def finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {digits} is larger than a float can hold")
     return number
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        entries = [entry for part in level for entry in (part.values() if isinstance(part, dict) else part)]
+        level = [entry for entry in entries if isinstance(entry, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -130,6 +130,48 @@ class JoinedRows(Rows):
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
 
 
+class FirstRows(Rows):
+    """The first rows of others, at the places where these stand.
+
+    Args:
+        rows: The others.
+        count: How many at most.
+
+    >>> first = FirstRows(DictRows("a.csv", [{"n": "1"}, {"n": "2"}], [2, 3]), 1)
+    >>> list(first), first.where(0)
+    ([{'n': '1'}], 'a.csv, line 2')
+    """
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        self._rows, self._count = rows, min(count, len(rows))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def row(self, index: int) -> Item:
+        """The row, from the others."""
+        return self._rows.row(index)
+
+    def where(self, index: int) -> str:
+        """Its place among the others."""
+        return self._rows.where(index)
+
+
+def first_rows(items: Sequence[Item], count: int) -> Sequence[Item]:
+    """The first items of a split. Rows of a file keep their places, so that messages name the line.
+
+    Args:
+        items: The split: rows of files, or of the hub, whose slices are no lists of rows.
+        count: How many at most.
+
+    >>> first_rows([{"n": 1}, {"n": 2}], 1)
+    [{'n': 1}]
+    """
+    if isinstance(items, Rows):
+        return FirstRows(items, count)
+    return [items[index] for index in range(min(count, len(items)))]
+
+
 def place_of(items: Sequence[Item], index: int) -> str:
     """How messages name an item: by its position from 0 and, for a row of a file, by its place in the file.
 

@@ -1,16 +1,38 @@
 """Separates a policy's reasoning from what it says: rewards and tool calls read only what is outside of thinking marks."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from fuchsia_pl.types import ConfigError
 
 # Opening and closing mark of each kind of thinking; reasoning models write one of these.
 THINKING_MARKS: tuple[tuple[str, str], ...] = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
+# No reader reads more calls of a turn than this; in what follows, marks count everywhere.
+MAX_OPAQUE = 1000
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Parts of a text in which marks are characters like any other, such as the JSON of a tool call.
+
+    Attributes:
+        opening: Regular expression of how such a part begins.
+        end: Takes a match of `opening` and all marks. Returns where the part ends.
+
+    >>> without_thinking("#<think> <think>3", opaque=Opaque("#", lambda match, _: match.string.index(" ", match.end())))
+    '#<think> '
+    """
+
+    opening: str
+    end: Callable[[re.Match[str], tuple[str, ...]], int]
 
 
 def without_thinking(
-    text: str, marks: Sequence[tuple[str, str]] = THINKING_MARKS, starts_in_thinking: bool = False
+    text: str,
+    marks: Sequence[tuple[str, str]] = THINKING_MARKS,
+    starts_in_thinking: bool = False,
+    opaque: Opaque | None = None,
 ) -> str:
     """Removes the thinking from a turn's text, in linear time.
 
@@ -23,24 +45,28 @@ def without_thinking(
         text: What the policy wrote.
         marks: Pairs of an opening and a closing mark. Without any, the text is returned as it is.
         starts_in_thinking: Whether the prompt ended in an opening mark.
+        opaque: Parts in which no mark counts. They are found outside of thinking only, and only the first `MAX_OPAQUE`.
 
     >>> without_thinking("<think>3? no</think>4"), without_thinking("3? no</think>4"), without_thinking("4 <think>or 3")
     ('4', '4', '4 ')
     >>> without_thinking("<think>3? <think>5?</think> 6?</think>4"), without_thinking("3?", starts_in_thinking=True)
     ('4', '')
     """
-    return _split(text, marks, starts_in_thinking)[0]
+    return _split(text, marks, starts_in_thinking, opaque)[0]
 
 
 def ends_in_thinking(
-    text: str, marks: Sequence[tuple[str, str]] = THINKING_MARKS, starts_in_thinking: bool = False
+    text: str,
+    marks: Sequence[tuple[str, str]] = THINKING_MARKS,
+    starts_in_thinking: bool = False,
+    opaque: Opaque | None = None,
 ) -> bool:
     """Whether a text, of the same arguments as `without_thinking`, ends before its thinking does.
 
     >>> ends_in_thinking("<think>3? no</think>4 <think>or"), ends_in_thinking("<think>3? no</think>4")
     (True, False)
     """
-    return _split(text, marks, starts_in_thinking)[1]
+    return _split(text, marks, starts_in_thinking, opaque)[1]
 
 
 def ends_in_opening_mark(text: str, marks: Sequence[tuple[str, str]] = THINKING_MARKS) -> bool:
@@ -71,31 +97,47 @@ def check_marks(marks: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def _split(text: str, marks: Sequence[tuple[str, str]], starts_in_thinking: bool) -> tuple[str, bool]:
+def _split(
+    text: str, marks: Sequence[tuple[str, str]], starts_in_thinking: bool, opaque: Opaque | None
+) -> tuple[str, bool]:
     """What stands outside of thinking, and whether the text ends inside of it."""
     if not marks:
         return text, False
     closing_of = dict(marks)
-    any_mark, any_closing = _pattern([mark for pair in marks for mark in pair]), _pattern(list(closing_of.values()))
+    all_marks = tuple(mark for pair in marks for mark in pair)
+    landmark = any_mark = re.compile(any_of(all_marks))
+    if opaque is not None:
+        landmark = re.compile(f"(?P<opaque>{opaque.opening})|{any_of(all_marks)}")
     kept: list[str] = []
-    place = 0
+    place = 0  # where the text outside of thinking goes on that is not yet kept
     if starts_in_thinking:
-        closing = any_closing.search(text)
+        closing = re.compile(any_of(list(closing_of.values()))).search(text)
         if closing is None:
             return "", True
         place = closing.end()
-    while (found := any_mark.search(text, place)) is not None:
-        if found.group() not in closing_of:
-            place = found.end()  # the end of a thinking that began unnoticed
+    search_from, num_opaque = place, 0
+    while (found := landmark.search(text, search_from)) is not None:
+        mark = found.group()
+        if opaque is not None and found.lastgroup == "opaque":
+            search_from, num_opaque = max(opaque.end(found, all_marks), found.end()), num_opaque + 1
+            landmark = landmark if num_opaque < MAX_OPAQUE else any_mark
             continue
-        kept.append(text[place : found.start()])
-        end = text.find(closing_of[found.group()], found.end())
-        if end < 0:
-            return "".join(kept), True
-        place = end + len(closing_of[found.group()])
+        if mark in closing_of:
+            kept.append(text[place : found.start()])
+            end = text.find(closing_of[mark], found.end())
+            if end < 0:
+                return "".join(kept), True
+            place = end + len(closing_of[mark])
+        else:
+            place = found.end()  # the end of a thinking that began unnoticed
+        search_from = place
     return "".join([*kept, text[place:]]), False
 
 
-def _pattern(marks: Sequence[str]) -> re.Pattern[str]:
-    """Finds any of some marks, the longest where several begin at one place."""
-    return re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)))
+def any_of(texts: Sequence[str]) -> str:
+    r"""Regular expression of any of some texts, the longest where several begin at one place.
+
+    >>> any_of(["a", "ab.", "c"])
+    'ab\\.|a|c'
+    """
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))

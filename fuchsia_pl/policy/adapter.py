@@ -76,7 +76,12 @@ def _loaded_adapter(model: PreTrainedModel, lora: LoRASettings, found: peft.Lora
     found.lora_dropout = lora.dropout
     found.inference_mode = False
     found.base_model_name_or_path = None  # PEFT warns where it is another folder; `add_adapter` sets it anew
-    adapted = peft.get_peft_model(model, found, autocast_adapter_dtype=True)
+    try:
+        adapted = peft.get_peft_model(model, found, autocast_adapter_dtype=True)
+    except (ValueError, TypeError) as error:  # PEFT finds none of its layers, or one that is not linear
+        raise ConfigError(
+            f"model.policy.lora.init_from={lora.init_from!r} is no adapter of this model: {' '.join(str(error).split())}"
+        ) from error
     weights = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     file = _weights_file(lora.init_from)
     difference = first_difference({name: tuple(w.shape) for name, w in weights.items()}, shapes_in_file(file))

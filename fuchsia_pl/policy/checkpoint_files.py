@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
 from fuchsia_pl.policy.sharding import FOLDER_METADATA, older_folder
 from fuchsia_pl.policy.tensor_files import first_difference
 from fuchsia_pl.types import ConfigError
@@ -97,8 +98,10 @@ def check_contents(checkpoint: Mapping[str, Any], name: str) -> None:
         raise ConfigError(
             f"the checkpoint {name} is no checkpoint of Fuchsia-PL: it has no state_dict. Give another one"
         )
-    weights = {weight: tuple(tensor.shape) for weight, tensor in checkpoint["state_dict"].items()}
-    _check_shapes(checkpoint[SHAPES_KEY], weights, name)
+    for key in ("state_dict", AVERAGED_WEIGHTS):
+        if key in checkpoint:
+            weights = {weight: tuple(tensor.shape) for weight, tensor in checkpoint[key].items()}
+            _check_shapes(checkpoint[SHAPES_KEY], weights, name)
     _check_shapes(checkpoint[OPTIMIZER_SHAPES_KEY], optimizer_shapes(checkpoint), name)
 
 

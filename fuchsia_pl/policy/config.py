@@ -137,13 +137,13 @@ class PolicyConfig:
 
     name: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    chat_template: str | None = None
     lora: LoRASettings = field(default_factory=LoRASettings)
     shared_prefix: Literal["auto", "always", "never"] = "auto"
     checkpointing: CheckpointingSettings = field(default_factory=CheckpointingSettings)
     max_tokens_per_micro_batch: int | None = None
     quantization: Literal["nf4"] | None = None
     logprob_chunk_tokens: int | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses sizes without tokens, a template that is not there, and 4-bit weights that would have to learn."""

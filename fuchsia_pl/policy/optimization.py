@@ -94,7 +94,7 @@ class Recipe:
             group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
         scheduler = self._scheduler(optimizer)
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
-            _advance(scheduler, step)
+            advance(scheduler, step)
         return _group(optimizer), scheduler
 
     def outlook(self, settings: Plain, scheduler_state: Plain, num_steps: int) -> list[float] | None:
@@ -115,7 +115,7 @@ class Recipe:
         scheduler.load_state_dict(copy.deepcopy(scheduler_state))
         rates = [float(settings["lr"])]
         for _ in range(num_steps):
-            _advance(scheduler, 1)
+            advance(scheduler, 1)
             rates.append(float(optimizer.param_groups[0]["lr"]))
         return rates
 
@@ -246,7 +246,12 @@ def _difference(old: Plain | None, new: Plain | None) -> str:
     return ", ".join(words)
 
 
-def _advance(scheduler: Any, num_steps: int) -> None:
+def advance(scheduler: Any, num_steps: int) -> None:
+    """Steps a schedule of a stand-in.
+
+    Raises:
+        ConfigError: It has fewer steps.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a schedule that is stepped without its optimizer
         try:

@@ -65,6 +65,7 @@ class Policy(nn.Module):
         if config.checkpointing.enabled:
             checkpoint_blocks(base, config.checkpointing.every_n_layers)
         _check_head(self.causal_lm)
+        self.is_sharded = False
         self.critic = Critic(base.config.get_text_config().hidden_size) if with_critic else None
 
     @property
@@ -203,6 +204,7 @@ class Policy(nn.Module):
     def shard(self, mesh: DeviceMesh) -> None:
         """Spreads the weights over the ranks of a mesh. A frozen copy that is the reference stays whole on each."""
         shard(self, self.causal_lm, mesh)
+        self.is_sharded = True
         if self._initial_adapter:
             self._initial_adapter = self._adapter_copy()
 

@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
+from fuchsia_pl.policy.optimization import advance
 from fuchsia_pl.types import ConfigError
 
 # These two watch a metric, which transformers' own trainer hands to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 NAMES = tuple(kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION if kind.value not in WATCHING)
 HELD_OUT = "validation/"
+MAX_STEPS_TRIED = 10_000
 
 
 class TransformersSchedule(LambdaLR):
@@ -110,14 +112,18 @@ def check_optimization(
         trainer: Lightning's.
 
     Raises:
-        ConfigError: One of them does not take its arguments.
+        ConfigError: One of them does not take its arguments, or the schedule has fewer steps than the run.
     """
     part = "optimizer"
     try:
         optimizer = make_optimizer([nn.Parameter(torch.zeros(2, 2))])
         part = "lr_scheduler"
         if make_scheduler is not None:
-            lightning_config(make_scheduler(optimizer), trainer)
+            scheduler = make_scheduler(optimizer)
+            lightning_config(scheduler, trainer)
+            if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                # Some schedules have an end, after which they raise.
+                advance(scheduler, min(trainer.max_steps, MAX_STEPS_TRIED))
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.bounded import StrayError, call_bounded, contained, reason
 from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.envs.rows import place_of
-from fuchsia_pl.envs.thinking import ends_in_opening_mark, ends_in_thinking, without_thinking
+from fuchsia_pl.envs.thinking import Opaque, ends_in_opening_mark, ends_in_thinking, without_thinking
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.chat import Chat
@@ -265,10 +265,16 @@ class Collector:
     def _is_cut(self, completion: Completion, starts_in_thinking: bool) -> bool:
         """Whether a turn's ids end inside of a thinking or of a call's JSON."""
         environment, raw_text = self.environment, self.chat.turn_text(completion.token_ids)
-        if ends_in_thinking(raw_text, environment.thinking_marks, starts_in_thinking):
+        if ends_in_thinking(raw_text, environment.thinking_marks, starts_in_thinking, self._calls):
             return True
-        answer = without_thinking(raw_text, environment.thinking_marks, starts_in_thinking)
+        answer = without_thinking(raw_text, environment.thinking_marks, starts_in_thinking, self._calls)
         return bool(environment.tools) and environment.tool_convention.read(answer, environment.tools).is_cut
+
+    @property
+    def _calls(self) -> Opaque | None:
+        """The parts of a turn in which no mark of thinking counts."""
+        tools = self.environment.tools
+        return self.environment.tool_convention.opaque(tools) if tools else None
 
     def _starts_in_thinking(self, rollout: Rollout) -> bool:
         """Whether the header of the policy's turn ends in an opening mark of thinking."""
@@ -279,7 +285,7 @@ class Collector:
         ids, marks = completion.token_ids, self.environment.thinking_marks
         # Some models' marks are special tokens, which `text` leaves out: thinking is found in the raw text.
         raw_text = self.chat.turn_text(ids)
-        raw_answer = without_thinking(raw_text, marks, starts_in_thinking)
+        raw_answer = without_thinking(raw_text, marks, starts_in_thinking, self._calls)
         text = self.chat.text(ids)
         answer = text if raw_answer == raw_text else self.chat.without_special_tokens(raw_answer)
         return Turn(completion, text, raw_text, answer, raw_answer)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,6 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.types import Message
+
+# Fields of a message and of a call whose values are one of a few words, which templates compare: never text.
+KINDS = ("role", "type")
+# Fields of a message whose values have such fields of their own.
+NESTED = ("tool_calls", "function")
 
 
 class Spelling:
@@ -48,8 +54,8 @@ class Spelling:
         return self._names.keys()
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages with a cut in every name of an added token."""
-        return [self._cut(m, self._special if m.get("role") == "assistant" else self.control_ids) for m in messages]
+        """Messages with a cut in every name of an added token in their texts. Roles and names of fields are no text."""
+        return [self._fields(m, self._special if m.get("role") == "assistant" else self.control_ids) for m in messages]
 
     def tools(self, tools: Sequence[ToolSpec]) -> list[ToolSpec]:
         """Tools with a cut in every name of an added token."""
@@ -72,11 +78,26 @@ class Spelling:
         """The ids of a rendered text: an added token's id where its name stands whole, text where there is a cut in it."""
         if self._nonce not in text:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        for token_id, start, end in reversed(self._found(text, self.control_ids)):
-            text = f"{text[:start]}{self._alias(token_id)}{text[end:]}"
+        pieces, position = [], 0
+        for token_id, start, end in self._found(text, self.control_ids):
+            pieces += [text[position:start], self._alias(token_id)]
+            position = end
         tokenizer, own_ids = self._aliased
-        ids = tokenizer.encode(self.joined(text), add_special_tokens=False).ids
+        ids = tokenizer.encode(self.joined("".join([*pieces, text[position:]])), add_special_tokens=False).ids
         return [own_ids.get(token_id, token_id) for token_id in ids]
+
+    def _fields(self, value: Any, token_ids: AbstractSet[int]) -> Any:
+        """A message, or a call of a tool in it, with a cut in every name of these tokens in its texts."""
+        if isinstance(value, list | tuple):
+            return [self._fields(entry, token_ids) for entry in value]
+        if not isinstance(value, Mapping):
+            return self._cut(value, token_ids)
+        return {
+            name: entry
+            if name in KINDS and isinstance(entry, str) and entry.isidentifier()
+            else (self._fields if name in NESTED else self._cut)(entry, token_ids)
+            for name, entry in value.items()
+        }
 
     def _cut(self, value: Any, token_ids: AbstractSet[int]) -> Any:
         """A JSON value with a cut in every name of these tokens, in its keys too."""
@@ -91,12 +112,20 @@ class Spelling:
     def _cut_text(self, text: str, token_ids: AbstractSet[int]) -> str:
         if text.isascii() and self._firsts.isdisjoint(text):
             return text  # most texts, at no cost; others have to pass through the tokenizer, which may normalise them
-        while found := self._found(text, token_ids):  # what is left of a name may hold another one
-            for token_id, start, end in reversed(found):
-                # A name may be matched together with white space around it, or in another Unicode form.
-                at = max(text.find(self._names[token_id], start, end), start) + 1
-                text = f"{text[:at]}{self._nonce}{text[at:]}"
+        found = self._found(text, token_ids)
+        # A name may be matched together with white space around it, or in another Unicode form.
+        cuts = {max(text.find(self._names[token_id], start, end), start) + 1 for token_id, start, end in found}
+        while found:
+            text = self._with_cuts(text, cuts)
+            # What is left of a name may hold or begin another one. In these all characters are set apart, or a text would
+            # have to be encoded once for each character of the longest name.
+            found = self._found(text, token_ids)
+            cuts = {position for _, start, end in found for position in range(start, end + 1)}
         return text
+
+    def _with_cuts(self, text: str, positions: AbstractSet[int]) -> str:
+        edges = [0, *sorted(positions), len(text)]
+        return self._nonce.join(text[start:end] for start, end in pairwise(edges))
 
     def _found(self, text: str, token_ids: AbstractSet[int]) -> list[tuple[int, int, int]]:
         """Where the tokenizer finds these added tokens in a text: id, first and last position."""

@@ -1,7 +1,7 @@
 """A model's chat template, rendered at the time at which the run was started."""
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,9 @@ class Template:
         source: The template, "none" for messages joined by blank lines, None for the tokenizer's own.
         started_at: What the template takes for the present. Some write today's date into every prompt.
 
+    Attributes:
+        has_read_date: Whether a text that was rendered so far may depend on the date.
+
     Raises:
         ConfigError: There is no template, or it leaves the text of messages out.
     """
@@ -37,6 +40,8 @@ class Template:
         self.is_plain = source == PLAIN_TEXT
         self._source = BLANK_LINES if self.is_plain else source
         self.started_at = started_at
+        # Some templates write the date only beside tools or a system text, so what was rendered shows it, and no probe does.
+        self.has_read_date = False
         self._checked: set[tuple[str, ...]] = set()
         self.check_roles(["user"])
 
@@ -50,16 +55,16 @@ class Template:
             add_generation_prompt: Whether the header of the policy's turn comes last.
             tools: What the template tells the policy that it may call.
         """
-        return self._render(messages, add_generation_prompt, tools, self.started_at)
-
-    @cached_property
-    def writes_date(self) -> bool:
-        """Whether a prompt depends on the day."""
-        later = self.started_at + timedelta(days=400)  # another day, month and year
-        try:
-            return self([QUESTION], True, ()) != self._render([QUESTION], True, (), later)
-        except TEMPLATE_ERRORS:
-            return True
+        text = self._tokenizer.apply_chat_template(
+            [with_call_id(message) for message in messages],
+            tools=[tool.for_template() for tool in tools] or None,
+            chat_template=self._source,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            strftime_now=self._now,  # in place of the wall clock
+        )
+        assert isinstance(text, str)
+        return text
 
     @cached_property
     def _shows_system(self) -> bool:
@@ -99,16 +104,6 @@ class Template:
             )
         self._checked.add(tuple(roles))
 
-    def _render(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[ToolSpec], now: datetime
-    ) -> str:
-        text = self._tokenizer.apply_chat_template(
-            [with_call_id(message) for message in messages],
-            tools=[tool.for_template() for tool in tools] or None,
-            chat_template=self._source,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            strftime_now=now.strftime,  # in place of the wall clock
-        )
-        assert isinstance(text, str)
-        return text
+    def _now(self, form: str) -> str:
+        self.has_read_date = True
+        return self.started_at.strftime(form)

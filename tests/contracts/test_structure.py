@@ -47,7 +47,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "batch": {"torch"},
     "objectives": {"torch"},
     "engines.base": set(),
-    "envs": {"datasets", "fastmcp", "jsonschema", "math_verify", "mcp", "mcp_types", "openai", "pyarrow"},
+    "envs": {"datasets", "fastmcp", "jsonschema", "math_verify", "mcp", "mcp_types", "openai", "pyarrow", "pydantic"},
 }
 ONLY_IN = {
     "vllm": ("engines/vllm_",),

@@ -13,6 +13,9 @@ def answered(text: str, a: int = 27, b: int = 45, status: RolloutStatus = Rollou
     return rollout
 
 
+GROUP_MARKS = (" ", "\u202f", "\u00a0", "{,}", "\\,", "\\!", ",\\!", "'", "\u2019", "_")
+
+
 @pytest.mark.parametrize(
     ("text", "reward"),
     [
@@ -29,6 +32,7 @@ def answered(text: str, a: int = 27, b: int = 45, status: RolloutStatus = Rollou
         ("\u221272", 0.0),
         ("1,072", 0.0),
         ("7.72", 0.0),
+        *((f"1{mark}072", 0.0) for mark in GROUP_MARKS),
         ("72.0", 1.0),
         ("<think>72", 0.0),
         ("<think>72? no</think>I do not know", 0.0),
@@ -81,6 +85,13 @@ def test_an_item_that_would_end_a_run_is_found_before_it():
         "item 3: 'a' is no whole number: None",
         "item 4: there is no field 'a'",
     ]
+
+
+def test_digits_in_groups_are_one_number():
+    assert [last_integer(f"it is 1{mark}072.") for mark in GROUP_MARKS[:-3]] == [1072] * 7
+    assert [last_integer(f"it is 1{mark}072.") for mark in GROUP_MARKS[-3:]] == [None] * 3
+    assert last_integer("27 45 72") == 72
+    assert last_integer("1 072 456") == 1072456
 
 
 def test_no_integer_is_none():

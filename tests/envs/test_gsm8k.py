@@ -281,4 +281,7 @@ def test_settings_out_of_range_are_refused_and_data_settings_are_used(tmp_path):
     file.write_text('{"question": "a", "answer": "#### 1"}\n' * 5)
     environment = GSM8K(validation_file=str(file), num_validation=3)
     assert len(environment.validation_items()) == 3
+    file.write_text('\n{"question": "a", "answer": "#### 1"}\n{"question": "a", "answer": "no"}\n{"question": "b"}')
+    found = bad_golds(environment, GSM8K(validation_file=str(file), num_validation=2).validation_items())
+    assert [problem.split(":")[0] for problem in found] == [f"item 1 ({file}, line 3)"]
     assert GSM8K()._sources["train"] == (None, "openai/gsm8k", "main", "train")

@@ -20,7 +20,7 @@ from tests.doubles import RecordedEngine, TinyEngine, TinyEnvironment, make_data
 
 GOLD_RIGHT = "the answer is 4"  # characters that the tiny tokenizer knows
 SHORT = {name: played.HOSTILE[name] for name in ("empty", "code", "special tokens")}
-WHOLE_RUN = Run(num_ranks=1, max_tokens=None, has_validation=True)
+WHOLE_RUN = Run(num_ranks=1, max_tokens=None, held_out=1.0)
 
 
 def right(rollouts, *args, **kwargs):

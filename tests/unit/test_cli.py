@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO
 from fuchsia_pl.cli import FuchsiaCLI
@@ -40,7 +41,8 @@ def config(tiny_model, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fuchsia"])
     monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
+    # It would point the loggers of all later tests at a file of this one.
+    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: disable_progress_bar())
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY % tiny_model)
     return file

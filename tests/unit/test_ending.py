@@ -3,6 +3,7 @@
 import pytest
 
 from fuchsia_pl import datamodule
+from fuchsia_pl.types import ConfigError
 from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 
 
@@ -43,7 +44,7 @@ def test_the_engine_is_closed_at_the_end_and_after_a_failure(tiny_model, tmp_pat
         data = make_data(module, engine, environment)
         trainer = make_trainer(tmp_path, max_steps=1)
         if isinstance(environment, Failing):
-            with pytest.raises(LookupError, match="no question"):
+            with pytest.raises(ConfigError, match="no question"):
                 trainer.fit(module, datamodule=data)
         else:
             trainer.fit(module, datamodule=data)

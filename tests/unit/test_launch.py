@@ -83,12 +83,13 @@ def test_a_rank_that_lightning_started_has_the_folder_of_the_rank_that_started_i
 
 
 def test_what_ran_is_not_removed_for_a_config_that_is_refused(tmp_path):
-    for name, files in {"refused": ["run.log"], "ran": ["run.log", "config.yaml"]}.items():
-        (tmp_path / name).mkdir()
+    settings = ["run.log", "config.yaml", "objective.yaml"]  # written before an engine starts
+    for name, files in {"refused": ["run.log"], "late": settings, "ran": [*settings, "engine.log"]}.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
         for file in files:
-            (tmp_path / name / file).write_text("")
-        remove_unused(tmp_path / name)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["ran"]
+            (tmp_path / "runs" / name / file).write_text("")
+        remove_unused(tmp_path / "runs" / name)
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["ran"]
 
 
 def test_a_machine_that_nobody_tells_the_run_folder_is_refused(tmp_path, monkeypatch):

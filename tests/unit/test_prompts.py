@@ -57,6 +57,26 @@ def test_a_resumed_run_has_the_date_of_the_run_that_it_resumes(tiny_model, tmp_p
     assert data.state_dict() == {"started_at": "2021-09-30T23:59:00"}
 
 
+class Briefed(TinyEnvironment):
+    def messages(self, item):
+        return [{"role": "system", "content": "be brief"}, *super().messages(item)]
+
+
+def test_a_date_that_only_some_prompts_have_is_that_of_the_run_that_is_resumed(tiny_model, tmp_path):
+    beside_a_system_text = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ strftime_now('%d %B %Y') | lower }} {% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    trainer, _, first = fit(tiny_model, tmp_path, beside_a_system_text, started_at=LONG_AGO, environment=Briefed())
+    assert all(text.startswith("30 september 2021 be brief") for text in first.texts)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = {"ckpt_path": tmp_path / "x.ckpt", "started_at": datetime(2024, 5, 1), "environment": Briefed()}
+    _, data, second = fit(tiny_model, tmp_path, beside_a_system_text, **resumed)
+    assert second.texts
+    assert all(text.startswith("30 september 2021 be brief") for text in second.texts)
+    assert data._longest_row.prompt_tokens == 29  # "30 september 2021 be brief17?", checked again with this date
+
+
 def test_a_held_out_split_is_asked_at_the_date_of_the_checkpoint(tiny_model, tmp_path):
     trainer, _, _ = fit(tiny_model, tmp_path, DATED, started_at=LONG_AGO)
     trainer.save_checkpoint(tmp_path / "x.ckpt")

@@ -2,7 +2,15 @@
 
 from fuchsia_pl.envs.golds import checks_gold
 from fuchsia_pl.envs.rewards.judge import Judge
-from fuchsia_pl.envs.rewards.matches import exact_match, gold_problem, gold_text, last_between, last_turn, number_match
+from fuchsia_pl.envs.rewards.matches import (
+    exact_match,
+    gold_problem,
+    gold_text,
+    last_answer,
+    last_between,
+    last_turn,
+    number_match,
+)
 from fuchsia_pl.envs.rewards.math_answer import MathAnswer
 from fuchsia_pl.envs.rewards.numbers import Amount, Scorer, parse_number, read_number, same_number
 from fuchsia_pl.envs.rewards.text import format_tags, length_penalty
@@ -18,6 +26,7 @@ __all__ = [
     "format_tags",
     "gold_problem",
     "gold_text",
+    "last_answer",
     "last_between",
     "last_boxed",
     "last_turn",

@@ -11,10 +11,14 @@ from fuchsia_pl.types import ConfigError, Rollout
 
 MARKS = r"[\s*_`$]{0,20}"  # Markdown and spaces around a score
 NUMBER = r"([0-9]{1,3}(?:\.[0-9]+)?)"
-SCORE = re.compile(
-    rf"score{MARKS}(?:\([^()\n]{{0,40}}\))?{MARKS}[:=]{MARKS}{NUMBER}{MARKS}(?:(?:/|out\s+of){MARKS}{NUMBER})?(?!{MARKS}[/%]|[0-9]|\.[0-9])",
-    flags=re.IGNORECASE | re.ASCII,
+INLINE = r"[ \t*_`$]{0,20}"
+HEAD = re.compile(rf"score{MARKS}(?:\([^()\n]{{0,40}}\))?{MARKS}[:=]{MARKS}(?=[0-9])", flags=re.IGNORECASE | re.ASCII)
+# What makes the number before it another one, or one of several: 7-8, 7,5, 7 or 8, 7½, 7 1/2, 70%.
+GOES_ON = (
+    rf"{INLINE}(?:[0-9/%±+\u00bc-\u00be\u2150-\u215e]|\\frac|,\s?[0-9]|(?:[-~\u2013\u2014]|to\b|and\b){INLINE}[0-9]|or\b|out\s+of)"
+    r"|[A-Za-z]|\.[0-9]"
 )
+SCORE = re.compile(rf"{NUMBER}(?:{MARKS}(?:/|out\s+of){MARKS}{NUMBER})?(?!{GOES_ON})", flags=re.IGNORECASE | re.ASCII)
 JUDGE_UNREADABLE = "judge_unreadable"
 MAX_SCORE = 10
 MAX_CONCURRENT = 8
@@ -112,13 +116,17 @@ class Judge:
 
 
 def read_score(reply: str) -> float | None:
-    """The last score in a judge's reply, as a share of the highest; None where there is none that can be read.
+    """The last score in a judge's reply, as a share of the highest; None where there is none, or not a single one.
 
     >>> read_score("**Score:** 7"), read_score("Score: **1/5**"), read_score("<think>Score: 9?</think>Score: 11")
     (0.7, 0.2, None)
+    >>> read_score("Score: 7-8"), read_score("Score: 7,5"), read_score("Score: 2, no, Score: 7 or 8")
+    (None, None, None)
     """
-    found = SCORE.findall(without_thinking(reply))
-    if not found:
+    text = without_thinking(reply)
+    heads = list(HEAD.finditer(text))
+    found = SCORE.match(text, heads[-1].end()) if heads else None
+    if found is None:
         return None
-    score, highest = float(found[-1][0]), float(found[-1][1] or MAX_SCORE)
+    score, highest = float(found[1]), float(found[2] or MAX_SCORE)
     return score / highest if highest > 0 and score <= highest else None

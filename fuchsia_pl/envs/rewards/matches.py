@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from decimal import Decimal
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any, get_args
 
 from fuchsia_pl.envs.golds import checks_gold
@@ -23,6 +23,15 @@ def last_between(text: str, tag: str) -> str | None:
     before, closed, _ = text.rpartition(f"</{tag}>")
     _, opened, inside = before.rpartition(f"<{tag}>")
     return inside.strip() if closed and opened else None
+
+
+def last_answer(text: str) -> str | None:
+    """What stands in the last `<answer>…</answer>` of a text, stripped; None where there is none.
+
+    >>> last_answer("<answer>1</answer> no, <answer> 2 </answer>"), last_answer("2")
+    ('2', None)
+    """
+    return last_between(text, "answer")
 
 
 def last_turn(rollout: Rollout) -> str:
@@ -98,11 +107,16 @@ def gold_text(item: Item, field: str) -> str:
         raise ValueError(f"the gold answer {str(gold)[:80]} in {field!r} is a list, and a reward takes one answer")
     if isinstance(gold, bool) or not isinstance(gold, str | Real | Decimal):
         raise ValueError(f"the gold answer {str(gold)[:80]} in {field!r} is neither text nor a number")
-    if not isinstance(gold, str) and not math.isfinite(gold):
+    # A whole number is finite, and may be larger than any float.
+    if not isinstance(gold, str | Rational) and not math.isfinite(gold):
         raise ValueError(f"the gold answer {gold} in {field!r} is not finite")
-    if not str(gold).strip():
+    try:
+        text = str(gold).strip()
+    except ValueError as error:  # Python writes no number of more than 4,300 digits
+        raise ValueError(f"the gold answer in {field!r} is a number of too many digits: {error}") from error
+    if not text:
         raise ValueError(f"the gold answer in {field!r} is empty")
-    return str(gold).strip()
+    return text
 
 
 def gold_number(item: Item, field: str, read_gold: Callable[[str], str]) -> Amount:

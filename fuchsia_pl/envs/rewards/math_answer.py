@@ -7,11 +7,12 @@ import select
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from fuchsia_pl.envs.rewards.matches import Extract, gold_problem, gold_text, last_turn
-from fuchsia_pl.envs.rewards.numbers import read_number, same_number
+from fuchsia_pl.envs.rewards.numbers import Amount, read_number, same_number
 from fuchsia_pl.envs.rewards.wrappers import has_box, last_boxed, last_sentences
 from fuchsia_pl.types import ConfigError, Item, Rollout
 
@@ -31,7 +32,7 @@ class MathAnswer:
 
     The answer is in the last turn, without its thinking: the last `\boxed{…}`, which must be complete; else what math-verify
     finds in the last sentences. Two plain numbers, as `read_number` reads them (`1 1/2`, `\$32,\!348`, `1e-07`), are compared
-    exactly and without math-verify, which reads some of these otherwise.
+    exactly and without math-verify, which reads some of these otherwise. `10\%`, `10` and `0.1` are equal to a gold `10\%`.
 
     Args:
         field: The item's field with the gold answer, in LaTeX or as an expression.
@@ -139,19 +140,36 @@ def _in_box(text: str) -> str:
 
 
 def _equal_numbers(answer: str, gold: str) -> bool | None:
-    """Whether two plain numbers are equal, None where one is none and math-verify has to look at them."""
+    """Whether two plain numbers are equal, None where one is none and math-verify has to look at them.
+
+    >>> _equal_numbers("0.1", "10%"), _equal_numbers("10", "10%"), _equal_numbers("$10", "10%"), _equal_numbers("x", "10%")
+    (True, True, False, None)
+    """
     expected, got = read_number(gold), read_number(answer)
     if expected is None or got is None:
         return None
-    equal = same_number(answer, expected, "lenient")
-    # 10 % is also 0.1, which math-verify knows.
-    return equal or (None if PERCENT in (expected.unit, got.unit) else False)
+    if same_number(answer, expected, "lenient"):
+        return True
+    return {expected.unit, got.unit} == {"", PERCENT} and _share(expected) == _share(got)
+
+
+def _share(amount: Amount) -> Fraction:
+    """What a number without a unit is, and a percentage as a share: 10 % is also 0.1."""
+    return amount.value / 100 if amount.unit == PERCENT else amount.value
 
 
 def _for_math_verify(gold: str) -> str:
-    """A gold answer as math-verify reads it: of `1 1/2` it would take the 1."""
+    r"""A gold answer as math-verify reads it: of `1 1/2` it would take the 1.
+
+    >>> [_for_math_verify(gold) for gold in ("1 1/2", "10%", r"1 000\%", "1 1/2 percent", "x + 1")]
+    ['3/2', '10\\%', '1000\\%', '3/200', 'x + 1']
+    """
     amount = read_number(gold)
-    return gold if amount is None or amount.unit == PERCENT else str(amount.value)
+    if amount is None:
+        return gold
+    # The sign lets it take 10 and 0.1 for 10 %. It divides by all that stands behind a slash: 3/2 % would be 150.
+    is_whole_percentage = amount.unit == PERCENT and amount.value.denominator == 1
+    return rf"{amount.value}\%" if is_whole_percentage else str(_share(amount))
 
 
 class _Worker:

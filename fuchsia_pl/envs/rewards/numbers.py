@@ -9,6 +9,7 @@ What each reads as the number 1072:
 | `£1072`, `\$1072`, `US$1072`, `1072€`, `1072 dollars`, `1072\text{ km}`   | no     | yes     |
 | `$1072$`, `\(1072\)`, `\boxed{1072}`, `$\boxed{1072}$`, `\text{1072}`     | no     | yes     |
 | `**1072**`, `_1072_`, one or two marks of code, `= 1072`, `#### 1072`     | no     | yes     |
+| `"1072"`, `'1072'` and typographic quotes; invisible marks around it       | no     | yes     |
 | `1.072e3`, `1.072 \times 10^3`; for 1.5 `3/2`, `1 1/2`, `1\frac{1}{2}`    | no     | yes     |
 | `1072 clips`, `about 1072`, `x = 1072`, `1072 or 1073`, `1000 + 72`       | no     | no      |
 | `2144/2` (a division left to do), `10,72`, `0,072`, `(1072)`, `1072...`   | no     | no      |
@@ -21,7 +22,7 @@ import re
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from fuchsia_pl.envs.rewards.units import CURRENCY, canonical_unit
+from fuchsia_pl.envs.rewards.units import CURRENCY, canonical_unit, same_unit
 from fuchsia_pl.envs.rewards.wrappers import unwrapped
 
 Scorer = Literal["lenient", "strict"]
@@ -134,7 +135,7 @@ def same_number(answer: str, gold: Amount, scorer: Scorer) -> bool:
     return (
         amount is not None
         and amount.value == gold.value
-        and (amount.unit == gold.unit or not amount.unit or not gold.unit)
+        and (not amount.unit or not gold.unit or same_unit(amount.unit, gold.unit))
     )
 
 

@@ -6,7 +6,7 @@ import re
 SPELLINGS = {
     "$": ("us$", "usd", "dollar", "dollars", "us dollars", "bucks"),
     "€": ("eur", "euro", "euros"),
-    "pound": ("£", "gbp", "pounds", "lb", "lbs"),
+    "£": ("gbp", "pounds sterling"),
     "¥": ("yen", "jpy"),
     "₹": ("rupee", "rupees", "inr"),
     "%": ("percent", "per cent"),
@@ -21,6 +21,8 @@ SPELLINGS = {
     "mg": ("milligram", "milligrams"),
     "gram": ("g", "grams"),
     "kg": ("kilogram", "kilograms"),
+    "lb": ("lbs",),
+    "pound": ("pounds",),
     "ounce": ("ounces", "oz"),
     "ml": ("milliliter", "milliliters", "millilitre", "millilitres"),
     "liter": ("liters", "litre", "litres"),
@@ -39,6 +41,8 @@ SPELLINGS = {
     "meter/second": ("m/s",),
     "km/hour": ("kph", "kmh"),
 }
+# Words that stand for several units, which are not one another: "72 pounds" may be £72 or 72 lb.
+AMBIGUOUS = {"pound": ("£", "lb")}
 UNITS = {spelling: unit for unit, others in SPELLINGS.items() for spelling in (unit, *others)}
 SIGNS = ("US$", "$", "€", "£", "¥", "₹", "USD", "EUR", "GBP")
 CURRENCY = "|".join(re.escape(sign) for sign in SIGNS)
@@ -62,9 +66,21 @@ def canonical_unit(currency: str, written: str) -> str | None:
     before, after = UNITS[currency.lower()] if currency else "", _unit(" ".join(written.lower().split()))
     if after is None or not before:
         return after
-    if after in ("", before):
+    if not after or same_unit(after, before):
         return before
     return before + after if after.startswith("/") else None
+
+
+def same_unit(one: str, other: str) -> bool:
+    """Whether two units in their one spelling may be the same.
+
+    >>> same_unit("pound", "£"), same_unit("lb", "pound"), same_unit("£", "lb"), same_unit("£/hour", "pound/hour")
+    (True, True, False, True)
+    """
+    parts, others = one.split("/"), other.split("/")
+    return len(parts) == len(others) and all(
+        a == b or a in AMBIGUOUS.get(b, ()) or b in AMBIGUOUS.get(a, ()) for a, b in zip(parts, others, strict=True)
+    )
 
 
 def _unit(text: str) -> str | None:

@@ -1,8 +1,9 @@
-r"""Boxes and marks that stand around an answer: LaTeX's `\boxed{…}` and `$…$`, Markdown's `**…**`, GSM8K's `####`."""
+r"""Boxes and marks around an answer: LaTeX's `\boxed{…}` and `$…$`, Markdown's `**…**`, GSM8K's `####`, quotes."""
 
 import re
 
 MAX_WRAPPERS = 8
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # zero-width characters and the byte-order mark
 PREFIXES = ("####", "=")
 PAIRS = (
     ("**", "**"),
@@ -12,6 +13,10 @@ PAIRS = (
     ("`", "`"),
     ("$$", "$$"),
     ("$", "$"),
+    ('"', '"'),
+    ("'", "'"),
+    ("\u201c", "\u201d"),
+    ("\u2018", "\u2019"),
     (r"\(", r"\)"),
     (r"\[", r"\]"),
 )
@@ -60,7 +65,7 @@ def unwrapped(text: str) -> str:
     ('72', '72', '\\boxed{72} or \\boxed{73}')
     """
     for _ in range(MAX_WRAPPERS):
-        inside = _without_one(text.strip())
+        inside = _without_one(text.strip().strip(INVISIBLE).strip())
         if inside == text:
             break
         text = inside

@@ -8,11 +8,13 @@ stands around it. Every other model gets the plain convention, explained in its 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fuchsia_pl.envs.tools.reading import TurnCalls, read_bare, read_tagged
+from fuchsia_pl.envs.thinking import Opaque
+from fuchsia_pl.envs.tools.reading import TurnCalls, beginning, end_of_json, read_bare, read_tagged
 from fuchsia_pl.envs.tools.spec import ToolSpec
 
 
@@ -21,7 +23,7 @@ class ToolConvention:
     """How calls are written, and whose message their results are.
 
     Attributes:
-        opening: What stands before a call's JSON, "" where a turn that calls is nothing but JSON.
+        opening: What stands before a call's JSON, "" where calls are JSON without tags, anywhere in a turn.
         closing: What stands after it.
         arguments_key: The key of the arguments in that JSON as the template writes it; the name's is "name".
         role: The role of a result in the chat template.
@@ -54,6 +56,25 @@ class ToolConvention:
         if not self.opening:
             return read_bare(text, tools)
         return read_tagged(text, self.opening, self.closing, tools)
+
+    def opaque(self, tools: Sequence[ToolSpec]) -> Opaque:
+        """The JSON of calls, in whose strings marks of thinking are text.
+
+        Args:
+            tools: What the policy may call.
+
+        >>> from fuchsia_pl.envs.thinking import without_thinking
+        >>> without_thinking('<think>3</think><tool_call>{"name": "</think>"}', opaque=PLAIN.opaque([]))
+        '<tool_call>{"name": "</think>"}'
+        """
+        if not self.opening:
+            return Opaque(
+                beginning(tools).pattern, lambda match, marks: end_of_json(match.string, match.start(), marks)
+            )
+        tags = (self.opening, self.closing)
+        return Opaque(
+            re.escape(self.opening), lambda match, marks: end_of_json(match.string, match.end(), (*marks, *tags))
+        )
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         """A call as a policy writes it.

@@ -16,6 +16,7 @@ from fastmcp.client.transports import StdioTransport
 from fastmcp.tools import FunctionTool
 from mcp.shared.exceptions import MCPError
 from mcp_types import REQUEST_TIMEOUT
+from pydantic import ValidationError
 
 from fuchsia_pl.envs.bounded import call_in_thread
 from fuchsia_pl.envs.tools.reading import unsendable
@@ -294,6 +295,8 @@ def _failed(error: Exception) -> ToolResult:
     why = shortened(str(error) or type(error).__name__, MAX_ERROR_CHARS)
     if isinstance(error, MCPError):
         return ToolResult(f"Error: the tool's server refused the call ({why})", ToolStatus.ERROR)
+    if isinstance(error, ValidationError):  # a ValueError, but of what came back
+        return ToolResult(f"Error: the tool's server sent a malformed reply ({why})", ToolStatus.ERROR)
     if isinstance(error, ValueError | TypeError):  # the client's own words for what it cannot put into a message
         return ToolResult(f"Error: the call cannot be sent ({why})", ToolStatus.INVALID_CALL)
     return ToolResult(f"Error: the call failed ({why})", ToolStatus.ERROR)

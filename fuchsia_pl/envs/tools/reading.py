@@ -9,8 +9,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from fuchsia_pl.envs.thinking import any_of
 from fuchsia_pl.envs.tools.spec import ToolCall, ToolSpec
 
 # What a policy may write in one call. Servers that use pydantic refuse JSON that is nested more than 200 deep, and Python's
@@ -83,7 +85,10 @@ def read_tagged(text: str, opening: str, closing: str, tools: Sequence[ToolSpec]
     is_cut = False
     place = text.find(opening)
     while place >= 0 and len(calls) <= MAX_CALLS:
-        found, place, is_cut = _read_body(text, place + len(opening), closing, tools)
+        body = place + len(opening)
+        found, place, is_cut = _read_body(text, body, closing, tools)
+        if found[-1].error is not None:  # what is in its strings is no call
+            place = max(place, end_of_json(text, body, (opening, closing)))
         calls += found
         place = text.find(opening, place)
     return TurnCalls(_bounded(calls), is_cut)
@@ -100,23 +105,86 @@ def read_bare(text: str, tools: Sequence[ToolSpec]) -> TurnCalls:
         tools: The tools that there are.
     """
     calls: list[ToolCall] = []
-    begins_a_call, place = _beginning(tools), 0
+    begins_a_call, place, is_cut = beginning(tools), 0, False
     for _ in range(MAX_OBJECTS):
         found = _OBJECT.search(text, place)
         if found is None or len(calls) > MAX_CALLS:
             break
         read = _read_value(text, found.start())
+        is_call = _is_call(read.value, tools)
+        if read.value is None:
+            is_call = begins_a_call.match(text, found.start()) is not None
         place = max(read.end, found.end())
-        is_call = _is_call(read.value, tools) or begins_a_call.match(text, found.start()) is not None
+        if read.error is not None and is_call:  # what is in its strings is no call
+            place = max(place, end_of_json(text, found.start(), ()))
         if read.error is None:
             calls += _calls(read.value, tools) if is_call else []
         elif is_call or read.is_beyond:
             calls.append(unreadable(read.error))
+            is_cut = read.is_cut
     else:
-        calls.append(unreadable(f"only the first {MAX_OBJECTS} JSON objects of a turn are read"))
+        if _naming(tools).search(text, place) is not None:
+            calls.append(unreadable(f"only the first {MAX_OBJECTS} JSON objects of a turn are read"))
     if not calls and PYTHON_TAG in text:
         calls.append(unreadable(f'after {PYTHON_TAG} there is no JSON object with a "name" and its "parameters"'))
-    return TurnCalls(_bounded(calls), is_cut=False)
+    return TurnCalls(_bounded(calls), is_cut)
+
+
+def beginning(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
+    """How a call without tags begins, by which one is recognised whose JSON is wrong.
+
+    >>> [bool(beginning([]).match(text)) for text in ('{"name": "Al", "age', '{"name": "f", "arguments', '{"arguments": {')]
+    [False, True, True]
+    """
+    names = [re.escape(json.dumps(tool.name)) for tool in tools]
+    any_name = r'"[^"\\]{1,100}"\s*,\s*"(?:arguments|parameters)'
+    wrapping = r'(?:"id"\s*:\s*"[^"\\]{0,100}"\s*,\s*)?(?:"type"\s*:\s*"function"\s*,\s*)?(?:"function"\s*:\s*\{\s*)?'
+    named = rf'"name"\s*:\s*(?:{"|".join([*names, any_name])})'
+    return re.compile(rf'\{{\s*{wrapping}(?:{named}|"(?:arguments|parameters)"\s*:\s*\{{)')
+
+
+def end_of_json(text: str, place: int, stops: Sequence[str]) -> int:
+    """Finds the end of the JSON values at a place, also where they are malformed.
+
+    Strings and brackets are followed and nothing else is checked, so that a string with a line break or an unknown escape in it
+    hides its content like any other.
+
+    Args:
+        text: The turn.
+        place: Where the first value begins, after spaces.
+        stops: Texts that end malformed JSON where they stand outside of its strings: tags, marks of thinking. Empty texts are
+            left out.
+
+    Returns:
+        The place behind the last value, `place` where there is no object or list, and the end of the text where a value does
+        not end or is longer than a call may be.
+
+    >>> end_of_json('{"a": "}<b>"} <b>', 0, ["<b>"]), end_of_json('{"a": <b>}', 0, ["<b>"]), end_of_json('{"a": "', 0, [])
+    (13, 6, 7)
+    """
+    token = _json_token(tuple(stop for stop in stops if stop))
+    for _ in range(MAX_OBJECTS):
+        start = _JOINT.match(text, place).end()  # type: ignore[union-attr]  # it matches anything
+        if not text.startswith(("{", "["), start):
+            break
+        depth = 0
+        for found in token.finditer(text, start, start + MAX_CALL_CHARS + 1):
+            if found.lastgroup == "stop":
+                return found.start()
+            depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found.group(), 0)
+            if depth == 0:
+                place = found.end()
+                break
+        else:
+            return len(text)
+    return place
+
+
+@lru_cache(maxsize=64)
+def _json_token(stops: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds what decides where JSON ends: stops, strings (the last one perhaps without its end) and brackets."""
+    stop = f"(?P<stop>{any_of(stops)})|" if stops else ""
+    return re.compile(stop + r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[{}\[\]]', re.DOTALL)
 
 
 def unreadable(why: str) -> ToolCall:
@@ -190,13 +258,14 @@ def _calls(value: Any, tools: Sequence[ToolSpec]) -> list[ToolCall]:
 
 
 def _call(entry: Any, tools: Sequence[ToolSpec]) -> ToolCall:
+    entry = _unwrapped(entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         return unreadable('it is no JSON object with a "name"')
     name, given = entry["name"], [key for key in ARGUMENTS_KEYS if entry.get(key) is not None]
     if not given:
-        taken = next((tool.parameters.get("properties") for tool in tools if tool.name == name), None)
-        why = f'it has no "arguments", and {name} takes {sorted(taken)}' if isinstance(taken, dict) and taken else None
-        return unreadable(why[:500]) if why is not None else ToolCall(name, {}, None)
+        taken = next((tool.argument_names() for tool in tools if tool.name == name), [])
+        why = f'it has no "arguments", and {name} takes {taken}'
+        return unreadable(why[:500]) if taken else ToolCall(name, {}, None)
     if len(given) > 1 and entry[given[0]] != entry[given[1]]:
         return unreadable('it has "arguments" and "parameters" that differ')
     arguments = entry[given[0]]
@@ -209,19 +278,27 @@ def _call(entry: Any, tools: Sequence[ToolSpec]) -> ToolCall:
     return ToolCall(name, arguments, None)
 
 
+def _unwrapped(entry: Any) -> Any:
+    """The call inside of OpenAI's form, {"type": "function", "function": {"name": …}}. Any other entry is returned as it is."""
+    if isinstance(entry, dict) and "name" not in entry and isinstance(entry.get("function"), dict):
+        return entry["function"]
+    return entry
+
+
 def _is_call(value: Any, tools: Sequence[ToolSpec]) -> bool:
     """Whether a JSON value that stands alone is a call."""
+    value = _unwrapped(value)
     name = value.get("name") if isinstance(value, dict) else None
     return isinstance(name, str) and (
         any(key in value for key in ARGUMENTS_KEYS) or any(tool.name == name for tool in tools)
     )
 
 
-def _beginning(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
-    """How a call begins, by which one is recognised whose JSON is wrong."""
+def _naming(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
+    """Where a tool is named, or anything with arguments. It begins with fixed text, by which it is searched fast."""
     names = [re.escape(json.dumps(tool.name)) for tool in tools]
     any_name = r'"[^"\\]{1,100}"\s*,\s*"(?:arguments|parameters)"'
-    return re.compile(rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?:{"|".join([*names, any_name])})')
+    return re.compile(rf'"name"\s*:\s*(?:{"|".join([*names, any_name])})')
 
 
 def _bounded(calls: list[ToolCall]) -> tuple[ToolCall, ...]:

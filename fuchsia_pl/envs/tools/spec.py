@@ -1,9 +1,13 @@
 """The nouns of tools: what the policy is told, what it calls, what comes back, and who runs it."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.validators import extend
 
 from fuchsia_pl.types import ConfigError
 
@@ -17,6 +21,23 @@ class ToolServerError(RuntimeError):
 
 class ToolServerStartError(ToolServerError, ConfigError):
     """A server of tools did not start at the start of a run: its command or URL is wrong, or something is missing here."""
+
+
+def _each_name(_: Any, properties: Any, __: Any, ___: Any) -> Iterator[ValidationError]:
+    for name in properties:
+        yield ValidationError(name)
+
+
+def _every_branch(validator: Any, branches: Any, instance: Any, _: Any) -> Iterator[ValidationError]:
+    for branch in branches:
+        yield from validator.descend(instance, branch)
+
+
+# A walk along a schema by jsonschema's own rules for references, whose "errors" are the names of properties.
+_NAMES = extend(
+    Draft202012Validator,
+    {"properties": _each_name, "anyOf": _every_branch, "oneOf": _every_branch, "allOf": _every_branch},
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,19 @@ class ToolSpec:
         """The form that chat templates take."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
+
+    def argument_names(self) -> list[str]:
+        """Names of the arguments that the schema has, in itself or behind a reference or a choice.
+
+        >>> ToolSpec("f", "", {"anyOf": [{"$ref": "#/$defs/b"}, {}], "$defs": {"b": {"properties": {"x": {}}}}}).argument_names()
+        ['x']
+        """
+        names: set[str] = set()
+        # A reference that leads nowhere or to itself is told when the arguments are checked: no argument fits it.
+        with contextlib.suppress(Exception):
+            for error in _NAMES(dict(self.parameters)).iter_errors({}):
+                names |= {error.message} if error.validator == "properties" else set()
+        return sorted(names)
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,31 @@ def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
         ),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "part 0 is of type 'text'"),
         ([QUESTION, {"role": "assistant", "content": "7"}], "field 'p' ends in a message of the assistant"),
-        ("a \ud83d", "character 2 of its content is half of a surrogate pair"),
+        ([{"role": "", "content": "a"}], 'message 0: its role is empty, and must be a text such as "user"'),
+        ([{"role": " ", "content": "a"}], "message 0: its role is empty"),
+        ("a \ud83d", "its content: character 2 is half of a surrogate pair, which no tokenizer can encode"),
+        (
+            [{"role": "us\udc00er", "content": "a"}],
+            "message 0: its field 'role': character 2 is half of a surrogate pair",
+        ),
+        ([{**QUESTION, "name": "a\ud83d"}], "its field 'name': character 1 is half"),
+        ([{**QUESTION, "\ud83d": "a"}], "a name of its fields: character 0 is half"),
+        (
+            [{**QUESTION, "tool_calls": [{"function": {"name": "add", "arguments": {"a": [1, "\udfff"]}}}]}],
+            "its field 'tool_calls': character 0 is half",
+        ),
+        ([{**QUESTION, "tool_calls": [{"\ud800": 1}]}], "its field 'tool_calls': character 0 is half"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "its content: character 0 is half"),
     ],
 )
 def test_what_is_no_prompt_is_refused(value, words):
     with pytest.raises(ConfigError, match=words):
         prompt_messages({"p": value}, "p")
+
+
+def test_a_whole_character_beyond_the_first_plane_is_text():
+    asked = {**QUESTION, "name": "\U0001f600"}
+    assert prompt_messages({"p": [asked]}, "p") == [asked]
 
 
 def test_a_missing_field_is_told_with_those_that_are_there():

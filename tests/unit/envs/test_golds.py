@@ -5,6 +5,8 @@ import threading
 import pytest
 
 from fuchsia_pl.envs.golds import MAX_FOUND, bad_golds, check_golds, checks_gold
+from fuchsia_pl.envs.items import ItemSource, load_items
+from fuchsia_pl.envs.rows import first_rows
 from fuchsia_pl.types import ConfigError
 from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 
@@ -37,6 +39,15 @@ def test_items_with_unusable_golds_are_named_in_order_up_to_the_limit():
     assert bad_golds(Golds(), items, limit=5) == [f"item {i}: {items[i]['n']} is odd" for i in (1, 3, 4, 6, 7)]
     assert bad_golds(Golds(), items, indices=[0, 3, 5]) == ["item 3: 3 is odd"]
     assert bad_golds(Golds(), []) == []
+
+
+def test_an_item_of_a_file_is_named_by_its_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"n": 2}\n\n{"n": 3}\n{"n": 4}\n')
+    items = first_rows(load_items("X", "train", ItemSource(str(file), None, None, "train"), {}), 2)
+    assert list(items) == [{"n": 2}, {"n": 3}]
+    assert bad_golds(Golds(), items) == [f"item 1 ({file}, line 3): 3 is odd"]
+    assert len(first_rows(items, 5)) == 2
 
 
 def test_a_check_that_raises_is_a_finding():

@@ -129,6 +129,8 @@ def test_a_row_of_any_json_value_survives_loading_bit_for_bit(tmp_path_factory, 
         ("a.jsonl", '{"a": 1e400}', r"line 1, field 'a' .* the number 1e400 is larger than a float can hold"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"line 1, field 'a' cannot be read: Exceeds the limit"),
         ("a.jsonl", '{"a": ' + "[" * 100_000, r"line 1, field 'a' .* nested too deeply"),
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 900 + "]" * 900 + "}", r"line 2, field 'a' .* up to 200 deep"),
+        ("a.json", '[{"a": ' + '{"b":' * 300 + "1" + "}" * 301 + "]", r"row 1, line 1, field 'a' .* nested too deeply"),
         ("a.jsonl", '{"a": "x\ty"}', r"line 1, field 'a' .* Invalid control character"),
         ("a.jsonl", '{"a": 1} {"a": 2}', r"line 1 cannot be read: something stands after its end \(column 10\)"),
         ("a.jsonl", '{"a": 1}\n"text"', r"line 2 cannot be read: it is a str, and a row is a JSON object"),
@@ -166,6 +168,21 @@ def test_a_row_that_cannot_be_read_is_named_by_file_line_and_field(tmp_path, nam
     with pytest.raises(ConfigError, match=words) as caught:
         rows_of(write(tmp_path, name, content))
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_loads_is_read_again_wherever_the_stack_is(tmp_path):
+    """The row itself is one of the 200 levels."""
+    rows = rows_of(write(tmp_path, "a.jsonl", '{"a": ' + "[" * 199 + "]" * 199 + "}"))
+
+    def read(frames):
+        return read(frames - 1) if frames else rows[0]
+
+    value, depth = read(600)["a"], 0
+    while value:
+        (value,), depth = value, depth + 1
+    assert depth == 198
+    with pytest.raises(ConfigError, match="up to 200 deep"):
+        rows_of(write(tmp_path, "b.jsonl", '{"a": ' + "[" * 200 + "]" * 200 + "}"))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

@@ -173,6 +173,45 @@ def test_units_must_agree_where_both_have_one():
     assert [same_number(answer, speed, "strict") for answer in answers] == [True, False, False, False, True, True]
 
 
+def test_a_pound_of_money_and_one_of_weight_are_two_units():
+    answers = ["72", "£72", "GBP 72", "72 lb", "72 lbs", "72 pounds", "$72"]
+    expected = {
+        "£72": [True, True, True, False, False, True, False],
+        "72 lb": [True, False, False, True, True, True, False],
+        "72 pounds": [True, True, True, True, True, True, False],
+    }
+    for gold, same in expected.items():
+        assert [same_number(answer, read_number(gold), "lenient") for answer in answers] == same
+    assert read_number("£72 lb") is None
+    assert read_number("£72 pounds") == (72, "£")
+    assert same_number("72 pounds per hour", read_number("£72 per hour"), "lenient")
+    assert not same_number("72 lb per hour", read_number("£72 per hour"), "lenient")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"72"',
+        "'72'",
+        "\u201c72\u201d",
+        "\u201872\u2019",
+        '**"72"**.',
+        "\u200b72",
+        "\ufeff 72",
+        "72\u200b",
+        "\\boxed{\u200b72}",
+        " \u2060$72$",
+    ],
+)
+def test_quotes_and_invisible_marks_around_a_number_are_no_part_of_it(text):
+    assert read_number(text) == (72, "")
+
+
+@pytest.mark.parametrize("text", ['"72', '72"', "7\u200b2", '"7" "2"', '""', "\u200b"])
+def test_what_is_not_around_the_whole_number_is_left(text):
+    assert read_number(text) is None
+
+
 @pytest.mark.parametrize(
     ("text", "inside"),
     [

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuchsia_pl.envs import ToolConvention, ToolSpec
-from fuchsia_pl.envs.thinking import without_thinking
+from fuchsia_pl.envs.thinking import ends_in_thinking, without_thinking
 from fuchsia_pl.envs.tools.convention import PLAIN
 from fuchsia_pl.envs.tools.reading import (
     MAX_CALL_CHARS,
@@ -33,6 +33,11 @@ def read(convention, text):
     """(name, arguments) of each call that can be made, the error of each other."""
     calls = convention.read(text, TOOLS).calls
     return [call.error or (call.name, call.arguments) for call in calls]
+
+
+def answered(convention, text, starts_in_thinking=False):
+    """A turn without its thinking, as the collector hands it to the reader."""
+    return without_thinking(text, starts_in_thinking=starts_in_thinking, opaque=convention.opaque(TOOLS))
 
 
 ADD, SEARCH_CATS, SEARCH_DOGS = ("add", {"a": 1}), ("search", {"query": "cats"}), ("search", {"query": "dogs"})
@@ -83,7 +88,14 @@ def test_calls_between_tags(text, found):
         ('{"parameters": {"query": "cats"}, "name": "search"}', [SEARCH_CATS]),
         ('{"name": "now"}', [("now", {})]),
         ('{"name": "nothing", "parameters": {"a": 1}}', [("nothing", {"a": 1})]),  # the environment refuses it
+        ('{"type": "function", "function": {"name": "search", "parameters": {"query": "cats"}}}', [SEARCH_CATS]),
+        ('{"function": {"name": "now"}, "id": "1"}', [("now", {})]),
         # answers
+        ('{"a": 1}' * (MAX_OBJECTS + 1), []),
+        ('{"name": "Alice"}\n' * (MAX_OBJECTS + 9), []),
+        ('{"parameters": {"a": 1}}', []),
+        ('{"function": {"name": "sine", "period": 6.28}}', []),
+        ('{"function": "sine", "type": "function"}', []),
         ('{"name": "Alice", "age": 3}', []),
         ('{"answer": 3}', []),
         ("The answer is 3.", []),
@@ -98,6 +110,52 @@ def test_calls_without_tags(text, found):
     assert read(BARE, text) == found
 
 
+def search(query, key="arguments"):
+    return f'{{"name": "search", "{key}": {{"query": "{query}"}}}}'
+
+
+@pytest.mark.parametrize(
+    "query", ["<think>x</think>b", "a </think> b", "a <think> b", "<thinking></think>", 'say \\"</think>\\" twice']
+)
+def test_marks_of_thinking_in_a_calls_string_are_text(query):
+    call = ("search", {"query": query.replace('\\"', '"')})
+    for convention, text in (
+        (PLAIN, f"<tool_call>{search(query)}</tool_call>"),
+        (LISTS, f"[TOOL_CALLS][{search(query)}]"),
+        (BARE, search(query, "parameters")),
+    ):
+        for said in (text, f"<think>a call?</think>{text}", f"I look. {text}<think>and"):
+            assert read(convention, answered(convention, said)) == [call]
+        assert read(convention, answered(convention, f"3?</think>{text}", starts_in_thinking=True)) == [call]
+        assert not ends_in_thinking(text, opaque=convention.opaque(TOOLS))
+    two = f"<tool_call>{search('x')}\n{search(query)}</tool_call>"
+    assert read(PLAIN, answered(PLAIN, two)) == [("search", {"query": "x"}), call]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        # a call that was thought of stays thought of
+        (f"<think><tool_call>{search('a')}</tool_call></think>4", []),
+        (f"<tool_call>{search('a')}</tool_call>? No.</think>4", []),  # the thinking began unnoticed
+        # a tag or brackets in prose hide no mark
+        ("The tag <tool_call> <think>is</think>", ["it is not JSON"]),
+        (f"<tool_call>{{oops <think><tool_call>{search('a')}</tool_call>", ["it is not JSON"]),
+        # thinking between the tag and the JSON, or between its parts
+        (f"<tool_call><think>now</think>{search('a')}</tool_call>", [("search", {"query": "a"})]),
+        # malformed strings hide marks and tags like any other: the call is told to be wrong, and no other is made
+        (f"<tool_call>{search('a' + chr(10) + '</think>')}</tool_call>", ["Invalid control character"]),
+        (f"<tool_call>{search(chr(92) + 'd </think> <tool_call>')}</tool_call>", ["Invalid"]),
+        (f'<tool_call>{{"q": "{chr(92)}d}}</tool_call><think><tool_call>{search("a")}</tool_call>', ["Invalid"]),
+    ],
+)
+def test_marks_outside_of_a_calls_strings_are_marks(text, found):
+    calls = read(PLAIN, answered(PLAIN, text))
+    assert len(calls) == len(found)
+    for call, expected in zip(calls, found, strict=True):
+        assert expected in call if isinstance(expected, str) else call == expected
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -110,7 +168,14 @@ def test_calls_without_tags(text, found):
         ("<|python_tag|>search(query='cats')", 'after <|python_tag|> there is no JSON object with a "name"'),
         ('{"a": ' + "[" * 5000, "nested too deeply"),
         ('{"a": "' + "x" * MAX_CALL_CHARS, f"more than {MAX_CALL_CHARS} characters"),
-        ('{"a": 1}' * (MAX_OBJECTS + 1), f"only the first {MAX_OBJECTS} JSON objects"),
+        ('{"a": 1}' * MAX_OBJECTS + CATS, f"only the first {MAX_OBJECTS} JSON objects"),
+        ('{"a": 1}' * MAX_OBJECTS + '{"id": 3, "name": "now"}', f"only the first {MAX_OBJECTS} JSON objects"),
+        # the arguments first, and OpenAI's form
+        ('{"parameters": {"query": "ca', "it is not JSON"),
+        ('{"parameters": {"query": cats}, "name": "search"}', "it is not JSON"),
+        ('{"arguments": {"query": cats}, "name": "nothing"}', "it is not JSON"),
+        ('{"type": "function", "function": {"name": "search", "parameters": {"query": "ca', "it is not JSON"),
+        ('{"function": {"arguments": {"query": cats}}}', "it is not JSON"),
     ],
 )
 def test_a_call_without_tags_that_cannot_be_read_says_why(text, words):
@@ -195,6 +260,53 @@ def test_a_text_that_ends_in_the_middle_of_a_calls_json_might_go_on(text, is_cut
     assert PLAIN.read(text, TOOLS).is_cut is is_cut
 
 
+@pytest.mark.parametrize(
+    ("text", "is_cut"),
+    [
+        ('{"name": "search", "parameters": {"query": "</answer>', True),
+        ('I look. {"name": "now"</answer>', False),
+        ('{"name": "search", "parameters": {"query": "</answer>"', True),
+        ('{"parameters": {"query": "</answer>', True),
+        ('{"type": "function", "function": {"name": "search", "arguments": "</answer>', True),
+        (f"{CATS} [{DOGS}, {search('</answer>', 'parameters')[:-3]}", True),
+        (f"{CATS}</answer>", False),
+        ('{"result": "</answer>', False),
+        ('{"name": "Alice", "says": "</answer>', False),
+        ('{"result": {"name": "search", "parameters": {"query": "</answer>', False),
+        ('{"name": "search", "parameters": {"query": "x\n</answer>', False),
+        ('{"name": "search", "parameters": {"query": cats}} </answer>', False),
+    ],
+)
+def test_a_text_that_ends_in_the_middle_of_a_bare_calls_json_might_go_on(text, is_cut):
+    assert BARE.read(text, TOOLS).is_cut is is_cut
+
+
+@pytest.mark.parametrize(
+    ("schema", "names"),
+    [
+        ({"type": "object"}, None),
+        ({"$ref": "#/$defs/q", "$defs": {"q": SCHEMA}}, ["query"]),
+        ({"$ref": "#/$defs/q", "$defs": {"q": {"type": "object"}, "unused": SCHEMA}}, None),
+        ({"anyOf": [{"type": "object"}, SCHEMA]}, ["query"]),
+        ({"oneOf": [{"properties": {"a": {}}}, SCHEMA]}, ["a", "query"]),
+        ({"allOf": [{"allOf": [SCHEMA]}, {"properties": {"a": {"properties": {"inner": {}}}}}]}, ["a", "query"]),
+        ({"properties": {"a": {}}, "$ref": "#"}, ["a"]),
+        ({"$ref": "#/nowhere"}, None),
+    ],
+)
+def test_a_call_without_arguments_of_a_tool_that_has_some_is_refused_however_its_schema_is_written(schema, names):
+    tools = [ToolSpec("look", "Looks.", schema)]
+    for convention, text in ((PLAIN, '<tool_call>{"name": "look"}</tool_call>'), (BARE, '{"name": "look"}')):
+        (call,) = convention.read(text, tools).calls
+        assert call.error == (names and f'the call cannot be read: it has no "arguments", and look takes {names}')
+
+
+def test_openais_form_is_a_call_in_every_convention():
+    form = '{"id": "1", "type": "function", "function": {"name": "search", "arguments": "{\\"query\\": \\"cats\\"}"}}'
+    texts = [(PLAIN, f"<tool_call>{form}</tool_call>"), (LISTS, f"[TOOL_CALLS][{form}]"), (BARE, form)]
+    assert [read(convention, text) for convention, text in texts] == [[SEARCH_CATS]] * 3
+
+
 def test_only_so_many_calls_of_a_turn_are_read():
     for convention, text in (
         (PLAIN, f"<tool_call>{GOOD}</tool_call>" * 1000),
@@ -241,6 +353,10 @@ def test_ten_megabytes_of_anything_are_read_in_well_under_a_second(convention, p
     convention.read(text, TOOLS)
     convention.read(f"<tool_call>[{text}", TOOLS)
     assert time.process_time() - start < 1.0  # two readings of at most 0.1 s each
+    start = time.process_time()
+    answered(convention, text)
+    answered(convention, f"[TOOL_CALLS]<tool_call>[{text}")
+    assert time.process_time() - start < 5.0  # up to 1.5 s; what grows with the square takes minutes
 
 
 def test_what_cannot_be_sent():
@@ -256,7 +372,19 @@ def test_what_cannot_be_sent():
 # --- over generated inputs ---
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
-    ["</tool_call>", "<tool_call>", '<tool_call>{"name": "search"', '"', "\\", "</think", "{", "}", GOOD, "\n"]
+    [
+        "</tool_call>",
+        "<tool_call>",
+        '<tool_call>{"name": "search"',
+        '"',
+        "\\",
+        "<think>",
+        "</think>",
+        "{",
+        "}",
+        GOOD,
+        "\n",
+    ]
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
@@ -265,7 +393,10 @@ VALUES = st.recursive(
 )
 NAMES, ARGUMENTS = st.sampled_from(["search", "now", "else"]), st.dictionaries(TEXTS, VALUES, max_size=2)
 CALLS = st.fixed_dictionaries({"name": NAMES, "arguments": ARGUMENTS})
-THOUGHT_CALLS = CALLS.map(lambda call: {**call, "name": "thought"})
+# the first closing mark ends a thinking, wherever it stands
+THOUGHT_CALLS = CALLS.filter(lambda call: "</think>" not in json.dumps(call)).map(
+    lambda call: {**call, "name": "thought"}
+)
 
 
 def tagged(call):
@@ -286,9 +417,9 @@ PIECES = st.one_of(
 def test_what_was_said_is_called_what_was_thought_is_not_wherever_the_turn_is_cut_off(pieces):
     text = "".join(piece for piece, _ in pieces)
     said = [(call["name"], call["arguments"]) for _, call in pieces if call is not None]
-    assert read(PLAIN, without_thinking(text)) == said
+    assert read(PLAIN, answered(PLAIN, text)) == said
     for end in range(len(text)):
-        calls = PLAIN.read(without_thinking(text[:end]), TOOLS).calls
+        calls = PLAIN.read(answered(PLAIN, text[:end]), TOOLS).calls
         made = [(call.name, call.arguments) for call in calls if call.error is None]
         assert made == said[: len(made)]  # those that were complete, and no other
         assert len(calls) - len(made) <= 1
@@ -299,9 +430,13 @@ def test_what_was_said_is_called_what_was_thought_is_not_wherever_the_turn_is_cu
 def test_calls_without_tags_are_read_wherever_the_turn_is_cut_off(calls, joint):
     text = "<|python_tag|>" + joint.join(json.dumps(call) for call in calls)
     said = [(call["name"], call["arguments"]) for call in calls]
-    assert read(BARE, text) == said
+    assert read(BARE, answered(BARE, text)) == said
     for end in range(len(text)):
-        made = [(call.name, call.arguments) for call in BARE.read(text[:end], TOOLS).calls if call.error is None]
+        made = [
+            (call.name, call.arguments)
+            for call in BARE.read(answered(BARE, text[:end]), TOOLS).calls
+            if call.error is None
+        ]
         assert made == said[: len(made)]
 
 
@@ -333,5 +468,5 @@ HOSTILE = st.lists(st.sampled_from([*TAGS, *JSON, "\ud83d", "\x00", " ", "\n"]) 
 @settings(derandomize=True, deadline=None, max_examples=500)
 def test_no_text_raises_and_every_call_that_is_made_can_be_sent(text):
     for convention in (PLAIN, BARE, LISTS):
-        for call in convention.read(without_thinking(text), TOOLS).calls:
+        for call in convention.read(answered(convention, text), TOOLS).calls:
             assert call.error is not None or unsendable(call.arguments) is None

@@ -179,6 +179,14 @@ def test_golds_that_are_numbers_are_accepted_and_earned(math, gold):
     assert math(wrong) == number_match(extract=last_boxed)(wrong) == [0.0] * 6
 
 
+def test_a_whole_gold_may_be_larger_than_any_float():
+    large = 10**400
+    assert exact_match().check_gold({"answer": large}) is None
+    assert exact_match()([said(str(large), {"answer": large}), said("1e400", {"answer": large})]) == [1.0, 0.0]
+    assert "is no number" in number_match().check_gold({"answer": large})  # more digits than an answer may have
+    assert "is a number of too many digits" in exact_match().check_gold({"answer": 10**5000})
+
+
 @pytest.mark.parametrize(
     ("gold", "words"),
     [
@@ -238,6 +246,45 @@ def math():
 )
 def test_mathematics_is_compared_and_not_text(math, gold, answer, score):
     assert math([said(answer, {"answer": gold})]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        # 1 000 % of something is ten times as much
+        (r"1 000\%", ["1000", r"1 000\%", "10", "10.0"], ["0", "00", "000", "1", r"10\%", "100000"]),
+        (r"1\frac{1}{2}\%", ["1.5", r"\frac{3}{2}", r"1.5\%", "0.015", r"\frac{3}{200}"], ["1", r"1\%", "150", "0.01"]),
+        (r"1 1/2\%", ["3/2", "0.015"], ["100", "1", "150", r"0.015\%"]),
+        ("1 1/2 percent", ["1 1/2", "0.015"], ["100", "150"]),
+        (r"10\%", ["10", "0.1", "1/10", "10 percent"], [r"\$10", r"10\text{ cm}", "1000", r"0.1\%", r"1000\%"]),
+        (r"72\%", ["0.72", "72"], [r"\$72", "72 kg", "7200"]),
+        (r"1/10\%", ["0.1", "0.001"], ["10", "0.01"]),
+        ("0.1", [r"10\%"], [r"1\%", r"1000\%"]),
+        (r"\$10", ["10"], [r"10\%", "0.1"]),
+    ],
+)
+def test_a_percentage_is_a_number_of_hundredths(math, gold, right, wrong):
+    item = {"answer": gold}
+    assert math.check_gold(item) is None
+    for answers, score in ((right, 1.0), (wrong, 0.0)):
+        scores = math([said(f"\\boxed{{{answer}}}", item) for answer in answers])
+        assert scores == [score] * len(answers), answers
+
+
+@pytest.mark.parametrize(
+    ("gold", "sentence", "score"),
+    [
+        (r"1 1/2\%", r"so it is $1.5\%$", 1.0),
+        (r"1 1/2\%", "so it is $0.015$", 1.0),
+        (r"1 1/2\%", "so it is $150$", 0.0),
+        (r"1 1/2\%", "so it is $1$", 0.0),
+        (r"1 000\%", r"so it is $1000\%$", 1.0),
+        (r"1 000\%", "so it is $0$", 0.0),
+        (r"1/10\%", "so it is $10$", 0.0),
+    ],
+)
+def test_a_percentage_in_a_sentence_is_compared_by_math_verify(math, gold, sentence, score):
+    assert math([said(sentence, {"answer": gold})]) == [score]
 
 
 def test_answers_are_compared_from_any_thread(math):
@@ -373,6 +420,23 @@ def endpoint():
         ("Score: 70%", None),
         ("<think>Score: 9?</think>Score: 3", 0.3),
         ("<think>Score: 9", None),
+        ("Score: 7-8", None),
+        ("Score: 7 \u2013 8", None),
+        ("Score: 7,5", None),
+        ("Score: 5 or 6", None),
+        ("Score: 5 to 6", None),
+        ("Score: 7\u00bd", None),
+        ("Score: 7 1/2", None),
+        ("Score: 7/10 or 8/10", None),
+        ("Score: **7**-**8**", None),
+        ("Score: 7+", None),
+        ("Score: 2\nno, Score: 7-8", None),
+        ("Score: 2\nno, Score: 70%", None),
+        ("Score: 7 - a good answer to 3 questions", 0.7),
+        ("Score: 7, and no more", 0.7),
+        ("Score: 7.\n- 8 points were possible", 0.7),
+        ("Score: 7\n\nThe score: it is fair", 0.7),
+        ("Score: 7\n8 points were possible", 0.7),
     ],
 )
 def test_a_judges_score_is_read_or_counted(endpoint, reply, score):

@@ -21,6 +21,17 @@ def test_a_change_of_one_value_is_seen_and_a_copy_is_not(seed, number, place, va
     assert fingerprint(weights) == before
 
 
+def test_changes_that_leave_sums_and_parities_as_they_were_are_seen():
+    weight = torch.arange(1.0, 9.0)
+    zeros = torch.zeros(8)
+    others = [weight.flip(0), weight.roll(1), -weight, torch.full((8,), 0.01), torch.full((8,), -0.01), zeros]
+    found = {fingerprint([other]) for other in [weight, *others]}
+    assert len(found) == 7
+    signs = zeros.clone()
+    signs[[1, 2]] = -0.0  # two changes of the same bit
+    assert fingerprint([signs]) != fingerprint([zeros])
+
+
 def test_a_shard_without_values_counts_for_nothing():
     """A weight smaller than the number of ranks leaves some of them without a part of it."""
     weight = torch.ones(3)

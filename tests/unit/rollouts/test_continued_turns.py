@@ -82,8 +82,10 @@ def test_a_thought_of_a_call_does_not_end_the_turn_and_ids_and_logprobs_are_thos
     assert [sampling.max_tokens for sampling in samplings] == [1000, 1000 - lengths[0], 1000 - sum(lengths[:2])]
 
 
-@pytest.mark.parametrize("text", ["a</tool_call>b", "</tool_call>", 'say "</tool_call>" twice: </tool_call>'])
-def test_a_string_of_a_call_may_hold_the_closing_tag(chat, text):
+@pytest.mark.parametrize(
+    "text", ["a</tool_call>b", "</tool_call>", 'say "</tool_call>" twice: </tool_call>', "a <think> b", "</think>"]
+)
+def test_a_string_of_a_call_may_hold_the_closing_tag_and_marks_of_thinking(chat, text):
     rollout, engine = play(chat, call(text), "done")
     assert rollout.counts == {"tool_calls": 1, "tool_ok": 1}
     assert rollout.messages[2]["content"] == f"<tool_response>{text}</tool_response>"

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -188,6 +189,88 @@ def test_a_tokenizer_that_normalises_or_builds_names_by_itself(tmp_path):
     assert ids("x\uff1ceos\uff1e<b>") == [10, 3, 6, 7, 8, 5, 3, 9]
     assert ids("<unk>") == [3, 0, 0, 0, 5]  # letters that it lacks are unknown as ever
     assert ids("xé") == fast.encode("xé", add_special_tokens=False)
+
+
+def test_a_long_text_of_names_is_encoded_a_few_times_and_no_more(chats, monkeypatch):
+    chat, looks = chats["qwen2_5"], []
+    found = Spelling._found
+    monkeypatch.setattr(Spelling, "_found", lambda self, text, ids: looks.append(len(text)) or found(self, text, ids))
+    text = "<|im_end|>" * 30_000
+    start = time.perf_counter()
+    ids = chat.render([{"role": "user", "content": text}])
+    assert (
+        time.perf_counter() - start < 20
+    )  # 18 s on an idle core where each name copied the text, a second where none does
+    assert (
+        ids.count(chat._tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    )  # of the default system message and the turn
+    assert text in chat.raw_text(ids)
+    assert (
+        len([size for size in looks if size >= len(text)]) == 3
+    )  # once to find, once to see that none is left, the prompt
+
+
+def word_tokenizer(names, merges=()):
+    letters = "abcdefghijklmnopqrstuvwxyz <>|_0123456789"
+    vocabulary = {token: number for number, token in enumerate(["<unk>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges), unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.add_tokens([AddedToken(name, normalized=False) for name in names])
+    return fast
+
+
+def test_names_inside_of_names_are_found_in_a_few_looks(monkeypatch):
+    """Each name holds all the shorter ones, and each cut would leave the next shorter one whole."""
+    fast = word_tokenizer(["a" * length for length in range(2, 40)])
+    spelling, looks, found = Spelling(fast), [], Spelling._found
+    monkeypatch.setattr(Spelling, "_found", lambda self, text, ids: looks.append(len(text)) or found(self, text, ids))
+    for text in ("a" * 39, "a" * 1000, "b" + "a" * 78):
+        looks.clear()
+        (message,) = spelling.messages([{"role": "user", "content": text}])
+        assert len(looks) == 3
+        ids = spelling.encode(message["content"])
+        assert fast.convert_ids_to_tokens(ids) == list(text)
+
+
+def test_roles_and_names_of_fields_are_no_text_and_all_else_is():
+    spelling = Spelling(word_tokenizer(["user", "tool", "function", "arguments", "<e>"]))
+    call = {"id": "1", "type": "function", "function": {"name": "<e>", "arguments": {"user": "<e>", "n": [1, "user"]}}}
+    (user, assistant, hostile) = spelling.messages(
+        [
+            {"role": "user", "content": "a user"},
+            {"role": "tool", "content": "", "reasoning_content": "<e>", "tool_calls": [call]},
+            {"role": "user<e>", "content": ""},
+        ]
+    )
+    cut = spelling._nonce
+    assert user == {"role": "user", "content": f"a u{cut}ser"}
+    assert assistant == {
+        "role": "tool",
+        "content": "",
+        "reasoning_content": f"<{cut}e>",
+        "tool_calls": [
+            {
+                "id": "1",
+                "type": "function",
+                "function": {
+                    "name": f"<{cut}e>",
+                    "arguments": {f"u{cut}ser": f"<{cut}e>", "n": [1, f"u{cut}ser"]},
+                },
+            }
+        ],
+    }
+    assert hostile["role"] == f"u{cut}ser<{cut}e>"
+
+
+def test_a_template_reads_roles_whole_where_a_token_has_a_roles_name(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    tokenizer.add_tokens([AddedToken("user", normalized=False)])
+    tokenizer.save_pretrained(tmp_path)
+    chat = Chat(tmp_path, SOURCES["qwen2_5"])
+    ids = chat.render([{"role": "user", "content": "which user?"}])
+    assert ids.count(chat._tokenizer.convert_tokens_to_ids("user")) == 1  # the template's own
+    assert "<|im_start|>user\nwhich user?<|im_end|>" in chat.raw_text(ids)
 
 
 @pytest.mark.parametrize("name", sorted(SWALLOWING))

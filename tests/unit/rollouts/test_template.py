@@ -117,8 +117,10 @@ def test_a_template_writes_the_runs_date(tiny_model):
     source = "{{ strftime_now('%d %m %Y') }} {{ messages[0]['content'] }}"
     chat = Chat(tiny_model, source, datetime(2024, 2, 29))
     assert chat.raw_text(chat.render([QUESTION])) == "29 02 2024 2 plus 2?"
-    assert chat.template.writes_date
-    assert not Chat(tiny_model).template.writes_date
+    assert chat.template.has_read_date
+    undated = Chat(tiny_model)
+    undated.render([QUESTION])
+    assert not undated.template.has_read_date
 
 
 def test_llamas_date_is_the_runs(tiny_model):
