@@ -20,7 +20,7 @@ import os, sys
 from envs.function_calling import mounts
 assert mounts.LIBC.unshare(mounts.CLONE_NEWNS) == 0
 mounts.mount(None, "/", None, mounts.MS_REC | mounts.MS_PRIVATE)
-mounts.cover([str(mounts.closed_ancestor(mounts.Path(folder))) for folder in mounts.closed_folders()], {})
+mounts.cover([str(mounts.closed_ancestor(mounts.Path(folder))) for folder in mounts.closed_folders()], {}, mounts.python_folders())
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 """
 # Runs it where the system allows no namespaces.

@@ -11,6 +11,9 @@ PAUSES_S = (0.02, 0.25)
 RESIDENT = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB", re.M)
 # The same, where a page that n processes share counts 1/n for each.
 PROPORTIONAL = re.compile(r"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s+(\d+) kB", re.M)
+SOCKETS = re.compile(r"^sockets: used (\d+)", re.M)
+# A full socket takes the size of its buffer and one message of at most half of that.
+FULL_BUFFER = 1.5
 
 
 def used_mb(proc: int, pids: list[int], limit_mb: int) -> float:
@@ -21,11 +24,24 @@ def used_mb(proc: int, pids: list[int], limit_mb: int) -> float:
         pids: The processes.
         limit_mb: Below it the cheaper sum is good enough.
     """
-    resident = {pid: _sum(proc, f"{pid}/status", RESIDENT) or 0.0 for pid in pids}
+    resident = {pid: _of_process(proc, pid, "status", RESIDENT) or 0.0 for pid in pids}
     if sum(resident.values()) <= limit_mb:
         return sum(resident.values())
-    exact = {pid: _sum(proc, f"{pid}/smaps_rollup", PROPORTIONAL) for pid in pids}
+    exact = {pid: _of_process(proc, pid, "smaps_rollup", PROPORTIONAL) for pid in pids}
     return sum(resident[pid] if found is None else found for pid, found in exact.items())
+
+
+def socket_mb(proc: int, pids: list[int], buffer_bytes: int) -> float:
+    """The most that all sockets in the network namespace of some processes can hold, also those in flight, in MiB.
+
+    Args:
+        proc: A descriptor of the /proc that has their numbers.
+        pids: The processes.
+        buffer_bytes: Size of a socket's buffer.
+    """
+    found = (SOCKETS.search(_text(proc, f"{pid}/net/sockstat")) for pid in pids)
+    count = next((int(match[1]) for match in found if match is not None), 0)
+    return count * FULL_BUFFER * buffer_bytes / 2**20
 
 
 def pause_s(left_mb: float) -> float:
@@ -42,11 +58,34 @@ def processes(proc: int) -> list[int]:
     return [int(name) for name in os.listdir(proc) if name.isdigit()]
 
 
+def _of_process(proc: int, pid: int, name: str, pattern: re.Pattern[str]) -> float | None:
+    """MiB of a process. Where its first thread has ended, /proc shows its memory only under the numbers of the others."""
+    found = _sum(proc, f"{pid}/{name}", pattern)
+    if found is None:
+        sums = (_sum(proc, f"{thread}/{name}", pattern) for thread in _threads(proc, pid) if thread != pid)
+        found = next((value for value in sums if value is not None), None)
+    return found
+
+
+def _threads(proc: int, pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        handle = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+        try:
+            return [int(name) for name in os.listdir(handle)]
+        finally:
+            os.close(handle)
+    return []
+
+
 def _sum(proc: int, name: str, pattern: re.Pattern[str]) -> float | None:
-    """MiB of a file's lines, None where it cannot be read: the process has ended, or hides it."""
+    """MiB of a file's lines, None where it has none or cannot be read: the thread has ended, or hides it."""
+    found = pattern.findall(_text(proc, name))
+    return sum(map(int, found)) / 1024 if found else None
+
+
+def _text(proc: int, name: str) -> str:
     with contextlib.suppress(OSError):
         handle = os.open(name, os.O_RDONLY, dir_fd=proc)
-        with open(handle) as file:
-            found = pattern.findall(file.read())
-        return sum(map(int, found)) / 1024 if found else None
-    return None
+        with open(handle, errors="replace") as file:
+            return file.read()
+    return ""

@@ -4,6 +4,7 @@ import ctypes
 import os
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
@@ -15,6 +16,8 @@ SYSTEM = ("bin", "etc", "lib", "lib32", "lib64", "libx32", "nix", "opt", "proc",
 DEVICES = ("full", "null", "random", "urandom")  # not /dev/zero, of which shared memory is made that nobody counts
 SCRATCH = "/tmp"
 ALSO_SCRATCH = ("/dev/shm", "/var/tmp")
+MAX_TERMINALS = 32  # each takes one of the few that the host has
+PROJECT = Path(__file__).parents[2]
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -36,16 +39,20 @@ def hide_files(scratch_mb: int) -> None:
     mount("proc", "/proc", "proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
     folders = [str(entry) for entry in Path("/").iterdir() if entry.is_dir() and not entry.is_symlink()]
     hidden = {folder for folder in folders if folder[1:] not in SYSTEM}
+    for entry in Path("/").iterdir():
+        if not entry.is_dir() and not entry.is_symlink():
+            mount("/dev/null", str(entry), None, MS_BIND)
     devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     scratch = f"mode=1777,size={scratch_mb}m,nr_inodes={scratch_mb * 256}"
-    cover([*hidden, *{str(closed_ancestor(Path(folder))) for folder in closed_folders()}], {SCRATCH: scratch})
+    closed = {str(closed_ancestor(Path(folder))) for folder in closed_folders()}
+    cover([*hidden, *closed], {SCRATCH: scratch}, python_folders(left_out=[] if _holds_libraries(PROJECT) else [PROJECT]))
     for name, handle in devices.items():
         Path("/dev", name).touch()
         _show(handle, f"/dev/{name}")
     Path("/dev/fd").symlink_to("/proc/self/fd")
     Path("/dev/ptmx").symlink_to("pts/ptmx")  # a cell's `!command` runs in a terminal
     Path("/dev/pts").mkdir()
-    mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, f"newinstance,ptmxmode=0666,mode=0620,max={MAX_TERMINALS}")
     for place in ALSO_SCRATCH:
         Path(place).mkdir(parents=True)
     _make_read_only()
@@ -54,15 +61,16 @@ def hide_files(scratch_mb: int) -> None:
         mount(SCRATCH, place, None, MS_BIND)
 
 
-def cover(places: list[str], options: dict[str, str]) -> None:
-    """Mounts an empty folder over each place, and shows those folders of Python again that lie in one.
+def cover(places: list[str], options: dict[str, str], needed: list[str]) -> None:
+    """Mounts an empty folder over each place, and shows those folders again that are needed and lie in one.
 
     Args:
         places: The folders to hide.
         options: Of the mounts at some of them.
+        needed: The folders to show.
     """
     outermost = sorted(place for place in set(places) if not any(_is_inside(place, other) for other in places))
-    shown = [folder for folder in python_folders() if any(Path(folder).is_relative_to(place) for place in outermost)]
+    shown = [folder for folder in needed if any(folder == place or _is_inside(folder, place) for place in outermost)]
     handles = {folder: os.open(folder, os.O_PATH) for folder in shown}  # before they are hidden
     for place in outermost:
         mount("tmpfs", place, "tmpfs", MS_NOSUID, options.get(place, "mode=755,size=1m"))
@@ -76,9 +84,14 @@ def closed_folders() -> list[str]:
     return [folder for folder in python_folders() if closed_ancestor(Path(folder)) is not None]
 
 
-def python_folders() -> list[str]:
-    """Where this interpreter's modules lie."""
-    places = [sys.base_prefix, sys.prefix, *(path for path in sys.path if os.path.isdir(path))]
+def python_folders(left_out: Sequence[Path] = ()) -> list[str]:
+    """Where this interpreter's modules lie.
+
+    Args:
+        left_out: Folders in its search path that nobody needs once these modules are loaded.
+    """
+    modules = [os.path.abspath(path) for path in sys.path if os.path.isdir(path) and Path(path) not in left_out]
+    places = [sys.base_prefix, sys.prefix, *modules]
     return [place for place in dict.fromkeys(places) if not any(_is_inside(place, other) for other in places)]
 
 
@@ -105,8 +118,13 @@ def _make_read_only() -> None:
         raise OSError(ctypes.get_errno(), "the kernel cannot make all mounts read-only (Linux 5.12 can)")
 
 
+def _holds_libraries(folder: Path) -> bool:
+    """Whether others than this project's modules lie there; a checkout holds data, runs and gold answers instead."""
+    return (folder / "IPython").is_dir()
+
+
 def _is_inside(place: str, other: str) -> bool:
-    return place != other and Path(place).is_relative_to(other)
+    return place.startswith(other.rstrip("/") + "/")  # a Path would take most of the time that an interpreter's start takes
 
 
 def closed_ancestor(folder: Path) -> Path | None:

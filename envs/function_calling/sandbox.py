@@ -9,22 +9,24 @@ Covered, everywhere:
 - Results: a cell may write to its own channel; that is text like what it prints, and gives no status but ok and error (wire.py).
 
 Covered where the system lets this process make namespaces and mounts (as root, or as a user where user namespaces are allowed):
-- Network: there is none, loopback included; no Unix socket, no socket of a hypervisor.
+- Network: there is none, loopback included.
 - Other processes: none of them can be seen or signalled.
 - Files: all is read-only but /tmp (also seen as /dev/shm and /var/tmp), which is empty at first, bounded as a whole, and gone
-  afterwards. Of the rest it sees the system's folders and Python's; no home, no data, no device but null, full and random.
-- Number of processes.
+  afterwards. Of the rest it sees the system's folders and Python's; no home, no data, no checkout of this project, no device but
+  null, full, random and a bounded number of terminals.
+- Number of processes. Memory of sockets, as if all were full.
 - Rights: it has none, and gets none by programs that run as root. As root, it runs as a user of its own.
 
-Covered where the kernel takes a filter of system calls:
-- New namespaces and mounts cannot be made inside; memory that no process maps (memfd, shared memory, queues) cannot be had, see
-  syscalls.py.
+Covered where the kernel takes a filter of system calls, see syscalls.py:
+- New namespaces and mounts cannot be made inside.
+- Memory that no process maps (memfd, shared memory, queues, pages in pipes) cannot be had.
+- Sockets of a host (Unix) and of its hypervisor cannot be reached.
 
 Where any of this is missing, the server names it and does not start, unless it is run with --allow-weak-sandbox.
 
 Not covered: reading files in the system's and Python's folders that everyone may read (as a user: that this user may read);
-memory that a burst takes between two looks of the supervisor; the kernel's buffers of sockets and pipes, which the limits of
-processes and files bound to some hundred MiB; CPU time of the other cores; bugs in the kernel. It stops accidents and a policy's
+memory that a burst takes between two looks of the supervisor; what the kernel keeps of pipes, maps and file locks; CPU time of
+other cores; bugs in the kernel. It stops accidents and a policy's
 clumsy experiments. It is no place for code of somebody who wants to break out: for that, run the server in a virtual machine and
 name it by URL.
 """
@@ -50,6 +52,10 @@ CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 CAPABILITY_VERSION = 0x20080522
 TRIAL_MB = 8
+STATE, PARENT, NUM_THREADS = 0, 1, 17  # fields of /proc/PID/stat after the name
+# As root, interpreters get users of their own from here on, so that none may touch another's files or processes.
+LOWEST_UID = 600_000
+UIDS_PER_SERVER = 1000
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -79,7 +85,7 @@ class Limits:
             resource.RLIMIT_FSIZE: self.file_mb * megabyte,
             resource.RLIMIT_CPU: self.cpu_s,
             resource.RLIMIT_NOFILE: self.num_files,
-            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_CORE: 1,  # too little for a file, as 0 is; with 0 a handler of the host's would run
         }.items():
             resource.setrlimit(kind, (value, value))
 
@@ -106,23 +112,25 @@ class Offer:
         is_apart: Namespaces of its own.
         hides_files: Mounts of its own.
         is_filtered: A filter of system calls.
+        gives_up_rights: The end of its rights; as root, by becoming another user.
     """
 
     is_apart: bool
     hides_files: bool
     is_filtered: bool
+    gives_up_rights: bool
 
     def missing(self) -> list[str]:
         """What is not covered.
 
-        >>> Offer(True, True, False).missing()
-        ['memory that no process maps']
+        >>> Offer(is_apart=True, hides_files=True, is_filtered=False, gives_up_rights=True).missing()
+        ['new namespaces, memory that no process maps']
         """
         gaps = {
             "network, other processes": self.is_apart,
             "number of processes": self.is_apart or os.getuid() == 0,
             "files of the host, the size of all that it writes": self.hides_files,
-            "memory that no process maps": self.is_filtered,
+            "new namespaces, memory that no process maps": self.is_filtered,
         }
         return [gap for gap, is_covered in gaps.items() if not is_covered]
 
@@ -131,7 +139,13 @@ def find_offer() -> Offer:
     """Tries everything, in processes that end at once."""
     is_apart = _works(leave_namespaces)
     hides_files = is_apart and _works(leave_namespaces, lambda: _works(lambda: mounts.hide_files(TRIAL_MB)))
-    return Offer(is_apart, hides_files, is_filtered=_works(syscalls.deny))
+    gives_up_rights = _works(lambda: become(first_uid(os.getpid())))
+    return Offer(is_apart, hides_files, _works(syscalls.deny), gives_up_rights)
+
+
+def first_uid(server_pid: int) -> int:
+    """The first of the users that a server's interpreters become."""
+    return LOWEST_UID + server_pid * UIDS_PER_SERVER
 
 
 def leave_namespaces() -> None:
@@ -200,9 +214,9 @@ def descendants(pid: int) -> list[int]:
                 stat = Path(f"/proc/{entry}/stat").read_text()
             except OSError:  # it has ended
                 continue
-            state, parent = stat.rpartition(")")[2].split()[:2]
-            if state != "Z":
-                parents[int(entry)] = int(parent)
+            fields = stat.rpartition(")")[2].split()
+            if fields[STATE] != "Z" or int(fields[NUM_THREADS]) > 1:  # its first thread may end before the others
+                parents[int(entry)] = int(fields[PARENT])
     found, fresh = set[int](), {pid}
     while fresh:
         fresh = {child for child, parent in parents.items() if parent in fresh} - found

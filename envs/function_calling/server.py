@@ -28,7 +28,8 @@ ROLLOUT_KEY, STATUS_KEY = "fuchsia/rollout", "fuchsia/status"
 OK, ERROR, TIMEOUT, KILLED, OUTPUT_LIMIT = "ok", "error", "timeout", "killed", "output_limit"
 START_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 5.0
-MAX_SESSIONS = 500  # fewer than there are users to run them as, see zygote.py
+MAX_SESSIONS = 500  # fewer than there are users to run them as
+FORKS_AT_A_TIME = 16
 
 
 class Session:
@@ -43,6 +44,7 @@ class Session:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._lifeline: socket.socket | None = None
+        self._number = -1
 
     async def run(self, code: str) -> tuple[str, str]:
         """Runs a cell; returns what the policy reads, and the status."""
@@ -66,6 +68,9 @@ class Session:
                 if await self._kill():
                     return "The code used too much memory and was stopped. Its variables are lost.", KILLED
                 return "The interpreter died (memory, or the code ended it). Its variables are lost.", KILLED
+            except asyncio.CancelledError:  # the cell still runs, and its reply would answer the next one
+                await self._kill()
+                raise
         if len(output) >= max_chars:
             return f"{output}… (the output was too long, and the code was stopped there)", OUTPUT_LIMIT
         return output.strip() or "(no output)", ERROR if failed else OK
@@ -76,13 +81,15 @@ class Session:
             await self._kill()
 
     async def _open(self) -> None:
-        channel, self._lifeline = await self._interpreters.fork()
-        self._reader, self._writer = await asyncio.open_connection(sock=channel)
-        try:
-            await asyncio.wait_for(self._reader.readexactly(len(wire.READY)), START_TIMEOUT_S)
-        except BaseException:  # whatever ends the start, also a cancelled one, leaves no process behind
-            await self._kill()
-            raise
+        async with self._interpreters.forks:
+            self._number = self._interpreters.numbers.pop()
+            channel, self._lifeline = self._interpreters.fork(self._number)
+            try:
+                self._reader, self._writer = await asyncio.open_connection(sock=channel)
+                await asyncio.wait_for(self._reader.readexactly(len(wire.READY)), START_TIMEOUT_S)
+            except BaseException:  # whatever ends the start, also a cancelled one, leaves no process behind
+                await self._kill()
+                raise
 
     async def _kill(self) -> bool:
         """Ends the supervisor, which ends the rest first, and waits for that; returns whether it did so for their memory."""
@@ -94,7 +101,9 @@ class Session:
             return False
         try:
             lifeline.shutdown(socket.SHUT_WR)
-            return bool(await asyncio.wait_for(asyncio.get_running_loop().sock_recv(lifeline, 1), KILL_TIMEOUT_S))
+            word = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(lifeline, 1), KILL_TIMEOUT_S)
+            self._interpreters.numbers.append(self._number)
+            return bool(word)
         except TimeoutError:
             sys.stderr.write(f"a supervisor did not end within {KILL_TIMEOUT_S:g} s\n")
             return False
@@ -115,6 +124,8 @@ class Interpreters:
     def __init__(self, limits: Limits, time_limit_s: float, max_output_chars: int, offer: Offer) -> None:
         self.time_limit_s = time_limit_s
         self.max_output_chars = max_output_chars
+        self.numbers = list(range(sandbox.UIDS_PER_SERVER))  # of users who run no interpreter
+        self.forks = asyncio.Semaphore(FORKS_AT_A_TIME)  # more would not fit into the socket
         self._arguments = [json.dumps(asdict(limits)), str(max_output_chars), json.dumps(asdict(offer))]
         self._sessions: dict[str, Session] = {}
         self._control: socket.socket | None = None
@@ -142,13 +153,17 @@ class Interpreters:
         sys.stderr.write(f"the process that forks interpreters ended with {code}, and so does the server\n")
         os._exit(1)
 
-    async def fork(self) -> tuple[socket.socket, socket.socket]:
-        """A channel to a new interpreter, and a lifeline to its supervisor, who ends both when it is shut down."""
+    def fork(self, number: int) -> tuple[socket.socket, socket.socket]:
+        """A channel to a new interpreter, and a lifeline to its supervisor, who ends both when it is shut down.
+
+        Args:
+            number: Of the user that it becomes, as root.
+        """
         assert self._control is not None
         channel, its_channel = socket.socketpair()
         lifeline, its_lifeline = socket.socketpair()
         with its_channel, its_lifeline:
-            socket.send_fds(self._control, [b"f"], [its_channel.fileno(), its_lifeline.fileno()])
+            socket.send_fds(self._control, [wire.FORK.pack(number)], [its_channel.fileno(), its_lifeline.fileno()])
         channel.setblocking(False)
         lifeline.setblocking(False)
         return channel, lifeline
@@ -214,6 +229,11 @@ def refusal_of(offer: Offer, allows_weak: bool) -> str | None:
         return (
             f"the interpreter must not run as root, and here no other user can load Python from {mounts.closed_folders()}, "
             "nor does the system allow mounts: run the training as another user, or use a Python that everyone may read"
+        )
+    if not offer.gives_up_rights:
+        return (
+            "the interpreter must not run as root, and here root cannot become another user (a user namespace with few users?): "
+            "run the training as another user"
         )
     missing = offer.missing()
     if not missing:

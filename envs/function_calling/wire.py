@@ -10,6 +10,7 @@ import socket
 import struct
 from asyncio import StreamReader
 
+FORK = struct.Struct(">H")  # to the process that forks: which of the server's users; channel and lifeline come with it
 NONCE_BYTES = 16
 READY = b"r"
 REQUEST = struct.Struct(f">{NONCE_BYTES}sI")  # nonce, length of the code in bytes

@@ -18,13 +18,10 @@ from typing import NoReturn
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from envs.function_calling import memory, mounts, sandbox, syscalls
+from envs.function_calling import memory, mounts, sandbox, syscalls, wire
 from envs.function_calling.interpreter import make_shell, serve
 from envs.function_calling.sandbox import Limits, Offer
 
-# As root, interpreters get users of their own from here on, so that none may touch another's files or processes.
-FIRST_UID = 600_000
-UIDS_PER_SERVER = 1000
 OUT_OF_MEMORY = b"m"  # what a supervisor writes to the server before it ends
 
 
@@ -58,19 +55,17 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the supervisors
     shell = make_shell()
     control.send(b"r")
-    number = 0
+    first_uid = sandbox.first_uid(os.getppid())
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+        message, descriptors, _, _ = socket.recv_fds(control, wire.FORK.size, 2)
         if not message:
             return
-        channel, lifeline = (socket.socket(fileno=descriptor) for descriptor in descriptors)
-        if os.fork() == 0:
-            control.close()
-            uid = FIRST_UID + os.getppid() * UIDS_PER_SERVER + number % UIDS_PER_SERVER
-            supervise(shell, channel, lifeline, Cell(limits, max_output_chars, uid, offer))
-        channel.close()
-        lifeline.close()
-        number += 1
+        (number,) = wire.FORK.unpack(message)
+        with contextlib.ExitStack() as stack:
+            channel, lifeline = (stack.enter_context(socket.socket(fileno=found)) for found in descriptors)
+            if _is_fork():
+                control.close()
+                supervise(shell, channel, lifeline, Cell(limits, max_output_chars, first_uid + number, offer))
 
 
 def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.socket, cell: Cell) -> NoReturn:
@@ -93,6 +88,7 @@ def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.
     ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
+        os.setsid()  # a signal to its group, which no namespace bounds, must not reach the supervisor
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             enter(cell, folder, channel, theirs)
@@ -121,17 +117,26 @@ def watch(child: int, lifeline: socket.socket, entered: socket.socket, cell: Cel
         `OUT_OF_MEMORY`, or nothing.
     """
     ended, limit = os.pidfd_open(child), cell.limits.memory_mb
+    buffer_bytes = entered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     with entered:
+        if lifeline in select.select([entered, lifeline], [], [])[0]:
+            return b""
         _, handles, _, _ = socket.recv_fds(entered, 1, 1)
     pause = 0.0
     while not select.select([lifeline, ended], [], [], pause)[0] and handles:
         _bury_orphans(child)
-        pids = memory.processes(handles[0]) if cell.offer.hides_files else sandbox.descendants(os.getpid())
-        left = limit - memory.used_mb(handles[0], pids, limit)
+        left = limit - _used_mb(handles[0], cell.offer, buffer_bytes, limit)
         if left < 0:
             return OUT_OF_MEMORY
         pause = memory.pause_s(left)
     return b""
+
+
+def _used_mb(proc: int, offer: Offer, buffer_bytes: int, limit: int) -> float:
+    if not offer.hides_files:
+        return memory.used_mb(proc, sandbox.descendants(os.getpid()), limit)
+    pids = memory.processes(proc)
+    return memory.used_mb(proc, pids, limit) + memory.socket_mb(proc, pids, buffer_bytes)
 
 
 def enter(cell: Cell, folder: str, channel: socket.socket, entered: socket.socket) -> None:
@@ -153,6 +158,15 @@ def enter(cell: Cell, folder: str, channel: socket.socket, entered: socket.socke
     sandbox.die_with_parent(signal.SIGKILL)
     if cell.offer.is_filtered:
         syscalls.deny()
+
+
+def _is_fork() -> bool:
+    """Forks; whether this is the new process. Where the system allows no more of them, the server finds a closed channel."""
+    try:
+        return os.fork() == 0
+    except OSError as error:
+        sys.stderr.write(f"no interpreter can be forked: {error}\n")
+        return False
 
 
 def keep_only(channel: socket.socket) -> None:

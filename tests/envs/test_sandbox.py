@@ -2,18 +2,18 @@
 
 import asyncio
 import os
+import signal
 import time
 from dataclasses import astuple
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.function_calling import sandbox, wire
+from envs.function_calling import sandbox, syscalls, wire
 from envs.function_calling.environment import FunctionCalling
 from fuchsia_pl.envs import ToolServerError
-from tests.interpreters import AS_USER, AS_WEAK_USER, COMMAND, Interpreter
+from tests.interpreters import AS_USER, AS_WEAK_USER, COMMAND, ROOT, Interpreter
 
 IS_ROOT = os.getuid() == 0
 OFFER = sandbox.find_offer()
@@ -161,17 +161,27 @@ def sandboxed(request):
 
 
 PREPARE = """
-import ctypes, mmap, os, socket, subprocess, sys, tempfile, time
+import ctypes, glob, mmap, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 def call(name, *args):
     if getattr(libc, name)(*args) < 0: raise OSError(ctypes.get_errno(), name)
-def memory(mb, seconds=60):
-    for _ in range(4):
-        if os.fork() == 0:
-            kept = [b'x' * 2**20 for _ in range(mb)]
-            time.sleep(60)
-    time.sleep(seconds)
+def wipe():
+    for path in glob.glob('/tmp/*'): shutil.rmtree(path, True) if os.path.isdir(path) else os.unlink(path)
+def hold(mb):
+    kept = [b'x' * 2**20 for _ in range(mb)]
+    time.sleep(60)
+def forks(number, work, *args):
+    for _ in range(number):
+        if os.fork() == 0: work(*args)
+def without_first_thread(mb):
+    threading.Thread(target=hold, args=[mb]).start()
+    libc.syscall(60 if os.uname().machine == 'x86_64' else 93, 0)
+def open_sockets():
+    kept = [socket.socketpair() for _ in range(60)]
+    time.sleep(60)
 """
+HERE = os.getpid()
+NUMBERS = {name: found[os.uname().machine == "aarch64"] for name, found in syscalls.DENIED.items()}
 # A statement of sandbox.py -> cells that would break it, each with what the policy reads of the refusal.
 BROKEN = {
     "files: the host's are read-only or hidden": {
@@ -181,17 +191,21 @@ BROKEN = {
         "open('/usr/local/x', 'w')": "Error",
         "open('/x', 'w')": "Error",
         "os.mkdir('/var/x')": "Error",
-        f"open({sandbox.__file__!r}, 'a')": "Error",
-        f"open({str(Path(sandbox.__file__).parent / 'x')!r}, 'w')": "Error",
+        "open('/proc/sysrq-trigger', 'w')": "Error",
+        "open('/proc/sys/kernel/hostname', 'w')": "Error",
+        f"open({sandbox.__file__!r}, 'a')": "No such file",
+        f"open({str(ROOT / 'README.md')!r})": "No such file",
+        "open(os.path.join(os.path.dirname(os.__file__), 'x'), 'w')": "Error",
         "os.listdir('/home')[0]": "IndexError",
         "os.listdir('/run')[0]": "IndexError",
+        "[name for name in os.listdir('/') if os.path.isfile('/' + name)][0]": "IndexError",
         "open('/etc/shadow').read()": "PermissionError",
         "os.chmod('/etc', 0)": "Error",
     },
     "files: their sum is bounded": {
         "for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(2**22))": "No space left",
-        "for p in ('/tmp', '/dev/shm', '/var/tmp'): open(p + '/x' + p[1], 'wb').write(bytes(7 * 2**20))": "No space left",
-        "for i in range(10**5): open(f'/tmp/{i}', 'w').close()": "No space left",
+        "wipe()\nfor p in ('/tmp', '/dev/shm', '/var/tmp'): open(p + '/x' + p[1], 'wb').write(bytes(7 * 2**20))": "No space left",
+        "wipe()\nfor i in range(10**5): open(f'/tmp/{i}', 'w').close()": "No space left",
     },
     "devices": {
         "open('/dev/kvm')": "No such file",
@@ -199,6 +213,7 @@ BROKEN = {
         "open('/dev/vda')": "No such file",
         "open('/dev/net/tun')": "No such file",
         "call('mknod', b'/tmp/disk', 0o060666, 0xfe00)": "Error",
+        "[os.openpty() for _ in range(50)]": "No space left",
     },
     "network": {
         "socket.create_connection(('127.0.0.1', 22), 1)": "unreachable",
@@ -206,14 +221,19 @@ BROKEN = {
         "socket.socket(socket.AF_UNIX)": "PermissionError",
         "socket.socket(40)": "PermissionError",
         "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)": "PermissionError",
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)": "PermissionError",
     },
     "processes": {
-        f"os.kill({os.getpid()}, 9)": "ProcessLookupError",
-        f"open('/proc/{os.getpid()}/cmdline')": "No such file",
+        f"os.kill({HERE}, 9)": "ProcessLookupError",
+        f"open('/proc/{HERE}/cmdline')": "No such file",
+        f"call('ptrace', 16, {HERE}, 0, 0)": "ProcessLookupError",
+        "signal.pidfd_send_signal(s.getsockopt(socket.SOL_SOCKET, 77), 9)": "Error",  # the peer of its channel is the server
+        "call('syscall', 438, s.getsockopt(socket.SOL_SOCKET, 77), 0, 0)": "Error",  # a descriptor of that process
         "call('prctl', 1, 0)": "PermissionError",
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))": "Error",
-        "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (999, 999))": "Error",
-        "for _ in range(99):\n  if os.fork() == 0: time.sleep(60)": "BlockingIOError",
+        "resource.setrlimit(resource.RLIMIT_NPROC, (999, 999))": "Error",
+        "resource.setrlimit(resource.RLIMIT_CORE, (2, 2))": "Error",
+        "forks(99, time.sleep, 60)": "BlockingIOError",
     },
     "rights": {
         "os.setuid(0)": "Error",
@@ -234,34 +254,60 @@ BROKEN = {
     "memory that nobody counts": {
         "os.memfd_create('x')": "PermissionError",
         "mmap.mmap(-1, 2**20)": "PermissionError",
+        "mmap.mmap(-1, 2**21, flags=0x40022)": "PermissionError",  # private huge pages
         "call('shmget', 0, 2**20, 0o1600)": "PermissionError",
         "call('msgget', 0, 0o1600)": "PermissionError",
-        "call('syscall', 425 , 1, 0)": "PermissionError",
+        "socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10**8)": "PermissionError",
     },
+    "system calls": {f"call('syscall', {number}, 0, 0, 0, 0)  # {name}": "[Errno 1]" for name, number in NUMBERS.items()},
 }
-CELLS = [(what, code) for what, cells in BROKEN.items() for code in cells]
 
 
-@pytest.mark.parametrize(("what", "code"), CELLS)
-def test_every_statement_of_the_sandbox(sandboxed, what, code):
-    key = f"{what} {code}"
-    found = sandboxed.cells(PREPARE, code, "print('next')", key=key)
-    sandboxed.end(key)
-    assert found[0] == ("(no output)", "ok")
-    assert found[1][1] == "error", found[1]
-    assert BROKEN[what][code] in found[1][0]
-    assert found[2] == ("next", "ok")
+@pytest.mark.parametrize("what", BROKEN)
+def test_every_statement_of_the_sandbox(sandboxed, what):
+    ready, *found, after = sandboxed.cells(FORGE + PREPARE, *BROKEN[what], "print('next')", key=what)
+    sandboxed.end(what)
+    assert (ready, after) == (("(no output)", "ok"), ("next", "ok"))
+    wrong = {
+        code: (text, status)
+        for (code, words), (text, status) in zip(BROKEN[what].items(), found, strict=True)
+        if status != "error" or words not in text
+    }
+    assert not wrong
     assert sandboxed.server.num_starts == 1
 
 
-def test_memory_is_bounded_by_the_sum_of_all_processes(sandboxed):
-    text = "The code used too much memory and was stopped. Its variables are lost."
-    assert sandboxed.cells(PREPARE, "memory(50, 2); 1", key="little")[1] == ("1", "ok")
-    assert sandboxed.cells(PREPARE, "memory(300)", key="much")[1] == (text, "killed")  # 4 x 300 MiB, each below 512
-    # many forks of the interpreter share its pages, which count once
-    assert sandboxed.cells(
-        PREPARE, "for _ in range(15):\n  if os.fork() == 0: time.sleep(60)\ntime.sleep(1)", "7", key="forks"
-    )[2] == ("7", "ok")
+TOO_MUCH = ("The code used too much memory and was stopped. Its variables are lost.", "killed")
+HUNGRY = {  # each process stays below the limit of 512 MiB
+    "processes": "forks(4, hold, 300)",
+    "processes whose first thread has ended": "forks(4, without_first_thread, 300)",
+    "sockets, full or not": "forks(15, open_sockets)",  # 1,800 of 312 KiB
+    "a supervisor that does not look": "os.kill(0, signal.SIGSTOP); forks(4, hold, 300)",
+}
+
+
+@pytest.mark.parametrize("case", HUNGRY)
+def test_memory_is_bounded_by_the_sum_of_all_processes(sandboxed, case):
+    assert sandboxed.cells(PREPARE, HUNGRY[case] + "; time.sleep(25)", key=case)[1] == TOO_MUCH
+    assert sandboxed.cells("print('next')", key=case) == [("next", "ok")]
+    sandboxed.end(case)
+
+
+def test_memory_below_the_limit_and_pages_that_forks_share_cost_nothing(sandboxed):
+    cells = ["forks(4, hold, 40); time.sleep(0.5); 1", "forks(12, time.sleep, 60); time.sleep(0.5)", "7"]
+    assert sandboxed.cells(PREPARE, *cells, key="little")[1:] == [("1", "ok"), ("(no output)", "ok"), ("7", "ok")]
+    sandboxed.end("little")
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_signal_to_a_cells_own_group_reaches_no_process_of_ours(sandboxed, number):
+    """Whoever runs as the same user may signal it: no namespace bounds a group."""
+    key = number.name
+    cells = [f"os.kill(0, {int(number)})", f"os.killpg(os.getpgrp(), {int(number)})", "1 + 1"]
+    assert sandboxed.cells("import os", *cells, key=key)[3] == ("2", "ok")
+    start = time.perf_counter()
+    sandboxed.end(key)  # the supervisor does it
+    assert time.perf_counter() - start < 4  # after 5 the server gives up
 
 
 def test_what_a_rollout_writes_is_gone_and_what_programs_need_is_there(sandboxed):
@@ -289,7 +335,8 @@ def test_a_weak_sandbox_is_refused_in_one_line_unless_it_is_allowed():
     assert last.endswith("or set allow_weak_sandbox: true (--allow-weak-sandbox)")
     made = Interpreter([*AS_WEAK_USER, *LONG, "--allow-weak-sandbox"])
     assert made.cells("1 + 1") == [("2", "ok")]
-    assert made.cells(PREPARE, "memory(300)", key="much")[1][1] == "killed"  # without namespaces too
+    for case in ("processes", "processes whose first thread has ended"):  # without namespaces too
+        assert made.cells(PREPARE, HUNGRY[case] + "; time.sleep(25)", key=case)[1] == TOO_MUCH
     made.stop()
 
 
