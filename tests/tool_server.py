@@ -75,6 +75,12 @@ def misfit() -> ToolResult:
 
 
 @server.tool
+def half() -> str:
+    """Returns half a surrogate pair."""
+    return "a\ud800b"
+
+
+@server.tool
 def fail() -> str:
     """Raises."""
     raise ValueError("by hand")

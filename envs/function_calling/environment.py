@@ -42,7 +42,8 @@ class FunctionCalling(ToolEnvironment):
         num_examples: Worked examples before the question, for models that do not call tools by themselves.
         format_weight: Weight of the form, beside 1.0 for being right.
         time_limit_s: Of each cell.
-        memory_mb: Of each interpreter's processes, in MiB.
+        memory_mb: Of each interpreter's processes together, in MiB.
+        allow_weak_sandbox: Whether to run where the system offers less than all that `sandbox.py` tells; the server names what.
 
     Raises:
         ConfigError: A number is out of range, or no kind is named.
@@ -57,6 +58,7 @@ class FunctionCalling(ToolEnvironment):
         format_weight: float = 0.2,
         time_limit_s: float = 5.0,
         memory_mb: int = 1024,
+        allow_weak_sandbox: bool = False,
     ) -> None:
         super().__init__()
         chosen = KINDS if kinds is None else tuple(kinds)
@@ -77,6 +79,7 @@ class FunctionCalling(ToolEnvironment):
         self.reward_functions = [correct, well_formed]
         self.reward_weights = {"well_formed": format_weight}
         limits = ["--time-limit-s", str(time_limit_s), "--memory-mb", str(memory_mb)]
+        limits += ["--allow-weak-sandbox"] if allow_weak_sandbox else []
         self.servers = [
             MCPServer(
                 command=[sys.executable, "-P", "-m", "envs.function_calling.server", *limits],

@@ -1,7 +1,6 @@
 """The process that holds a rollout's interpreter. It is forked from one that has loaded IPython already."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets import Type
 from traitlets.config import Config
 
-OK, ERROR, OUTPUT_LIMIT = "ok", "error", "output_limit"
+from envs.function_calling import wire
 
 
 class OutputLimitReached(BaseException):
@@ -80,39 +79,39 @@ def make_shell() -> InteractiveShell:
 
 
 def serve(shell: InteractiveShell, channel: socket.socket, max_output_chars: int) -> None:
-    """Runs cells until the other side closes the channel. A request and a reply are a line each."""
+    """Runs cells until the other side closes the channel."""
     own_pid = os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stream = channel.makefile("rwb")
-    for line in stream:
+    channel.sendall(wire.READY)
+    while (request := wire.read_request(channel)) is not None:
+        nonce, code = request
         _bury_children()
-        reply = run_cell(shell, json.loads(line)["code"], max_output_chars)
+        failed, output = run_cell(shell, code, max_output_chars)
         if os.getpid() != own_pid:  # the cell forked, and this is the child, which has come to its end
             os._exit(0)
         _bury_children()
-        stream.write(json.dumps(reply).encode() + b"\n")
-        stream.flush()
+        channel.sendall(wire.reply(nonce, failed, output))
 
 
-def run_cell(shell: InteractiveShell, code: str, max_output_chars: int) -> dict[str, str]:
-    """Runs a cell; what it prints and the value of its last expression are its output."""
+def run_cell(shell: InteractiveShell, code: str, max_output_chars: int) -> tuple[bool, str]:
+    """Runs a cell.
+
+    Returns:
+        Whether it failed, and what it printed, with the value of its last expression.
+    """
     output: Any = BoundedOutput(max_output_chars)
-    status = OK
+    failed = True
     streams = sys.stdout, sys.stderr
     sys.stdout = sys.stderr = output
     try:
-        result = shell.run_cell(code, store_history=False)
-        status = OK if result.success else ERROR
+        failed = not shell.run_cell(code, store_history=False).success
     except OutputLimitReached:
-        status = OUTPUT_LIMIT
+        pass
     except BaseException as error:  # whatever leaves a cell is what the cell did
-        status = ERROR
         output.parts.append(f"{type(error).__name__}: {error}"[:max_output_chars])
     finally:
         sys.stdout, sys.stderr = streams
-    if output.num_chars >= max_output_chars:
-        status = OUTPUT_LIMIT
-    return {"output": output.text(), "status": status}
+    return failed, output.text()[:max_output_chars]
 
 
 def _bury_children() -> None:

@@ -8,61 +8,72 @@ import argparse
 import asyncio
 import json
 import os
-import signal
+import resource
+import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 from fastmcp import Context, FastMCP
 from fastmcp.tools import ToolResult
 
-from envs.function_calling.sandbox import Limits
+from envs.function_calling import mounts, sandbox, wire
+from envs.function_calling.sandbox import Limits, Offer
 
 # `_meta` keys of Fuchsia-PL, whose package this process does not load: it would take seconds.
 ROLLOUT_KEY, STATUS_KEY = "fuchsia/rollout", "fuchsia/status"
 OK, ERROR, TIMEOUT, KILLED, OUTPUT_LIMIT = "ok", "error", "timeout", "killed", "output_limit"
 START_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 5.0
-MAX_SESSIONS = 500  # fewer than there are users to run them as, see zygote.py
-LINE_LIMIT = 16 * 2**20
+MAX_SESSIONS = 500  # fewer than there are users to run them as
+FORKS_AT_A_TIME = 16
 
 
 class Session:
-    """A rollout's interpreter, forked when the first cell arrives and again after it was lost."""
+    """A rollout's interpreter, forked when the first cell arrives and again after it was lost.
+
+    Whatever a cell does to its own channel yields text, "ok" or "error", never one of the statuses that this process decides on.
+    """
 
     def __init__(self, interpreters: "Interpreters") -> None:
         self._interpreters = interpreters
         self._lock = asyncio.Lock()
-        self._pid = 0
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._lifeline: socket.socket | None = None
+        self._number = -1
 
     async def run(self, code: str) -> tuple[str, str]:
         """Runs a cell; returns what the policy reads, and the status."""
-        limit = self._interpreters.time_limit_s
+        limit, max_chars = self._interpreters.time_limit_s, self._interpreters.max_output_chars
         async with self._lock:
             if self._reader is None:
                 await self._open()
             assert self._reader is not None
             assert self._writer is not None
+            nonce = secrets.token_bytes(wire.NONCE_BYTES)
             try:
-                self._writer.write(json.dumps({"code": code}).encode() + b"\n")
-                line = await asyncio.wait_for(self._reader.readline(), limit)
+                self._writer.write(wire.request(nonce, code))
+                failed, output = await asyncio.wait_for(wire.read_reply(self._reader, nonce, max_chars), limit)
             except TimeoutError:
                 await self._kill()
                 return f"The code took longer than {limit:g} s and was stopped. Its variables are lost.", TIMEOUT
-            except (ConnectionError, ValueError):
-                line = b""
-            if not line:
+            except wire.ForgedReply:
                 await self._kill()
+                return "The code wrote to the interpreter's own channel and was stopped. Its variables are lost.", ERROR
+            except (ConnectionError, asyncio.IncompleteReadError):
+                if await self._kill():
+                    return "The code used too much memory and was stopped. Its variables are lost.", KILLED
                 return "The interpreter died (memory, or the code ended it). Its variables are lost.", KILLED
-            reply = json.loads(line)
-        if reply["status"] == OUTPUT_LIMIT:
-            return f"{reply['output']}… (the output was too long, and the code was stopped there)", OUTPUT_LIMIT
-        return reply["output"].strip() or "(no output)", reply["status"]
+            except asyncio.CancelledError:  # the cell still runs, and its reply would answer the next one
+                await self._kill()
+                raise
+        if len(output) >= max_chars:
+            return f"{output}… (the output was too long, and the code was stopped there)", OUTPUT_LIMIT
+        return output.strip() or "(no output)", ERROR if failed else OK
 
     async def close(self) -> None:
         """Ends the interpreter and all that it started."""
@@ -70,28 +81,34 @@ class Session:
             await self._kill()
 
     async def _open(self) -> None:
-        ours = await self._interpreters.fork()
-        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LINE_LIMIT)
-        try:
-            hello = await asyncio.wait_for(self._reader.readline(), START_TIMEOUT_S)
-            self._pid = json.loads(hello)["pid"]
-        except BaseException:  # whatever ends the start, also a cancelled one, leaves no process behind
-            await self._kill()
-            raise
+        async with self._interpreters.forks:
+            self._number = self._interpreters.numbers.pop()
+            channel, self._lifeline = self._interpreters.fork(self._number)
+            try:
+                self._reader, self._writer = await asyncio.open_connection(sock=channel)
+                await asyncio.wait_for(self._reader.readexactly(len(wire.READY)), START_TIMEOUT_S)
+            except BaseException:  # whatever ends the start, also a cancelled one, leaves no process behind
+                await self._kill()
+                raise
 
-    async def _kill(self) -> None:
+    async def _kill(self) -> bool:
+        """Ends the supervisor, which ends the rest first, and waits for that; returns whether it did so for their memory."""
         writer, self._reader, self._writer = self._writer, None, None
-        pid, self._pid = self._pid, 0
+        lifeline, self._lifeline = self._lifeline, None
         if writer is not None:
-            writer.close()
-        if not pid:
-            return
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)  # the supervisor ends the rest, then itself
-            for _ in range(round(KILL_TIMEOUT_S / 0.01)):
-                os.kill(pid, 0)
-                await asyncio.sleep(0.01)
-            os.kill(pid, signal.SIGKILL)
+            writer.transport.abort()
+        if lifeline is None:
+            return False
+        try:
+            lifeline.shutdown(socket.SHUT_WR)
+            word = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(lifeline, 1), KILL_TIMEOUT_S)
+            self._interpreters.numbers.append(self._number)
+            return bool(word)
+        except TimeoutError:
+            sys.stderr.write(f"a supervisor did not end within {KILL_TIMEOUT_S:g} s\n")
+            return False
+        finally:
+            lifeline.close()
 
 
 class Interpreters:
@@ -101,11 +118,15 @@ class Interpreters:
         limits: Of each interpreter.
         time_limit_s: Of each cell.
         max_output_chars: Of each cell.
+        offer: What the system lets an interpreter's sandbox have.
     """
 
-    def __init__(self, limits: Limits, time_limit_s: float, max_output_chars: int) -> None:
+    def __init__(self, limits: Limits, time_limit_s: float, max_output_chars: int, offer: Offer) -> None:
         self.time_limit_s = time_limit_s
-        self._arguments = [json.dumps(asdict(limits)), str(max_output_chars)]
+        self.max_output_chars = max_output_chars
+        self.numbers = list(range(sandbox.UIDS_PER_SERVER))  # of users who run no interpreter
+        self.forks = asyncio.Semaphore(FORKS_AT_A_TIME)  # more would not fit into the socket
+        self._arguments = [json.dumps(asdict(limits)), str(max_output_chars), json.dumps(asdict(offer))]
         self._sessions: dict[str, Session] = {}
         self._control: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -132,14 +153,20 @@ class Interpreters:
         sys.stderr.write(f"the process that forks interpreters ended with {code}, and so does the server\n")
         os._exit(1)
 
-    async def fork(self) -> socket.socket:
-        """A channel to a new interpreter."""
+    def fork(self, number: int) -> tuple[socket.socket, socket.socket]:
+        """A channel to a new interpreter, and a lifeline to its supervisor, who ends both when it is shut down.
+
+        Args:
+            number: Of the user that it becomes, as root.
+        """
         assert self._control is not None
-        ours, theirs = socket.socketpair()
-        socket.send_fds(self._control, [b"f"], [theirs.fileno()])
-        theirs.close()
-        ours.setblocking(False)
-        return ours
+        channel, its_channel = socket.socketpair()
+        lifeline, its_lifeline = socket.socketpair()
+        with its_channel, its_lifeline:
+            socket.send_fds(self._control, [wire.FORK.pack(number)], [its_channel.fileno(), its_lifeline.fileno()])
+        channel.setblocking(False)
+        lifeline.setblocking(False)
+        return channel, lifeline
 
     async def run(self, key: str, code: str) -> tuple[str, str]:
         """Runs a cell in a rollout's interpreter."""
@@ -196,6 +223,28 @@ def _rollout(context: Context) -> str:
     return str((meta or {}).get(ROLLOUT_KEY, "default"))
 
 
+def refusal_of(offer: Offer, allows_weak: bool) -> str | None:
+    """Why the server does not start, None where it does. What is not covered here is written to stderr."""
+    if os.getuid() == 0 and not offer.hides_files and mounts.closed_folders():
+        return (
+            f"the interpreter must not run as root, and here no other user can load Python from {mounts.closed_folders()}, "
+            "nor does the system allow mounts: run the training as another user, or use a Python that everyone may read"
+        )
+    if not offer.gives_up_rights:
+        return (
+            "the interpreter must not run as root, and here root cannot become another user (a user namespace with few users?): "
+            "run the training as another user"
+        )
+    missing = offer.missing()
+    if not missing:
+        return None
+    what = f"the interpreter's sandbox does not cover here: {'; '.join(missing)}"
+    if not allows_weak:
+        return f"{what}: run where user namespaces are allowed, or set allow_weak_sandbox: true (--allow-weak-sandbox)"
+    sys.stderr.write(f"{what}, and allow_weak_sandbox is set\n")
+    return None
+
+
 def main() -> None:
     """Serves until stdin is closed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -203,9 +252,16 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=Limits.memory_mb)
     parser.add_argument("--file-mb", type=int, default=Limits.file_mb)
     parser.add_argument("--max-output-chars", type=int, default=4000)
+    parser.add_argument("--allow-weak-sandbox", action="store_true")
     given = parser.parse_args()
+    offer = sandbox.find_offer()
+    refusal = refusal_of(offer, given.allow_weak_sandbox)
+    if refusal is not None:
+        sys.exit(refusal)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a session takes two
     limits = Limits(memory_mb=given.memory_mb, file_mb=given.file_mb)
-    make_server(Interpreters(limits, given.time_limit_s, given.max_output_chars)).run(show_banner=False)
+    make_server(Interpreters(limits, given.time_limit_s, given.max_output_chars, offer)).run(show_banner=False)
 
 
 if __name__ == "__main__":

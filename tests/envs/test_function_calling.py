@@ -1,6 +1,5 @@
 """The interpreter as it really runs: a server over stdin and stdout, and processes that try to get away."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -13,55 +12,16 @@ import pytest
 from envs.function_calling import sandbox, server
 from envs.function_calling.environment import FunctionCalling, correct, well_formed
 from envs.function_calling.items import KINDS
-from fuchsia_pl.envs import ConfigError, MCPServer
+from fuchsia_pl.envs import ConfigError
 from fuchsia_pl.envs.golds import bad_golds
 from fuchsia_pl.envs.tools.convention import PLAIN
-from fuchsia_pl.envs.tools.mcp import ROLLOUT_KEY, STATUS_KEY, ToolServer
+from fuchsia_pl.envs.tools.mcp import ROLLOUT_KEY, STATUS_KEY
 from fuchsia_pl.types import Rollout
 from tests.doubles import written
+from tests.interpreters import COMMAND, MARKER, Interpreter, descendants, marked, runs
 
-COMMAND = [sys.executable, "-P", "-m", "envs.function_calling.server", "--time-limit-s", "1.5", "--memory-mb", "512"]
-MARKER = "fuchsia-left-behind"
-CAN_LEAVE = sandbox.can_leave_namespaces()
+CAN_LEAVE = sandbox.find_offer().is_apart
 IS_ROOT = os.getuid() == 0
-
-
-def descendants() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
-
-
-def runs(process: psutil.Process, module: str) -> bool:
-    """Whether a process is a running one of this module."""
-    try:
-        return module in process.cmdline()
-    except psutil.Error:  # it has ended, or nobody has asked for its exit code yet
-        return False
-
-
-def marked() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if MARKER in " ".join(p.info["cmdline"] or [])]
-
-
-class Interpreter:
-    """A running server and an event loop to call it from."""
-
-    def __init__(self) -> None:
-        self.runner = asyncio.Runner()
-        self.server = ToolServer(MCPServer(command=COMMAND, end_session_tool="end_session"))
-        self.runner.run(self.server.ensure_running())
-
-    def cells(self, *codes: str, key: str = "a") -> list[tuple[str, str]]:
-        async def run():
-            found = []
-            for code in codes:
-                result = await self.server.call(key, "python", {"code": code})
-                found.append((result.text, str(result.status)))
-            return found
-
-        return self.runner.run(run())
-
-    def end(self, key: str) -> None:
-        self.runner.run(self.server.end_session(key))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +29,7 @@ def interpreter():
     before = descendants()
     made = Interpreter()
     yield made
-    made.runner.run(made.server.stop())
-    made.runner.close()
+    made.stop()
     _, alive = psutil.wait_procs(descendants() - before, timeout=5)
     assert not alive
     assert not marked()
@@ -189,8 +148,7 @@ def test_when_the_server_is_killed_its_interpreters_end_too(how):
     assert not marked()
     assert made.cells("1 + 1", key="b") == [("The tool's server has died (Connection closed).", "server_died")]
     assert made.cells("1 + 1", key="c") == [("2", "ok")]
-    made.runner.run(made.server.stop())
-    made.runner.close()
+    made.stop()
 
 
 def test_when_the_process_that_forks_is_killed_the_server_ends_and_is_started_again():
@@ -203,8 +161,7 @@ def test_when_the_process_that_forks_is_killed_the_server_ends_and_is_started_ag
         time.sleep(0.05)
     statuses = [made.cells("1 + 1", key=key)[0][1] for key in ("a", "b")]
     assert statuses == ["server_died", "ok"]
-    made.runner.run(made.server.stop())
-    made.runner.close()
+    made.stop()
 
 
 @pytest.mark.skipif(not CAN_LEAVE, reason="the system lets this process make no namespaces")
@@ -244,7 +201,7 @@ def test_descendants_are_ended_without_namespaces_too():
         f"sleeper = [sys.executable, '-c', 'import time; time.sleep(600)  # {MARKER}']\n"
         "if os.fork() == 0:\n  os.setsid()\n  subprocess.Popen(sleeper, start_new_session=True)\n  os._exit(0)\n"
         "subprocess.Popen(sleeper)\ntime.sleep(0.5)\nsandbox.end_descendants()\n"
-        "print(len(sandbox._descendants(os.getpid())))"
+        "print(len(sandbox.descendants(os.getpid())))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "0\n", done.stderr

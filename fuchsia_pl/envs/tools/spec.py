@@ -108,14 +108,20 @@ class ToolStatus(StrEnum):
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a call gave.
+    r"""What a call gave. Half a surrogate pair in its text, which no tokenizer and no file takes, is written out.
 
     >>> ToolResult("3", ToolStatus.OK).status.value
     'ok'
+    >>> ToolResult("a\ud800", ToolStatus.OK).text
+    'a\\ud800'
     """
 
     text: str
     status: ToolStatus
+
+    def __post_init__(self) -> None:
+        """Makes the text encodable: it came from another process, or from a function that a policy called."""
+        object.__setattr__(self, "text", self.text.encode(errors="backslashreplace").decode())
 
 
 @dataclass(frozen=True)

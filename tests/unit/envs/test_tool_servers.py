@@ -164,6 +164,27 @@ def test_a_call_that_is_refused_or_whose_answer_cannot_be_read_costs_no_server()
     with_server(lambda server: fail_alone(server, ToolStatus.ERROR, calls), STATEFUL)
 
 
+@pytest.mark.parametrize("is_here", [True, False], ids=["a function", "a server"])
+def test_half_a_surrogate_pair_in_a_result_costs_one_call(is_here):
+    """The library cannot put it into a message; what it reports in its place is text that files and tokenizers take."""
+
+    def half() -> str:
+        return "a\ud800b"
+
+    async def scenario(server):
+        await server.ensure_running()
+        result = await server.call("k", "half", {})
+        assert result.status is ToolStatus.ERROR
+        assert "UnicodeEncodeError" in result.text.encode().decode()
+        assert (await server.call("k", "half", {})).status is ToolStatus.ERROR
+        assert server.num_starts == 1
+
+    if is_here:
+        with_server(scenario, MCPServer(url="functions"), serve_functions([half]))
+    else:
+        with_server(scenario, MCPServer(command=COMMAND, max_restarts=0))
+
+
 def test_a_protocol_error_of_a_server_that_lives_is_a_refusal():
     async def scenario(server):
         await server.ensure_running()

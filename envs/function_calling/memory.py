@@ -1,0 +1,91 @@
+"""What all processes of an interpreter use together, for a supervisor that ends them above a limit. Standard library only."""
+
+import contextlib
+import os
+import re
+
+# A process gets memory no faster than this, so that what is left tells how long nobody need look.
+MB_PER_S = 4096
+PAUSES_S = (0.02, 0.25)
+# Private and nameless memory, pages of the scratch folder, and what was swapped out.
+RESIDENT = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB", re.M)
+# The same, where a page that n processes share counts 1/n for each.
+PROPORTIONAL = re.compile(r"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s+(\d+) kB", re.M)
+SOCKETS = re.compile(r"^sockets: used (\d+)", re.M)
+# A full socket takes the size of its buffer and one message of at most half of that.
+FULL_BUFFER = 1.5
+
+
+def used_mb(proc: int, pids: list[int], limit_mb: int) -> float:
+    """Memory of processes in MiB. What forks share is counted once, but only where the cheaper sum is above the limit.
+
+    Args:
+        proc: A descriptor of the /proc that has their numbers.
+        pids: The processes.
+        limit_mb: Below it the cheaper sum is good enough.
+    """
+    resident = {pid: _of_process(proc, pid, "status", RESIDENT) or 0.0 for pid in pids}
+    if sum(resident.values()) <= limit_mb:
+        return sum(resident.values())
+    exact = {pid: _of_process(proc, pid, "smaps_rollup", PROPORTIONAL) for pid in pids}
+    return sum(resident[pid] if found is None else found for pid, found in exact.items())
+
+
+def socket_mb(proc: int, pids: list[int], buffer_bytes: int) -> float:
+    """The most that all sockets in the network namespace of some processes can hold, also those in flight, in MiB.
+
+    Args:
+        proc: A descriptor of the /proc that has their numbers.
+        pids: The processes.
+        buffer_bytes: Size of a socket's buffer.
+    """
+    found = (SOCKETS.search(_text(proc, f"{pid}/net/sockstat")) for pid in pids)
+    count = next((int(match[1]) for match in found if match is not None), 0)
+    return count * FULL_BUFFER * buffer_bytes / 2**20
+
+
+def pause_s(left_mb: float) -> float:
+    """How long nobody need look.
+
+    >>> pause_s(1.0), pause_s(512.0), pause_s(1e6)
+    (0.02, 0.125, 0.25)
+    """
+    return min(max(left_mb / MB_PER_S, PAUSES_S[0]), PAUSES_S[1])
+
+
+def processes(proc: int) -> list[int]:
+    """All processes in a /proc."""
+    return [int(name) for name in os.listdir(proc) if name.isdigit()]
+
+
+def _of_process(proc: int, pid: int, name: str, pattern: re.Pattern[str]) -> float | None:
+    """MiB of a process. Where its first thread has ended, /proc shows its memory only under the numbers of the others."""
+    found = _sum(proc, f"{pid}/{name}", pattern)
+    if found is None:
+        sums = (_sum(proc, f"{thread}/{name}", pattern) for thread in _threads(proc, pid) if thread != pid)
+        found = next((value for value in sums if value is not None), None)
+    return found
+
+
+def _threads(proc: int, pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        handle = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+        try:
+            return [int(name) for name in os.listdir(handle)]
+        finally:
+            os.close(handle)
+    return []
+
+
+def _sum(proc: int, name: str, pattern: re.Pattern[str]) -> float | None:
+    """MiB of a file's lines, None where it has none or cannot be read: the thread has ended, or hides it."""
+    found = pattern.findall(_text(proc, name))
+    return sum(map(int, found)) / 1024 if found else None
+
+
+def _text(proc: int, name: str) -> str:
+    with contextlib.suppress(OSError):
+        handle = os.open(name, os.O_RDONLY, dir_fd=proc)
+        with open(handle, errors="replace") as file:
+            return file.read()
+    return ""

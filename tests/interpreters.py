@@ -1,0 +1,80 @@
+"""A running server of interpreters, as tests call it."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from fuchsia_pl.envs import MCPServer
+from fuchsia_pl.envs.tools.mcp import ToolServer
+
+ROOT = Path(__file__).parents[1]
+SERVER = "envs.function_calling.server"
+COMMAND = [sys.executable, "-P", "-m", SERVER, "--time-limit-s", "1.5", "--memory-mb", "512"]
+MARKER = "fuchsia-left-behind"
+# Runs the rest of the command as a user without rights, who can enter the folders of this Python (needs root).
+_AS_USER = """
+import os, sys
+from envs.function_calling import mounts
+assert mounts.LIBC.unshare(mounts.CLONE_NEWNS) == 0
+mounts.mount(None, "/", None, mounts.MS_REC | mounts.MS_PRIVATE)
+mounts.cover([str(mounts.closed_ancestor(mounts.Path(folder))) for folder in mounts.closed_folders()], {}, mounts.python_folders())
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+"""
+# Runs it where the system allows no namespaces.
+_APART_FROM_NOTHING = "from envs.function_calling import syscalls; syscalls.deny()\n"
+_EXEC = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+AS_USER = [sys.executable, "-P", "-c", _AS_USER + _EXEC]
+AS_WEAK_USER = [sys.executable, "-P", "-c", _AS_USER + _APART_FROM_NOTHING + _EXEC]
+
+
+class Interpreter:
+    """A running server and an event loop to call it from."""
+
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        self.runner = asyncio.Runner()
+        # The code beside these tests, whatever is installed.
+        config = MCPServer(command=command, env={"PYTHONPATH": str(ROOT)}, end_session_tool="end_session")
+        self.server = ToolServer(config)
+        self.runner.run(self.server.ensure_running())
+
+    def cells(self, *codes: str, key: str = "a") -> list[tuple[str, str]]:
+        """Runs cells of a rollout; returns what the policy reads, and the statuses."""
+
+        async def run():
+            found = []
+            for code in codes:
+                result = await self.server.call(key, "python", {"code": code})
+                found.append((result.text, str(result.status)))
+            return found
+
+        return self.runner.run(run())
+
+    def end(self, key: str) -> None:
+        """Ends a rollout."""
+        self.runner.run(self.server.end_session(key))
+
+    def stop(self) -> None:
+        """Stops the server."""
+        self.runner.run(self.server.stop())
+        self.runner.close()
+
+
+def descendants() -> set[psutil.Process]:
+    """All processes below this one."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def runs(process: psutil.Process, module: str) -> bool:
+    """Whether a process is a running one of this module."""
+    try:
+        return module in process.cmdline()
+    except psutil.Error:  # it has ended, or nobody has asked for its exit code yet
+        return False
+
+
+def marked() -> list[psutil.Process]:
+    """Processes that a cell has started and marked."""
+    return [p for p in psutil.process_iter(["cmdline"]) if MARKER in " ".join(p.info["cmdline"] or [])]
