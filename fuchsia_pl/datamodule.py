@@ -327,9 +327,8 @@ class RolloutDataModule(LightningDataModule):
             kl_total if self.loss.kl_in_reward else None,
             len(made) - len(samples),
         )
-        world_size = self._trainer.world_size
+        longest, world_size = self.sampling.max_completion_tokens, self._trainer.world_size
         metrics = over_ranks(call_apart(step_fractions, record, self.environment, world_size), self._add_up)
-        longest = self.sampling.max_completion_tokens
         denominators, skip_reason = count_over_ranks(samples, effective, longest, self._add_up)
         batches = make_batches(self._split(effective), denominators, version, metrics)
         trained, kept = {id(sample.rollout) for sample in samples}, {id(sample) for sample in effective}
@@ -395,8 +394,7 @@ class RolloutDataModule(LightningDataModule):
             held_out = held_out[: max(int(trainer.num_sanity_val_steps), trainer.world_size)]
         items = call_apart(preparation.held_out_items, self.environment)
         draw = Draw(items, self._share(held_out), 1, self.sampling.validation_temperature, (self.seed, "validation"))
-        sample = partial(collector.collect, draw)
-        siblings = self._waited(lambda: self._run(sampled_by(self.engine, sample)))
+        siblings = self._waited(lambda: self._run(sampled_by(self.engine, partial(collector.collect, draw))))
         rollouts = tuple(rollout for group in siblings for rollout in group)
         fractions = call_apart(reward_fractions, rollouts, self.environment, trainer.world_size)
         return [Evaluation(rollouts, over_ranks(fractions, self._add_up))]

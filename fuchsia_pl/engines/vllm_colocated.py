@@ -8,21 +8,13 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from fuchsia_pl import orphans
-from fuchsia_pl.engines.base import (
-    Engine,
-    EngineError,
-    EngineLostError,
-    EngineSpec,
-    SamplingParams,
-    check_version_file,
-)
+from fuchsia_pl.engines.base import Engine, EngineError, EngineLostError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
 from fuchsia_pl.engines.restarts import Restarts
@@ -37,7 +29,13 @@ from fuchsia_pl.engines.vllm_arguments import (
     worker_environment,
 )
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
-from fuchsia_pl.engines.vllm_processes import end_engine_processes, has_ended, socket_environment
+from fuchsia_pl.engines.vllm_processes import (
+    end_engine_processes,
+    has_ended,
+    log_to,
+    shut_down_late,
+    socket_environment,
+)
 from fuchsia_pl.loop import LoopThread, cancel_others, run_blocking
 from fuchsia_pl.scratch import record_segments, scratch_folder
 from fuchsia_pl.types import Completion, ConfigError
@@ -159,7 +157,7 @@ class VLLMColocatedEngine(Engine):
                 if not torch.cuda.is_available():
                     self._thread.run(llm.collective_rpc("give_way"), self.timeout_s)
                 self._thread.run(llm.update_weight_version(str(self._version)), self.timeout_s)
-                _log_to(spec.log_file)
+                log_to(spec.log_file)
                 record_segments(Path(self._scratch.name), orphans.descendants(os.getpid()))
                 self._llm = llm
             except TimeoutError:
@@ -171,7 +169,7 @@ class VLLMColocatedEngine(Engine):
                     # A start cannot be interrupted, but for what it waits for: vLLM's processes, which note a SIGTERM that
                     # comes before they are ready and wait on, and for which this one would wait at its end. An engine that
                     # comes up nevertheless is shut down as it arrives.
-                    future.add_done_callback(_shut_down_late)
+                    future.add_done_callback(shut_down_late)
                     end_engine_processes()
                     self._stop_loop(CLOSE_TIMEOUT_S if future.done() else 0.0)
 
@@ -393,16 +391,6 @@ class VLLMColocatedEngine(Engine):
         return f"{what}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"
 
 
-def _shut_down_late(future: "Future[Any]") -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().shutdown()
-
-
 async def _shutdown(llm: Any) -> None:
     llm.shutdown()
     await cancel_others(CLOSE_TIMEOUT_S)
-
-
-def _log_to(file: Path) -> None:
-    """Points vLLM's logger in this process at the file its worker writes to."""
-    logging.getLogger("vllm").handlers = [logging.FileHandler(file)]

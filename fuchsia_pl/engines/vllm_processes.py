@@ -1,8 +1,12 @@
 """vLLM's processes beside the trainer: where their sockets are, and how they are ended."""
 
+import logging
 import multiprocessing
 import os
 import tempfile
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
 
 from fuchsia_pl import orphans
 
@@ -32,3 +36,14 @@ def has_ended(error: Exception) -> bool:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     return isinstance(error, EngineDeadError)
+
+
+def shut_down_late(future: "Future[Any]") -> None:
+    """Ends an engine that came up when nobody waited for it any more."""
+    if not future.cancelled() and future.exception() is None:
+        future.result().shutdown()
+
+
+def log_to(file: Path) -> None:
+    """Points vLLM's logger in this process at the file its worker writes to."""
+    logging.getLogger("vllm").handlers = [logging.FileHandler(file)]

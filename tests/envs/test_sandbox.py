@@ -259,7 +259,9 @@ BROKEN = {
         "call('msgget', 0, 0o1600)": "PermissionError",
         "socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10**8)": "PermissionError",
     },
-    "system calls": {f"call('syscall', {number}, 0, 0, 0, 0)  # {name}": "[Errno 1]" for name, number in NUMBERS.items()},
+    "system calls": {
+        f"call('syscall', {number}, 0, 0, 0, 0)  # {name}": "[Errno 1]" for name, number in NUMBERS.items()
+    },
 }
 
 
