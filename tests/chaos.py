@@ -177,10 +177,14 @@ class Chaos:
             number += 1
             sys.stderr.write(f"{self.counts['kills']} kills, {number} runs are as the one that was left alone\n")
         self.counts["runs"] = number
-        left = [
-            file.name for place in (scratch.RAM_BACKED, Path(tempfile.gettempdir())) for file in place.glob("fuchsia-*")
-        ]
-        assert not [name for name in left if scratch.started_at(int(name.split("-")[3])) is None], left
+        assert not left_behind(), f"left behind: {left_behind()}"
+
+
+def left_behind() -> list[str]:
+    """Temporary files and folders of processes that have ended."""
+    places = (scratch.RAM_BACKED, Path(tempfile.gettempdir()))
+    names = [found for place in places for file in place.iterdir() if (found := scratch.NAME.match(file.name))]
+    return [found.string for found in names if scratch.started_at(int(found["pid"])) != found["start"]]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from fuchsia_pl.callbacks.finite import NonFiniteError
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from tests.unit.test_cli import TINY
@@ -46,8 +47,10 @@ def test_a_refused_setting_is_one_line_and_debug_adds_the_traceback(command, cap
     assert not list((tmp_path / "runs").glob("*"))
 
 
-@pytest.mark.parametrize("error", [EngineError("vLLM is gone"), ToolServerError("the tool is gone")])
-def test_another_process_that_failed_is_one_line(command, capsys, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error", [EngineError("vLLM is gone"), ToolServerError("the tool is gone"), NonFiniteError("step 3")]
+)
+def test_another_process_or_numbers_that_failed_are_one_line(command, capsys, monkeypatch, error):
     def fail(words: list[str]) -> None:
         error.add_note("go on with last.ckpt")
         raise error
@@ -57,6 +60,16 @@ def test_another_process_that_failed_is_one_line(command, capsys, monkeypatch, e
     assert capsys.readouterr().err == f"error: {error}\ngo on with last.ckpt\n"
     with pytest.raises(type(error)):
         command("fit", "--debug")
+
+
+def test_a_file_that_cannot_be_replayed_is_one_line_and_debug_adds_the_traceback(command, capsys):
+    assert command("replay", "no.pt") == 2
+    first = capsys.readouterr().err
+    assert first == "error: no.pt does not exist or is no file: give a file that a run left under recorded/\n"
+    assert command("replay", "no.pt", "--debug") == 2
+    second = capsys.readouterr().err
+    assert second.startswith(first)
+    assert "Traceback" in second
 
 
 def test_a_bug_keeps_its_traceback(command, monkeypatch):
