@@ -5,7 +5,6 @@ import contextlib
 import gc
 import itertools
 import logging
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Coroutine, Sequence
@@ -29,6 +28,7 @@ from fuchsia_pl.engines.vllm_arguments import (
     worker_environment,
 )
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
+from fuchsia_pl.engines.vllm_processes import end_engine_processes, socket_environment
 from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.scratch import record_segments, scratch_folder
 from fuchsia_pl.types import Completion, ConfigError
@@ -38,9 +38,6 @@ T = TypeVar("T")
 
 ADAPTER_ID = 1
 CLOSE_TIMEOUT_S = 60.0
-ENGINE_PROCESS = "EngineCore"  # how vLLM's names for its processes begin
-SOCKET_FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
-MAX_SOCKET_FOLDER = 70  # characters: a socket's path has at most 107, and vLLM adds 37
 # A burst of requests is complete once none came for this long. It is not waited for longer than the second number, and
 # neither are vLLM's answers to pause and resume: those of an engine that died never come, and a request then says so.
 SETTLE_S = 0.02
@@ -380,21 +377,6 @@ class VLLMColocatedEngine(Engine):
     def _words(self, what: str) -> str:
         assert self._spec is not None
         return f"{what}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"
-
-
-def socket_environment(folder: "tempfile.TemporaryDirectory[str] | None") -> dict[str, str | None]:
-    """Has vLLM's sockets made in a folder that goes with them, unless somebody chose one or its path is too long for a socket."""
-    if folder is None or SOCKET_FOLDER_VARIABLE in os.environ or len(folder.name) > MAX_SOCKET_FOLDER:
-        return {}
-    return {SOCKET_FOLDER_VARIABLE: folder.name}
-
-
-def end_engine_processes() -> None:
-    """Kills what vLLM has started in this process and nothing else answers for."""
-    for child in multiprocessing.active_children():
-        if child.name.startswith(ENGINE_PROCESS) and child.pid is not None:
-            orphans.end_tree(child.pid)
-            child.join(CLOSE_TIMEOUT_S)
 
 
 def _shut_down_late(future: "Future[Any]") -> None:
