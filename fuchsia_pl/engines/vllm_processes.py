@@ -12,7 +12,7 @@ SOCKET_FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
 MAX_SOCKET_FOLDER = 70  # characters: a socket's path has at most 107, and vLLM adds 37
 
 
-def socket_environment(folder: "tempfile.TemporaryDirectory[str] | None") -> dict[str, str | None]:
+def socket_environment(folder: "tempfile.TemporaryDirectory[str] | None") -> dict[str, str]:
     """Has vLLM's sockets made in a folder that goes with them, unless somebody chose one or its path is too long for a socket."""
     if folder is None or SOCKET_FOLDER_VARIABLE in os.environ or len(folder.name) > MAX_SOCKET_FOLDER:
         return {}
