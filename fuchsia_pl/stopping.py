@@ -228,7 +228,7 @@ class Stopping:
 
 def is_first_local() -> bool:
     """Whether this is the only rank on its machine, or the first."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 stopping = Stopping()

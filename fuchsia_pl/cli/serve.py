@@ -30,8 +30,9 @@ from fuchsia_pl.engines.vllm_arguments import (
     vllm_arguments,
 )
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.engines.vllm_processes import socket_environment
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
-from fuchsia_pl.scratch import remove_left_behind
+from fuchsia_pl.scratch import remove_left_behind, scratch_folder
 from fuchsia_pl.types import ConfigError
 
 # The `vllm` command of the CPU build does not start: it asks for the metadata of a package of that name.
@@ -74,7 +75,9 @@ class ServeCLI(PartsCLI):
         command = server_command(self.datamodule, self.host, self.port, self.api_key)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(command.words[0], command.words, command.environment)
+        self.scratch = scratch_folder("vllm")  # which goes when the server has ended
+        environment = {**command.environment, **socket_environment(self.scratch)}
+        os.execve(command.words[0], command.words, environment)
 
 
 def server_command(data: RolloutDataModule, host: str, port: int, api_key: str | None) -> ServerCommand:

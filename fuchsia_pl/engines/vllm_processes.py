@@ -16,7 +16,7 @@ MAX_SOCKET_FOLDER = 70  # characters: a socket's path has at most 107, and vLLM 
 END_TIMEOUT_S = 60.0
 
 
-def socket_environment(folder: "tempfile.TemporaryDirectory[str] | None") -> dict[str, str | None]:
+def socket_environment(folder: "tempfile.TemporaryDirectory[str] | None") -> dict[str, str]:
     """Has vLLM's sockets made in a folder that goes with them, unless somebody chose one or its path is too long for a socket."""
     if folder is None or SOCKET_FOLDER_VARIABLE in os.environ or len(folder.name) > MAX_SOCKET_FOLDER:
         return {}

@@ -45,7 +45,6 @@ SCENES = {
     "conversion": ("conversion", 0, "SIGTERM", {}, 143, None),
     "preparation": ("preparation", 0, "SIGINT", {}, 130, None),
     "start": ("start", 0, "SIGTERM", {}, 143, None),
-    "sampling the first phase": ("sampling", 0, "SIGTERM", {}, 143, None),
     "sampling": ("sampling", 1, "SIGTERM", {}, 143, 1),
     "training": ("batch", 3, "SIGINT", {}, 130, 2),
     "validation": ("validation", 2, "SIGTERM", {}, 143, 2),
@@ -55,7 +54,7 @@ SCENES = {
     "a step that hangs": ("optimizer", 1, "SIGTERM", {"hangs": 1}, 143, None),
     "the second of two ranks": ("sampling", 1, "SIGTERM", {"rank": 1}, 143, 1),
 }
-RESUMED = ("sampling", "training", "validation")
+RESUMED = ("training", "validation")
 TIMEOUT_S = 300.0
 
 
