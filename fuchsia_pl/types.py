@@ -23,6 +23,18 @@ class ConfigError(ValueError):
     """A setting that cannot work: what is wrong, the value got, what is allowed, what to do. The command prints it alone."""
 
 
+def shortened(text: str, limit: int) -> str:
+    """A text, or its two ends where it is longer than `limit` characters.
+
+    >>> shortened("abcdefghij", 4)
+    'ab… (6 characters left out) …ij'
+    """
+    if len(text) <= limit:
+        return text
+    half = max(limit // 2, 1)
+    return f"{text[:half]}… ({len(text) - 2 * half} characters left out) …{text[-half:]}"
+
+
 class RolloutStatus(StrEnum):
     """How a rollout ended. A wrong answer is COMPLETED: only its reward says that it is wrong.
 
@@ -183,7 +195,7 @@ class Rollout:
     >>> rollout.start([11, 12])
     >>> rollout.append(Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), "7", "7", "7", "7"))
     >>> rollout.respond("Are you sure?")
-    >>> rollout.take_responses()
+    >>> rollout.take_responses(max_chars=100)
     [{'role': 'user', 'content': 'Are you sure?'}]
     >>> rollout.append_environment([15, 16, 17])
     >>> rollout.token_ids, rollout.loss_mask, rollout.completion, rollout.policy_version
@@ -239,7 +251,8 @@ class Rollout:
         """Answers the newest turn; the policy goes on after it. One turn may have several answers.
 
         Args:
-            text: The answer. No special token in it counts as one, and half a surrogate pair becomes a question mark.
+            text: The answer. No special token in it counts as one, and half a surrogate pair becomes a question mark. Of one
+                longer than the environment's `max_response_chars` the middle is left out.
             role: Whose message it is in the chat template, "user" or "tool".
 
         Raises:
@@ -273,9 +286,14 @@ class Rollout:
         """Adds ids that the policy did not sample."""
         self._extend(token_ids, [False] * len(token_ids), [0.0] * len(token_ids))
 
-    def take_responses(self) -> list[Message]:
-        """Moves the answers to the newest turn into `messages` and returns them."""
-        taken, self._responses = self._responses, []
+    def take_responses(self, max_chars: int) -> list[Message]:
+        """Moves the answers to the newest turn into `messages` and returns them.
+
+        Args:
+            max_chars: The middle of a longer answer is left out, and a note in its place gives the number of its characters.
+        """
+        taken = [{**message, "content": shortened(message["content"], max_chars)} for message in self._responses]
+        self._responses = []
         self.messages += taken
         return taken
 

@@ -6,6 +6,7 @@ like are those of the config's VLLMColocatedEngine, or its defaults where the co
 
 import argparse
 import errno
+import ipaddress
 import json
 import logging
 import os
@@ -21,7 +22,6 @@ from fuchsia_pl import orphans
 from fuchsia_pl.cli.parts import PartsCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
-    API_KEY_VARIABLE,
     NUM_SERVED_ADAPTERS,
     OVERRIDING_VARIABLE,
     VLLM_ENVIRONMENT,
@@ -30,6 +30,7 @@ from fuchsia_pl.engines.vllm_arguments import (
     vllm_arguments,
 )
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.engines.vllm_guard import API_KEY_VARIABLE, KeyGuard
 from fuchsia_pl.engines.vllm_processes import socket_environment
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.scratch import remove_left_behind, scratch_folder
@@ -37,7 +38,6 @@ from fuchsia_pl.types import ConfigError
 
 # The `vllm` command of the CPU build does not start: it asks for the metadata of a package of that name.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ADAPTER_ARGUMENTS = {"enable_lora": True, "max_loras": NUM_SERVED_ADAPTERS}
 # What the trainer asks every few seconds, or after each completion, is no news.
 QUIET_ENDPOINTS = "/health,/v1/models,/weight_info"
@@ -61,18 +61,38 @@ class ServerCommand:
     environment: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Where the server listens, and whom it answers.
+
+    Attributes:
+        host: Address.
+        port: Port.
+        api_key: What requests must bring; None takes that of the config's server engine or of the environment, if there is one.
+        allow_open: Whether it may answer other machines without a key.
+
+    >>> Listener("127.0.0.1", 8000).api_key is None
+    True
+    """
+
+    host: str
+    port: int
+    api_key: str | None = None
+    allow_open: bool = False
+
+
 class ServeCLI(PartsCLI):
     """Becomes the server once the configs are read."""
 
-    def __init__(self, args: ArgsType, host: str, port: int, api_key: str | None) -> None:
-        self.host, self.port, self.api_key = host, port, api_key
+    def __init__(self, args: ArgsType, listener: Listener) -> None:
+        self.listener = listener
         super().__init__(args)
 
     def use_parts(self) -> None:
         """Replaces this process by the server's, which gets the terminal and its signals and returns its own exit code."""
         orphans.watch()  # which goes on after this process has become the server
         remove_left_behind()
-        command = server_command(self.datamodule, self.host, self.port, self.api_key)
+        command = server_command(self.datamodule, self.listener)
         sys.stdout.flush()
         sys.stderr.flush()
         self.scratch = scratch_folder("vllm")  # which goes when the server has ended
@@ -80,42 +100,65 @@ class ServeCLI(PartsCLI):
         os.execve(command.words[0], command.words, environment)
 
 
-def server_command(data: RolloutDataModule, host: str, port: int, api_key: str | None) -> ServerCommand:
+def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand:
     """What starts a server for a run.
 
-    Args:
-        data: The run's data module.
-        host: Address that the server listens on.
-        port: Port that it listens on.
-        api_key: What requests must bring; None takes the environment's, if there is one.
-
     Raises:
-        ConfigError: A setting does not work on this machine.
+        ConfigError: A setting does not work on this machine, or the server would be open to others.
     """
     engine = data.engine if isinstance(data.engine, VLLMColocatedEngine) else VLLMColocatedEngine()
     model = data.served_model
     arguments = {
         **vllm_arguments(engine.settings, model, data.sampling.max_length, data.seed),
         **(ADAPTER_ARGUMENTS if model.lora_rank else transfer_arguments(engine.settings)),
-        "host": host,
-        "port": port,
+        "host": listener.host,
+        "port": listener.port,
         "disable_access_log_for_endpoints": QUIET_ENDPOINTS,
     }
     opened = "VLLM_ALLOW_RUNTIME_LORA_UPDATING" if model.lora_rank else "VLLM_SERVER_DEV_MODE"
     environment = {**VLLM_ENVIRONMENT, **os.environ, opened: "1"}
     environment.pop(OVERRIDING_VARIABLE, None)
-    if api_key is None and isinstance(data.engine, VLLMServerEngine):
-        api_key = data.engine.api_key
-    if api_key is not None:
-        environment[API_KEY_VARIABLE] = api_key
-    if model.lora_rank == 0 and host not in LOOPBACK:
-        logger.warning(
-            "whoever reaches the server at %s can replace its weights and more: vLLM's development mode asks for no key",
-            host,
-        )
-    if API_KEY_VARIABLE not in environment and host not in LOOPBACK:
-        logger.warning("the server listens on %s and asks nobody for a key: set %s", host, API_KEY_VARIABLE)
+    key = listener.api_key or (data.engine.api_key if isinstance(data.engine, VLLMServerEngine) else None)
+    environment[API_KEY_VARIABLE] = checked_key(key or environment.get(API_KEY_VARIABLE, ""), listener)
+    if environment[API_KEY_VARIABLE]:
+        arguments["middleware"] = f"{KeyGuard.__module__}.{KeyGuard.__qualname__}"
     return ServerCommand([sys.executable, "-m", SERVER_MODULE, *as_options(arguments)], environment)
+
+
+def checked_key(key: str, listener: Listener) -> str:
+    """The key that requests must bring, "" for none.
+
+    Raises:
+        ConfigError: No header can hold it, or there is none and others than this machine's users could reach the server.
+    """
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ConfigError(
+            "the API key must be printable ASCII without blanks at its ends, as a header of a request holds nothing else: choose "
+            "another --api_key"
+        )
+    if not key and not is_loopback(listener.host):
+        if not listener.allow_open:
+            raise ConfigError(
+                f"--host {listener.host} lets other machines reach the server, and there is no API key: set {API_KEY_VARIABLE}, "
+                "also where the run is, or say --allow_open where only trusted machines are on the network"
+            )
+        logger.warning(
+            "the server at %s asks nobody for a key: whoever reaches it can sample, load adapters and stop it",
+            listener.host,
+        )
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address.
+
+    >>> is_loopback("127.0.0.2"), is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0"), is_loopback("a.b")
+    (True, True, True, False, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def transfer_arguments(settings: VLLMSettings) -> dict[str, Any]:
@@ -175,10 +218,11 @@ def serve(arguments: list[str]) -> NoReturn:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument("--api_key", help="what requests must bring (default: the environment variable VLLM_API_KEY)")
+    parser.add_argument("--allow_open", action="store_true", help="answer other machines without a key too")
     given, rest = parser.parse_known_args(arguments)
     try:
         check_port(given.host, given.port)
     except ConfigError as error:
         parser.error(str(error))
-    ServeCLI(["fit", *rest], given.host, given.port, given.api_key)
+    ServeCLI(["fit", *rest], Listener(given.host, given.port, given.api_key, given.allow_open))
     raise AssertionError("the server took this process's place")

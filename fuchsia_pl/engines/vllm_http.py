@@ -36,7 +36,7 @@ class VLLMClient:
         self.url = url
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            headers=key_headers(api_key),
             timeout=None,  # each request has its own
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
             trust_env=False,  # no proxy stands between a trainer and its servers
@@ -161,6 +161,15 @@ class VLLMClient:
                 "VLLM_API_KEY or data.engine.init_args.api_key to that of `fuchsia serve`"
             )
         return response
+
+
+def key_headers(api_key: str | None) -> dict[str, str]:
+    """What every request to a server brings.
+
+    >>> key_headers("secret"), key_headers(None)
+    ({'Authorization': 'Bearer secret'}, {})
+    """
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from fuchsia_pl.engines.base import Engine, EngineError, EngineSpec, SamplingParams
 from fuchsia_pl.engines.published import PublishedWeights, named, publish, remove_published
-from fuchsia_pl.engines.vllm_arguments import API_KEY_VARIABLE, NUM_SERVED_ADAPTERS
+from fuchsia_pl.engines.vllm_arguments import NUM_SERVED_ADAPTERS
 from fuchsia_pl.engines.vllm_convert import from_response, to_request
+from fuchsia_pl.engines.vllm_guard import API_KEY_VARIABLE
 from fuchsia_pl.engines.vllm_http import VLLMClient
 from fuchsia_pl.engines.vllm_pool import ServerPool
 from fuchsia_pl.engines.vllm_transfer import WeightSender, WeightTransferClient
@@ -151,7 +152,7 @@ class VLLMServerEngine(Engine):
         if spec.model.lora_rank:
             clients = [VLLMClient(url, key) for url in self.urls]
         else:
-            sender = WeightSender(spec.device_index or 0) if spec.rank == 0 else None
+            sender = WeightSender(spec.device_index or 0, key) if spec.rank == 0 else None
             clients = [WeightTransferClient(url, key, sender) for url in self.urls]
         pool = ServerPool(clients, check, self.timeout_s, self.recovery_timeout_s)
         try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.engines.merge import checkpoint_weights
 from fuchsia_pl.engines.published import PublishedWeights
-from fuchsia_pl.engines.vllm_http import QUICK_TIMEOUT_S, ServerGoneError, UnknownWeightsError, VLLMClient
+from fuchsia_pl.engines.vllm_http import QUICK_TIMEOUT_S, ServerGoneError, UnknownWeightsError, VLLMClient, key_headers
 
 # What a server says it serves while its weights are being replaced, and where that failed half-way.
 CHANGING = "changing"
@@ -31,10 +31,12 @@ class WeightSender:
 
     Args:
         device_index: Which GPU.
+        api_key: What the servers were started with, None where they ask for none.
     """
 
-    def __init__(self, device_index: int) -> None:
+    def __init__(self, device_index: int, api_key: str | None) -> None:
         self._device_index = device_index
+        self._api_key = api_key
         self._turn = asyncio.Lock()
         self._sending: Future[None] | None = None
 
@@ -47,7 +49,9 @@ class WeightSender:
         async with self._turn:
             if self._sending is not None:  # one that its caller gave up; NCCL lets none pass by it
                 await asyncio.wait([asyncio.wrap_future(self._sending)])
-            self._sending = in_thread(lambda: send_over_nccl(url, folder, num_workers, self._device_index, timeout_s))
+            self._sending = in_thread(
+                lambda: send_over_nccl(url, self._api_key, folder, num_workers, self._device_index, timeout_s)
+            )
             try:
                 # Shielded: what is no longer waited for still has the GPU.
                 await asyncio.shield(asyncio.wrap_future(self._sending))
@@ -61,8 +65,8 @@ class WeightSender:
 class WeightTransferClient(VLLMClient):
     """A vLLM server whose own weights are replaced. It says which ones it has, and only answers with those count.
 
-    The endpoints are those of vLLM's development mode, which ask nobody for the API key: `fuchsia serve` opens them where all
-    weights are trained, so such a server belongs on a network that only the run's machines are on.
+    The endpoints are those of vLLM's development mode, which `fuchsia serve` opens where all weights are trained, behind the
+    same key as every other.
 
     Args:
         url: Of the server, without `/v1`.
@@ -175,11 +179,12 @@ class ControlPlane:
 
     Args:
         url: Of the server.
+        api_key: Of the server, None where it asks for none.
         timeout_s: Bound of each request in seconds.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout_s, trust_env=False)
+    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+        self._http = httpx.Client(base_url=url, headers=key_headers(api_key), timeout=timeout_s, trust_env=False)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Makes the server's GPUs join a group."""
@@ -211,11 +216,14 @@ class ControlPlane:
             raise RuntimeError(f"{path} answered {response.status_code} {response.text}")
 
 
-def send_over_nccl(url: str, folder: Path, num_workers: int, device_index: int, timeout_s: float) -> None:
+def send_over_nccl(
+    url: str, api_key: str | None, folder: Path, num_workers: int, device_index: int, timeout_s: float
+) -> None:
     """Sends a model folder to a server. A group of its own each time: a server that was started anew knows nothing of an earlier.
 
     Args:
         url: Of the server.
+        api_key: Of the server, None where it asks for none.
         folder: The weights.
         num_workers: GPUs of the server.
         device_index: The GPU to send from.
@@ -228,7 +236,7 @@ def send_over_nccl(url: str, folder: Path, num_workers: int, device_index: int, 
     address, port = own_address(url)
     info = NCCLTrainerInitInfo(address, port, world_size=num_workers + 1, rank=0)
     source: Any = FolderSource(folder, torch.device("cuda", device_index))
-    control = ControlPlane(url, timeout_s)
+    control = ControlPlane(url, api_key, timeout_s)
     try:
         sender = WeightTransferTrainerFactory.trainer_init(info, client=control, source=source)
         try:

@@ -48,6 +48,8 @@ class Environment(ABC):
         timeout_s: Bound of each call of a reward function and of each of the environment's own methods.
         on_error: What an exception in a reward function or in `step_rollout` does: "stop" ends the run with the item and
             the cause; "unscored" counts it and learns nothing from the rollouts concerned (of a reward function: the group).
+        max_response_chars: Longest text of one `rollout.respond` that the policy reads. The middle of a longer one is left out
+            before it is encoded, which takes seconds for megabytes, and a note in its place gives the number of characters.
         counters: Names that its rollouts may count under, see `Rollout.counts`.
         tools: What the policy may call, known after `prepare`.
         tool_convention: How the policy's model writes tool calls; set before the first rollout.
@@ -79,6 +81,7 @@ class Environment(ABC):
         self.csv_types: dict[str, str] = {}
         self.stop: list[str] = []
         self.timeout_s = 60.0
+        self.max_response_chars = 65_536
         self.on_error: Literal["stop", "unscored"] = "stop"
         self.counters: list[str] = []
         self.tools: list[ToolSpec] = []
@@ -249,6 +252,9 @@ def check_environment(environment: Environment) -> None:
         raise ConfigError(f"{kind}.csv_types has the types {unknown}; allowed are {sorted(CSV_TYPES)}")
     if environment.max_steps < 1:
         raise ConfigError(f"{kind}.max_steps must be 1 or more, got {environment.max_steps}")
+    limit = environment.max_response_chars
+    if not isinstance(limit, int) or limit < 1:
+        raise ConfigError(f"{kind}.max_response_chars must be a whole number, 1 or more, got {limit!r}")
     if environment.timeout_s <= 0:
         raise ConfigError(f"{kind}.timeout_s must be above 0, got {environment.timeout_s}")
     check_marks(environment.thinking_marks)

@@ -298,7 +298,7 @@ class Collector:
     async def _step(self, rollout: Rollout) -> list[Message]:
         environment = self.environment
         await call_method(environment, environment.step_rollout, rollout, environment.step_timeout_s)
-        responses = rollout.take_responses()
+        responses = rollout.take_responses(environment.max_response_chars)
         if rollout.status is None and not responses:
             raise EnvironmentStepError(
                 f"{type(environment).__name__}.step_rollout on item {rollout.item_index} called neither "

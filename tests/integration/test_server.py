@@ -157,6 +157,26 @@ def adapters_of(server: Served) -> list[str]:
     return [card["id"] for card in cards if card["parent"] is not None]
 
 
+def test_no_path_that_a_server_lists_answers_without_the_key(servers):
+    url, right = servers[0].url, {"Authorization": f"Bearer {KEY}"}
+    listed = httpx.get(f"{url}/openapi.json", headers=right).json()["paths"]
+    asked = [(method.upper(), path) for path, methods in listed.items() for method in methods]
+    assert len(asked) > 30
+    unlisted = [
+        ("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/metrics", "/metrics/", "/no/such/path")
+    ]
+    with httpx.Client(base_url=url, timeout=30) as client:
+        for method, path in [*asked, *unlisted]:
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                status = client.request(method, path, headers=headers).status_code
+                is_open = method == "GET" and path in ("/health", "/ping")
+                assert status == (200 if is_open else 401), (method, path, status)
+            for other in ("HEAD", "OPTIONS"):
+                if path not in ("/health", "/ping"):
+                    assert client.request(other, path).status_code == 401, (other, path)
+        assert client.get("/metrics", headers=right, follow_redirects=True).status_code == 200
+
+
 def test_ten_steps_of_the_quickstart_on_one_server(servers, fit):
     run = fit(servers[:1], 10)
     run.check_all_steps(10)

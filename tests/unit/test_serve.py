@@ -103,7 +103,8 @@ ENGINE = "--data.engine.init_args."
         (["--model.policy.lora.r", "20"], {"max_lora_rank": 32}),
         (["--model.policy.dtype", "bfloat16"], {"dtype": "bfloat16"}),
         (["--seed_everything", "5"], {"seed": 5}),
-        (["--host", "0.0.0.0"], {"host": "0.0.0.0"}),
+        (["--host", "0.0.0.0", "--allow_open"], {"host": "0.0.0.0"}),
+        (["--host", "127.0.0.2"], {"host": "127.0.0.2"}),
         (["--port", "8123"], {"port": 8123}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -133,17 +134,35 @@ def test_the_key_is_in_the_environment_and_not_on_the_command_line(start, monkey
     assert start(*own)[1]["VLLM_API_KEY"] == "of the trainer"
 
 
-def test_a_server_that_everybody_reaches_and_that_asks_for_no_key_is_warned_of(start, monkeypatch, caplog):
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    start("--host", "0.0.0.0")
-    assert "asks nobody for a key" in caplog.text
-    caplog.clear()
-    start()
-    start("--host", "0.0.0.0", "--api_key", "secret")
+def test_the_key_is_asked_for_on_every_path(start, parse):
+    guard = ["fuchsia_pl.engines.vllm_guard.KeyGuard"]
+    assert parse(start("--api_key", "secret")[0])["middleware"] == guard
+    assert parse(start("--host", "0.0.0.0", "--api_key", "secret")[0])["middleware"] == guard
+    command, environment = start()  # on this machine alone
+    assert (parse(command)["middleware"], environment["VLLM_API_KEY"]) == ([], "")
+
+
+@pytest.mark.parametrize("key", [[], ["--api_key", ""]])
+def test_a_server_that_others_reach_and_that_asks_for_no_key_is_refused_or_asked_for(start, capsys, caplog, key):
+    with pytest.raises(SystemExit) as caught:
+        start("--host", "0.0.0.0", *key)
+    assert caught.value.code == 2
+    assert "--host 0.0.0.0 lets other machines reach the server, and there is no API key" in capsys.readouterr().err
     assert "asks nobody for a key" not in caplog.text
+    start("--host", "0.0.0.0", *key, "--allow_open")
+    assert "the server at 0.0.0.0 asks nobody for a key" in caplog.text
 
 
-def test_whole_weights_are_taken_where_there_is_a_gpu(start, parse, monkeypatch, caplog, capsys):
+@pytest.mark.parametrize("key", ["clé", "a\nb", " secret", "secret\n"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_printed(start, capsys, key):
+    with pytest.raises(SystemExit):
+        start("--api_key", key)
+    printed = capsys.readouterr().err
+    assert "the API key must be printable ASCII without blanks at its ends" in printed
+    assert "secret" not in printed
+
+
+def test_whole_weights_are_taken_where_there_is_a_gpu(start, parse, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     command, environment = start("--model.policy.lora.enabled", "false")
     said = parse(command)
@@ -151,9 +170,6 @@ def test_whole_weights_are_taken_where_there_is_a_gpu(start, parse, monkeypatch,
     assert not said["enable_lora"]
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
-    assert "can replace its weights" not in caplog.text
-    start("--model.policy.lora.enabled", "false", "--host", "0.0.0.0", "--api_key", "secret")
-    assert "whoever reaches the server at 0.0.0.0 can replace its weights" in caplog.text
     with pytest.raises(SystemExit):
         start("--model.policy.lora.enabled", "false", f"{ENGINE}quantization", "fp8")
     assert "would be sampled from in another precision" in capsys.readouterr().err

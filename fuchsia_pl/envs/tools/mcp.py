@@ -29,7 +29,7 @@ from fuchsia_pl.envs.tools.spec import (
 )
 from fuchsia_pl.envs.user_code import contained
 from fuchsia_pl.scratch import OWNER_VARIABLE, scratch_file
-from fuchsia_pl.types import ConfigError
+from fuchsia_pl.types import ConfigError, shortened
 
 # The keys of a request's and a result's `_meta` that a server may read and write.
 ROLLOUT_KEY = "fuchsia/rollout"
@@ -231,18 +231,6 @@ class ToolServer:
     def _words(self, what: str) -> str:
         log = self._log.read_text(errors="replace")[-LOG_TAIL_CHARS:] if self._log.exists() else ""
         return f"{what}. The end of what it said:\n{log}" if log else what
-
-
-def shortened(text: str, limit: int) -> str:
-    """A text, or its two ends where it is longer than `limit` characters.
-
-    >>> shortened("abcdefghij", 4)
-    'ab… (6 characters left out) …ij'
-    """
-    if len(text) <= limit:
-        return text
-    half = max(limit // 2, 1)
-    return f"{text[:half]}… ({len(text) - 2 * half} characters left out) …{text[-half:]}"
 
 
 def missing_part(command: Sequence[str], search_path: str | None) -> str | None:

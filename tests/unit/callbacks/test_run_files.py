@@ -262,7 +262,7 @@ def test_a_conversation_is_shown_with_the_environments_answers_and_without_the_p
         rollout.append(written(text))
         if answer is not None:
             rollout.respond(answer, role="tool")
-        rollout.take_responses()
+        rollout.take_responses(max_chars=10)
     assert conversation_text(rollout) == "5\n[tool] no\n4"
 
 

@@ -38,7 +38,8 @@ def sent(monkeypatch, server):
     """What was sent, as (folder, number of workers, GPU)."""
     calls = []
 
-    def send(url, folder, num_workers, device_index, timeout_s) -> None:
+    def send(url, api_key, folder, num_workers, device_index, timeout_s) -> None:
+        assert (url, api_key) == (server.url, server.api_key)
         assert (url, server.weight_version, server.controls[-1]) == (server.url, "changing", "POST /pause?mode=wait")
         calls.append((folder, num_workers, device_index))
         server.weights = folder
@@ -166,7 +167,7 @@ def test_a_transfer_that_its_caller_gave_up_is_waited_for(tmp_path, monkeypatch)
     monkeypatch.setattr(vllm_transfer, "send_over_nccl", slow)
 
     async def given_up_and_asked_again():
-        sender = WeightSender(2)
+        sender = WeightSender(2, None)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(sender.send("one", tmp_path, 2, 5), 0.1)
         await sender.send("two", tmp_path, 2, 5)
@@ -251,7 +252,7 @@ def test_the_control_plane_asks_what_vllms_client_asks(monkeypatch):
         monkeypatch.setattr(
             kind, "_post", lambda self, path, json=None, calls=calls: calls.append((path.strip("/"), json))
         )
-        client = kind("http://127.0.0.1:1", 1.0)
+        client = kind("http://127.0.0.1:1", *([None] if kind is ControlPlane else []), 1.0)
         client.init_weight_transfer_engine({"rank_offset": 1})
         client.start_weight_update()
         client.update_weights({"names": ["a"]})
@@ -264,7 +265,19 @@ def test_the_control_plane_asks_what_vllms_client_asks(monkeypatch):
 def test_what_the_server_says_is_told(server):
     server.takes_weights = False
     with pytest.raises(RuntimeError, match=r"/start_weight_update answered 404 .*Not Found"):
-        ControlPlane(server.url, 5.0).start_weight_update()
+        ControlPlane(server.url, None, 5.0).start_weight_update()
+
+
+def test_the_key_is_brought_to_every_path():
+    guarded = FakeServer(api_key="secret")
+    guarded.takes_weights = False
+    try:
+        with pytest.raises(RuntimeError, match="answered 401"):
+            ControlPlane(guarded.url, "wrong", 5.0).start_weight_update()
+        with pytest.raises(RuntimeError, match="answered 404"):
+            ControlPlane(guarded.url, "secret", 5.0).start_weight_update()
+    finally:
+        guarded.kill()
 
 
 def test_the_own_address_is_the_one_that_the_server_sees(server):

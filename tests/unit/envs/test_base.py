@@ -36,6 +36,8 @@ def test_an_environment_that_could_not_be_trained_on_is_refused(functions, weigh
         ("on_error", "ignore", 'on_error must be "stop" or "unscored", got \'ignore\''),
         ("max_steps", 0, "max_steps must be 1 or more, got 0"),
         ("timeout_s", 0.0, "timeout_s must be above 0, got 0.0"),
+        ("max_response_chars", 0, "max_response_chars must be a whole number, 1 or more, got 0"),
+        ("max_response_chars", 9.5, "max_response_chars must be a whole number, 1 or more, got 9.5"),
         ("initial_reward_weights", {"odd": 1.0}, r"initial_reward_weights has \['odd'\]"),
         ("thinking_marks", [("<think>", "")], r"thinking_marks is \[\('<think>', ''\)\]: it takes pairs"),
         ("thinking_marks", "<think>", "thinking_marks is '<think>': it takes pairs"),

@@ -115,6 +115,36 @@ def test_a_conversation_that_runs_out_is_truncated(tiny_model, environment, conf
     assert fractions["rollout/turns"] == (turns, 1.0)
 
 
+class Wordy(Talk):
+    """Answers each turn with two texts, of which the first is long."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(max_steps=2, finish_at=2)
+        self.text = text
+
+    def step_rollout(self, rollout):
+        super().step_rollout(rollout)
+        if rollout.status is None:
+            rollout.respond(self.text)
+
+
+def test_the_middle_of_a_long_answer_is_left_out_and_the_policy_reads_how_much(tiny_model):
+    environment = Wordy("abcde" + 10**7 * "x" + "vwxyz")
+    environment.max_response_chars = 8
+    (rollout,), engine, chat = collect(tiny_model, environment, siblings=1, items=[4])
+    # 10,000,010 characters, of which 4 stay at each end
+    shown = "abcd… (10000002 characters left out) …wxyz"
+    assert [m["content"] for m in rollout.messages] == ["4?", "78", "more?", shown, "78"]
+    (first, _), (second, _) = engine.requests
+    read = chat._tokenizer.encode(f"\nuser:more?\nuser:{shown}\na:", add_special_tokens=False)
+    assert second == [*first, 11, 12, EOS, *read]
+    environment.max_response_chars = 10**7 + 10
+    environment.text = environment.text[:20]
+    (rollout,), *_ = collect(tiny_model, environment, siblings=1, items=[4])
+    assert rollout.messages[3]["content"] == environment.text
+    assert Wordy("").max_response_chars == 65_536
+
+
 def test_the_last_turns_end_is_asked_of_the_engine_and_never_guessed_from_ids(tiny_model):
     cases = {  # sampled ids, finish reason -> status
         ((11, EOS), "stop"): RolloutStatus.COMPLETED,

@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 
+from fuchsia_pl.envs.bounded import LeftThreadsError
 from fuchsia_pl.rollouts.scoring import RewardError, score_group
 from fuchsia_pl.types import Rollout
 from tests.doubles import TinyEnvironment
@@ -213,3 +214,13 @@ def test_whatever_is_no_number_is_refused_whatever_it_raises(value):
 
     with pytest.raises(RewardError, match=r"'wrong' returned .* on item 3, \{\"n\": 7\}: rewards are finite numbers"):
         score(wrong)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "unscored"])
+def test_too_many_threads_that_run_on_end_the_run_whatever_is_done_about_errors(monkeypatch, on_error):
+    def scored(rollouts):
+        return [1.0 for _ in rollouts]
+
+    monkeypatch.setattr("fuchsia_pl.envs.bounded.MAX_OTHER_THREADS", 0)
+    with pytest.raises(LeftThreadsError, match=r"this process has .* threads beside the bounded calls of user code"):
+        score(scored, on_error=on_error)
