@@ -38,7 +38,6 @@ from fuchsia_pl.callbacks.stop_signals import StopSignals
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
-from fuchsia_pl.cli.ending import ended_by_itself
 from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
 from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
@@ -202,7 +201,7 @@ class FuchsiaCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what only the model, the data or the devices show to be a mistake in a config is reported like any other."""
         orphans.watch()  # before a launcher starts other ranks
-        with self._refusals(), ended_by_itself():
+        with self._refusals():
             super()._run_subcommand(subcommand)
 
     @contextmanager

@@ -3,8 +3,6 @@
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,26 +10,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 
 from fuchsia_pl.cli.failures import one_line
 from fuchsia_pl.cli.launch import is_first_rank
-from fuchsia_pl.envs.user_code import ends_by_itself, is_success
 from fuchsia_pl.stopping import Stopped, stopping
 
 CHECKPOINT_OPTION = "--ckpt_path"
-
-
-@contextmanager
-def ended_by_itself() -> Iterator[None]:
-    """Inside the `with` block is the main part of a run; a `sys.exit(0)` or `os._exit(0)` in it is no success.
-
-    Raises:
-        RuntimeError: Something left it with `sys.exit(0)`.
-    """
-    try:
-        with ends_by_itself():
-            yield
-    except SystemExit as end:
-        if is_success(end.code):
-            raise RuntimeError("sys.exit(0) was called in the middle of the run, which is no success") from end
-        raise
 
 
 def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:

@@ -14,6 +14,7 @@ from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.envs.user_code import ends_by_itself
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.stopping import stopping
 
@@ -27,7 +28,7 @@ def main() -> None:
     sys.path.append(os.getcwd())
     show_warnings()
     words, is_debugging = [word for word in sys.argv[1:] if word != DEBUG_OPTION], DEBUG_OPTION in sys.argv
-    with stopping.handled():
+    with stopping.handled(), ends_by_itself():
         try:
             _run(words)
         except BaseException as end:

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from fuchsia_pl.callbacks.stop_signals import StopSignals
-from fuchsia_pl.cli.ending import ended_by_itself
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.types import ConfigError
 
@@ -161,12 +160,7 @@ def test_the_run_goes_on_from_there_bit_for_bit(runs, name):
 
 def test_a_run_that_did_not_end_by_itself_is_no_success(runs):
     assert runs.codes["leaving"] == 1
-    assert "os._exit(0) was called in the middle of the run" in runs.said("leaving")
-    assert "in leave" in runs.said("leaving")
-    with pytest.raises(RuntimeError, match=r"sys.exit\(0\) was called"), ended_by_itself():
-        sys.exit(0)
-    with pytest.raises(SystemExit, match="3"), ended_by_itself():
-        sys.exit(3)
+    assert "os._exit(0)" in runs.said("leaving")
 
 
 @pytest.mark.parametrize("grace_s", [0, -1.0])
