@@ -45,14 +45,22 @@ def hide_files(scratch_mb: int) -> None:
     devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     scratch = f"mode=1777,size={scratch_mb}m,nr_inodes={scratch_mb * 256}"
     closed = {str(closed_ancestor(Path(folder))) for folder in closed_folders()}
-    cover([*hidden, *closed], {SCRATCH: scratch}, python_folders(left_out=[] if _holds_libraries(PROJECT) else [PROJECT]))
+    cover(
+        [*hidden, *closed], {SCRATCH: scratch}, python_folders(left_out=[] if _holds_libraries(PROJECT) else [PROJECT])
+    )
     for name, handle in devices.items():
         Path("/dev", name).touch()
         _show(handle, f"/dev/{name}")
     Path("/dev/fd").symlink_to("/proc/self/fd")
     Path("/dev/ptmx").symlink_to("pts/ptmx")  # a cell's `!command` runs in a terminal
     Path("/dev/pts").mkdir()
-    mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, f"newinstance,ptmxmode=0666,mode=0620,max={MAX_TERMINALS}")
+    mount(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        MS_NOSUID | MS_NOEXEC,
+        f"newinstance,ptmxmode=0666,mode=0620,max={MAX_TERMINALS}",
+    )
     for place in ALSO_SCRATCH:
         Path(place).mkdir(parents=True)
     _make_read_only()
@@ -124,7 +132,9 @@ def _holds_libraries(folder: Path) -> bool:
 
 
 def _is_inside(place: str, other: str) -> bool:
-    return place.startswith(other.rstrip("/") + "/")  # a Path would take most of the time that an interpreter's start takes
+    return place.startswith(
+        other.rstrip("/") + "/"
+    )  # a Path would take most of the time that an interpreter's start takes
 
 
 def closed_ancestor(folder: Path) -> Path | None:
