@@ -128,7 +128,7 @@ def watch(child: int, lifeline: socket.socket, entered: socket.socket, cell: Cel
             return b""
         _, handles, _, _ = socket.recv_fds(entered, 1, 1)
     pause = 0.0
-    while not select.select([lifeline, ended], [], [], pause)[0] and handles:
+    while not select.select([lifeline.fileno(), ended], [], [], pause)[0] and handles:
         _bury_orphans(child)
         left = limit - _used_mb(handles[0], cell.offer, buffer_bytes, limit)
         if left < 0:
