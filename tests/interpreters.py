@@ -20,7 +20,8 @@ import os, sys
 from envs.function_calling import mounts
 assert mounts.LIBC.unshare(mounts.CLONE_NEWNS) == 0
 mounts.mount(None, "/", None, mounts.MS_REC | mounts.MS_PRIVATE)
-mounts.cover([str(mounts.closed_ancestor(mounts.Path(folder))) for folder in mounts.closed_folders()], {}, mounts.python_folders())
+closed = [str(mounts.closed_ancestor(mounts.Path(folder))) for folder in mounts.closed_folders()]
+mounts.cover(closed, {}, mounts.python_folders())
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 """
 # Runs it where the system allows no namespaces.
@@ -51,6 +52,20 @@ class Interpreter:
             return found
 
         return self.runner.run(run())
+
+    def sessions(self, number: int, at_a_time: int = 4) -> None:
+        """Runs a cell in each of some rollouts, and ends them."""
+
+        async def sessions(start: int) -> None:
+            for key in (f"session {i}" for i in range(start, number, at_a_time)):
+                result = await self.server.call(key, "python", {"code": "x = 1; x"})
+                assert result.text == "1", result
+                await self.server.end_session(key)
+
+        async def run() -> None:
+            await asyncio.gather(*(sessions(start) for start in range(at_a_time)))
+
+        self.runner.run(run())
 
     def end(self, key: str) -> None:
         """Ends a rollout."""

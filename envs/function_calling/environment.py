@@ -6,6 +6,7 @@ turns   <tool_call>{"name": "python", "arguments": {"code": "48210 * 973"}}</too
 """
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from envs.function_calling.items import KINDS, Kind, make_items
@@ -32,6 +33,30 @@ def well_formed(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[floa
     return [0.5 * calls + 0.5 * number for calls, number in zip(called, is_number, strict=True)]
 
 
+@dataclass(frozen=True)
+class InterpreterLimits:
+    """Of each rollout's interpreter.
+
+    Attributes:
+        time_s: Of each cell.
+        memory_mb: Of all its processes together, in MiB.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    time_s: float = 5.0
+    memory_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        """Validates the numbers."""
+        if self.time_s <= 0 or self.memory_mb < 256:
+            raise ConfigError(
+                "an interpreter takes time_s above 0 and memory_mb of 256 or more, "
+                f"got time_s={self.time_s}, memory_mb={self.memory_mb}"
+            )
+
+
 class FunctionCalling(ToolEnvironment):
     """Questions that want a computation, and an IPython interpreter over MCP; what it is kept from is told in `sandbox.py`.
 
@@ -41,8 +66,7 @@ class FunctionCalling(ToolEnvironment):
         kinds: Kinds of questions, in turn.
         num_examples: Worked examples before the question, for models that do not call tools by themselves.
         format_weight: Weight of the form, beside 1.0 for being right.
-        time_limit_s: Of each cell.
-        memory_mb: Of each interpreter's processes together, in MiB.
+        limits: Of each interpreter, None for the defaults.
         allow_weak_sandbox: Whether to run where the system offers less than all that `sandbox.py` tells; the server names what.
 
     Raises:
@@ -56,35 +80,27 @@ class FunctionCalling(ToolEnvironment):
         kinds: list[Kind] | None = None,
         num_examples: int = 0,
         format_weight: float = 0.2,
-        time_limit_s: float = 5.0,
-        memory_mb: int = 1024,
+        limits: InterpreterLimits | None = None,
         allow_weak_sandbox: bool = False,
     ) -> None:
         super().__init__()
         chosen = KINDS if kinds is None else tuple(kinds)
-        if (
-            num_train < 1
-            or num_validation < 1
-            or num_examples < 0
-            or not chosen
-            or time_limit_s <= 0
-            or memory_mb < 256
-        ):
+        if num_train < 1 or num_validation < 1 or num_examples < 0 or not chosen:
             raise ConfigError(
-                "FunctionCalling takes items of 1 or more, examples of 0 or more, one kind or more, a time limit above 0 and at "
-                f"least 256 MiB, got num_train={num_train}, num_validation={num_validation}, num_examples={num_examples}, "
-                f"kinds={list(chosen)}, time_limit_s={time_limit_s}, memory_mb={memory_mb}"
+                "FunctionCalling takes items of 1 or more, examples of 0 or more and one kind or more, "
+                f"got num_train={num_train}, num_validation={num_validation}, num_examples={num_examples}, kinds={list(chosen)}"
             )
         self.max_steps = 4
         self.reward_functions = [correct, well_formed]
         self.reward_weights = {"well_formed": format_weight}
-        limits = ["--time-limit-s", str(time_limit_s), "--memory-mb", str(memory_mb)]
-        limits += ["--allow-weak-sandbox"] if allow_weak_sandbox else []
+        limits = InterpreterLimits() if limits is None else limits
+        flags = ["--time-limit-s", str(limits.time_s), "--memory-mb", str(limits.memory_mb)]
+        flags += ["--allow-weak-sandbox"] if allow_weak_sandbox else []
         self.servers = [
             MCPServer(
-                command=[sys.executable, "-P", "-m", "envs.function_calling.server", *limits],
+                command=[sys.executable, "-P", "-m", "envs.function_calling.server", *flags],
                 end_session_tool="end_session",
-                call_timeout_s=time_limit_s + 60.0,  # the server keeps the limit; behind it, a queue of forks
+                call_timeout_s=limits.time_s + 60.0,  # the server keeps the limit; behind it, a queue of forks
             )
         ]
         items = make_items(0, num_train + num_validation, chosen)

@@ -19,16 +19,15 @@ Covered where the system lets this process make namespaces and mounts (as root, 
 
 Covered where the kernel takes a filter of system calls, see syscalls.py:
 - New namespaces and mounts cannot be made inside.
-- Memory that no process maps (memfd, shared memory, queues, pages in pipes) cannot be had.
+- Memory that no process maps (memfd, shared memory, queues, pages in pipes) cannot be had, nor large buffers of sockets.
 - Sockets of a host (Unix) and of its hypervisor cannot be reached.
 
 Where any of this is missing, the server names it and does not start, unless it is run with --allow-weak-sandbox.
 
 Not covered: reading files in the system's and Python's folders that everyone may read (as a user: that this user may read);
 memory that a burst takes between two looks of the supervisor; what the kernel keeps of pipes, maps and file locks; CPU time of
-other cores; bugs in the kernel. It stops accidents and a policy's
-clumsy experiments. It is no place for code of somebody who wants to break out: for that, run the server in a virtual machine and
-name it by URL.
+other cores; bugs in the kernel. It stops accidents and a policy's clumsy experiments. It is no place for code of somebody who
+wants to break out: for that, run the server in a virtual machine and name it by URL.
 """
 
 import contextlib
@@ -129,7 +128,7 @@ class Offer:
         gaps = {
             "network, other processes": self.is_apart,
             "number of processes": self.is_apart or os.getuid() == 0,
-            "files of the host, the size of all that it writes": self.hides_files,
+            "files of the host, the size of all that it writes, memory of sockets": self.hides_files,
             "new namespaces, memory that no process maps": self.is_filtered,
         }
         return [gap for gap, is_covered in gaps.items() if not is_covered]

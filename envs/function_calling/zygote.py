@@ -98,7 +98,11 @@ def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.
     channel.close()
     theirs.close()
     word = watch(child, lifeline, ours, cell)
-    sandbox.end_descendants()
+    if cell.offer.is_apart:  # the first process of a namespace has ended once the kernel has ended all others there
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    else:
+        sandbox.end_descendants()
     with contextlib.suppress(OSError):  # the server may be dead
         lifeline.sendall(word)
     _end(folder)
@@ -119,11 +123,12 @@ def watch(child: int, lifeline: socket.socket, entered: socket.socket, cell: Cel
     ended, limit = os.pidfd_open(child), cell.limits.memory_mb
     buffer_bytes = entered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     with entered:
-        if lifeline in select.select([entered, lifeline], [], [])[0]:
+        waited: list[socket.socket] = [entered, lifeline]
+        if lifeline in select.select(waited, [], [])[0]:
             return b""
         _, handles, _, _ = socket.recv_fds(entered, 1, 1)
     pause = 0.0
-    while not select.select([lifeline, ended], [], [], pause)[0] and handles:
+    while not select.select([lifeline.fileno(), ended], [], [], pause)[0] and handles:
         _bury_orphans(child)
         left = limit - _used_mb(handles[0], cell.offer, buffer_bytes, limit)
         if left < 0:

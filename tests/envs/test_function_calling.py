@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from envs.function_calling import sandbox, server
-from envs.function_calling.environment import FunctionCalling, correct, well_formed
+from envs.function_calling.environment import FunctionCalling, InterpreterLimits, correct, well_formed
 from envs.function_calling.items import KINDS
 from fuchsia_pl.envs import ConfigError
 from fuchsia_pl.envs.golds import bad_golds
@@ -58,6 +58,24 @@ def test_what_a_cell_shows(interpreter, key):
     assert "ZeroDivisionError: division by zero" in found[2][0]
     assert found[3] == ("(no output)", "ok")
     assert [status for _, status in found] == ["ok", "ok", "error", "ok", "ok"]
+
+
+def test_the_server_stays_as_it_is_over_300_sessions(interpreter):
+    modules = (COMMAND[3], "envs.function_calling.zygote")
+    mine = [psutil.Process(), *(p for p in descendants() if any(runs(p, module) for module in modules))]
+    assert len(mine) == 3
+
+    def state() -> tuple[list[tuple[int, int, int]], float]:
+        return (
+            [(p.num_fds(), p.num_threads(), len(p.children())) for p in mine],
+            sum(p.memory_full_info().uss for p in mine[1:]) / 2**20,
+        )
+
+    interpreter.sessions(40)
+    counts, memory_mb = state()
+    interpreter.sessions(300)
+    assert state()[0] == counts
+    assert state()[1] < memory_mb + 4  # a session that is kept would take 13 KiB or less
 
 
 # code -> the status, and words of what the policy reads
@@ -283,8 +301,11 @@ def test_the_questions_and_the_settings():
         "What",
         "How",
     }
-    command = FunctionCalling(num_train=1, time_limit_s=9.0, memory_mb=300).servers[0].command
+    command = FunctionCalling(num_train=1, limits=InterpreterLimits(time_s=9.0, memory_mb=300)).servers[0].command
     assert command[-4:] == ["--time-limit-s", "9.0", "--memory-mb", "300"]
-    for wrong in ({"num_train": 0}, {"kinds": []}, {"time_limit_s": 0}, {"memory_mb": 10}, {"num_examples": -1}):
+    for wrong in ({"time_s": 0.0}, {"memory_mb": 10}):
+        with pytest.raises(ConfigError, match="an interpreter takes"):
+            InterpreterLimits(**wrong)
+    for wrong in ({"num_train": 0}, {"kinds": []}, {"num_examples": -1}):
         with pytest.raises(ConfigError, match="FunctionCalling takes"):
             FunctionCalling(**wrong)

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import astuple
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.function_calling import sandbox, syscalls, wire
+from envs.function_calling import sandbox, server, syscalls, wire
 from envs.function_calling.environment import FunctionCalling
 from fuchsia_pl.envs import ToolServerError
 from tests.interpreters import AS_USER, AS_WEAK_USER, COMMAND, ROOT, Interpreter
@@ -345,3 +347,47 @@ def test_a_weak_sandbox_is_refused_in_one_line_unless_it_is_allowed():
 def test_the_environment_passes_the_setting_on():
     (strict,), (weak,) = (FunctionCalling(num_train=1, allow_weak_sandbox=weak).servers for weak in (False, True))
     assert [*strict.command, "--allow-weak-sandbox"] == weak.command
+
+
+def test_a_call_that_is_given_up_costs_its_own_rollout_and_leaves_nothing(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    async def scenario():
+        interpreters = server.Interpreters(sandbox.Limits(memory_mb=512), 10.0, 1000, OFFER)
+        await interpreters.start()
+        assert await interpreters.run("other", "x = 5") == ("(no output)", "ok")
+        assert await interpreters.run("given up", "import time; x = 6") == ("(no output)", "ok")
+        call = asyncio.create_task(interpreters.run("given up", "time.sleep(0.3); print('late')"))
+        await asyncio.sleep(0.1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        # its reply would be that of another cell
+        assert [await interpreters.run(key, "print(1)") for key in ("given up", "other")] == [("1", "ok")] * 2
+        assert await interpreters.run("other", "x") == ("5", "ok")
+        for key in ("given up", "other"):
+            await interpreters.end(key)
+        assert sorted(interpreters.numbers) == list(range(sandbox.UIDS_PER_SERVER))
+        await interpreters.stop()
+
+    asyncio.run(scenario())
+
+
+ROOT_ALONE = """
+from envs.function_calling import sandbox
+assert sandbox.LIBC.unshare(sandbox.CLONE_NEWUSER) == 0
+open('/proc/self/setgroups', 'w').write('deny')
+for name in ('uid_map', 'gid_map'): open(f'/proc/self/{name}', 'w').write('0 0 1')
+print(sandbox.find_offer().gives_up_rights)
+"""
+
+
+@pytest.mark.skipif(not (IS_ROOT and OFFER.is_apart), reason="only root can be root of few users")
+def test_root_that_can_become_nobody_else_is_refused():
+    done = subprocess.run([sys.executable, "-c", ROOT_ALONE], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "False\n", done.stderr
+    weak = sandbox.Offer(is_apart=True, hides_files=True, is_filtered=True, gives_up_rights=False)
+    found = server.refusal_of(weak, allows_weak=True)
+    assert found is not None
+    assert found.startswith("the interpreter must not run as root, and here root cannot become another user")
+    assert "\n" not in found
