@@ -133,7 +133,7 @@ def base_of(module):
 
 
 def test_no_adapter_folder_is_left_behind(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("fuchsia_pl.callbacks.adapter_sync.RAM_BACKED", tmp_path / "ram")
+    monkeypatch.setattr("fuchsia_pl.scratch.RAM_BACKED", tmp_path / "ram")
     (tmp_path / "ram").mkdir()
     seen: list[list[str]] = []
 

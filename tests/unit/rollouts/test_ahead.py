@@ -70,6 +70,7 @@ def test_a_pause_that_is_given_up_is_none(loop):
     phases.take(0)
     with pytest.raises(Stopped), phases.paused(give_up):
         raise AssertionError
+    loop.run(phases.cancel(), 5)
 
 
 def test_phases_that_nobody_took_are_dropped(loop):
