@@ -32,15 +32,24 @@ def find_config(name: str) -> str:
 
     Raises:
         ConfigNotFoundError: None exists. The message lists what does.
+        ConfigError: It cannot be read as text.
     """
     folders = (OWN_CONFIG_FOLDER, CONFIG_FOLDER)
     candidates = [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))]
     for candidate in candidates:
         if candidate.is_file():
+            _check_text(candidate)
             return str(candidate)
     own, packaged = (sorted(str(f.relative_to(folder)) for f in folder.rglob("*.yaml")) for folder in folders)
     there = f"those in ./{OWN_CONFIG_FOLDER} are: {', '.join(own)}; " if own else ""
     raise ConfigNotFoundError(f"the config {name!r} is no file; {there}the packaged configs are: {', '.join(packaged)}")
+
+
+def _check_text(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config {file} is no text in UTF-8: {error}") from error
 
 
 def find_configs(arguments: list[str]) -> list[str]:
