@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from fuchsia_pl.engines.base import Engine, EngineLostError, EngineSpec, SamplingParams, check_version_file
-from fuchsia_pl.engines.restarts import Restarts
+from fuchsia_pl.engines.restarts import NO_START, Restarts
 from fuchsia_pl.types import Completion
 from tests.doubles import EOS
 
@@ -34,7 +34,7 @@ class ProcessEngine(Engine):
         self._process: subprocess.Popen[str] | None = None
         self._version = -1
         self._lock = threading.Lock()
-        self._restarts = Restarts(self._launch, self._load, self._end)
+        self._restarts = Restarts(self._launch, self._load, self._end, abort=lambda: None)
 
     @property
     def policy_version(self) -> int:
@@ -48,6 +48,8 @@ class ProcessEngine(Engine):
         self._restarts.close()
 
     async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
+        if self._restarts.is_busy:
+            raise EngineLostError("it starts again", NO_START)
         order = {"prompt": list(prompt_ids), "seed": sampling.seed, "most": sampling.max_tokens}
         reply = await asyncio.to_thread(self._order, order)
         ids = (*reply["ids"], EOS)

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fuchsia_pl.engines.base import EngineLostError, EngineSpec
+from fuchsia_pl.stopping import stopping
+
+CLOSE_TIMEOUT_S = 60.0
+NO_START = 0  # the number of a start that never was: whoever is given it waits for the restart in progress
 
 logger = logging.getLogger(__name__)
 
@@ -17,18 +21,26 @@ class Restarts:
 
     Args:
         start: Starts the engine.
-        load: Loads a folder as a version.
+        load: Loads a folder as a version; raises `EngineLostError` where the engine ends meanwhile.
         end: Ends what is left of the engine.
+        abort: Makes a start that is in progress fail soon.
     """
 
     def __init__(
-        self, start: Callable[[EngineSpec], None], load: Callable[[Path, int], None], end: Callable[[], None]
+        self,
+        start: Callable[[EngineSpec], None],
+        load: Callable[[Path, int], None],
+        end: Callable[[], None],
+        abort: Callable[[], None],
     ) -> None:
-        self._start, self._load, self._end = start, load, end
+        self._start, self._load, self._end, self._abort = start, load, end, abort
         self._lock = threading.Lock()
         self._spec: EngineSpec | None = None  # None before the start and after the end
         self._kept: tuple[Path, int] | None = None
         self.num_starts = 0
+        self.is_busy = (
+            False  # while a restart is in progress: what is asked for then would get other weights, or no answer
+        )
 
     def start(self, spec: EngineSpec) -> None:
         """The first start of a run."""
@@ -36,49 +48,74 @@ class Restarts:
         self._start(spec)
 
     def close(self) -> None:
-        """Ends the engine; one that is being restarted ends once it has come up."""
+        """Ends the engine, also one that is being restarted."""
         self._spec = None
-        self._end()
+        if self.is_busy:
+            self._abort()
+        has_lock = self._lock.acquire(timeout=CLOSE_TIMEOUT_S)
+        try:
+            self._end()
+        finally:
+            if has_lock:
+                self._lock.release()
 
     def loaded(self, folder: Path, version: int) -> None:
-        """Keeps the files of a folder under another name beside it, as hard links: no bytes are copied.
+        """Keeps the files of a folder under another name beside it, as hard links where the file system has them.
 
         Args:
             folder: What was loaded. Its owner removes it, and its parent at the end of the run.
             version: Of its weights.
         """
-        if self._spec is None or self.num_starts > self._spec.max_restarts:
-            return
-        kept = folder.with_name(f".kept.rank{self._spec.rank}")
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir()
-        for file in folder.iterdir():
-            os.link(file, kept / file.name)
-        self._kept = kept, version
+        with self._lock:
+            if self._spec is None or self.num_starts > self._spec.max_restarts:
+                return
+            kept = folder.with_name(f".kept.rank{self._spec.rank}")
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(folder, kept, copy_function=_link)
+            self._kept = kept, version
 
     def restart(self, lost: EngineLostError) -> None:
-        """Starts the engine again, unless another request that failed has done so.
+        """Starts the engine again, unless another request that failed has done so, or the run is told to end.
 
         Raises:
             EngineLostError: It was restarted as often as it may.
             EngineError: The start failed.
         """
         with self._lock:
-            spec = self._spec
-            if spec is None or lost.start_number != self.num_starts:
+            if self._spec is None or lost.start_number != self.num_starts:
                 return
-            if self.num_starts > spec.max_restarts:
-                raise lost
-            logger.warning(
-                "the engine has ended: restart %d of %d, and what was being sampled is sampled again. %s",
-                self.num_starts,
-                spec.max_restarts,
-                str(lost).splitlines()[0],
-            )
-            self._end()
-            self.num_starts += 1
-            self._start(spec)
+            self.is_busy = True
+            try:
+                while self._spec is not None and not self._started_again(self._spec, lost):
+                    pass  # it ended while it loaded, which counts
+            finally:
+                self.is_busy = False
+                if self._spec is None:
+                    self._end()
+
+    def _started_again(self, spec: EngineSpec, lost: EngineLostError) -> bool:
+        """Starts the engine once; returns whether it has the newest weights."""
+        if self.num_starts > spec.max_restarts or stopping.signum is not None:
+            raise lost
+        logger.warning(
+            "the engine has ended: restart %d of %d, and what was being sampled is sampled again. %s",
+            self.num_starts,
+            spec.max_restarts,
+            str(lost).splitlines()[0],
+        )
+        self._end()
+        self.num_starts += 1
+        self._start(spec)
+        try:
             if self._kept is not None:
                 self._load(*self._kept)
-            if self._spec is None:  # the run ended meanwhile
-                self._end()
+        except EngineLostError:
+            return False
+        return True
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links
+        shutil.copy2(source, target)

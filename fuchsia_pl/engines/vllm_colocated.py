@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from fuchsia_pl import orphans
 from fuchsia_pl.engines.base import Engine, EngineError, EngineLostError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
-from fuchsia_pl.engines.restarts import Restarts
+from fuchsia_pl.engines.restarts import NO_START, Restarts
 from fuchsia_pl.engines.vllm_arguments import (
     OVERRIDING_VARIABLE,
     VLLM_ENVIRONMENT,
@@ -30,13 +31,17 @@ from fuchsia_pl.engines.vllm_arguments import (
 )
 from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
 from fuchsia_pl.engines.vllm_processes import (
+    MAX_SETTLE_S,
     end_engine_processes,
     has_ended,
+    hold,
     log_to,
+    shut_down,
     shut_down_late,
     socket_environment,
+    while_alive,
 )
-from fuchsia_pl.loop import LoopThread, cancel_others, run_blocking
+from fuchsia_pl.loop import LoopThread, run_blocking
 from fuchsia_pl.scratch import record_segments, scratch_folder
 from fuchsia_pl.types import Completion, ConfigError
 
@@ -48,7 +53,6 @@ CLOSE_TIMEOUT_S = 60.0
 # A burst of requests is complete once none came for this long. It is not waited for longer than the second number, and
 # neither are vLLM's answers to pause and resume: those of an engine that died never come, and a request then says so.
 SETTLE_S = 0.02
-MAX_SETTLE_S = 2.0
 
 logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "fuchsia_pl.engines.vllm_worker.WorkerExtension"
@@ -100,7 +104,7 @@ class VLLMColocatedEngine(Engine):
         self._pause: asyncio.Future[None] | None = None
         self._resume: asyncio.Task[None] | None = None
         self._is_asleep = False
-        self._restarts = Restarts(self._launch, self._load_again, self._end)
+        self._restarts = Restarts(self._launch, self._load_again, self._end, end_engine_processes)
 
     @property
     def policy_version(self) -> int:
@@ -179,7 +183,7 @@ class VLLMColocatedEngine(Engine):
 
     async def load_adapter(self, path: Path, version: int) -> None:
         """Serves what was trained; see `Engine.load_adapter`."""
-        await self._surviving(lambda: self._load(path, version), "the load of an adapter")
+        await self._surviving(partial(self._load, path, version), "the load of an adapter")
         self._restarts.loaded(path, version)
 
     async def sleep(self) -> None:
@@ -195,7 +199,9 @@ class VLLMColocatedEngine(Engine):
         await asyncio.to_thread(self._restarts.restart, lost)
 
     def _load_again(self, path: Path, version: int) -> None:
-        run_blocking(self._call(self._load(path, version), "the load of the kept weights"))
+        assert self._llm is not None
+        load = while_alive(self._llm, partial(self._load, path, version))
+        run_blocking(self._order(load, "the load of the kept weights"))
 
     def close(self) -> None:
         """Ends vLLM's processes and the thread."""
@@ -206,7 +212,7 @@ class VLLMColocatedEngine(Engine):
             return
         try:
             if self._llm is not None:
-                self._thread.run(_shutdown(self._llm), CLOSE_TIMEOUT_S)
+                self._thread.run(shut_down(self._llm, CLOSE_TIMEOUT_S), CLOSE_TIMEOUT_S)
         except Exception:  # closing must not hide what ended the run
             logger.exception("vLLM did not shut down in order")
         finally:
@@ -217,11 +223,17 @@ class VLLMColocatedEngine(Engine):
     async def _surviving(self, order: Callable[[], Coroutine[Any, Any, None]], what: str) -> None:
         while True:
             try:
-                return await self._call(order(), what)
+                return await self._call(while_alive(self._llm, order), what)
             except EngineLostError as lost:
                 await self.restart(lost)
 
     async def _call(self, coroutine: Coroutine[Any, Any, T], what: str) -> T:
+        if self._restarts.is_busy:
+            coroutine.close()
+            raise EngineLostError(f"{what} was asked for while the engine starts again", NO_START)
+        return await self._order(coroutine, what)
+
+    async def _order(self, coroutine: Coroutine[Any, Any, T], what: str) -> T:
         if self._llm is None or self._thread is None:
             coroutine.close()
             raise EngineError(f"{what} was asked of an engine that does not run: call start first")
@@ -230,6 +242,10 @@ class VLLMColocatedEngine(Engine):
             return await self._thread.call(coroutine, self.timeout_s)
         except TimeoutError:
             raise EngineError(self._words(f"{what} took longer than {self.timeout_s:g} s")) from None
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # a coroutine runs in a task
+                raise
+            raise EngineLostError(self._words(f"{what} was cut off by a restart"), number) from None
         except EngineError:
             raise
         except Exception as error:  # vLLM's errors have many types; each ends the run with the end of its log
@@ -268,7 +284,7 @@ class VLLMColocatedEngine(Engine):
         async with self._loading:  # what would resume the engine must not do so while weights are being loaded
             pass
         if not self._in_flight:
-            self._pause = asyncio.ensure_future(self._hold())
+            self._pause = asyncio.ensure_future(hold(self._llm))
             self._resume = asyncio.ensure_future(self._resume_when_settled(self._pause))
             self._resume.add_done_callback(lambda task: task.cancelled() or task.exception())  # the requests say it
         self._in_flight.add(request_id)
@@ -283,15 +299,6 @@ class VLLMColocatedEngine(Engine):
         finally:
             self._in_flight.remove(request_id)
         return to_completion(final)
-
-    async def _hold(self) -> None:
-        """Lets vLLM schedule the requests of a burst together.
-
-        The rounding of a row depends on the rows beside it. Were the first request scheduled while the others arrive, the
-        batches, and with them the last bits of the logprobs, would depend on the moment.
-        """
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._llm.pause_generation(mode="keep", clear_cache=False), MAX_SETTLE_S)
 
     async def _resume_when_settled(self, pause: "asyncio.Future[None]") -> None:
         await asyncio.shield(pause)
@@ -389,8 +396,3 @@ class VLLMColocatedEngine(Engine):
     def _words(self, what: str) -> str:
         assert self._spec is not None
         return f"{what}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"
-
-
-async def _shutdown(llm: Any) -> None:
-    llm.shutdown()
-    await cancel_others(CLOSE_TIMEOUT_S)

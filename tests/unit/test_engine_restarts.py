@@ -1,15 +1,19 @@
 """An engine whose processes end is started again with the newest weights, and the phase is sampled again."""
 
+import asyncio
 import json
 import logging
+import threading
 
 import pytest
 import torch
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
+from fuchsia_pl.engines import restarts as restarts_module
 from fuchsia_pl.engines.base import EngineError, EngineLostError, EngineSpec
 from fuchsia_pl.engines.restarts import Restarts
+from fuchsia_pl.engines.vllm_processes import while_alive
 from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError, ServedModel
@@ -22,7 +26,7 @@ class MortalEngine(TinyEngine):
     def __init__(self, *deaths: int) -> None:
         super().__init__()
         self.deaths, self.num_requests = set(deaths), 0
-        self.restarts = Restarts(super().start, self.load_now, super().close)
+        self.restarts = Restarts(super().start, self.load_now, super().close, abort=lambda: None)
 
     def start(self, spec):
         self.restarts.start(spec)
@@ -88,7 +92,10 @@ def test_of_several_requests_that_fail_one_restarts_it(tmp_path):
     calls = []
     spec = EngineSpec(ServedModel("m", "float32", 0, lambda name: tmp_path), 8, 0, tmp_path / "log", max_restarts=1)
     restarts = Restarts(
-        lambda spec: calls.append("start"), lambda path, version: calls.append(version), lambda: calls.append("end")
+        lambda spec: calls.append("start"),
+        lambda path, version: calls.append(version),
+        lambda: calls.append("end"),
+        abort=lambda: calls.append("abort"),
     )
     restarts.start(spec)
     for version in (0, 1):
@@ -115,3 +122,82 @@ def test_an_engine_that_cannot_restart_raises_what_happened(tiny_model, tmp_path
 
     with pytest.raises(EngineError, match="gone"):
         fit(tiny_model, tmp_path, Dead())
+
+
+def spec_of(folder, max_restarts):
+    return EngineSpec(
+        ServedModel("m", "float32", 0, lambda name: folder), 8, 0, folder / "log", max_restarts=max_restarts
+    )
+
+
+def kept_folder(folder):
+    (folder / "version-0").mkdir()
+    (folder / "version-0/weights").write_text("0")
+    return folder / "version-0"
+
+
+def test_an_engine_that_ends_again_while_it_loads_is_started_as_often_as_allowed(tmp_path):
+    loads = []
+
+    def load(path, version):
+        loads.append(version)
+        if len(loads) < 3:
+            raise EngineLostError("again", len(loads) + 1)
+
+    restarts = Restarts(lambda spec: None, load, lambda: None, abort=lambda: None)
+    restarts.start(spec_of(tmp_path, max_restarts=3))
+    restarts.loaded(kept_folder(tmp_path), 0)
+    restarts.restart(EngineLostError("first", 1))
+    assert (len(loads), restarts.num_starts, restarts.is_busy) == (3, 4, False)
+    loads.clear()
+    with pytest.raises(EngineLostError, match="last"):
+        restarts.restart(EngineLostError("last", 4))
+
+
+def test_a_run_that_ends_during_a_restart_leaves_no_engine(tmp_path):
+    started, aborted, calls = threading.Event(), threading.Event(), []
+
+    def start(spec):
+        calls.append("start")
+        if len(calls) > 1:
+            started.set()
+            assert aborted.wait(30)
+
+    restarts = Restarts(start, lambda path, version: calls.append("load"), lambda: calls.append("end"), aborted.set)
+    restarts.start(spec_of(tmp_path, max_restarts=1))
+    other = threading.Thread(target=restarts.restart, args=(EngineLostError("killed", 1),))
+    other.start()
+    assert started.wait(30)
+    assert restarts.is_busy
+    restarts.close()
+    other.join(30)
+    assert not other.is_alive()
+    assert calls[-1] == "end"
+    assert not restarts.is_busy
+
+
+def test_a_run_that_is_told_to_end_restarts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(restarts_module.stopping, "signum", 15)
+    restarts = Restarts(lambda spec: None, lambda path, version: None, lambda: None, abort=lambda: None)
+    restarts.start(spec_of(tmp_path, max_restarts=1))
+    with pytest.raises(EngineLostError, match="killed"):
+        restarts.restart(EngineLostError("killed", 1))
+    assert restarts.num_starts == 1
+
+
+def test_orders_that_a_dead_engine_leaves_unanswered_end(tmp_path):
+    class DeadError(RuntimeError):
+        pass
+
+    class Dead:
+        errored = False
+        dead_error = DeadError("gone")
+
+    async def scenario():
+        llm = Dead()
+        asyncio.get_running_loop().call_later(0.05, setattr, llm, "errored", True)
+        await while_alive(llm, lambda: asyncio.sleep(600))
+
+    with pytest.raises(DeadError):
+        asyncio.run(scenario())
+    assert asyncio.run(while_alive(Dead(), lambda: asyncio.sleep(0, "done"))) == "done"
