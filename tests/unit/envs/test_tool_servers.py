@@ -180,7 +180,7 @@ def test_half_a_surrogate_pair_in_a_result_costs_one_call(is_here):
         assert server.num_starts == 1
 
     if is_here:
-        with_server(scenario, MCPServer(url="functions"), serve_functions([half]))
+        with_server(scenario, MCPServer(url="functions"), serve_functions([half], 30.0))
     else:
         with_server(scenario, MCPServer(command=COMMAND, max_restarts=0))
 
