@@ -7,6 +7,9 @@ import re
 # A process gets memory no faster than this, so that what is left tells how long nobody need look.
 MB_PER_S = 4096
 PAUSES_S = (0.02, 0.25)
+# Hundreds of interpreters wait for their next cell at a time: one whose memory stays as it is is looked at ever less often.
+IDLE_PAUSE_S = 1.0
+UNCHANGED_MB = 0.5
 # Private and nameless memory, pages of the scratch folder, and what was swapped out.
 RESIDENT = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB", re.M)
 # The same, where a page that n processes share counts 1/n for each.
@@ -44,13 +47,23 @@ def socket_mb(proc: int, pids: list[int], buffer_bytes: int) -> float:
     return count * FULL_BUFFER * buffer_bytes / 2**20
 
 
-def pause_s(left_mb: float) -> float:
+def pause_s(left_mb: float, last_left_mb: float, last_pause_s: float) -> float:
     """How long nobody need look.
 
-    >>> pause_s(1.0), pause_s(512.0), pause_s(1e6)
+    Args:
+        left_mb: Memory that is left now.
+        last_left_mb: And at the last look.
+        last_pause_s: The pause before this look.
+
+    >>> pause_s(1.0, 9.0, 0.0), pause_s(512.0, 9.0, 0.0), pause_s(1e6, 9.0, 0.0)
     (0.02, 0.125, 0.25)
+    >>> pause_s(512.0, 512.1, 0.125), pause_s(512.0, 512.1, 0.8), pause_s(512.0, 520.0, 0.8)
+    (0.25, 1.0, 0.125)
     """
-    return min(max(left_mb / MB_PER_S, PAUSES_S[0]), PAUSES_S[1])
+    pause = min(max(left_mb / MB_PER_S, PAUSES_S[0]), PAUSES_S[1])
+    if abs(left_mb - last_left_mb) < UNCHANGED_MB:
+        return max(pause, min(2 * last_pause_s, IDLE_PAUSE_S))
+    return pause
 
 
 def processes(proc: int) -> list[int]:

@@ -127,13 +127,13 @@ def watch(child: int, lifeline: socket.socket, entered: socket.socket, cell: Cel
         if lifeline in select.select(waited, [], [])[0]:
             return b""
         _, handles, _, _ = socket.recv_fds(entered, 1, 1)
-    pause = 0.0
+    pause, last = 0.0, 0.0
     while not select.select([lifeline.fileno(), ended], [], [], pause)[0] and handles:
         _bury_orphans(child)
         left = limit - _used_mb(handles[0], cell.offer, buffer_bytes, limit)
         if left < 0:
             return OUT_OF_MEMORY
-        pause = memory.pause_s(left)
+        pause, last = memory.pause_s(left, last, pause), left
     return b""
 
 
