@@ -1,5 +1,6 @@
 """Fixtures that many tests share."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.doubles import save_tiny_model
+from tests.machine import FLOAT32_VARIABLE, HAS_BFLOAT16
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what this machine cannot run as skipped, with the reason, and runs what starts engines last."""
     import torch
 
+    runs_engines = HAS_BFLOAT16 or os.environ.get(FLOAT32_VARIABLE) == "1"
     for item in items:
+        if item.get_closest_marker("engine") and not runs_engines:
+            reason = f"this CPU has no bfloat16 instructions; {FLOAT32_VARIABLE}=1 runs it in float32, all of them in about an hour"
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
