@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     runs_engines = HAS_BFLOAT16 or os.environ.get(FLOAT32_VARIABLE) == "1"
     for item in items:
         if item.get_closest_marker("engine") and not runs_engines:
-            reason = f"this CPU has no bfloat16 instructions; {FLOAT32_VARIABLE}=1 runs it in float32, all of them in about an hour"
+            reason = f"this CPU has no bfloat16 instructions; {FLOAT32_VARIABLE}=1 runs it in float32, slowly"
             item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
