@@ -1,6 +1,6 @@
 # `make quickstart` trains a real model, `make test` passes the tests, `make mutants` checks that the tests of the objectives
 # notice every mistake, `make chaos` kills and continues a run a hundred times, `make fuzz` reads thousands of mutated configs
-# and files, `make bench` measures the table of the README anew, `make setup` only installs.
+# and files, `make soak` trains 600 steps and counts memory, `make bench` measures the table of the README anew, `make setup` only installs.
 # Variables: EXTRA=cpu|gpu (default: gpu where nvidia-smi answers), PYTHON, VENV, ARGS (added to the quickstart's command).
 
 SHELL := /bin/bash
@@ -14,7 +14,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready-$(EXTRA)
 READY_DEV := $(VENV)/.ready-$(EXTRA)-dev
 
-.PHONY: quickstart test setup check bench mutants chaos fuzz clean
+.PHONY: quickstart test setup check bench mutants chaos fuzz soak clean
 
 quickstart: $(READY)
 	$(BIN)/fuchsia fit --config quickstart.yaml $(ARGS)
@@ -38,6 +38,9 @@ mutants: $(READY_DEV)
 
 chaos: $(READY_DEV)
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: $(READY_DEV)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 fuzz: $(READY_DEV)
 	$(BIN)/python -m tests.fuzz $(ARGS)
