@@ -50,6 +50,16 @@ class Stopping:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # held where the thread acts on a signal, and where all is forgotten
+        self._forget()
+        self._aliases: dict[int, int] = {}
+        self._before: dict[int, Any] = {}
+        self._wake: socket.socket | None = None
+        self._wakeup_before = -1
+        self._console = -1
+        self._pid = 0
+
+    def _forget(self) -> None:
         self.grace_s = GRACE_S
         self.signum: int | None = None
         self.is_agreed = False  # all ranks end, and each knows it
@@ -58,13 +68,8 @@ class Stopping:
         self.forward: Callable[[int], None] | None = None  # passes the first signal on to other ranks
         self._raises = True
         self._has_raised = False
+        self._first_at: float | None = None
         self._deadline: float | None = None
-        self._aliases: dict[int, int] = {}
-        self._before: dict[int, Any] = {}
-        self._wake: socket.socket | None = None
-        self._wakeup_before = -1
-        self._console = -1
-        self._pid = 0
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -74,7 +79,7 @@ class Stopping:
             yield
         finally:
             if is_first:
-                self.restore()
+                self._give_back()
                 if self.signum is not None:
                     self.allow(LEAVING_S)
 
@@ -86,7 +91,7 @@ class Stopping:
             reader, self._wake = socket.socketpair()
             self._wake.setblocking(False)
             self._console, self._pid = os.dup(2), os.getpid()
-            os.register_at_fork(after_in_child=self._forget)
+            os.register_at_fork(after_in_child=self._leave_to_parent)
             threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
         self._wakeup_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self.listen(signal.SIGTERM, signal.SIGTERM)
@@ -94,11 +99,17 @@ class Stopping:
         return True
 
     def restore(self) -> None:
-        """Leaves all signals to whom they belonged before."""
+        """Leaves all signals to whom they belonged before, and forgets those that came: the process goes on."""
+        with self._lock:
+            self._raises = False
+            self._give_back()
+            self._forget()
+
+    def _give_back(self) -> None:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before, self._aliases, self.forward, self._raises = {}, {}, None, True
+        self._before, self._aliases = {}, {}
 
     def listen(self, number: int, meaning: int) -> None:
         """Handles a signal, unless it is one that this process was started to ignore, as in the background of a shell.
@@ -165,8 +176,22 @@ class Stopping:
             with contextlib.suppress(OSError):  # full of what wakes the thread as well
                 self._wake.send(b"\0")
 
-    def allow_if_asked(self, seconds: float) -> None:
-        """The same where the process was told to end."""
+    def close(self) -> None:
+        """From now on only saving and closing is left to do, which has its own time, also after a signal that is yet to come."""
+        self._bound(CLOSING_S)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside the `with` block there is the time of saving, whether a signal came before or comes meanwhile."""
+        before = self.grace_s
+        self._bound(CLOSING_S)
+        try:
+            yield
+        finally:
+            self._bound(before)
+
+    def _bound(self, seconds: float) -> None:
+        self.grace_s = seconds
         if self.signum is not None:
             self.allow(seconds)
 
@@ -187,20 +212,23 @@ class Stopping:
             raise Stopped(self._aliases[number])
 
     def _watch(self, reader: socket.socket) -> None:
-        first: float | None = None
         while True:
             ready, _, _ = select.select([reader], [], [], POLL_S if self._deadline is not None else None)
-            now = time.monotonic()
-            for number in reader.recv(4096) if ready else b"":
-                if number not in self._aliases:
-                    continue
-                if first is None:
-                    first = now
-                    self._begin(number)
-                elif now - first > SECOND_AFTER_S:
-                    self._end_now("a second signal: the process ends at once, without saving")
-            if self._deadline is not None and now > self._deadline:
-                self._end_now("what was going on did not end in time: the process ends without waiting for it")
+            numbers = reader.recv(4096) if ready else b""
+            with self._lock:
+                self._act(numbers, time.monotonic())
+
+    def _act(self, numbers: bytes, now: float) -> None:
+        for number in numbers:
+            if number not in self._aliases:
+                continue
+            if self._first_at is None:
+                self._first_at = now
+                self._begin(number)
+            elif now - self._first_at > SECOND_AFTER_S:
+                self._end_now("a second signal: the process ends at once, without saving")
+        if self._deadline is not None and now > self._deadline:
+            self._end_now("what was going on did not end in time: the process ends without waiting for it")
 
     def _begin(self, number: int) -> None:
         self._note(self._aliases[number])
@@ -218,8 +246,9 @@ class Stopping:
         self.say(words)
         os._exit(128 + self.signum)
 
-    def _forget(self) -> None:
+    def _leave_to_parent(self) -> None:
         """A forked child is not the process that was told to end, and shares its sockets."""
+        self._lock = threading.Lock()  # the thread that may hold it is not here
         if self._before and os.getpid() != self._pid:
             signal.set_wakeup_fd(-1)
             for number in self._aliases:

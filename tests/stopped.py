@@ -31,6 +31,7 @@ def hit(where: str, step: int = 0) -> None:
     if wanted.get("twice"):
         time.sleep(2 * SECOND_AFTER_S)
         os.kill(os.getpid(), number)
+    time.sleep(wanted.get("lasts", 0))
     if wanted.get("hangs"):
         with torch.no_grad():  # deep in a call that no handler interrupts
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})

@@ -16,7 +16,7 @@ from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.adapter_sync import ends_phase
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.scratch import remove_left_behind
-from fuchsia_pl.stopping import CLOSING_S, GRACE_S, Stopped, stopping
+from fuchsia_pl.stopping import GRACE_S, Stopped, stopping
 from fuchsia_pl.types import ConfigError
 
 
@@ -89,7 +89,8 @@ class StopSignals(Callback):
         if ends_phase(trainer, pl_module, batch_idx):
             self._is_within_phase = False
             self._between = _between_phases(trainer)
-            stopping.agree(lambda number: _highest(trainer, number))
+            if stopping.agree(lambda number: _highest(trainer, number)):
+                stopping.close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that ends is not validated once more.
@@ -109,17 +110,17 @@ class StopSignals(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves, if this is the end that was asked for; all ranks come here then."""
-        if stopping.signum is None:
-            return
-        stopping.allow(CLOSING_S)
-        if trainer.state.fn == TrainerFn.FITTING:
-            is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
-            self._save(trainer, cast(StoppedModule, pl_module).loaded_step, is_agreed)
-        self._restore()
+        try:
+            stopping.close()
+            if stopping.signum is not None and trainer.state.fn == TrainerFn.FITTING:
+                is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
+                self._save(trainer, cast(StoppedModule, pl_module).loaded_step, is_agreed)
+        finally:
+            self._restore()  # Lightning calls no teardown now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last checkpoint is saved after this, by RunCheckpoint."""
-        stopping.allow_if_asked(CLOSING_S)
+        stopping.close()
         if stopping.signum is not None:
             self._note_checkpoint(trainer)
 
