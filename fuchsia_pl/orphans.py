@@ -65,6 +65,14 @@ def watch() -> None:
     )
 
 
+def parent_in_run() -> int | None:
+    """The process of the same run that started this one: the first rank, of those that Lightning starts. None elsewhere."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        return parent if _carries(os.getpid(), owner_name(parent)) else None
+    return None
+
+
 def main(owner: str, process: str, launcher: str = "") -> None:
     """Waits for the end of a process, ends what carries its name and removes what it left.
 
@@ -98,11 +106,10 @@ def end_owned(owner: str) -> None:
 
 def owned(owner: str) -> list[int]:
     """The processes, other than this one, that carry a name in their environment."""
-    entry = f"{OWNER_VARIABLE}={owner}".encode()
     found = []
     for pid in _pids():
         with contextlib.suppress(OSError):
-            if entry in (PROC / str(pid) / "environ").read_bytes().split(b"\0") and started_at(pid) is not None:
+            if _carries(pid, owner) and started_at(pid) is not None:
                 found.append(pid)
     return [pid for pid in found if pid != os.getpid()]
 
@@ -136,6 +143,11 @@ def _end(remaining: Callable[[], list[int]], number: int, seconds: float) -> Non
 
 def _pids() -> list[int]:
     return [int(entry) for entry in os.listdir(PROC) if entry.isdigit()]
+
+
+def _carries(pid: int, owner: str) -> bool:
+    """Whether a process was started with a name in its environment, whatever it has put there since."""
+    return f"{OWNER_VARIABLE}={owner}".encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
 
 
 def _parent(pid: int) -> int | None:

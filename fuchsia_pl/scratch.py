@@ -34,9 +34,10 @@ def started_at(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def owner_name() -> str:
-    """Of this process: its user, its machine, its id and its start, since ids are used again."""
-    return f"fuchsia-{os.getuid()}-{_machine()}-{os.getpid()}-{started_at(os.getpid()) or 0}"
+def owner_name(pid: int | None = None) -> str:
+    """Of a process, this one where none is given: its user, its machine, its id and its start, since ids are used again."""
+    pid = pid or os.getpid()
+    return f"fuchsia-{os.getuid()}-{_machine()}-{pid}-{started_at(pid) or 0}"
 
 
 def scratch_folder(kind: str, place: Path | None = None) -> "tempfile.TemporaryDirectory[str]":

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 GRACE_S = 30.0
-# What comes this soon after the first signal is the same one: a terminal sends it to a launcher and to its ranks, and the
-# launcher once more to the ranks.
+# Between the ranks of a run, which all pass it on to each other. It never counts as a second signal.
+TOLD = signal.SIGUSR2
+# What comes this soon after the first signal is the same one: a terminal and what sends it to a whole family may both do so.
 SECOND_AFTER_S = 1.0
 # For saving and closing, all waits of which have bounds of their own.
 CLOSING_S = 300.0
@@ -65,7 +66,7 @@ class Stopping:
         self.is_agreed = False  # all ranks end, and each knows it
         self.checkpoint: Path | None = None  # where to go on from
         self.step: int | None = None  # the newest that is in it
-        self.forward: Callable[[int], None] | None = None  # passes the first signal on to other ranks
+        self.forward: Callable[[int], None] | None = None  # sends a signal to other ranks, or to one that does
         self._raises = True
         self._has_raised = False
         self._first_at: float | None = None
@@ -96,6 +97,7 @@ class Stopping:
         self._wakeup_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self.listen(signal.SIGTERM, signal.SIGTERM)
         self.listen(signal.SIGINT, signal.SIGINT)
+        self.listen(TOLD, signal.SIGTERM)
         return True
 
     def restore(self) -> None:
@@ -225,16 +227,17 @@ class Stopping:
             if self._first_at is None:
                 self._first_at = now
                 self._begin(number)
-            elif now - self._first_at > SECOND_AFTER_S:
+            elif number != TOLD and now - self._first_at > SECOND_AFTER_S:
                 self._end_now("a second signal: the process ends at once, without saving")
         if self._deadline is not None and now > self._deadline:
             self._end_now("what was going on did not end in time: the process ends without waiting for it")
 
     def _begin(self, number: int) -> None:
         self._note(self._aliases[number])
-        name = signal.Signals(number).name
+        name = "another rank was told to end" if number == TOLD else signal.Signals(number).name
         if self.forward is not None:
-            self.forward(number)
+            with contextlib.suppress(OSError):  # it has ended
+                self.forward(TOLD)
         if is_first_local():
             self.say(
                 f"{name}: the run ends in order, within {self.grace_s:g} s for what is going on and the time of saving; a second "

@@ -1,6 +1,9 @@
 """A run that is told to end: it saves what it has, closes what it opened, and says how to go on."""
 
 import signal
+import subprocess
+import time
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,7 +19,7 @@ from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.adapter_sync import ends_phase
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.scratch import remove_left_behind
-from fuchsia_pl.stopping import GRACE_S, Stopped, stopping
+from fuchsia_pl.stopping import CLOSING_S, GRACE_S, Stopped, stopping
 from fuchsia_pl.types import ConfigError
 
 
@@ -24,6 +27,20 @@ class StoppedModule(Protocol):
     """What this callback knows of the module."""
 
     loaded_step: int
+
+
+def launched_ranks(trainer: Trainer) -> list["subprocess.Popen[bytes]"]:
+    """The processes of the other ranks, where this is the first and Lightning started them."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def await_ranks(trainer: Trainer) -> None:
+    """Waits, within `CLOSING_S`, until those have ended: after this process they are no more than orphans."""
+    until = time.monotonic() + CLOSING_S
+    with suppress(subprocess.TimeoutExpired):
+        for rank in launched_ranks(trainer):
+            rank.wait(max(0.0, until - time.monotonic()))
 
 
 class _NoSignals(_SignalConnector):
@@ -69,9 +86,9 @@ class StopSignals(Callback):
         stopping.grace_s = self.grace_s
         if self.usr1:
             stopping.listen(signal.SIGUSR1, signal.SIGTERM)
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            stopping.forward = launcher.kill
+        if launched_ranks(trainer):
+            assert trainer.strategy.launcher is not None
+            stopping.forward = trainer.strategy.launcher.kill
         self._between, self._is_within_phase = None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-
 from fuchsia_pl.cli.failures import one_line
-from fuchsia_pl.cli.launch import is_first_rank
+from fuchsia_pl.cli.launch import is_first_rank, is_launched
 from fuchsia_pl.stopping import Stopped, stopping
 
 CHECKPOINT_OPTION = "--ckpt_path"
@@ -26,8 +24,7 @@ def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:
     if is_first_rank():
         stopping.say("\n".join(last_words(words, end)))
     # Lightning kills the first rank, which may be saving, when a rank that it started ends with anything but 0.
-    launched = not (is_first_rank() or TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
-    sys.exit(0 if launched else 128 + stopping.signum)
+    sys.exit(0 if is_launched() else 128 + stopping.signum)
 
 
 def last_words(words: list[str], end: BaseException | None) -> list[str]:

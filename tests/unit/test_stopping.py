@@ -55,7 +55,8 @@ SCENES = {
     "export": ("export", 0, "SIGTERM", {}, 143, 3),
     "a second signal": ("optimizer", 1, "SIGTERM", {"twice": 1}, 143, None),
     "a step that hangs": ("optimizer", 1, "SIGTERM", {"hangs": 1}, 143, None),
-    "the second of two ranks": ("sampling", 1, "SIGTERM", {"rank": 1}, 143, 1),
+    "the second of two ranks": ("sampling", 1, "SIGTERM", {"rank": 1, "closing": 2}, 143, 1),
+    "the second of two ranks, before training": ("preparation", 0, "SIGINT", {"rank": 1}, 143, None),
 }
 RESUMED = ("training", "validation")
 TIMEOUT_S = 300.0
@@ -118,8 +119,7 @@ def runs(tiny_model, tmp_path_factory):
             "a save that takes longer than a step may": [
                 *("--checkpoint.every_n_steps", "1", "--stop_signals.grace_s", "0.5")
             ],
-            "the second of two ranks": ["--trainer.devices", "2"],
-        }.get(name, [])
+        }.get(name, ["--trainer.devices", "2"] if "of two ranks" in name else [])
         made.run(name, {"where": where, "step": step, "signal": number, **more}, *words)
     for name in RESUMED:
         made.run(f"{name}, resumed", {}, "--ckpt_path", str(made.checkpoint(name)))
@@ -135,6 +135,8 @@ def test_a_signal_ends_a_run_with_its_code_and_what_was_trained_is_saved(runs, n
     said, checkpoint = runs.said(name), runs.checkpoint(name)
     assert "Traceback" not in said
     assert checkpoint.exists() == (step is not None)
+    if "closing" in SCENES[name][3]:
+        assert "rank 1 has closed its engine" in said
     if step is not None:
         assert read_checkpoint(checkpoint)["global_step"] == step
         assert runs.adapter(name)
@@ -143,7 +145,7 @@ def test_a_signal_ends_a_run_with_its_code_and_what_was_trained_is_saved(runs, n
     elif name == "export":
         assert "which is complete" in said
     elif step is None:
-        assert f"stopped by {SCENES[name][2]} before there was anything to go on from" in said
+        assert f"stopped by {'SIGTERM' if code == 143 else 'SIGINT'} before there was anything to go on from" in said
     else:
         assert f"last.ckpt holds the run after step {step}" in said
         words = shlex.split(re.search(r"go on with: (.*)", said)[1])
