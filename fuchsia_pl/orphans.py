@@ -20,7 +20,8 @@ from fuchsia_pl.scratch import (
     mapped_segments,
     owner_name,
     remove_left_behind,
-    remove_segment,
+    remove_segments,
+    running,
     started_at,
 )
 
@@ -100,14 +101,13 @@ def end_owned(owner: str) -> None:
         _end(lambda: [pid for pid in owned(owner) if not _is_tracker(pid)], number, seconds)
     _end(lambda: owned(owner), NOTHING, TRACKER_S)
     _end(lambda: owned(owner), signal.SIGKILL, LAST_ROUND_S)
-    for name in segments:
-        remove_segment(name)
+    remove_segments(segments)
 
 
 def owned(owner: str) -> list[int]:
     """The processes, other than this one, that carry a name in their environment."""
     found = []
-    for pid in _pids():
+    for pid in running():
         with contextlib.suppress(OSError):
             if _carries(pid, owner) and started_at(pid) is not None:
                 found.append(pid)
@@ -123,7 +123,7 @@ def end_tree(pid: int) -> None:
 
 def descendants(pid: int) -> list[int]:
     """What a process started, what those started, and so on."""
-    parents = {child: _parent(child) for child in _pids()}
+    parents = {child: _parent(child) for child in running()}
     found = [pid]
     for known in found:  # which grows meanwhile
         found += [child for child, parent in parents.items() if parent == known and child not in found]
@@ -139,10 +139,6 @@ def _end(remaining: Callable[[], list[int]], number: int, seconds: float) -> Non
                 os.kill(pid, number)
         signalled |= set(pids)
         time.sleep(POLL_S / 5)
-
-
-def _pids() -> list[int]:
-    return [int(entry) for entry in os.listdir(PROC) if entry.isdigit()]
 
 
 def _carries(pid: int, owner: str) -> bool:
