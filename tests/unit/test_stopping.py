@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from fuchsia_pl.callbacks.stop_signals import StopSignals
+from fuchsia_pl.cli.ending import leave_stopped
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.stopping import CLOSING_S, Stopped, stopping
 from fuchsia_pl.types import ConfigError
@@ -218,6 +219,21 @@ def test_saving_has_its_own_time(trainer):
         assert stopping.grace_s == CLOSING_S
     finally:
         callback.teardown(trainer, None, "fit")
+
+
+@pytest.mark.parametrize(
+    ("end", "printed"),
+    [(Stopped(15), []), (None, []), (OSError("no space"), ["error on the way out: OSError: no space"])],
+)
+def test_an_error_on_the_way_out_is_printed_by_the_rank_that_met_it(monkeypatch, end, printed):
+    """Its code stays 0: with any other Lightning would kill the first rank, which may be saving."""
+    said = []
+    monkeypatch.setattr(stopping, "signum", 15)
+    monkeypatch.setattr(stopping, "say", said.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        leave_stopped(["fit"], end)
+    assert (caught.value.code, said) == (0, printed)
 
 
 @pytest.mark.parametrize("grace_s", [0, -1.0])
