@@ -79,10 +79,11 @@ class Stopping:
         try:
             yield
         finally:
-            if is_first:
+            if is_first and self.signum is None:
+                self.restore()
+            elif is_first:
                 self._give_back()
-                if self.signum is not None:
-                    self.allow(LEAVING_S)
+                self.allow(LEAVING_S)
 
     def install(self) -> bool:
         """Handles SIGTERM and SIGINT here, if this is the main thread and nobody did so before; returns whether it did."""
