@@ -20,7 +20,8 @@ from fuchsia_pl.scratch import (
     mapped_segments,
     owner_name,
     remove_left_behind,
-    remove_segment,
+    remove_segments,
+    running,
     started_at,
 )
 
@@ -65,6 +66,14 @@ def watch() -> None:
     )
 
 
+def parent_in_run() -> int | None:
+    """The process of the same run that started this one: the first rank, of those that Lightning starts. None elsewhere."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        return parent if _carries(os.getpid(), owner_name(parent)) else None
+    return None
+
+
 def main(owner: str, process: str, launcher: str = "") -> None:
     """Waits for the end of a process, ends what carries its name and removes what it left.
 
@@ -92,17 +101,15 @@ def end_owned(owner: str) -> None:
         _end(lambda: [pid for pid in owned(owner) if not _is_tracker(pid)], number, seconds)
     _end(lambda: owned(owner), NOTHING, TRACKER_S)
     _end(lambda: owned(owner), signal.SIGKILL, LAST_ROUND_S)
-    for name in segments:
-        remove_segment(name)
+    remove_segments(segments)
 
 
 def owned(owner: str) -> list[int]:
     """The processes, other than this one, that carry a name in their environment."""
-    entry = f"{OWNER_VARIABLE}={owner}".encode()
     found = []
-    for pid in _pids():
+    for pid in running():
         with contextlib.suppress(OSError):
-            if entry in (PROC / str(pid) / "environ").read_bytes().split(b"\0") and started_at(pid) is not None:
+            if _carries(pid, owner) and started_at(pid) is not None:
                 found.append(pid)
     return [pid for pid in found if pid != os.getpid()]
 
@@ -116,7 +123,7 @@ def end_tree(pid: int) -> None:
 
 def descendants(pid: int) -> list[int]:
     """What a process started, what those started, and so on."""
-    parents = {child: _parent(child) for child in _pids()}
+    parents = {child: _parent(child) for child in running()}
     found = [pid]
     for known in found:  # which grows meanwhile
         found += [child for child, parent in parents.items() if parent == known and child not in found]
@@ -134,8 +141,9 @@ def _end(remaining: Callable[[], list[int]], number: int, seconds: float) -> Non
         time.sleep(POLL_S / 5)
 
 
-def _pids() -> list[int]:
-    return [int(entry) for entry in os.listdir(PROC) if entry.isdigit()]
+def _carries(pid: int, owner: str) -> bool:
+    """Whether a process was started with a name in its environment, whatever it has put there since."""
+    return f"{OWNER_VARIABLE}={owner}".encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
 
 
 def _parent(pid: int) -> int | None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -34,9 +34,10 @@ def started_at(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def owner_name() -> str:
-    """Of this process: its user, its machine, its id and its start, since ids are used again."""
-    return f"fuchsia-{os.getuid()}-{_machine()}-{os.getpid()}-{started_at(os.getpid()) or 0}"
+def owner_name(pid: int | None = None) -> str:
+    """Of a process, this one where none is given: its user, its machine, its id and its start, since ids are used again."""
+    pid = pid or os.getpid()
+    return f"fuchsia-{os.getuid()}-{_machine()}-{pid}-{started_at(pid) or 0}"
 
 
 def scratch_folder(kind: str, place: Path | None = None) -> "tempfile.TemporaryDirectory[str]":
@@ -58,17 +59,26 @@ def scratch_file(kind: str, suffix: str) -> Path:
 
 def record_segments(folder: Path, pids: Iterable[int]) -> None:
     """Notes in a scratch folder which segments of shared memory processes have: their names do not say whose they are."""
-    lines = [f"{name} {(RAM_BACKED / name).stat().st_ino}\n" for name in mapped_segments(pids)]
+    lines = [f"{name} {inode}\n" for name, inode in mapped_segments(pids).items()]
     (folder / SEGMENTS_FILE).write_text("".join(lines))
 
 
-def mapped_segments(pids: Iterable[int]) -> list[str]:
-    """Names of the segments of Python's shared memory that processes have mapped and that still have a name."""
+def mapped_segments(pids: Iterable[int]) -> dict[str, int]:
+    """Names and inodes of the segments of Python's shared memory that processes have mapped and that still have a name."""
     found: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
             found |= set(SEGMENT.findall((PROC / str(pid) / "maps").read_text()))
-    return sorted(name for name in found if (RAM_BACKED / name).exists())
+    inodes: dict[str, int] = {}
+    for name in sorted(found):
+        with contextlib.suppress(OSError):
+            inodes[name] = (RAM_BACKED / name).stat().st_ino
+    return inodes
+
+
+def running() -> list[int]:
+    """The ids of all processes."""
+    return [int(entry) for entry in os.listdir(PROC) if entry.isdigit()]
 
 
 def remove_left_behind() -> list[Path]:
@@ -76,7 +86,9 @@ def remove_left_behind() -> list[Path]:
 
     What another user, a process that lives, or one of another machine or container owns is left alone.
     """
-    removed = []
+    removed: list[Path] = []
+    if started_at(os.getpid()) is None:
+        return removed  # nothing tells here who lives
     for place in {RAM_BACKED, Path(tempfile.gettempdir())}:
         for entry in place.iterdir() if place.is_dir() else ():
             match = NAME.match(entry.name)
@@ -96,23 +108,30 @@ def _remove(entry: Path) -> bool:
             entry.unlink()
             return True
         segments = entry / SEGMENTS_FILE
-        for line in segments.read_text().splitlines() if segments.is_file() else ():
-            name, _, inode = line.partition(" ")
-            remove_segment(name, int(inode))
+        lines = segments.read_text().splitlines() if segments.is_file() else []
+        named = [line.partition(" ") for line in lines]
+        remove_segments({name: int(inode) for name, _, inode in named if inode.isdecimal()})  # the last may be cut off
         shutil.rmtree(entry, ignore_errors=True)
         return True
     return False
 
 
-def remove_segment(name: str, inode: int | None = None) -> None:
-    """Removes a segment of shared memory, if it is this user's and, where that is given, the same file as before."""
-    file = RAM_BACKED / name
-    if not SEGMENT.fullmatch(str(file)):
-        return
-    with contextlib.suppress(OSError):
-        state = file.lstat()
-        if state.st_uid == os.getuid() and inode in (None, state.st_ino):
-            file.unlink()
+def remove_segments(inodes: Mapping[str, int]) -> None:
+    """Removes segments of shared memory which were mapped, and possibly made, by processes that have ended.
+
+    One that a living process has mapped too may be that process's own, and stays; so does another user's.
+
+    Args:
+        inodes: The names, and which file each was then.
+    """
+    in_use = mapped_segments(running()) if inodes else {}
+    for name, inode in inodes.items():
+        file = RAM_BACKED / name
+        with contextlib.suppress(OSError):
+            state = file.lstat()
+            is_same = SEGMENT.fullmatch(str(file)) and state.st_ino == inode
+            if is_same and name not in in_use and state.st_uid == os.getuid():
+                file.unlink()
 
 
 def _machine() -> str:

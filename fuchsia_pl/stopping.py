@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 GRACE_S = 30.0
-# What comes this soon after the first signal is the same one: a terminal sends it to a launcher and to its ranks, and the
-# launcher once more to the ranks.
+# Between the ranks of a run, which all pass it on to each other. It never counts as a second signal.
+TOLD = signal.SIGUSR2
+# What comes this soon after the first signal is the same one: a terminal and what sends it to a whole family may both do so.
 SECOND_AFTER_S = 1.0
 # For saving and closing, all waits of which have bounds of their own.
 CLOSING_S = 300.0
@@ -50,21 +51,26 @@ class Stopping:
     """
 
     def __init__(self) -> None:
-        self.grace_s = GRACE_S
-        self.signum: int | None = None
-        self.is_agreed = False  # all ranks end, and each knows it
-        self.checkpoint: Path | None = None  # where to go on from
-        self.step: int | None = None  # the newest that is in it
-        self.forward: Callable[[int], None] | None = None  # passes the first signal on to other ranks
-        self._raises = True
-        self._has_raised = False
-        self._deadline: float | None = None
+        self._lock = threading.Lock()  # held where the thread acts on a signal, and where all is forgotten
+        self._forget()
         self._aliases: dict[int, int] = {}
         self._before: dict[int, Any] = {}
         self._wake: socket.socket | None = None
         self._wakeup_before = -1
         self._console = -1
         self._pid = 0
+
+    def _forget(self) -> None:
+        self.grace_s = GRACE_S
+        self.signum: int | None = None
+        self.is_agreed = False  # all ranks end, and each knows it
+        self.checkpoint: Path | None = None  # where to go on from
+        self.step: int | None = None  # the newest that is in it
+        self.forward: Callable[[int], None] | None = None  # sends a signal to other ranks, or to one that does
+        self._raises = True
+        self._has_raised = False
+        self._first_at: float | None = None
+        self._deadline: float | None = None
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -73,10 +79,11 @@ class Stopping:
         try:
             yield
         finally:
-            if is_first:
+            if is_first and self.signum is None:
                 self.restore()
-                if self.signum is not None:
-                    self.allow(LEAVING_S)
+            elif is_first:
+                self._give_back()
+                self.allow(LEAVING_S)
 
     def install(self) -> bool:
         """Handles SIGTERM and SIGINT here, if this is the main thread and nobody did so before; returns whether it did."""
@@ -86,19 +93,26 @@ class Stopping:
             reader, self._wake = socket.socketpair()
             self._wake.setblocking(False)
             self._console, self._pid = os.dup(2), os.getpid()
-            os.register_at_fork(after_in_child=self._forget)
+            os.register_at_fork(after_in_child=self._leave_to_parent)
             threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
         self._wakeup_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self.listen(signal.SIGTERM, signal.SIGTERM)
         self.listen(signal.SIGINT, signal.SIGINT)
+        self.listen(TOLD, signal.SIGTERM)
         return True
 
     def restore(self) -> None:
-        """Leaves all signals to whom they belonged before."""
+        """Leaves all signals to whom they belonged before, and forgets those that came: the process goes on."""
+        with self._lock:
+            self._raises = False
+            self._give_back()
+            self._forget()
+
+    def _give_back(self) -> None:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before, self._aliases, self.forward, self._raises = {}, {}, None, True
+        self._before, self._aliases = {}, {}
 
     def listen(self, number: int, meaning: int) -> None:
         """Handles a signal, unless it is one that this process was started to ignore, as in the background of a shell.
@@ -165,8 +179,22 @@ class Stopping:
             with contextlib.suppress(OSError):  # full of what wakes the thread as well
                 self._wake.send(b"\0")
 
-    def allow_if_asked(self, seconds: float) -> None:
-        """The same where the process was told to end."""
+    def close(self) -> None:
+        """From now on only saving and closing is left to do, which has its own time, also after a signal that is yet to come."""
+        self._bound(CLOSING_S)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside the `with` block there is the time of saving, whether a signal came before or comes meanwhile."""
+        before = self.grace_s
+        self._bound(CLOSING_S)
+        try:
+            yield
+        finally:
+            self._bound(before)
+
+    def _bound(self, seconds: float) -> None:
+        self.grace_s = seconds
         if self.signum is not None:
             self.allow(seconds)
 
@@ -187,26 +215,30 @@ class Stopping:
             raise Stopped(self._aliases[number])
 
     def _watch(self, reader: socket.socket) -> None:
-        first: float | None = None
         while True:
             ready, _, _ = select.select([reader], [], [], POLL_S if self._deadline is not None else None)
-            now = time.monotonic()
-            for number in reader.recv(4096) if ready else b"":
-                if number not in self._aliases:
-                    continue
-                if first is None:
-                    first = now
-                    self._begin(number)
-                elif now - first > SECOND_AFTER_S:
-                    self._end_now("a second signal: the process ends at once, without saving")
-            if self._deadline is not None and now > self._deadline:
-                self._end_now("what was going on did not end in time: the process ends without waiting for it")
+            numbers = reader.recv(4096) if ready else b""
+            with self._lock:
+                self._act(numbers, time.monotonic())
+
+    def _act(self, numbers: bytes, now: float) -> None:
+        for number in numbers:
+            if number not in self._aliases:
+                continue
+            if self._first_at is None:
+                self._first_at = now
+                self._begin(number)
+            elif number != TOLD and now - self._first_at > SECOND_AFTER_S:
+                self._end_now("a second signal: the process ends at once, without saving")
+        if self._deadline is not None and now > self._deadline:
+            self._end_now("what was going on did not end in time: the process ends without waiting for it")
 
     def _begin(self, number: int) -> None:
         self._note(self._aliases[number])
-        name = signal.Signals(number).name
+        name = "another rank was told to end" if number == TOLD else signal.Signals(number).name
         if self.forward is not None:
-            self.forward(number)
+            with contextlib.suppress(OSError):  # it has ended
+                self.forward(TOLD)
         if is_first_local():
             self.say(
                 f"{name}: the run ends in order, within {self.grace_s:g} s for what is going on and the time of saving; a second "
@@ -218,8 +250,9 @@ class Stopping:
         self.say(words)
         os._exit(128 + self.signum)
 
-    def _forget(self) -> None:
+    def _leave_to_parent(self) -> None:
         """A forked child is not the process that was told to end, and shares its sockets."""
+        self._lock = threading.Lock()  # the thread that may hold it is not here
         if self._before and os.getpid() != self._pid:
             signal.set_wakeup_fd(-1)
             for number in self._aliases:

@@ -26,11 +26,12 @@ def hit(where: str, step: int = 0) -> None:
     if wanted.get("where") != where or wanted.get("step", 0) != step or wanted.get("rank", rank) != rank:
         return
     number = signal.Signals[wanted["signal"]]
-    os.environ["TEST_SIGNAL"] = "{}"
+    os.environ["TEST_SIGNAL"] = json.dumps({"closing": wanted.get("closing", 0)})
     os.kill(os.getpid(), number)
     if wanted.get("twice"):
         time.sleep(2 * SECOND_AFTER_S)
         os.kill(os.getpid(), number)
+    time.sleep(wanted.get("lasts", 0))
     if wanted.get("hangs"):
         with torch.no_grad():  # deep in a call that no handler interrupts
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
@@ -42,6 +43,12 @@ class SignalledEngine(RecordedEngine):
 
     def start(self, spec) -> None:
         hit("start")
+
+    def close(self) -> None:
+        wanted = json.loads(os.environ["TEST_SIGNAL"])
+        if os.environ.get("LOCAL_RANK") == "1" and wanted.get("closing"):
+            time.sleep(wanted["closing"])
+            os.write(2, b"rank 1 has closed its engine\n")
 
     async def load_adapter(self, path, version: int) -> None:
         hit("sync", version)

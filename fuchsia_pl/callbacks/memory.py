@@ -2,12 +2,15 @@
 
 import ctypes
 import sys
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import psutil
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.stop_signals import launched_ranks
 
 
 class MemoryReport(Callback):
@@ -37,7 +40,8 @@ class MemoryReport(Callback):
         self._last_step = trainer.global_step
         if self.returns:
             return_freed()
-        pl_module.log("perf/memory_gb", resident_bytes() / 2**30)
+        others = [rank.pid for rank in launched_ranks(trainer)]
+        pl_module.log("perf/memory_gb", resident_bytes(others) / 2**30)
 
 
 def return_freed() -> None:
@@ -46,16 +50,25 @@ def return_freed() -> None:
         library.malloc_trim(0)
 
 
-def resident_bytes() -> int:
+def resident_bytes(others: Collection[int] = ()) -> int:
     """Resident memory of this process and of its children: engines and tool servers. Pages that they share count in each.
+
+    Args:
+        others: Children that are left out with all that they started, such as other ranks.
 
     >>> resident_bytes() > 2**20
     True
     """
     process, total = psutil.Process(), 0
-    for each in [process, *process.children(recursive=True)]:
-        try:
-            total += each.memory_info().rss
-        except psutil.NoSuchProcess:  # it has just ended
-            continue
+    children = [child for child in process.children() if child.pid not in others]
+    for each in [process, *children]:
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            family = [each] if each == process else [each, *each.children(recursive=True)]
+            total += sum(_resident(member) for member in family)
     return total
+
+
+def _resident(process: psutil.Process) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return process.memory_info().rss
+    return 0

@@ -16,6 +16,7 @@ from fuchsia_pl.files import replacing
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import check_intact
+from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
 
 LAST = "last"
@@ -125,6 +126,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Lightning's one place of saving: what lies there gets a second name before, and the oldest goes after."""
+        with stopping.saving():
+            self._keep_and_save(trainer, filepath)
+
+    def _keep_and_save(self, trainer: Trainer, filepath: str) -> None:
         path, step = Path(filepath), trainer.global_step
         if trainer.is_global_zero and self.keep > 1 and self._current not in (None, step):
             _link(path, _older_of(path, self._current))

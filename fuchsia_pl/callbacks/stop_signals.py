@@ -1,6 +1,9 @@
 """A run that is told to end: it saves what it has, closes what it opened, and says how to go on."""
 
 import signal
+import subprocess
+import time
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -24,6 +27,20 @@ class StoppedModule(Protocol):
     """What this callback knows of the module."""
 
     loaded_step: int
+
+
+def launched_ranks(trainer: Trainer) -> list["subprocess.Popen[bytes]"]:
+    """The processes of the other ranks, where this is the first and Lightning started them."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def await_ranks(trainer: Trainer) -> None:
+    """Waits, within `CLOSING_S`, until those have ended: after this process they are no more than orphans."""
+    until = time.monotonic() + CLOSING_S
+    with suppress(subprocess.TimeoutExpired):
+        for rank in launched_ranks(trainer):
+            rank.wait(max(0.0, until - time.monotonic()))
 
 
 class _NoSignals(_SignalConnector):
@@ -69,9 +86,9 @@ class StopSignals(Callback):
         stopping.grace_s = self.grace_s
         if self.usr1:
             stopping.listen(signal.SIGUSR1, signal.SIGTERM)
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            stopping.forward = launcher.kill
+        if launched_ranks(trainer):
+            assert trainer.strategy.launcher is not None
+            stopping.forward = trainer.strategy.launcher.kill
         self._between, self._is_within_phase = None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,7 +106,8 @@ class StopSignals(Callback):
         if ends_phase(trainer, pl_module, batch_idx):
             self._is_within_phase = False
             self._between = _between_phases(trainer)
-            stopping.agree(lambda number: _highest(trainer, number))
+            if stopping.agree(lambda number: _highest(trainer, number)):
+                stopping.close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that ends is not validated once more.
@@ -109,17 +127,17 @@ class StopSignals(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves, if this is the end that was asked for; all ranks come here then."""
-        if stopping.signum is None:
-            return
-        stopping.allow(CLOSING_S)
-        if trainer.state.fn == TrainerFn.FITTING:
-            is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
-            self._save(trainer, cast(StoppedModule, pl_module).loaded_step, is_agreed)
-        self._restore()
+        try:
+            stopping.close()
+            if stopping.signum is not None and trainer.state.fn == TrainerFn.FITTING:
+                is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
+                self._save(trainer, cast(StoppedModule, pl_module).loaded_step, is_agreed)
+        finally:
+            self._restore()  # Lightning calls no teardown now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last checkpoint is saved after this, by RunCheckpoint."""
-        stopping.allow_if_asked(CLOSING_S)
+        stopping.close()
         if stopping.signum is not None:
             self._note_checkpoint(trainer)
 

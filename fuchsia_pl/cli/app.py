@@ -34,7 +34,7 @@ from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.run_metrics import Row, RunMetrics
 from fuchsia_pl.callbacks.step_timer import StepTimer
-from fuchsia_pl.callbacks.stop_signals import StopSignals
+from fuchsia_pl.callbacks.stop_signals import StopSignals, await_ranks
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
@@ -59,6 +59,7 @@ from fuchsia_pl.policy.loading import check_quantization, trained_shapes
 from fuchsia_pl.policy.model_folder import blank_model
 from fuchsia_pl.policy.schedules import check_optimization
 from fuchsia_pl.policy.targets import check_targets
+from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_SEED = 0
@@ -201,8 +202,14 @@ class FuchsiaCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what only the model, the data or the devices show to be a mistake in a config is reported like any other."""
         orphans.watch()  # before a launcher starts other ranks
-        with self._refusals():
-            super()._run_subcommand(subcommand)
+        try:
+            with self._refusals():
+                super()._run_subcommand(subcommand)
+        except BaseException:
+            if stopping.signum is not None:  # else the others may wait for what this rank does no more
+                await_ranks(self.trainer)
+            raise
+        await_ranks(self.trainer)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-
 from fuchsia_pl.cli.failures import one_line
-from fuchsia_pl.cli.launch import is_first_rank
+from fuchsia_pl.cli.launch import is_first_rank, is_launched
 from fuchsia_pl.stopping import Stopped, stopping
 
 CHECKPOINT_OPTION = "--ckpt_path"
@@ -23,18 +21,18 @@ def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:
         end: What ended the run; None where it came to its end all the same.
     """
     assert stopping.signum is not None
-    if is_first_rank():
-        stopping.say("\n".join(last_words(words, end)))
+    lines = last_words(words, end) if is_first_rank() else error_words(end)
+    if lines:
+        stopping.say("\n".join(lines))
     # Lightning kills the first rank, which may be saving, when a rank that it started ends with anything but 0.
-    launched = not (is_first_rank() or TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
-    sys.exit(0 if launched else 128 + stopping.signum)
+    sys.exit(0 if is_launched() else 128 + stopping.signum)
 
 
 def last_words(words: list[str], end: BaseException | None) -> list[str]:
     """The lines that say where the run stands and how to go on."""
     assert stopping.signum is not None
     name = signal.Signals(stopping.signum).name
-    lines = [] if isinstance(end, Stopped | None) else [f"error on the way out: {type(end).__name__}: {one_line(end)}"]
+    lines = error_words(end)
     if end is None:
         return [*lines, f"{name} came at the end of the run, which is complete"]
     if stopping.checkpoint is None:
@@ -44,6 +42,15 @@ def last_words(words: list[str], end: BaseException | None) -> list[str]:
         f"stopped by {name}; {stopping.checkpoint} holds the run after step {stopping.step}",
         f"go on with: {resume_command(sys.argv[0], words, stopping.checkpoint)}",
     ]
+
+
+def error_words(end: BaseException | None) -> list[str]:
+    """The line about what ended the run in place of the signal, none where that did. Any rank may meet such an error alone.
+
+    >>> error_words(Stopped(15)), error_words(OSError("no space"))
+    ([], ['error on the way out: OSError: no space'])
+    """
+    return [] if isinstance(end, Stopped | None) else [f"error on the way out: {type(end).__name__}: {one_line(end)}"]
 
 
 def resume_command(program: str, words: list[str], checkpoint: Path) -> str:

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch.distributed import DistError, TCPStore
 
+from fuchsia_pl import orphans
 from fuchsia_pl.types import ConfigError
 
 RUN_FOLDER_VARIABLE = "FUCHSIA_RUN_FOLDER"
@@ -23,6 +25,17 @@ def is_first_rank() -> bool:
         if environment.detect():
             return environment().global_rank() == 0
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def is_launched() -> bool:
+    """Whether the first rank's Lightning started this process."""
+    return not (is_first_rank() or TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
+
+
+def to_first_rank() -> Callable[[int], None] | None:
+    """Sends a signal to the first rank, which passes it on to all; None where that is not this process's parent."""
+    parent = orphans.parent_in_run() if is_launched() else None
+    return None if parent is None else partial(os.kill, parent)
 
 
 def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -> Path:

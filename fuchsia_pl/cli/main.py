@@ -10,6 +10,7 @@ from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.ending import leave_stopped
 from fuchsia_pl.cli.failures import DEBUG_OPTION
+from fuchsia_pl.cli.launch import to_first_rank
 from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.engines.base import EngineError
@@ -29,6 +30,7 @@ def main() -> None:
     show_warnings()
     words, is_debugging = [word for word in sys.argv[1:] if word != DEBUG_OPTION], DEBUG_OPTION in sys.argv
     with stopping.handled(), ends_by_itself():
+        stopping.forward = to_first_rank()
         try:
             _run(words)
         except BaseException as end:

@@ -12,7 +12,6 @@ from fuchsia_pl.envs.user_code import StrayError, reason, user_code
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.calls import EnvironmentStepError
 from fuchsia_pl.rollouts.collector import Collector
-from fuchsia_pl.stopping import Stopped
 from fuchsia_pl.types import ConfigError, Item
 
 logger = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ def told_as_config_error(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, ToolServerError, Stopped):
+    except (ConfigError, ToolServerError):
         raise
     except EnvironmentStepError as error:  # it has its place in it
         raise ConfigError(str(error)) from error

@@ -94,3 +94,19 @@ def test_a_process_and_all_that_it_started_are_ended():
     orphans.end_tree(parent.pid)
     parent.communicate(timeout=BOUND_S)
     wait_for_the_end_of([child])
+
+
+def test_a_process_knows_whether_its_parent_is_of_its_run():
+    """Though by then it has put its own name in place of its parent's."""
+    child = "from fuchsia_pl import orphans; orphans.watch(); print(orphans.parent_in_run())"
+    parent = (
+        f"import os, subprocess, sys; from fuchsia_pl import orphans; orphans.watch(); run = [sys.executable, '-c', {child!r}]; "
+        "print(orphans.parent_in_run(), os.getpid(), flush=True); subprocess.run(run); "
+        "other = {**os.environ, orphans.OWNER_VARIABLE: 'other'}; subprocess.run(run, env=other)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", parent], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    first, pid, of_child, of_other = done.stdout.split()
+    assert (first, of_child, of_other) == ("None", pid, "None")

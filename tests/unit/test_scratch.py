@@ -1,5 +1,6 @@
 """Files of dead processes go, those of living ones, of other users and of other machines stay."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -77,9 +78,34 @@ def test_the_shared_memory_that_a_folder_names_goes_with_it(places):
     (places / "shm/psm_a").touch()
     (places / "shm/psm_b").touch()
     inode = (places / "shm/psm_a").stat().st_ino
-    (folder / scratch.SEGMENTS_FILE).write_text(f"psm_a {inode}\npsm_b {inode}\n../../precious {inode}\n")
+    (folder / scratch.SEGMENTS_FILE).write_text(f"psm_a {inode}\npsm_b {inode}\n../../precious {inode}\npsm_")
     assert scratch.remove_left_behind() == [folder]
     assert [file.name for file in (places / "shm").iterdir()] == ["psm_b"]
+
+
+def test_shared_memory_that_a_living_process_has_mapped_stays(places):
+    """The dead one had mapped it, but need not have made it."""
+    folder = places / "tmp" / f"{scratch.owner_name().rpartition('-')[0]}-1-vllm-x"
+    folder.mkdir()
+    inodes = {}
+    for name in ("psm_ours", "psm_theirs"):
+        (places / "shm" / name).write_bytes(b"0" * 4096)
+        inodes[name] = (places / "shm" / name).stat().st_ino
+    (folder / scratch.SEGMENTS_FILE).write_text("".join(f"{name} {inode}\n" for name, inode in inodes.items()))
+    with (places / "shm/psm_theirs").open("r+b") as stream, mmap.mmap(stream.fileno(), 4096):
+        assert scratch.mapped_segments([os.getpid()]) == {"psm_theirs": inodes["psm_theirs"]}
+        assert scratch.remove_left_behind() == [folder]
+        assert [file.name for file in (places / "shm").iterdir()] == ["psm_theirs"]
+    scratch.remove_segments(inodes)
+    assert list((places / "shm").iterdir()) == []
+
+
+def test_where_nothing_tells_who_lives_nothing_is_removed(places, monkeypatch):
+    monkeypatch.setattr(scratch, "PROC", places / "proc")
+    living = scratch.scratch_folder("sync")
+    assert "-0-sync-" in living.name  # no start to tell it by
+    assert scratch.remove_left_behind() == []
+    assert Path(living.name).exists()
 
 
 def test_segments_are_found_in_the_maps_of_their_processes(tmp_path):

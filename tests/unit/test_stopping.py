@@ -4,16 +4,20 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fuchsia_pl.callbacks.stop_signals import StopSignals
+from fuchsia_pl.cli.ending import leave_stopped
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.stopping import CLOSING_S, Stopped, stopping
 from fuchsia_pl.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +52,12 @@ SCENES = {
     "training": ("batch", 3, "SIGINT", {}, 130, 2),
     "validation": ("validation", 2, "SIGTERM", {}, 143, 2),
     "sync": ("sync", 2, "SIGUSR1", {}, 143, 2),
+    "a save that takes longer than a step may": ("saving", 1, "SIGTERM", {"lasts": 2}, 143, 1),
     "export": ("export", 0, "SIGTERM", {}, 143, 3),
     "a second signal": ("optimizer", 1, "SIGTERM", {"twice": 1}, 143, None),
     "a step that hangs": ("optimizer", 1, "SIGTERM", {"hangs": 1}, 143, None),
-    "the second of two ranks": ("sampling", 1, "SIGTERM", {"rank": 1}, 143, 1),
+    "the second of two ranks": ("sampling", 1, "SIGTERM", {"rank": 1, "closing": 2}, 143, 1),
+    "the second of two ranks, before training": ("preparation", 0, "SIGINT", {"rank": 1}, 143, None),
 }
 RESUMED = ("training", "validation")
 TIMEOUT_S = 300.0
@@ -111,8 +117,10 @@ def runs(tiny_model, tmp_path_factory):
             "conversion": ["--model.policy.name", str(made.folder / "model.gguf")],
             "sync": ["--stop_signals.usr1", "true"],
             "a step that hangs": ["--stop_signals.grace_s", "0.5"],
-            "the second of two ranks": ["--trainer.devices", "2"],
-        }.get(name, [])
+            "a save that takes longer than a step may": [
+                *("--checkpoint.every_n_steps", "1", "--stop_signals.grace_s", "0.5")
+            ],
+        }.get(name, ["--trainer.devices", "2"] if "of two ranks" in name else [])
         made.run(name, {"where": where, "step": step, "signal": number, **more}, *words)
     for name in RESUMED:
         made.run(f"{name}, resumed", {}, "--ckpt_path", str(made.checkpoint(name)))
@@ -128,6 +136,8 @@ def test_a_signal_ends_a_run_with_its_code_and_what_was_trained_is_saved(runs, n
     said, checkpoint = runs.said(name), runs.checkpoint(name)
     assert "Traceback" not in said
     assert checkpoint.exists() == (step is not None)
+    if "closing" in SCENES[name][3]:
+        assert "rank 1 has closed its engine" in said
     if step is not None:
         assert read_checkpoint(checkpoint)["global_step"] == step
         assert runs.adapter(name)
@@ -136,7 +146,7 @@ def test_a_signal_ends_a_run_with_its_code_and_what_was_trained_is_saved(runs, n
     elif name == "export":
         assert "which is complete" in said
     elif step is None:
-        assert f"stopped by {SCENES[name][2]} before there was anything to go on from" in said
+        assert f"stopped by {'SIGTERM' if code == 143 else 'SIGINT'} before there was anything to go on from" in said
     else:
         assert f"last.ckpt holds the run after step {step}" in said
         words = shlex.split(re.search(r"go on with: (.*)", said)[1])
@@ -161,6 +171,69 @@ def test_the_run_goes_on_from_there_bit_for_bit(runs, name):
 def test_a_run_that_did_not_end_by_itself_is_no_success(runs):
     assert runs.codes["leaving"] == 1
     assert "os._exit(0)" in runs.said("leaving")
+
+
+@pytest.fixture
+def trainer():
+    """What the callback knows of one, of one rank."""
+    return SimpleNamespace(
+        is_global_zero=True, strategy=SimpleNamespace(launcher=None), state=SimpleNamespace(fn=None), callbacks=[]
+    )
+
+
+@pytest.mark.parametrize("asked", [None, signal.SIGTERM])
+def test_signals_are_given_back_and_forgotten_where_no_command_had_them(trainer, asked):
+    """A notebook goes on after a fit that failed or was stopped."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    callback = StopSignals(usr1=True)
+    callback.check_run(trainer)
+    assert signal.getsignal(signal.SIGINT) != before[0]
+    if asked:
+        with pytest.raises(Stopped):
+            signal.raise_signal(asked)
+    callback.on_exception(trainer, None, Stopped(asked) if asked else LookupError())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+    kept = ("_console", "_wake", "_pid", "_lock")
+    assert {k: v for k, v in vars(stopping).items() if k not in kept} == {
+        k: v for k, v in vars(type(stopping)()).items() if k not in kept
+    }
+    callback.check_run(trainer)  # the next is as new
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    callback.on_exception(trainer, None, Stopped(signal.SIGTERM))
+
+
+def test_saving_has_its_own_time(trainer):
+    """A step that is trained has `grace_s`; a save within training, and all after it, more."""
+    callback = StopSignals(grace_s=7.0)
+    callback.check_run(trainer)
+    try:
+        assert stopping.grace_s == 7.0
+        with stopping.saving():
+            assert stopping.grace_s == CLOSING_S
+        assert stopping.grace_s == 7.0
+        callback.on_train_end(trainer, None)
+        assert stopping.grace_s == CLOSING_S
+        with stopping.saving():
+            pass
+        assert stopping.grace_s == CLOSING_S
+    finally:
+        callback.teardown(trainer, None, "fit")
+
+
+@pytest.mark.parametrize(
+    ("end", "printed"),
+    [(Stopped(15), []), (None, []), (OSError("no space"), ["error on the way out: OSError: no space"])],
+)
+def test_an_error_on_the_way_out_is_printed_by_the_rank_that_met_it(monkeypatch, end, printed):
+    """Its code stays 0: with any other Lightning would kill the first rank, which may be saving."""
+    said = []
+    monkeypatch.setattr(stopping, "signum", 15)
+    monkeypatch.setattr(stopping, "say", said.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        leave_stopped(["fit"], end)
+    assert (caught.value.code, said) == (0, printed)
 
 
 @pytest.mark.parametrize("grace_s", [0, -1.0])

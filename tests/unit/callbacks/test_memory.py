@@ -1,6 +1,8 @@
 """Memory that was freed goes back to the system, and a run of many steps takes no more of it than one of few."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +23,23 @@ def test_what_was_freed_between_blocks_in_use_is_returned():
     return_freed()
     assert resident_bytes() < before - 80 * MB
     assert len(kept) == 2000
+
+
+def test_other_ranks_are_left_out_with_what_they_started():
+    """A process with a child, both with 100 MB more than Python takes."""
+    grow = f"import subprocess, sys; kept = b'x' * {100 * MB}; "
+    child = f"{grow} print(flush=True); input()"
+    rank = subprocess.Popen(
+        [sys.executable, "-S", "-c", f"{grow} subprocess.run([sys.executable, '-S', '-c', {child!r}])"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        rank.stdout.readline()
+        both, ours = resident_bytes(), resident_bytes([rank.pid])
+        assert both - ours > 200 * MB
+    finally:
+        rank.communicate(b"\n")
 
 
 def fit(folder, root, callback, num_steps):
