@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -108,12 +108,12 @@ def append_lines(path: Path, text: str) -> None:
                 raise
 
 
-def mend_lines(folder: Path) -> None:
-    """Removes the torn last line of every file of JSON lines in the folder of a run that was killed.
+def mend_lines(paths: Iterable[Path]) -> None:
+    """Removes the torn last line of files that `append_lines` wrote to in a run that was killed.
 
     Files that a running process writes to at this moment, or that cannot be written, are left alone.
     """
-    for path in sorted(folder.glob("*.jsonl*")):
+    for path in paths:
         with contextlib.suppress(OSError), path.open("r+b", buffering=0) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _cut_torn_line(stream)
