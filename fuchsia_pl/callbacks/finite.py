@@ -47,7 +47,8 @@ class FiniteGuard(Callback):
     It must stand before the callbacks that write weights in the trainer's callbacks.
 
     Args:
-        max_nonfinite_steps: Steps in a row that are skipped; after so many the run stops.
+        max_nonfinite_steps: Steps in a row that are skipped; after so many the run stops. The steps of a phase train the same
+            rollouts (`num_policy_updates`), so what is wrong with those skips all of them: they count as one.
         record_steps: Numbers of steps, counted from 1, that are recorded in the same way although nothing is wrong with them.
 
     Raises:
@@ -95,7 +96,7 @@ class FiniteGuard(Callback):
         """Gives the module a reason to skip the step, on all ranks or on none.
 
         Raises:
-            NonFiniteError: That was one step too many.
+            NonFiniteError: That was one phase too many.
         """
         module = cast(GuardedModule, pl_module)
         losses, self._losses = torch.stack(self._losses), []
@@ -111,7 +112,8 @@ class FiniteGuard(Callback):
         if not num_ranks:
             self._num_in_a_row = 0
             return
-        self._num_in_a_row += 1
+        if self._num_in_a_row == 0 or batches[0].policy_update == 0:
+            self._num_in_a_row += 1
         self._keep(file, step)
         found = (
             f"the loss or the gradient is not finite on {num_ranks} of {trainer.world_size} ranks (here: losses of the "
@@ -119,7 +121,7 @@ class FiniteGuard(Callback):
         )
         if self._num_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(
-                f"step {step}: {found}. It is step {self._num_in_a_row} of this kind in a row, and "
+                f"step {step}: {found}. It is phase {self._num_in_a_row} of this kind in a row, and "
                 f"finite_guard.max_nonfinite_steps is {self.max_nonfinite_steps}. The weights are those of the last good step. "
                 "Lower the learning rate or the rewards, or set trainer.precision to 32-true"
             )

@@ -15,6 +15,7 @@ from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer
 
@@ -40,13 +41,14 @@ class Poison(Callback):
 
 
 def fit(tiny_model, root: Path, poison: Poison, guard: FiniteGuard | None = None, **settings):
-    module = make_module(tiny_model)
+    module = make_module(tiny_model, settings.pop("loss", None))
     if poison.what == "loss":
         module.training_step = poisoned_loss(module, poison)
     if poison.what == "logprobs":
         module.configure_model()
         module.policy.scores = poisoned_scores(module, poison)
     callbacks = [guard or FiniteGuard(), poison, Outcome(), AdapterExport(), RunCheckpoint(every_n_steps=1)]
+    steps_per_epoch = settings.pop("steps_per_epoch", 10)
     trainer = make_trainer(
         root,
         *callbacks,
@@ -60,7 +62,7 @@ def fit(tiny_model, root: Path, poison: Poison, guard: FiniteGuard | None = None
         **{"gradient_clip_val": 1.0, "max_steps": 3, **settings},
     )
     try:
-        trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=10))
+        trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=steps_per_epoch))
     finally:
         poison.weights.append([p.detach().clone() for p in module.policy.trainable_parameters()])
     return trainer
@@ -121,7 +123,7 @@ def test_a_step_with_a_number_that_is_not_finite_is_skipped_and_counted(tiny_mod
 def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole(tiny_model, tmp_path):
     # Steps 1 and 3 to 5 of 10, counted from 0: a good step between them starts the count anew.
     with pytest.raises(
-        NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*step 3 of this kind in a row"
+        NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*phase 3 of this kind in a row"
     ):
         fit(tiny_model, tmp_path, Poison("gradient", math.nan, 1, 3, 4, 5), max_steps=10)
     assert files_are_finite(tmp_path)
@@ -133,6 +135,13 @@ def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole
         fit(tiny_model, tmp_path / "one", Poison("gradient", math.nan, 1), guard)
     with pytest.raises(ConfigError, match=r"finite_guard.max_nonfinite_steps must be 1 or more, got 0"):
         FiniteGuard(max_nonfinite_steps=0)
+
+
+def test_the_updates_of_a_phase_train_the_same_rollouts_and_count_as_one(tiny_model, tmp_path):
+    # Phases of four steps: a bad one, a good step and three bad ones, then two whole bad ones. Counted from 1, 13 begins the last.
+    poison, loss = Poison("gradient", math.nan, *range(4), *range(5, 16)), LossConfig(num_policy_updates=4)
+    with pytest.raises(NonFiniteError, match=r"^step 13: .*phase 3 of this kind in a row"):
+        fit(tiny_model, tmp_path, poison, loss=loss, steps_per_epoch=16, max_steps=16)
 
 
 @pytest.mark.parametrize(
