@@ -12,6 +12,7 @@ from torch import Tensor
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.adapter_sync import num_ranks_where
 from fuchsia_pl.callbacks.recorded_step import record_step
+from fuchsia_pl.files import DiskError
 from fuchsia_pl.policy.contents import not_finite
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import total_norm
@@ -105,19 +106,21 @@ class FiniteGuard(Callback):
         num_ranks = num_ranks_where(trainer, not bool(losses.isfinite().all() & norm.isfinite()))
         pl_module.log(NONFINITE_METRIC, float(num_ranks > 0))
         step = trainer.global_step + 1
+        file = None
         if num_ranks or step in self.record_steps:
-            folder = Path(trainer.default_root_dir) / RECORD_FOLDER
-            file = record_step(folder / f"step-{step}.pt", trainer, pl_module, batches, losses, norm)
-            self._recorded.add(step)
+            file = self._record(trainer, pl_module, batches, losses, norm)
         if not num_ranks:
             self._num_in_a_row = 0
             return
         if self._num_in_a_row == 0 or batches[0].policy_update == 0:
             self._num_in_a_row += 1
-        self._keep(file, step)
+        again = "it could not be recorded"
+        if file is not None:
+            self._keep(file, step)
+            again = f"`fuchsia replay {file}` computes it again"
         found = (
             f"the loss or the gradient is not finite on {num_ranks} of {trainer.world_size} ranks (here: losses of the "
-            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g}); `fuchsia replay {file}` computes it again"
+            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g}); {again}"
         )
         if self._num_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(
@@ -161,6 +164,19 @@ class FiniteGuard(Callback):
         # Not over all ranks: after an exception, one may save while another has ended.
         names = not_finite(_tensors(trainer, pl_module))
         _refuse(trainer, names, bool(names))
+
+    def _record(
+        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], losses: Tensor, norm: Tensor
+    ) -> Path | None:
+        """Leaves the step in a file of this rank; None where there is no room, which is no reason to end a run."""
+        step = trainer.global_step + 1
+        path = Path(trainer.default_root_dir) / RECORD_FOLDER / f"step-{step}.pt"
+        self._recorded.add(step)
+        try:
+            return record_step(path, trainer, pl_module, batches, losses, norm)
+        except DiskError as error:  # raised behind what the ranks do together, so they stay together
+            logger.warning("step %d is not recorded: %s", step, error)
+            return None
 
     def _keep(self, file: Path, step: int) -> None:
         """Bounds what a run that skips steps now and then leaves behind."""

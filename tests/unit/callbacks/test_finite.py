@@ -1,6 +1,7 @@
 """Numbers that are not finite are injected for real; none of them reaches the weights or a file."""
 
 import csv
+import errno
 import itertools
 import math
 from pathlib import Path
@@ -142,6 +143,27 @@ def test_the_updates_of_a_phase_train_the_same_rollouts_and_count_as_one(tiny_mo
     poison, loss = Poison("gradient", math.nan, *range(4), *range(5, 16)), LossConfig(num_policy_updates=4)
     with pytest.raises(NonFiniteError, match=r"^step 13: .*phase 3 of this kind in a row"):
         fit(tiny_model, tmp_path, poison, loss=loss, steps_per_epoch=16, max_steps=16)
+
+
+def test_a_step_that_finds_no_room_to_be_recorded_is_skipped_all_the_same(tiny_model, tmp_path, monkeypatch, caplog):
+    def full(content, stream):
+        stream.write(b"a part")
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr("fuchsia_pl.callbacks.recorded_step.torch.save", full)
+    trainer = make_trainer(tmp_path, FiniteGuard(), poison := Poison("gradient", math.nan, 0), max_steps=2)
+    module = make_module(tiny_model)
+    trainer.fit(module, datamodule=make_data(module, batch_size=2))
+    assert trainer.global_step == 2
+    first, second = poison.weights
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    warned = [record.getMessage() for record in caplog.records if record.name.endswith(".finite")]
+    assert [line.partition(" cannot be")[0] for line in warned] == [
+        f"step 1 is not recorded: {tmp_path}/recorded/step-1.pt"
+    ]
+    assert "No space left on device" in warned[0]
+    assert "gradient norm nan); it could not be recorded" in caplog.text
+    assert not list((tmp_path / "recorded").iterdir())
 
 
 @pytest.mark.parametrize(
