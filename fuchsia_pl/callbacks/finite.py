@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.adapter_sync import num_ranks_where
-from fuchsia_pl.callbacks.recorded_step import record_step
+from fuchsia_pl.callbacks.recorded_step import record_step, scaler_of, unscaled
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.policy.contents import not_finite
 from fuchsia_pl.policy.policy import Policy
@@ -44,6 +44,9 @@ class FiniteGuard(Callback):
     over all ranks, and a step that is skipped leaves weights and optimizer as they are. After each step the weights and the
     optimizer's state are checked before anything is synced or saved, and once more whenever a checkpoint is made.
     The last three steps that were skipped are left in `recorded/` for `fuchsia replay`.
+
+    With `trainer.precision: 16-mixed` a scaler looks for the largest factor of the loss with which no gradient is infinite, so now
+    and then one is. It skips such a step itself, and where the losses are finite this callback neither counts nor records it.
 
     It must stand before the callbacks that write weights in the trainer's callbacks.
 
@@ -89,7 +92,7 @@ class FiniteGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the loss of a micro-batch; reading it here would wait for the device."""
-        self._losses.append(loss.detach())
+        self._losses.append(unscaled(trainer, loss.detach()))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -104,6 +107,8 @@ class FiniteGuard(Callback):
         batches, self._batches = self._batches, []
         norm = total_norm([p.grad for p in module.policy.trainable_parameters() if p.grad is not None])
         num_ranks = num_ranks_where(trainer, not bool(losses.isfinite().all() & norm.isfinite()))
+        if num_ranks and _scaler_skips(trainer, module, losses):
+            num_ranks = 0
         pl_module.log(NONFINITE_METRIC, float(num_ranks > 0))
         step = trainer.global_step + 1
         file = None
@@ -203,6 +208,16 @@ def _tensors(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tenso
             held = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             tensors |= {f"{key} of {names[parameter]}": value for key, value in held.items()}
     return tensors
+
+
+def _scaler_skips(trainer: Trainer, module: GuardedModule, losses: Tensor) -> bool:
+    """Whether the scaler of half precision skips a step since its factor is too large. All ranks have to call it."""
+    if scaler_of(trainer) is None:
+        return False
+    gradients = {str(n): p.grad for n, p in enumerate(module.policy.trainable_parameters()) if p.grad is not None}
+    # A norm may be infinite though no gradient is, and a scaler looks at gradients alone.
+    has_overflown = num_ranks_where(trainer, bool(not_finite(gradients))) > 0
+    return num_ranks_where(trainer, not bool(losses.isfinite().all())) == 0 and has_overflown
 
 
 def _shown(losses: Tensor) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
@@ -117,6 +118,18 @@ def record_step(
     with replacing(target) as partial, partial.open("wb") as stream:
         torch.save(content, stream)
     return target
+
+
+def scaler_of(trainer: Trainer) -> "torch.amp.GradScaler | None":
+    """What scales the losses of a run in half precision, None in any other."""
+    precision = trainer.precision_plugin
+    return precision.scaler if isinstance(precision, MixedPrecision) else None
+
+
+def unscaled(trainer: Trainer, loss: Tensor) -> Tensor:
+    """A loss that `on_before_backward` was called with, as the module returned it: Lightning scales it first."""
+    scaler = scaler_of(trainer)
+    return loss if scaler is None else loss / scaler.get_scale()
 
 
 def _kept(weight: Tensor, is_writer: bool) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step
+from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step, unscaled
 from fuchsia_pl.cli.failures import one_line
 from fuchsia_pl.module import GRPOModule, parsed_settings
 from fuchsia_pl.policy.contents import fingerprint, not_finite
@@ -105,7 +105,7 @@ class _Capture(Callback):
         }
         masked = {name: tensor.detach()[batch.loss_mask] for name, tensor in found.items() if tensor is not None}
         self.endless.append(tuple(not_finite(masked)))
-        self.losses.append(loss.detach().cpu())
+        self.losses.append(unscaled(trainer, loss.detach()).cpu())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, GRPOModule)

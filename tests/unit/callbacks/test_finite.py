@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
@@ -143,6 +145,31 @@ def test_the_updates_of_a_phase_train_the_same_rollouts_and_count_as_one(tiny_mo
     poison, loss = Poison("gradient", math.nan, *range(4), *range(5, 16)), LossConfig(num_policy_updates=4)
     with pytest.raises(NonFiniteError, match=r"^step 13: .*phase 3 of this kind in a row"):
         fit(tiny_model, tmp_path, poison, loss=loss, steps_per_epoch=16, max_steps=16)
+
+
+@pytest.mark.parametrize("is_scaled", [True, False], ids=["the scaler's search", "the loss itself"])
+def test_a_scaler_that_looks_for_its_factor_is_left_to_it(tiny_model, tmp_path, is_scaled):
+    """A factor of 2^100 makes the gradients infinite, since half precision ends at 65504, and the next factor is 1."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-100)
+    poison, guard = Poison("" if is_scaled else "loss", math.inf, 0), FiniteGuard(max_nonfinite_steps=1)
+    module = make_module(tiny_model)
+    if not is_scaled:
+        module.training_step = poisoned_loss(module, poison)
+    plugins, sync = [MixedPrecision("16-mixed", "cpu", scaler)], AdapterSync(tolerance=1.0)
+    trainer = make_trainer(tmp_path, guard, poison, plugins=plugins, sync=sync, max_steps=2)
+    if is_scaled:
+        trainer.fit(module, datamodule=make_data(module, batch_size=2))
+        assert trainer.global_step == 2
+        assert scaler.get_scale() == 1.0
+        first, second = poison.weights
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert not (tmp_path / "recorded").exists()
+        last = module.policy.trainable_parameters()
+        assert not all(torch.equal(a, b) for a, b in zip(second, last, strict=True))
+    else:
+        with pytest.raises(NonFiniteError, match=r"^step 1: .*losses of the micro-batches inf"):
+            trainer.fit(module, datamodule=make_data(module, batch_size=2))
+        assert (tmp_path / "recorded/step-1.pt").exists()
 
 
 def test_a_step_that_finds_no_room_to_be_recorded_is_skipped_all_the_same(tiny_model, tmp_path, monkeypatch, caplog):
