@@ -48,7 +48,7 @@ class FiniteGuard(Callback):
     With `trainer.precision: 16-mixed` a scaler looks for the largest factor of the loss with which no gradient is infinite, so now
     and then one is. It skips such a step itself, and where the losses are finite this callback neither counts nor records it.
 
-    It must stand before the callbacks that write weights in the trainer's callbacks.
+    It must stand before the callbacks that write weights in the trainer's callbacks; the command puts it before all others.
 
     Args:
         max_nonfinite_steps: Steps in a row that are skipped; after so many the run stops. The steps of a phase train the same
