@@ -11,6 +11,7 @@ import pytest
 import yaml
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
