@@ -177,11 +177,11 @@ def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
     if (folder / SAVED_CONFIG).is_file():
         mend_lines(log_files(folder))
     rows = rows_before(folder, checkpoint)
-    if not rows:
+    if not rows or (checkpoint["global_step"] > len(rows) and not (folder / METRICS_FILE).is_file()):
         logger.warning(
             "%s has no steps before %d: the metrics of this run begin there",
             folder / METRICS_FILE,
-            checkpoint["global_step"],
+            checkpoint["global_step"] - len(rows),
         )
     return rows
 
