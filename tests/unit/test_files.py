@@ -1,5 +1,6 @@
 """Writing to disks that are full, and mending what a kill tore."""
 
+import errno
 import fcntl
 import shutil
 
@@ -67,6 +68,31 @@ def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path):
         with pytest.raises(type(error)) as caught, writing(tmp_path):
             raise error
         assert caught.value is error
+
+
+def test_an_error_that_was_handled_before_is_not_taken_for_the_disks(tmp_path):
+    """As in `on_exception`, where a run that a full disk has ended saves what it can."""
+    full = OSError(errno.ENOSPC, "no room")
+    for raised in (ValueError("lr is -1"), ConfigError("a checkpoint of another model")):
+        with pytest.raises(type(raised)) as caught:
+            try:
+                raise full
+            except OSError:
+                with writing(tmp_path):
+                    raise raised
+        assert caught.value is raised
+    with pytest.raises(ValueError, match="^told$"), writing(tmp_path):
+        try:
+            raise full
+        except OSError:
+            raise ValueError("told") from None
+    with pytest.raises(ConfigError, match="^refused$"), writing(tmp_path):
+        raise ConfigError("refused") from full
+    with pytest.raises(DiskError, match="No space left"), writing(tmp_path):
+        try:
+            raise full
+        except OSError as error:
+            raise ValueError("a library's own") from error
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
