@@ -129,6 +129,7 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
     assert module.policy is not None
     hook = module.policy.register_forward_hook(capture.keep_scores)
     trainer = Trainer(
+        accelerator="cpu" if recorded.device == "cpu" else "auto",
         devices=1,
         precision=recorded.precision,  # type: ignore[arg-type]  # as the run's trainer had it
         default_root_dir=root,
@@ -165,7 +166,9 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
 def _module(recorded: RecordedStep) -> GRPOModule:
     """The module with the recorded weights."""
     try:
-        settings = parsed_settings(recorded.settings)
+        # The prompts are recorded as tokens: the file of a template may be gone.
+        policy = {**recorded.settings["policy"], "chat_template": None}
+        settings = parsed_settings({**recorded.settings, "policy": policy})
     except Exception as error:  # jsonargparse's own kinds; the settings are those of another version
         raise ConfigError(f"the settings of the recorded step are not of this version: {one_line(error)}") from error
     module = _ReplayModule(settings["policy"], settings["loss"], partial(torch.optim.SGD, lr=0.0))
