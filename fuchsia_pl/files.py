@@ -6,9 +6,10 @@ import fcntl
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -36,13 +37,15 @@ def writing(path: Path, advice: str = RUN_ADVICE) -> Iterator[None]:
 
     Raises:
         DiskError: There is no room, no right, or no such folder.
+        ConfigError: Raised in the block, and of more use as it is.
     """
+    handled = sys.exception()  # that of a caller, such as one that saves what it can: no error of this disk
     try:
         yield
-    except DiskError:
+    except (DiskError, ConfigError):
         raise
     except Exception as error:  # torch raises RuntimeError, safetensors an Exception of its own
-        reason = _systems_reason(error)
+        reason = _systems_reason(error, handled)
         if reason is None:
             raise
         raise DiskError(
@@ -108,12 +111,12 @@ def append_lines(path: Path, text: str) -> None:
                 raise
 
 
-def mend_lines(folder: Path) -> None:
-    """Removes the torn last line of every file of JSON lines in the folder of a run that was killed.
+def mend_lines(paths: Iterable[Path]) -> None:
+    """Removes the torn last line of files that `append_lines` wrote to in a run that was killed.
 
     Files that a running process writes to at this moment, or that cannot be written, are left alone.
     """
-    for path in sorted(folder.glob("*.jsonl*")):
+    for path in paths:
         with contextlib.suppress(OSError), path.open("r+b", buffering=0) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _cut_torn_line(stream)
@@ -175,10 +178,15 @@ def _cut_torn_line(stream: FileIO) -> int:
     return end
 
 
-def _systems_reason(error: BaseException) -> str | None:
-    """Why the system refused, in its words; None where it did not."""
+def _systems_reason(error: BaseException, handled: BaseException | None) -> str | None:
+    """Why the system refused, in its words; None where it did not.
+
+    Args:
+        error: What was raised.
+        handled: What was being handled before, so that it may be the context of `error`, but not its cause.
+    """
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and cause is not handled:
         if isinstance(cause, OSError) and cause.errno is not None:
             return os.strerror(cause.errno)
         if TORCH_WRITER in str(cause):
@@ -186,5 +194,5 @@ def _systems_reason(error: BaseException) -> str | None:
         number = SYSTEM_NUMBER.search(str(cause))
         if number:
             return os.strerror(int(number[1]))
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ if cause.__suppress_context__ else cause.__context__
     return None

@@ -26,10 +26,15 @@ from envs.function_calling.sandbox import Limits, Offer
 # `_meta` keys of Fuchsia-PL, whose package this process does not load: it would take seconds.
 ROLLOUT_KEY, STATUS_KEY = "fuchsia/rollout", "fuchsia/status"
 OK, ERROR, TIMEOUT, KILLED, OUTPUT_LIMIT = "ok", "error", "timeout", "killed", "output_limit"
+SERVER_DIED = "server_died"  # ends the rollout, which is not scored: what happened is not the policy's doing
 START_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 5.0
 MAX_SESSIONS = 500  # fewer than there are users to run them as
 FORKS_AT_A_TIME = 16
+
+
+class NotStartedError(RuntimeError):
+    """An interpreter could not enter its sandbox."""
 
 
 class Session:
@@ -51,7 +56,11 @@ class Session:
         limit, max_chars = self._interpreters.time_limit_s, self._interpreters.max_output_chars
         async with self._lock:
             if self._reader is None:
-                await self._open()
+                try:
+                    await self._open()
+                except (OSError, asyncio.IncompleteReadError, NotStartedError) as error:
+                    sys.stderr.write(f"an interpreter did not start: {type(error).__name__}: {error}\n")
+                    return "The interpreter did not start.", SERVER_DIED
             assert self._reader is not None
             assert self._writer is not None
             nonce = secrets.token_bytes(wire.NONCE_BYTES)
@@ -86,7 +95,7 @@ class Session:
             channel, self._lifeline = self._interpreters.fork(self._number)
             try:
                 self._reader, self._writer = await asyncio.open_connection(sock=channel)
-                await asyncio.wait_for(self._reader.readexactly(len(wire.READY)), START_TIMEOUT_S)
+                await asyncio.wait_for(_ready(self._reader), START_TIMEOUT_S)
             except BaseException:  # whatever ends the start, also a cancelled one, leaves no process behind
                 await self._kill()
                 raise
@@ -109,6 +118,18 @@ class Session:
             return False
         finally:
             lifeline.close()
+
+
+async def _ready(reader: asyncio.StreamReader) -> None:
+    """Waits until an interpreter is in its sandbox.
+
+    Raises:
+        NotStartedError: It wrote in place of that why it is not.
+        IncompleteReadError: It ended without a word.
+    """
+    first = await reader.readexactly(len(wire.READY))
+    if first != wire.READY:
+        raise NotStartedError((first + await reader.read()).decode(errors="replace"))
 
 
 class Interpreters:

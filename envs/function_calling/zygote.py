@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -91,7 +92,7 @@ def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.
         os.setsid()  # a signal to its group, which no namespace bounds, must not reach the supervisor
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
-            enter(cell, folder, channel, theirs)
+            enter_or_report(cell, folder, channel, theirs)
             serve(shell, channel, cell.max_output_chars)
         finally:
             os._exit(0)
@@ -142,6 +143,15 @@ def _used_mb(proc: int, offer: Offer, buffer_bytes: int, limit: int) -> float:
         return memory.used_mb(proc, sandbox.descendants(os.getpid()), limit)
     pids = memory.processes(proc)
     return memory.used_mb(proc, pids, limit) + memory.socket_mb(proc, pids, buffer_bytes)
+
+
+def enter_or_report(cell: Cell, folder: str, channel: socket.socket, entered: socket.socket) -> None:
+    """Enters the sandbox. Where that fails, the server finds the traceback in the channel: stderr may lead nowhere by then."""
+    try:
+        enter(cell, folder, channel, entered)
+    except BaseException:
+        channel.sendall(traceback.format_exc().encode(errors="replace"))
+        raise
 
 
 def enter(cell: Cell, folder: str, channel: socket.socket, entered: socket.socket) -> None:

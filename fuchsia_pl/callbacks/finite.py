@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.adapter_sync import num_ranks_where
-from fuchsia_pl.callbacks.recorded_step import record_step
+from fuchsia_pl.callbacks.recorded_step import record_step, scaler_of, unscaled
+from fuchsia_pl.files import DiskError
 from fuchsia_pl.policy.contents import not_finite
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import total_norm
@@ -44,10 +45,14 @@ class FiniteGuard(Callback):
     optimizer's state are checked before anything is synced or saved, and once more whenever a checkpoint is made.
     The last three steps that were skipped are left in `recorded/` for `fuchsia replay`.
 
-    It must stand before the callbacks that write weights in the trainer's callbacks.
+    With `trainer.precision: 16-mixed` a scaler looks for the largest factor of the loss with which no gradient is infinite, so now
+    and then one is. It skips such a step itself, and where the losses are finite this callback neither counts nor records it.
+
+    It must stand before the callbacks that write weights in the trainer's callbacks; the command puts it before all others.
 
     Args:
-        max_nonfinite_steps: Steps in a row that are skipped; after so many the run stops.
+        max_nonfinite_steps: Steps in a row that are skipped; after so many the run stops. The steps of a phase train the same
+            rollouts (`num_policy_updates`), so what is wrong with those skips all of them: they count as one.
         record_steps: Numbers of steps, counted from 1, that are recorded in the same way although nothing is wrong with them.
 
     Raises:
@@ -87,7 +92,7 @@ class FiniteGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the loss of a micro-batch; reading it here would wait for the device."""
-        self._losses.append(loss.detach())
+        self._losses.append(unscaled(trainer, loss.detach()))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -95,31 +100,36 @@ class FiniteGuard(Callback):
         """Gives the module a reason to skip the step, on all ranks or on none.
 
         Raises:
-            NonFiniteError: That was one step too many.
+            NonFiniteError: That was one phase too many.
         """
         module = cast(GuardedModule, pl_module)
         losses, self._losses = torch.stack(self._losses), []
         batches, self._batches = self._batches, []
         norm = total_norm([p.grad for p in module.policy.trainable_parameters() if p.grad is not None])
         num_ranks = num_ranks_where(trainer, not bool(losses.isfinite().all() & norm.isfinite()))
+        if num_ranks and _scaler_skips(trainer, module, losses):
+            num_ranks = 0
         pl_module.log(NONFINITE_METRIC, float(num_ranks > 0))
         step = trainer.global_step + 1
+        file = None
         if num_ranks or step in self.record_steps:
-            folder = Path(trainer.default_root_dir) / RECORD_FOLDER
-            file = record_step(folder / f"step-{step}.pt", trainer, pl_module, batches, losses, norm)
-            self._recorded.add(step)
+            file = self._record(trainer, pl_module, batches, losses, norm)
         if not num_ranks:
             self._num_in_a_row = 0
             return
-        self._num_in_a_row += 1
-        self._keep(file, step)
+        if self._num_in_a_row == 0 or batches[0].policy_update == 0:
+            self._num_in_a_row += 1
+        again = "it could not be recorded"
+        if file is not None:
+            self._keep(file, step)
+            again = f"`fuchsia replay {file}` computes it again"
         found = (
             f"the loss or the gradient is not finite on {num_ranks} of {trainer.world_size} ranks (here: losses of the "
-            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g}); `fuchsia replay {file}` computes it again"
+            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g}); {again}"
         )
         if self._num_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(
-                f"step {step}: {found}. It is step {self._num_in_a_row} of this kind in a row, and "
+                f"step {step}: {found}. It is phase {self._num_in_a_row} of this kind in a row, and "
                 f"finite_guard.max_nonfinite_steps is {self.max_nonfinite_steps}. The weights are those of the last good step. "
                 "Lower the learning rate or the rewards, or set trainer.precision to 32-true"
             )
@@ -160,6 +170,19 @@ class FiniteGuard(Callback):
         names = not_finite(_tensors(trainer, pl_module))
         _refuse(trainer, names, bool(names))
 
+    def _record(
+        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], losses: Tensor, norm: Tensor
+    ) -> Path | None:
+        """Leaves the step in a file of this rank; None where there is no room, which is no reason to end a run."""
+        step = trainer.global_step + 1
+        path = Path(trainer.default_root_dir) / RECORD_FOLDER / f"step-{step}.pt"
+        self._recorded.add(step)
+        try:
+            return record_step(path, trainer, pl_module, batches, losses, norm)
+        except DiskError as error:  # raised behind what the ranks do together, so they stay together
+            logger.warning("step %d is not recorded: %s", step, error)
+            return None
+
     def _keep(self, file: Path, step: int) -> None:
         """Bounds what a run that skips steps now and then leaves behind."""
         if step in self.record_steps:
@@ -185,6 +208,16 @@ def _tensors(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tenso
             held = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             tensors |= {f"{key} of {names[parameter]}": value for key, value in held.items()}
     return tensors
+
+
+def _scaler_skips(trainer: Trainer, module: GuardedModule, losses: Tensor) -> bool:
+    """Whether the scaler of half precision skips a step since its factor is too large. All ranks have to call it."""
+    if scaler_of(trainer) is None:
+        return False
+    gradients = {str(n): p.grad for n, p in enumerate(module.policy.trainable_parameters()) if p.grad is not None}
+    # A norm may be infinite though no gradient is, and a scaler looks at gradients alone.
+    has_overflown = num_ranks_where(trainer, bool(not_finite(gradients))) > 0
+    return num_ranks_where(trainer, not bool(losses.isfinite().all())) == 0 and has_overflown
 
 
 def _shown(losses: Tensor) -> str:

@@ -62,7 +62,13 @@ class Outcome(Callback):
 
     def _reason(self, trainer: Trainer) -> str:
         step, max_epochs = trainer.global_step, trainer.max_epochs
-        if self._num_steps > self._num_without_advantage:
+        num_without = self._num_without_advantage
+        if self._num_steps > num_without > 0:
+            return (
+                f"all {self._num_steps} steps were skipped: in {num_without} no rollout had an advantage, see train/skipped and "
+                f"reward/*; in {self._num_steps - num_without} numbers were not finite, see train/nonfinite"
+            )
+        if self._num_steps > num_without:
             return f"all {self._num_steps} steps were skipped, since numbers were not finite; see train/nonfinite"
         if self._num_steps:
             return f"all {self._num_steps} steps were skipped, since no rollout had an advantage; see train/skipped and reward/*"

@@ -6,9 +6,11 @@ from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.files import replacing
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checksums import check_intact
 from fuchsia_pl.policy.config import PolicyConfig
@@ -91,6 +93,9 @@ def record_step(
 
     Returns:
         The file of this rank.
+
+    Raises:
+        DiskError: It could not be written. By then this rank has taken part in all that the ranks do together.
     """
     module = cast(RecordedModule, pl_module)
     trained = {name: p for name, p in module.policy.named_parameters() if p.requires_grad}
@@ -110,11 +115,21 @@ def record_step(
         "gradient_norm": float(norm),
     }
     target = path if trainer.world_size == 1 else path.with_name(f"{path.name}.rank{trainer.global_rank}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    torch.save(content, partial)
-    partial.replace(target)
+    with replacing(target) as partial, partial.open("wb") as stream:
+        torch.save(content, stream)
     return target
+
+
+def scaler_of(trainer: Trainer) -> "torch.amp.GradScaler | None":
+    """What scales the losses of a run in half precision, None in any other."""
+    precision = trainer.precision_plugin
+    return precision.scaler if isinstance(precision, MixedPrecision) else None
+
+
+def unscaled(trainer: Trainer, loss: Tensor) -> Tensor:
+    """A loss that `on_before_backward` was called with, as the module returned it: Lightning scales it first."""
+    scaler = scaler_of(trainer)
+    return loss if scaler is None else loss / scaler.get_scale()
 
 
 def _kept(weight: Tensor, is_writer: bool) -> Tensor:

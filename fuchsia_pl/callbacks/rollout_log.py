@@ -1,6 +1,7 @@
 """Every rollout, readable."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SPLITS = {
     RunningStage.TESTING: "test",
     RunningStage.PREDICTING: "predict",
 }
+OWN_NAME = re.compile(rf"rollouts(-({'|'.join(sorted(set(SPLITS.values())))}))?\.jsonl(\.rank\d+)?")
 
 
 class RolloutLog(Callback):
@@ -56,6 +58,11 @@ class RolloutLog(Callback):
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = Path(trainer.default_root_dir) / (name + suffix)
         append_lines(file, "".join(json_line(line) for line in lines))
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The files in a run folder that a RolloutLog has written, of all splits and ranks."""
+    return sorted(path for path in folder.iterdir() if OWN_NAME.fullmatch(path.name) and path.is_file())
 
 
 def json_line(line: dict[str, Any]) -> str:

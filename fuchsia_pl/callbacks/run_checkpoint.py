@@ -10,12 +10,14 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 
 from fuchsia_pl.callbacks.adapter_sync import ends_phase
-from fuchsia_pl.files import replacing
+from fuchsia_pl.files import replacing, writing
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import check_intact
+from fuchsia_pl.policy.sharding import FSDP2Strategy
 from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
 
@@ -132,7 +134,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _keep_and_save(self, trainer: Trainer, filepath: str) -> None:
         path, step = Path(filepath), trainer.global_step
         if trainer.is_global_zero and self.keep > 1 and self._current not in (None, step):
-            _link(path, _older_of(path, self._current))
+            _keep_as(_older_of(path, self._current), path, trainer.strategy)
             self._older = [*(other for other in self._older if other != self._current), self._current]
         super()._save_checkpoint(trainer, filepath)
         self._current = step
@@ -155,22 +157,46 @@ def _older_of(last: Path, step: int | None) -> Path:
     return last.with_stem(OLDER.format(step))
 
 
-def _link(source: Path, target: Path) -> None:
-    """A second name of a file, or of all files of a folder, without their bytes where the file system can do that."""
+def _keep_as(target: Path, source: Path, strategy: Strategy) -> None:
+    """A second name of a file, or of all files of a folder, without their bytes where that is safe and the file system can do it.
+
+    A writer that opens the file again, rather than put another in its place, would write into what the second name means.
+
+    Args:
+        target: The second name.
+        source: What it is a name of.
+        strategy: Writes `source` the next time.
+
+    Raises:
+        DiskError: There is no room for a copy. Nothing is left of it.
+    """
     _remove(target)
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=_link_file)
+        keep = _link_file if isinstance(strategy, FSDP2Strategy) else _copy_file
+        partial = target.with_name(f".{target.name}.partial")
+        _remove(partial)
+        with writing(target):
+            try:
+                shutil.copytree(source, partial, copy_function=keep)
+                partial.rename(target)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     elif source.exists():
-        _link_file(str(source), str(target))
+        keep = _link_file if isinstance(strategy.checkpoint_io, AtomicCheckpointIO) else _copy_file
+        keep(str(source), str(target))
 
 
 def _link_file(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # not every file system has links
-        partial = f"{target}.partial"
+        _copy_file(source, target)
+
+
+def _copy_file(source: str, target: str) -> None:
+    with replacing(Path(target)) as partial:
         shutil.copy2(source, partial)
-        os.replace(partial, target)
 
 
 def _remove(path: Path) -> None:

@@ -87,16 +87,15 @@ class MetricsWriter(ExperimentWriter):
 
 
 def rows_before(folder: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
-    """What a run logged of the steps of its checkpoint. Nothing where there is no file.
+    """What a run logged of the steps of its checkpoint, that of the last one from the checkpoint itself where it is in no file.
 
     Args:
         folder: Its run folder.
         checkpoint: The checkpoint that another run continues from. Steps are counted from 0, in it as in the file.
     """
     path, num_steps = folder / METRICS_FILE, checkpoint["global_step"]
-    if not path.is_file():
-        return []
-    rows = [row for row in read_rows(path) if row.get("step", "").isdecimal() and int(row["step"]) < num_steps]
+    logged = read_rows(path) if path.is_file() else []
+    rows = [row for row in logged if row.get("step", "").isdecimal() and int(row["step"]) < num_steps]
     last = {str(name): str(value) for name, value in checkpoint.get(ROW_KEY, {}).items()}
     # Other parts log rows of the same step, with other names.
     is_logged = any(row["step"] == last.get("step") and all(row.get(name) for name in last) for row in rows)

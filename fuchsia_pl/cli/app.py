@@ -110,7 +110,6 @@ class FuchsiaCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, in the order in which Lightning calls them, and links what two parts share."""
-        # First, so that weights are checked before another callback writes them.
         parser.add_lightning_class_args(FiniteGuard, "finite_guard")
         parser.add_lightning_class_args(StepTimer, "step_timer")
         parser.add_lightning_class_args(MemoryReport, "memory")
@@ -257,9 +256,12 @@ class FuchsiaCLI(LightningCLI):
         strategy_writes = isinstance(trainer.strategy, Strategy) and trainer.strategy._checkpoint_io is not None
         if not strategy_writes and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(
+        made = super().instantiate_trainer(
             default_root_dir=str(self.run_folder), logger=loggers, plugins=plugins, **kwargs
         )
+        # Lightning puts those of the config before them. Weights have to be checked before any callback writes them.
+        made.callbacks.sort(key=lambda callback: not isinstance(callback, FiniteGuard))  # type: ignore[attr-defined]
+        return made
 
 
 def _run_seed(seed_everything: bool | int) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
+from fuchsia_pl.callbacks.rollout_log import log_files
 from fuchsia_pl.callbacks.run_metrics import METRICS_FILE, Row, rows_before
+from fuchsia_pl.cli.run_folder import SAVED_CONFIG
 from fuchsia_pl.files import mend_lines
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.checkpoint_files import check_trained, read_checkpoint
@@ -162,7 +164,8 @@ def _whole(path: Path, console: Console) -> dict[str, Any] | None:
 def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
     """The metrics of a checkpoint's steps, from the folder of the run that saved it.
 
-    Torn last lines of that run's logs, as a kill leaves them, are removed.
+    Torn last lines of that run's logs of rollouts, as a kill leaves them, are removed. A checkpoint may have been copied to any
+    folder, and what lies in one that is no run's is left alone.
 
     Args:
         path: Where the checkpoint lies.
@@ -171,13 +174,14 @@ def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
     folder = path.absolute().parent
     if folder.name == CHECKPOINT_FOLDER:
         folder = folder.parent
-    mend_lines(folder)
+    if (folder / SAVED_CONFIG).is_file():
+        mend_lines(log_files(folder))
     rows = rows_before(folder, checkpoint)
-    if not rows:
+    if not rows or (checkpoint["global_step"] > len(rows) and not (folder / METRICS_FILE).is_file()):
         logger.warning(
             "%s has no steps before %d: the metrics of this run begin there",
             folder / METRICS_FILE,
-            checkpoint["global_step"],
+            checkpoint["global_step"] - len(rows),
         )
     return rows
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step
+from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step, unscaled
 from fuchsia_pl.cli.failures import one_line
 from fuchsia_pl.module import GRPOModule, parsed_settings
 from fuchsia_pl.policy.contents import fingerprint, not_finite
@@ -105,7 +105,7 @@ class _Capture(Callback):
         }
         masked = {name: tensor.detach()[batch.loss_mask] for name, tensor in found.items() if tensor is not None}
         self.endless.append(tuple(not_finite(masked)))
-        self.losses.append(loss.detach().cpu())
+        self.losses.append(unscaled(trainer, loss.detach()).cpu())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, GRPOModule)
@@ -129,6 +129,7 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
     assert module.policy is not None
     hook = module.policy.register_forward_hook(capture.keep_scores)
     trainer = Trainer(
+        accelerator="cpu" if recorded.device == "cpu" else "auto",
         devices=1,
         precision=recorded.precision,  # type: ignore[arg-type]  # as the run's trainer had it
         default_root_dir=root,
@@ -165,7 +166,9 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
 def _module(recorded: RecordedStep) -> GRPOModule:
     """The module with the recorded weights."""
     try:
-        settings = parsed_settings(recorded.settings)
+        # The prompts are recorded as tokens: the file of a template may be gone.
+        policy = {**recorded.settings["policy"], "chat_template": None}
+        settings = parsed_settings({**recorded.settings, "policy": policy})
     except Exception as error:  # jsonargparse's own kinds; the settings are those of another version
         raise ConfigError(f"the settings of the recorded step are not of this version: {one_line(error)}") from error
     module = _ReplayModule(settings["policy"], settings["loss"], partial(torch.optim.SGD, lr=0.0))

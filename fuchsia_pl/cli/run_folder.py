@@ -2,9 +2,9 @@
 
 import contextlib
 import itertools
-import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 
 import fuchsia_pl
@@ -120,7 +120,7 @@ def new_run_folder(root: str | Path, name: str) -> Path:
 
 def _try_to_write(folder: Path) -> None:
     """Writes as much as the first files of a run take, and removes it: rights, quotas and room show in nothing else."""
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks in containers share the folder, and may share the process id
     try:
         probe.write_bytes(bytes(PROBE_BYTES))
     except OSError:
@@ -128,7 +128,7 @@ def _try_to_write(folder: Path) -> None:
             probe.unlink(missing_ok=True)
             folder.rmdir()
         raise
-    probe.unlink()
+    probe.unlink(missing_ok=True)
 
 
 def remove_unused(folder: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -14,29 +14,71 @@ from typing import Any, TypeVar
 from fuchsia_pl.envs.user_code import StrayError, contained, reason, user_code
 
 T = TypeVar("T")
-# Threads whose call was given up after its time limit and that run on all the same.
+# Threads, and coroutines, whose call was given up after its time limit and that run on all the same.
 MAX_LEFT_THREADS = 64
 # All other threads of the process: a run has some dozens, so so many more are threads that user code starts and leaves.
 MAX_OTHER_THREADS = 1000
 NUM_NAMED = 3
+CANCEL_TIMEOUT_S = 2.0  # for what a coroutine does on its way out
 # What each thread calls, and when its time is up in seconds of the monotonic clock.
 _running: dict[threading.Thread, tuple[str, float]] = {}
+_left_tasks: dict[asyncio.Future[Any], str] = {}  # that were cancelled and run on, and what each calls
 
 
 class LeftThreadsError(RuntimeError):
-    """User code leaves more and more threads behind, until the system has no more. Ends the run, whatever `on_error` is."""
+    """User code leaves more and more calls behind that do not end, until the system has no more threads. Ends the run, whatever `on_error` is."""
 
 
 async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:
     """Calls `function(argument)`; a sync function runs in a thread, and what it returns is awaited if it can be.
 
+    An async function shares the event loop with all other rollouts: code in an `async def` that blocks without an `await`, such
+    as `time.sleep` or a request of a sync library, holds up all of them, and no bound can end it. Make such a function sync.
+
     Raises:
-        TimeoutError: It took longer than `timeout_s`. A thread cannot be ended, so it may run on until the process ends.
+        TimeoutError: It took longer than `timeout_s`. A thread cannot be ended, nor can a coroutine that catches its
+            cancellation, so it may run on until the process ends.
         StrayError: It raised SystemExit, KeyboardInterrupt, another base exception, or a TimeoutError of its own.
-        LeftThreadsError: Too many threads of earlier calls still run.
+        LeftThreadsError: Too many earlier calls still run.
     """
     check_left_threads()
-    return await asyncio.wait_for(contained(_call(function, argument, timeout_s)), timeout_s)
+    return await await_bounded(_call(function, argument, timeout_s), name_of(function), timeout_s)
+
+
+async def await_bounded(awaitable: Awaitable[T], name: str, timeout_s: float) -> T:
+    """Awaits user code. Unlike `asyncio.wait_for`, this ends too where the code catches its cancellation and goes on.
+
+    Args:
+        awaitable: What is awaited.
+        name: Of what was called, for the count of what is left behind.
+        timeout_s: Bound in seconds.
+
+    Raises:
+        TimeoutError: It took longer.
+        StrayError: It raised what is no plain error.
+    """
+    task = asyncio.ensure_future(contained(awaitable))
+    try:
+        await asyncio.wait([task], timeout=timeout_s)
+    except asyncio.CancelledError:
+        await _cancel(task, name)
+        raise
+    if not task.done():
+        await _cancel(task, name)
+        raise TimeoutError
+    return task.result()
+
+
+async def _cancel(task: "asyncio.Future[Any]", name: str) -> None:
+    def forget(done: "asyncio.Future[Any]") -> None:
+        _left_tasks.pop(done, None)
+        if not done.cancelled():
+            done.exception()  # nobody waits for it, and asyncio would log it
+
+    task.cancel()
+    _left_tasks[task] = name
+    task.add_done_callback(forget)
+    await asyncio.wait([task], timeout=CANCEL_TIMEOUT_S)
 
 
 async def _call(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:
@@ -83,7 +125,7 @@ def call_in_thread(function: Callable[..., Any], *arguments: Any, timeout_s: flo
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, failure)
 
-    name = _name(function)
+    name = name_of(function)
     thread = threading.Thread(target=work, name=f"bounded-{name}", daemon=True)
     _running[thread] = name, time.monotonic() + timeout_s
     try:
@@ -126,18 +168,19 @@ def call_apart(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def check_left_threads() -> None:
-    """Counts the threads that user code left behind.
+    """Counts the threads and the coroutines that user code left behind.
 
     Raises:
         LeftThreadsError: There are too many. The functions that they run are named.
     """
     now = time.monotonic()
-    left = Counter(name for name, end in list(_running.values()) if end < now)
+    left = Counter([name for name, end in list(_running.values()) if end < now])
+    left.update(list(_left_tasks.values()))
     if left.total() > MAX_LEFT_THREADS:
         raise LeftThreadsError(
-            f"{left.total()} threads still run calls that were given up after their time limit, and {MAX_LEFT_THREADS} are "
-            f"allowed: {_most(left)}. A thread cannot be ended from outside: give these functions a time limit of their own, or "
-            "let them work in processes"
+            f"{left.total()} calls still run that were given up after their time limit, and {MAX_LEFT_THREADS} are allowed: "
+            f"{_most(left)}. Neither a thread nor a coroutine that catches its cancellation can be ended from outside: give "
+            "these functions a time limit of their own, or let them work in processes"
         )
     others = threading.active_count() - len(_running)
     if others > MAX_OTHER_THREADS:
@@ -148,7 +191,12 @@ def check_left_threads() -> None:
         )
 
 
-def _name(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
+    """What messages call a function.
+
+    >>> name_of(partial(max, 1))
+    'max'
+    """
     inner = function.func if isinstance(function, partial) else function
     return inner.__qualname__ if hasattr(inner, "__qualname__") else type(inner).__qualname__
 

@@ -1,11 +1,10 @@
 """Calls of an environment's own methods: whatever they raise is an error with their name in it."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.envs.bounded import LeftThreadsError, call_bounded
+from fuchsia_pl.envs.bounded import LeftThreadsError, await_bounded, call_bounded
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, contained, reason
 from fuchsia_pl.types import Rollout
@@ -39,7 +38,7 @@ async def close(environment: Environment, timeout_s: float) -> None:
     """
     where = f"{type(environment).__name__}.close"
     try:
-        await asyncio.wait_for(contained(environment.close()), timeout_s)
+        await await_bounded(environment.close(), where, timeout_s)
     except TimeoutError as error:
         raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s") from error
     except StrayError as error:

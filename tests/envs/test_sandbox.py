@@ -373,6 +373,25 @@ def test_a_call_that_is_given_up_costs_its_own_rollout_and_leaves_nothing(monkey
     asyncio.run(scenario())
 
 
+def test_an_interpreter_that_cannot_enter_its_sandbox_is_told_to_the_log_and_not_to_the_policy(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    async def scenario():
+        # So many open files are refused once the standard streams lead nowhere.
+        interpreters = server.Interpreters(sandbox.Limits(memory_mb=512, num_files=2**40), 10.0, 1000, OFFER)
+        await interpreters.start()
+        found = await interpreters.run("a", "1"), await interpreters.run("a", "2")
+        await interpreters.stop()
+        return found, interpreters.numbers
+
+    found, numbers = asyncio.run(scenario())
+    assert found == (("The interpreter did not start.", "server_died"),) * 2
+    assert sorted(numbers) == list(range(sandbox.UIDS_PER_SERVER))
+    logged = capfd.readouterr().err
+    assert logged.count("an interpreter did not start: NotStartedError: Traceback") == 2
+    assert "in apply" in logged
+
+
 ROOT_ALONE = """
 from envs.function_calling import sandbox
 assert sandbox.LIBC.unshare(sandbox.CLONE_NEWUSER) == 0

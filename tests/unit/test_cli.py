@@ -11,10 +11,12 @@ import pytest
 import yaml
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
+from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
@@ -153,8 +155,15 @@ def test_the_trainers_own_switches_leave_the_commands_callbacks_out(config):
             "false",
             "--trainer.enable_checkpointing",
             "false",
+            "--trainer.callbacks",
+            "lightning.pytorch.callbacks.EarlyStopping",
+            "--trainer.callbacks.monitor",
+            "train/loss",
         ]
     )
+    first, second, *_ = cli.trainer.callbacks
+    # What is not finite is found before any other callback writes it.
+    assert (type(first), type(second)) == (FiniteGuard, EarlyStopping)
     assert not list(cli.run_folder.glob("checkpoints/*"))
     assert cli.trainer.progress_bar_callback is None
 

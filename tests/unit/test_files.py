@@ -1,5 +1,6 @@
 """Writing to disks that are full, and mending what a kill tore."""
 
+import errno
 import fcntl
 import shutil
 
@@ -11,6 +12,8 @@ from lightning.pytorch import Callback
 from safetensors.torch import save_file
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.cli.checkpoints import earlier_metrics
+from fuchsia_pl.cli.run_folder import SAVED_CONFIG
 from fuchsia_pl.files import DiskError, append_lines, mend_lines, replacing, roomy_folder, writing
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer
@@ -67,6 +70,31 @@ def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path):
         assert caught.value is error
 
 
+def test_an_error_that_was_handled_before_is_not_taken_for_the_disks(tmp_path):
+    """As in `on_exception`, where a run that a full disk has ended saves what it can."""
+    full = OSError(errno.ENOSPC, "no room")
+    for raised in (ValueError("lr is -1"), ConfigError("a checkpoint of another model")):
+        with pytest.raises(type(raised)) as caught:
+            try:
+                raise full
+            except OSError:
+                with writing(tmp_path):
+                    raise raised
+        assert caught.value is raised
+    with pytest.raises(ValueError, match="^told$"), writing(tmp_path):
+        try:
+            raise full
+        except OSError:
+            raise ValueError("told") from None
+    with pytest.raises(ConfigError, match="^refused$"), writing(tmp_path):
+        raise ConfigError("refused") from full
+    with pytest.raises(DiskError, match="No space left"), writing(tmp_path):
+        try:
+            raise full
+        except OSError as error:
+            raise ValueError("a library's own") from error
+
+
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.lists(st.text(alphabet="ab\u20ac", max_size=9), max_size=5), st.text(alphabet="ab\u20ac", max_size=9))
 def test_a_torn_last_line_goes_and_whole_ones_stay(tmp_path_factory, lines, torn):
@@ -78,14 +106,14 @@ def test_a_torn_last_line_goes_and_whole_ones_stay(tmp_path_factory, lines, torn
     append_lines(file, "c\n")
     assert file.read_text() == whole + "c\n"
     file.write_text(whole + torn)
-    mend_lines(folder)
+    mend_lines([file])
     assert file.read_text() == whole
     shutil.rmtree(folder)
 
 
 def test_a_torn_line_that_is_longer_than_a_block_goes(tmp_path):
     (tmp_path / "a.jsonl").write_text("first\n" + 200_000 * "x")
-    mend_lines(tmp_path)
+    mend_lines([tmp_path / "a.jsonl"])
     assert (tmp_path / "a.jsonl").read_text() == "first\n"
 
 
@@ -94,10 +122,24 @@ def test_a_line_that_another_process_is_writing_is_left_to_it(tmp_path):
     with file.open("a+b", buffering=0) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.write(b"half")
-        mend_lines(tmp_path)
+        mend_lines([file])
         stream.write(b" and half\n")
-    mend_lines(tmp_path)
+    mend_lines([file])
     assert file.read_text() == "half and half\n"
+
+
+def test_a_resume_mends_the_logs_of_its_run_and_no_other_file(tmp_path):
+    own = ["rollouts.jsonl", "rollouts.jsonl.rank0", "rollouts-validation.jsonl", "rollouts-predict.jsonl.rank12"]
+    foreign = ["train.jsonl", "a.jsonl.gz", "rollouts.jsonl.gz", "rollouts-mine.jsonl", "my-rollouts.jsonl"]
+    for name in own + foreign:
+        (tmp_path / name).write_text("first\nsecond")
+    checkpoint = {"global_step": 3}
+    earlier_metrics(tmp_path / "last.ckpt", checkpoint)  # beside somebody's data, in no run folder
+    assert {(tmp_path / name).read_text() for name in own + foreign} == {"first\nsecond"}
+    (tmp_path / SAVED_CONFIG).write_text("")
+    earlier_metrics(tmp_path / "checkpoints/last.ckpt", checkpoint)
+    assert {(tmp_path / name).read_text() for name in own} == {"first\n"}
+    assert {(tmp_path / name).read_text() for name in foreign} == {"first\nsecond"}
 
 
 def test_short_lived_files_lie_in_memory_where_they_fit_there(disk, tmp_path, monkeypatch):

@@ -74,6 +74,19 @@ def test_the_ranks_of_a_slurm_job_share_a_folder_of_its_name(tmp_path, monkeypat
     assert [new_run_folder(tmp_path, "x").name for _ in range(2)] == ["0", "1"]
 
 
+def test_ranks_with_the_same_process_id_probe_a_shared_folder_with_files_of_their_own(tmp_path, monkeypatch):
+    write, probes = Path.write_bytes, []
+
+    def lost(path, content):
+        write(path, content)
+        probes.append(path.name)
+        path.unlink()  # whoever did it: the probe has been written
+
+    monkeypatch.setattr(Path, "write_bytes", lost)
+    assert [new_run_folder(tmp_path, "x").name for _ in range(2)] == ["0", "1"]
+    assert len(set(probes)) == 2
+
+
 def test_a_rank_that_lightning_started_has_the_folder_of_the_rank_that_started_it(tmp_path, monkeypatch):
     folder = new_run_folder(tmp_path, "x")
     assert is_first_rank()

@@ -1,6 +1,7 @@
 """Numbers that are not finite are injected for real; none of them reaches the weights or a file."""
 
 import csv
+import errno
 import itertools
 import math
 from pathlib import Path
@@ -10,11 +11,14 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer
 
@@ -40,13 +44,14 @@ class Poison(Callback):
 
 
 def fit(tiny_model, root: Path, poison: Poison, guard: FiniteGuard | None = None, **settings):
-    module = make_module(tiny_model)
+    module = make_module(tiny_model, settings.pop("loss", None))
     if poison.what == "loss":
         module.training_step = poisoned_loss(module, poison)
     if poison.what == "logprobs":
         module.configure_model()
         module.policy.scores = poisoned_scores(module, poison)
     callbacks = [guard or FiniteGuard(), poison, Outcome(), AdapterExport(), RunCheckpoint(every_n_steps=1)]
+    steps_per_epoch = settings.pop("steps_per_epoch", 10)
     trainer = make_trainer(
         root,
         *callbacks,
@@ -60,7 +65,7 @@ def fit(tiny_model, root: Path, poison: Poison, guard: FiniteGuard | None = None
         **{"gradient_clip_val": 1.0, "max_steps": 3, **settings},
     )
     try:
-        trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=10))
+        trainer.fit(module, datamodule=make_data(module, batch_size=2, steps_per_epoch=steps_per_epoch))
     finally:
         poison.weights.append([p.detach().clone() for p in module.policy.trainable_parameters()])
     return trainer
@@ -121,7 +126,7 @@ def test_a_step_with_a_number_that_is_not_finite_is_skipped_and_counted(tiny_mod
 def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole(tiny_model, tmp_path):
     # Steps 1 and 3 to 5 of 10, counted from 0: a good step between them starts the count anew.
     with pytest.raises(
-        NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*step 3 of this kind in a row"
+        NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*phase 3 of this kind in a row"
     ):
         fit(tiny_model, tmp_path, Poison("gradient", math.nan, 1, 3, 4, 5), max_steps=10)
     assert files_are_finite(tmp_path)
@@ -133,6 +138,59 @@ def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole
         fit(tiny_model, tmp_path / "one", Poison("gradient", math.nan, 1), guard)
     with pytest.raises(ConfigError, match=r"finite_guard.max_nonfinite_steps must be 1 or more, got 0"):
         FiniteGuard(max_nonfinite_steps=0)
+
+
+def test_the_updates_of_a_phase_train_the_same_rollouts_and_count_as_one(tiny_model, tmp_path):
+    # Phases of four steps: a bad one, a good step and three bad ones, then two whole bad ones. Counted from 1, 13 begins the last.
+    poison, loss = Poison("gradient", math.nan, *range(4), *range(5, 16)), LossConfig(num_policy_updates=4)
+    with pytest.raises(NonFiniteError, match=r"^step 13: .*phase 3 of this kind in a row"):
+        fit(tiny_model, tmp_path, poison, loss=loss, steps_per_epoch=16, max_steps=16)
+
+
+@pytest.mark.parametrize("is_scaled", [True, False], ids=["the scaler's search", "the loss itself"])
+def test_a_scaler_that_looks_for_its_factor_is_left_to_it(tiny_model, tmp_path, is_scaled):
+    """A factor of 2^100 makes the gradients infinite, since half precision ends at 65504, and the next factor is 1."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-100)
+    poison, guard = Poison("" if is_scaled else "loss", math.inf, 0), FiniteGuard(max_nonfinite_steps=1)
+    module = make_module(tiny_model)
+    if not is_scaled:
+        module.training_step = poisoned_loss(module, poison)
+    plugins, sync = [MixedPrecision("16-mixed", "cpu", scaler)], AdapterSync(tolerance=1.0)
+    trainer = make_trainer(tmp_path, guard, poison, plugins=plugins, sync=sync, max_steps=2)
+    if is_scaled:
+        trainer.fit(module, datamodule=make_data(module, batch_size=2))
+        assert trainer.global_step == 2
+        assert scaler.get_scale() == 1.0
+        first, second = poison.weights
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert not (tmp_path / "recorded").exists()
+        last = module.policy.trainable_parameters()
+        assert not all(torch.equal(a, b) for a, b in zip(second, last, strict=True))
+    else:
+        with pytest.raises(NonFiniteError, match=r"^step 1: .*losses of the micro-batches inf"):
+            trainer.fit(module, datamodule=make_data(module, batch_size=2))
+        assert (tmp_path / "recorded/step-1.pt").exists()
+
+
+def test_a_step_that_finds_no_room_to_be_recorded_is_skipped_all_the_same(tiny_model, tmp_path, monkeypatch, caplog):
+    def full(content, stream):
+        stream.write(b"a part")
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr("fuchsia_pl.callbacks.recorded_step.torch.save", full)
+    trainer = make_trainer(tmp_path, FiniteGuard(), poison := Poison("gradient", math.nan, 0), max_steps=2)
+    module = make_module(tiny_model)
+    trainer.fit(module, datamodule=make_data(module, batch_size=2))
+    assert trainer.global_step == 2
+    first, second = poison.weights
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    warned = [record.getMessage() for record in caplog.records if record.name.endswith(".finite")]
+    assert [line.partition(" cannot be")[0] for line in warned] == [
+        f"step 1 is not recorded: {tmp_path}/recorded/step-1.pt"
+    ]
+    assert "No space left on device" in warned[0]
+    assert "gradient norm nan); it could not be recorded" in caplog.text
+    assert not list((tmp_path / "recorded").iterdir())
 
 
 @pytest.mark.parametrize(

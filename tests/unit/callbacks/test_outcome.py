@@ -1,6 +1,7 @@
 """Warnings of a run that cannot learn, or has not; and what loggers get to know of it."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.schedules import TransformersSchedule
 from tests.doubles import Constant, TinyEngine, make_data, make_module, make_trainer
 
@@ -56,6 +58,21 @@ def test_a_finished_run_that_trained_nothing_says_why(tiny_model, tmp_path, capl
     assert line == f"warning: nothing was trained: {words}" or line.startswith(
         f"warning: nothing was trained: {words}; see"
     )
+
+
+def test_a_run_whose_steps_were_skipped_for_two_causes_counts_both(caplog):
+    outcome, trainer = Outcome(), SimpleNamespace(global_step=0, is_global_zero=True, optimizers=[])
+    module = SimpleNamespace(policy_config=PolicyConfig(name="x"), skip_reason="a cause")
+    outcome.on_train_start(trainer, module)
+    for step in range(10):
+        trainer.global_step = step + 1
+        batch = SimpleNamespace(skip_reason="no rollout has an advantage" if step < 9 else None)
+        outcome.on_train_batch_end(trainer, module, None, batch, step)
+    outcome.on_fit_end(trainer, module)
+    assert warnings_of(caplog) == [
+        "warning: nothing was trained: all 10 steps were skipped: in 9 no rollout had an advantage, see train/skipped and "
+        "reward/*; in 1 numbers were not finite, see train/nonfinite"
+    ]
 
 
 class Served(TinyEngine):

@@ -4,11 +4,13 @@ import csv
 import io
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from rich.console import Console
@@ -20,12 +22,14 @@ from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel, conversation_text
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
-from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint, _keep_as
 from fuchsia_pl.callbacks.step_timer import StepTimer
+from fuchsia_pl.files import DiskError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.types import ConfigError, Rollout
 from tests.doubles import TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
+from tests.small_disk import FILLER, fill, mounted
 
 EXPECTED_METRICS = {
     "reward/mean",
@@ -151,6 +155,39 @@ def test_the_last_checkpoints_stay_whole(tiny_model, tmp_path, monkeypatch, keep
     for step in older:
         assert read_checkpoint(folder / f"step-{step}.ckpt")["global_step"] == step
     assert read_checkpoint(folder / "last.ckpt")["global_step"] == 5
+
+
+class InPlace(TorchCheckpointIO):
+    """Writes into the file that is there."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+        with Path(path).open("r+b") as stream:
+            torch.save(checkpoint, stream)
+            stream.truncate()
+
+
+def test_an_older_checkpoint_stays_whatever_writes_the_next_one(tiny_model, tmp_path):
+    module = make_module(tiny_model)
+    saver = RunCheckpoint(every_n_steps=1)
+    trainer = make_trainer(tmp_path, saver, enable_checkpointing=True, plugins=[InPlace()], max_steps=2)
+    trainer.fit(module, datamodule=make_data(module, batch_size=2))
+    for name, step in (("last.ckpt", 2), ("step-1.ckpt", 1)):
+        assert read_checkpoint(tmp_path / "checkpoints" / name)["global_step"] == step
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["a file", "a folder"])
+def test_a_copy_that_does_not_fit_is_one_line_and_leaves_nothing(tmp_path, is_folder):
+    with mounted(tmp_path / "disk") as disk:
+        last, older = disk / "last.ckpt", disk / "step-1.ckpt"
+        if is_folder:
+            last.mkdir()
+        (last / "part" if is_folder else last).write_bytes(bytes(1 << 20))
+        fill(disk, spare=100_000)
+        with pytest.raises(DiskError, match=r"step-1\.ckpt\S* cannot be written: No space left on device"):
+            _keep_as(older, last, SingleDeviceStrategy())
+        assert {entry.name for entry in disk.iterdir()} == {"last.ckpt", FILLER}
 
 
 def test_a_later_run_in_the_same_folder_keeps_what_is_whole(tiny_model, tmp_path):

@@ -131,7 +131,7 @@ def test_what_is_no_recorded_step_is_refused_in_one_line(tmp_path, capsys, kind)
     assert not touched.exists()
 
 
-def test_a_recorded_step_of_another_model_is_refused(tiny_model, tmp_path):
+def test_a_recorded_step_of_another_model_is_refused(tiny_model, tmp_path, monkeypatch):
     module = make_module(tiny_model)
     trainer = make_trainer(tmp_path, FiniteGuard(record_steps=(1,)), max_steps=1)
     trainer.fit(module, datamodule=make_data(module, batch_size=2))
@@ -141,6 +141,12 @@ def test_a_recorded_step_of_another_model_is_refused(tiny_model, tmp_path):
     content["weights"].popitem()
     torch.save(content, file)
     with pytest.raises(ConfigError, match=r"has other weights than the recorded step: model\..* has no place"):
+        replay_step(read_step(file), tmp_path)
+    # A template is no part of it, and its file may be gone.
+    gone = {**settings, "policy": {**settings["policy"], "chat_template": str(tmp_path / "gone.jinja")}}
+    torch.save({**content, "weights": weights, "settings": gone}, file)
+    monkeypatch.setattr("fuchsia_pl.cli.replay.Trainer", lambda **given: pytest.fail(given["accelerator"]))
+    with pytest.raises(pytest.fail.Exception, match="^cpu$"):
         replay_step(read_step(file), tmp_path)
     torch.save({**content, "weights": weights, "settings": {**settings, "loss": {"no_such": 1}}}, file)
     with pytest.raises(ConfigError, match=r"settings of the recorded step are not of this version: .*no_such"):

@@ -79,12 +79,44 @@ def test_threads_that_run_on_are_counted_and_too_many_end_the_run(monkeypatch):
         return await call_bounded(lambda value: value, 7, 30.0)
 
     assert asyncio.run(hang_and_call(2)) == 7  # as many as are allowed
-    with pytest.raises(LeftThreadsError, match=r"^3 threads still run .* 2 are allowed: 3 of \S+<locals>\.hang\."):
+    with pytest.raises(LeftThreadsError, match=r"^3 calls still run .* 2 are allowed: 3 of \S+<locals>\.hang\."):
         asyncio.run(hang_and_call(1))
     release.set()
     for thread in [thread for thread in threading.enumerate() if thread.name.endswith("hang")]:
         thread.join(30)
     assert asyncio.run(hang_and_call(0)) == 7  # what has ended is not counted
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["time is up", "cancelled from outside"])
+def test_a_coroutine_that_catches_its_cancellation_ends_within_its_bound_and_is_counted(monkeypatch, is_cancelled):
+    monkeypatch.setattr(bounded, "MAX_LEFT_THREADS", 0)
+    monkeypatch.setattr(bounded, "CANCEL_TIMEOUT_S", 0.05)
+
+    async def stubborn(release):
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async def scenario():
+        release = asyncio.Event()
+        call = asyncio.ensure_future(call_bounded(stubborn, release, 60.0 if is_cancelled else 0.05))
+        await asyncio.sleep(0.01)
+        if is_cancelled:
+            call.cancel()
+        done, _ = await asyncio.wait([call], timeout=30)
+        assert done == {call}
+        assert call.cancelled() if is_cancelled else isinstance(call.exception(), TimeoutError)
+        with pytest.raises(
+            LeftThreadsError, match=r"^1 calls still run .* 0 are allowed: 1 of \S+<locals>\.stubborn\."
+        ):
+            await call_bounded(lambda value: value, 7, 30.0)
+        release.set()
+        await asyncio.sleep(0.05)
+        return await call_bounded(lambda value: value, 7, 30.0)  # what has ended is not counted
+
+    assert asyncio.run(scenario()) == 7
 
 
 def test_a_call_that_is_cancelled_within_its_time_limit_is_not_left_behind(monkeypatch):
