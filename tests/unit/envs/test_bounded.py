@@ -108,7 +108,9 @@ def test_a_coroutine_that_catches_its_cancellation_ends_within_its_bound_and_is_
         done, _ = await asyncio.wait([call], timeout=30)
         assert done == {call}
         assert call.cancelled() if is_cancelled else isinstance(call.exception(), TimeoutError)
-        with pytest.raises(LeftThreadsError, match=r"^1 calls still run .* 0 are allowed: 1 of \S+<locals>\.stubborn\."):
+        with pytest.raises(
+            LeftThreadsError, match=r"^1 calls still run .* 0 are allowed: 1 of \S+<locals>\.stubborn\."
+        ):
             await call_bounded(lambda value: value, 7, 30.0)
         release.set()
         await asyncio.sleep(0.05)
