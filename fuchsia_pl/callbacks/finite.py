@@ -45,8 +45,8 @@ class FiniteGuard(Callback):
     optimizer's state are checked before anything is synced or saved, and once more whenever a checkpoint is made.
     The last three steps that were skipped are left in `recorded/` for `fuchsia replay`.
 
-    With `trainer.precision: 16-mixed` a scaler looks for the largest factor of the loss with which no gradient is infinite, so now
-    and then one is. It skips such a step itself, and where the losses are finite this callback neither counts nor records it.
+    With `trainer.precision: 16-mixed` a scaler looks for the largest factor of the loss with which no gradient is infinite, so
+    now and then one is. It skips such a step itself, and where the losses are finite this callback neither counts nor records it.
 
     It must stand before the callbacks that write weights in the trainer's callbacks; the command puts it before all others.
 

@@ -21,6 +21,7 @@ RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 COUNTERS = "counters"
 CLOSE = "close"
 CHECK_GOLD = "check_gold"
+PREPARE_TIMEOUT_S = 1800.0
 
 
 class Environment(ABC):
@@ -153,6 +154,11 @@ class Environment(ABC):
     def step_timeout_s(self) -> float:
         """Bound of one call of `step_rollout`."""
         return self.timeout_s
+
+    @property
+    def prepare_timeout_s(self) -> float:
+        """Bound of one call of `prepare`, which may load much: a net for one that hangs. Override it where it takes longer."""
+        return PREPARE_TIMEOUT_S
 
     def counter_names(self) -> list[str]:
         """What `Rollout.counts` may hold: `counters` and what the reward functions count."""

@@ -26,7 +26,7 @@ _left_tasks: dict[asyncio.Future[Any], str] = {}  # that were cancelled and run 
 
 
 class LeftThreadsError(RuntimeError):
-    """User code leaves more and more calls behind that do not end, until the system has no more threads. Ends the run, whatever `on_error` is."""
+    """User code leaves more and more calls behind that do not end. Ends the run, whatever `on_error` is."""
 
 
 async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:

@@ -45,6 +45,11 @@ class ToolEnvironment(MultiTurnEnvironment):
         limits = [server.call_timeout_s + server.start_timeout_s for server in self._configs()]
         return self.timeout_s + self.max_calls_per_turn * (max(limits, default=0.0) + SLACK_S)
 
+    @property
+    def prepare_timeout_s(self) -> float:
+        """Longer by what the servers may take, one after the other: a health check, an end, a start and a list of tools."""
+        return super().prepare_timeout_s + sum(3 * server.start_timeout_s + SLACK_S for server in self._configs())
+
     def counter_names(self) -> list[str]:
         """Adds the calls, and how they ended."""
         return [*super().counter_names(), TOOL_CALLS, *(f"tool_{status}" for status in ToolStatus)]

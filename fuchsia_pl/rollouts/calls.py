@@ -6,7 +6,7 @@ from typing import Any
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.bounded import LeftThreadsError, await_bounded, call_bounded
 from fuchsia_pl.envs.tools.spec import ToolServerError
-from fuchsia_pl.envs.user_code import StrayError, contained, reason
+from fuchsia_pl.envs.user_code import StrayError, reason
 from fuchsia_pl.types import Rollout
 
 
@@ -18,12 +18,16 @@ async def prepare(environment: Environment) -> None:
     """Calls `prepare`. Its plain errors pass: they have a meaning for the start of a run.
 
     Raises:
-        EnvironmentStepError: It raised what is no plain error.
+        EnvironmentStepError: It raised what is no plain error, or took longer than `prepare_timeout_s`.
     """
+    where, timeout_s = f"{type(environment).__name__}.prepare", environment.prepare_timeout_s
+    # A plain TimeoutError of its own arrives as a StrayError.
     try:
-        await contained(environment.prepare())
+        await await_bounded(environment.prepare(), where, timeout_s)
+    except TimeoutError as error:
+        raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s (prepare_timeout_s)") from error
     except StrayError as error:
-        raise EnvironmentStepError(f"{type(environment).__name__}.prepare raised {error}") from error
+        raise EnvironmentStepError(f"{where} raised {error}") from error
 
 
 async def close(environment: Environment, timeout_s: float) -> None:

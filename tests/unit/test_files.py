@@ -70,29 +70,35 @@ def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path):
         assert caught.value is error
 
 
+def raise_while_handling(handled, raised, cause):
+    try:
+        raise handled
+    except OSError:
+        raise raised from cause
+
+
 def test_an_error_that_was_handled_before_is_not_taken_for_the_disks(tmp_path):
     """As in `on_exception`, where a run that a full disk has ended saves what it can."""
     full = OSError(errno.ENOSPC, "no room")
+
+    def write(error):
+        with writing(tmp_path):
+            raise error
+
     for raised in (ValueError("lr is -1"), ConfigError("a checkpoint of another model")):
-        with pytest.raises(type(raised)) as caught:
-            try:
-                raise full
-            except OSError:
-                with writing(tmp_path):
-                    raise raised
-        assert caught.value is raised
-    with pytest.raises(ValueError, match="^told$"), writing(tmp_path):
         try:
             raise full
         except OSError:
-            raise ValueError("told") from None
-    with pytest.raises(ConfigError, match="^refused$"), writing(tmp_path):
-        raise ConfigError("refused") from full
+            with pytest.raises(type(raised)) as caught:
+                write(raised)
+        assert caught.value is raised
+        assert raised.__context__ is full
+    with pytest.raises(ValueError, match="told"), writing(tmp_path):
+        raise_while_handling(full, ValueError("told"), None)
+    with pytest.raises(ConfigError, match="refused"), writing(tmp_path):
+        raise_while_handling(full, ConfigError("refused"), full)
     with pytest.raises(DiskError, match="No space left"), writing(tmp_path):
-        try:
-            raise full
-        except OSError as error:
-            raise ValueError("a library's own") from error
+        raise_while_handling(full, ValueError("a library's own"), full)
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)

@@ -141,7 +141,7 @@ def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole
 
 
 def test_the_updates_of_a_phase_train_the_same_rollouts_and_count_as_one(tiny_model, tmp_path):
-    # Phases of four steps: a bad one, a good step and three bad ones, then two whole bad ones. Counted from 1, 13 begins the last.
+    # Phases of four steps: a bad one, a good step and three bad ones, and two bad ones, the last of which begins with step 13.
     poison, loss = Poison("gradient", math.nan, *range(4), *range(5, 16)), LossConfig(num_policy_updates=4)
     with pytest.raises(NonFiniteError, match=r"^step 13: .*phase 3 of this kind in a row"):
         fit(tiny_model, tmp_path, poison, loss=loss, steps_per_epoch=16, max_steps=16)

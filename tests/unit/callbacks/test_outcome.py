@@ -61,7 +61,7 @@ def test_a_finished_run_that_trained_nothing_says_why(tiny_model, tmp_path, capl
 
 
 def test_a_run_whose_steps_were_skipped_for_two_causes_counts_both(caplog):
-    outcome, trainer = Outcome(), SimpleNamespace(global_step=0, is_global_zero=True, optimizers=[])
+    outcome, trainer = Outcome(), SimpleNamespace(global_step=0, is_global_zero=True, optimizers=[], max_epochs=1)
     module = SimpleNamespace(policy_config=PolicyConfig(name="x"), skip_reason="a cause")
     outcome.on_train_start(trainer, module)
     for step in range(10):

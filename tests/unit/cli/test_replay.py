@@ -146,7 +146,7 @@ def test_a_recorded_step_of_another_model_is_refused(tiny_model, tmp_path, monke
     gone = {**settings, "policy": {**settings["policy"], "chat_template": str(tmp_path / "gone.jinja")}}
     torch.save({**content, "weights": weights, "settings": gone}, file)
     monkeypatch.setattr("fuchsia_pl.cli.replay.Trainer", lambda **given: pytest.fail(given["accelerator"]))
-    with pytest.raises(pytest.fail.Exception, match="^cpu$"):
+    with pytest.raises(pytest.fail.Exception, match=r"^cpu$"):
         replay_step(read_step(file), tmp_path)
     torch.save({**content, "weights": weights, "settings": {**settings, "loss": {"no_such": 1}}}, file)
     with pytest.raises(ConfigError, match=r"settings of the recorded step are not of this version: .*no_such"):

@@ -6,6 +6,7 @@ import pytest
 from fuchsia_pl.engines.base import Engine, EngineSpec
 from fuchsia_pl.envs import SingleTurnEnvironment
 from fuchsia_pl.envs.items import read_rows
+from fuchsia_pl.rollouts import calls
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw, EnvironmentStepError, PromptTooLongError
@@ -188,3 +189,17 @@ def test_siblings_have_messages_of_their_own_made_once(tiny_model):
     assert made == [4, 11]
     assert [r.messages[0] for r in groups[0]] == [{"role": "user", "content": "4?"}] * 3
     assert groups[0][0].messages[0] is not groups[0][1].messages[0]
+
+
+def test_a_prepare_that_hangs_is_ended_with_its_place():
+    class Hanging(TinyEnvironment):
+        prepare_timeout_s = 0.05
+
+        async def prepare(self):
+            await asyncio.Event().wait()
+
+    with pytest.raises(
+        EnvironmentStepError, match=r"^Hanging\.prepare took longer than 0\.05 s \(prepare_timeout_s\)$"
+    ):
+        asyncio.run(calls.prepare(Hanging()))
+    assert TinyEnvironment().prepare_timeout_s == 1800.0
