@@ -192,7 +192,7 @@ def test_a_sync_that_finds_no_room_in_memory_goes_elsewhere_and_one_that_loses_i
             module, datamodule=make_data(module)
         )
 
-    with pytest.raises(DiskError, match=r"fuchsia-sync-\w+/version-2 cannot be written: No space left on device"):
+    with pytest.raises(DiskError, match=r"-sync-\w+/version-2 cannot be written: No space left on device"):
         fit(Full(disk), Watch())
     assert used[0]
     used.clear()
