@@ -31,7 +31,8 @@ from tests.process_engine import SAMPLER
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 TARGETS = ("trainer", "trainer", "trainer", "engine", "tool server")
-CODES = (0, 143, 130, -signal.SIGHUP, -signal.SIGKILL)
+# In order, or before the command handles signals, or by one that nothing handles.
+CODES = (0, 143, 130, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)
 NUM_STEPS = 8
 END_S = 60.0  # bound of a run's end after a signal; a run takes a few seconds in all
 GONE_S = 10.0
@@ -105,6 +106,8 @@ class Chaos:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        except KeyboardInterrupt:
+            code = 130
         except BaseException:
             traceback.print_exc()
         finally:
