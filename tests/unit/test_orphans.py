@@ -105,6 +105,7 @@ def test_a_process_knows_whether_its_parent_is_of_its_run():
         "other = {**os.environ, orphans.OWNER_VARIABLE: 'other'}; subprocess.run(run, env=other)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop(orphans.OWNER_VARIABLE, None)  # of another test's run in this process
     done = subprocess.run(
         [sys.executable, "-c", parent], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
