@@ -73,12 +73,14 @@ class Chaos:
         numbers: Decides what is killed, how and when.
         counts: What happened how often.
         longest_s: Seconds of a whole run, which bound the random moments.
+        pids: All processes that it launched.
     """
 
     root: Path
     numbers: random.Random
     counts: Counter[str] = field(default_factory=Counter)
     longest_s: float = 0.0
+    pids: set[int] = field(default_factory=set)
 
     def launch(self, folder: str, checkpoint: Path | None) -> int:
         """Starts the command in a process of its own; returns its id."""
@@ -93,6 +95,7 @@ class Chaos:
             words += ["--ckpt_path", str(checkpoint)]
         child = os.fork()
         if child:
+            self.pids.add(child)
             return child
         code = 1
         try:
@@ -193,19 +196,14 @@ class Chaos:
             number += 1
             sys.stderr.write(f"{self.counts['kills']} kills, {number} runs are as the one that was left alone\n")
         self.counts["runs"] = number
-        assert not left_behind(), f"left behind: {left_behind()}"
+        assert not left_behind(self.pids), f"left behind: {left_behind(self.pids)}"
 
 
-def left_behind() -> list[str]:
-    """Temporary files and folders of processes that have ended."""
+def left_behind(pids: set[int]) -> list[str]:
+    """Temporary files and folders of these processes, which have ended."""
     places = (scratch.RAM_BACKED, Path(tempfile.gettempdir()))
     names = [found for place in places for file in place.iterdir() if (found := scratch.NAME.match(file.name))]
-    mine = [
-        found
-        for found in names
-        if found["uid"] == str(os.getuid()) and found["machine"] == scratch.owner_name().split("-")[2]
-    ]
-    return [found.string for found in mine if scratch.started_at(int(found["pid"])) != found["start"]]
+    return [found.string for found in names if int(found["pid"]) in pids]
 
 
 @dataclass(frozen=True)
