@@ -38,9 +38,8 @@ class Restarts:
         self._spec: EngineSpec | None = None  # None before the start and after the end
         self._kept: tuple[Path, int] | None = None
         self.num_starts = 0
-        self.is_busy = (
-            False  # while a restart is in progress: what is asked for then would get other weights, or no answer
-        )
+        # While a restart is in progress, what is asked for would get other weights, or no answer.
+        self.is_busy = False
 
     def start(self, spec: EngineSpec) -> None:
         """The first start of a run."""
