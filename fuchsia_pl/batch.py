@@ -21,17 +21,17 @@ class Denominators:
         num_tokens: Tokens that the policy sampled in the step's trainable rows.
         num_rows: Rows with at least one such token.
         max_completion_tokens: The configured bound of a completion's length.
-        num_scored_tokens: Those of the tokens that enter the forward, what metrics are divided by: rows that could not change
+        num_forward_tokens: Those of the tokens that enter the forward, what metrics are divided by: rows that could not change
             any weight are left out of it, but not of the loss's mean.
 
-    >>> Denominators(num_tokens=1500, num_rows=64, max_completion_tokens=32, num_scored_tokens=1400).num_rows
+    >>> Denominators(num_tokens=1500, num_rows=64, max_completion_tokens=32, num_forward_tokens=1400).num_rows
     64
     """
 
     num_tokens: int
     num_rows: int
     max_completion_tokens: int
-    num_scored_tokens: int
+    num_forward_tokens: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Batch:
         samples: What the rows were made of, for logs. A row without a sample is padding.
         metrics: Figures of the whole step's rollouts, the same in each of its micro-batches.
         unused: Rollouts of the step that are not trained on, for logs; in its first micro-batch.
-        without_effect: Rows of the step that no weight would move by and that the forward leaves out, likewise.
+        zero_advantage: Rows of the step that no weight would move by and that the forward leaves out, likewise.
         old_values: With a critic, its values before the update; float32 [B, T].
         value_targets: With a critic, what its values should have been; float32 [B, T].
         policy_update: How many optimizer steps were made with these rows already.
@@ -104,7 +104,7 @@ class Batch:
     samples: tuple[Sample, ...]
     metrics: Mapping[str, float]
     unused: tuple[Rollout, ...] = ()
-    without_effect: tuple[Sample, ...] = ()
+    zero_advantage: tuple[Sample, ...] = ()
     old_values: Tensor | None = None
     value_targets: Tensor | None = None
     policy_update: int = 0
@@ -123,7 +123,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class TokenScores:
+class PolicyOutput:
     """What the policy says of the tokens of a batch, all [B, T] and meaningless where `loss_mask` is False.
 
     Attributes:
@@ -131,7 +131,7 @@ class TokenScores:
         entropies: Of the distributions they were drawn from, in nats.
         values: The critic's, None without one.
 
-    >>> TokenScores(torch.zeros(1, 2), torch.zeros(1, 2), None).logprobs.shape
+    >>> PolicyOutput(torch.zeros(1, 2), torch.zeros(1, 2), None).logprobs.shape
     torch.Size([1, 2])
     """
 
@@ -141,14 +141,14 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
-class RolloutScores:
+class TrainerSignals:
     """What the trainer says of the tokens of a batch before there are advantages, [B, T].
 
     Attributes:
         kl: An estimate of KL(policy || reference) per token, None where the reward does not need it.
         values: The critic's, None without one.
 
-    >>> RolloutScores(None, torch.zeros(1, 2)).values.shape
+    >>> TrainerSignals(None, torch.zeros(1, 2)).values.shape
     torch.Size([1, 2])
     """
 

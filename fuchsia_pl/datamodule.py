@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fuchsia_pl.batch import Batch, Denominators, RolloutScores
+from fuchsia_pl.batch import Batch, Denominators, TrainerSignals
 from fuchsia_pl.engines.base import Engine, EngineSpec, engine_log
 from fuchsia_pl.envs.base import Environment, check_environment, reward_name, weights_at
 from fuchsia_pl.envs.bounded import call_apart
@@ -30,13 +30,13 @@ from fuchsia_pl.rollouts.calls import close
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
-from fuchsia_pl.rollouts.credit import OVERLONG, changes_nothing, make_samples, penalise_overlong, scores_by_rollout
+from fuchsia_pl.rollouts.credit import OVERLONG, changes_nothing, make_samples, penalise_overlong, signals_by_rollout
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
 from fuchsia_pl.rollouts.flags import Limits, check_settings, return_limits, take_limits
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
-from fuchsia_pl.rollouts.parts import Scorer, check_parts
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.restarts import sampled_by
+from fuchsia_pl.rollouts.run_checks import SignalSource, check_run_setup
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError, Evaluation, RolloutGroup, Sample
@@ -113,7 +113,7 @@ class RolloutDataModule(LightningDataModule):
         """
         trainer, self._stage = self._trainer, stage
         preparation.check_shares(self.batch_size, trainer.world_size)
-        sleeps = check_parts(trainer)
+        sleeps = check_run_setup(trainer)
         num_updates = self.loss.num_policy_updates
         self._limits = take_limits(trainer, stage, self.steps_per_epoch, num_updates, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
@@ -175,7 +175,7 @@ class RolloutDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Phases of `accumulate_grad_batches` micro-batches for each of their `num_policy_updates` optimizer steps."""
         num_updates, steps_per_epoch = self.loss.num_policy_updates, self._taken.steps_per_epoch
-        budget = self._scorer.max_tokens_per_micro_batch
+        budget = self._signal_source.max_tokens_per_micro_batch
         if budget is not None:
             self._plan_micro_batches(budget)
         batches_per_phase = self._trainer.accumulate_grad_batches * num_updates
@@ -209,8 +209,8 @@ class RolloutDataModule(LightningDataModule):
         return self._limits
 
     @property
-    def _scorer(self) -> Scorer:
-        return cast(Scorer, self._trainer.lightning_module)
+    def _signal_source(self) -> SignalSource:
+        return cast(SignalSource, self._trainer.lightning_module)
 
     def _check_prompts(self) -> None:
         """Renders all prompts that the stage will need."""
@@ -226,7 +226,7 @@ class RolloutDataModule(LightningDataModule):
         trainer, prompts = self._trainer, preparation.training_prompts(self._collector, self.seed, self.batch_size)
         self._fitting = list(prompts)
         self._longest_row = longest_row(prompts.values(), self.sampling, has_turns=self.environment.max_steps > 1)
-        budget = self._scorer.max_tokens_per_micro_batch
+        budget = self._signal_source.max_tokens_per_micro_batch
         if budget is None:
             check_phases(trainer, self._taken.steps_per_epoch, self.loss.num_policy_updates)
         elif trainer.accumulate_grad_batches not in (1, self._planned):
@@ -246,7 +246,7 @@ class RolloutDataModule(LightningDataModule):
     def _plan_micro_batches(self, max_tokens: int) -> None:
         """Sets the trainer's number of micro-batches; only now does the model say whether it shares prefixes."""
         assert self._longest_row is not None, "setup comes first"
-        groups, shares_prefix = self.batch_size // self._trainer.world_size, self._scorer.shares_prefix
+        groups, shares_prefix = self.batch_size // self._trainer.world_size, self._signal_source.shares_prefix
         arguments = self._longest_row, groups, self.sampling.group_size, shares_prefix, max_tokens
         self._planned = plan_micro_batches(*arguments)
         self._trainer.accumulate_grad_batches = self._planned
@@ -262,7 +262,7 @@ class RolloutDataModule(LightningDataModule):
         return make_batches([largest], denominators, trainer.global_step, {})[0]
 
     def _split(self, samples: Sequence[Sample]) -> list[list[Unit]]:
-        return split_balanced(samples, self._trainer.accumulate_grad_batches, self._scorer.shares_prefix)
+        return split_balanced(samples, self._trainer.accumulate_grad_batches, self._signal_source.shares_prefix)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end on the run's event loop."""
@@ -308,13 +308,13 @@ class RolloutDataModule(LightningDataModule):
         rollouts = [rollout for group in [*sampled.kept, *sampled.dropped] for rollout in group.rollouts]
         version = min((r.policy_version for r in rollouts if r.turns), default=self.engine.policy_version)
         penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
-        scores = self._scores(sampled.kept, version)
+        signals = self._signals(sampled.kept, version)
         weights = call_apart(weights_at, self.environment, step)
-        made = make_samples(self.loss, sampled.kept, weights, scores, self._add_up)
+        made = make_samples(self.loss, sampled.kept, weights, signals, self._add_up)
         samples = drop_stale(made, step, self.sampling.max_staleness)
         version = oldest_version(samples, version, partial(self._over_ranks, "min"))
         effective = [sample for sample in samples if not changes_nothing(self.loss, sample)]
-        kl = [of_rollout.kl for of_rollout in scores.values() if of_rollout.kl is not None]
+        kl = [of_rollout.kl for of_rollout in signals.values() if of_rollout.kl is not None]
         kl_total = (float(sum(row.sum() for row in kl)), float(sum(row.numel() for row in kl)))
         record = StepRecord(
             sampled.kept,
@@ -333,8 +333,8 @@ class RolloutDataModule(LightningDataModule):
         batches = make_batches(self._split(effective), denominators, version, metrics)
         trained, kept = {id(sample.rollout) for sample in samples}, {id(sample) for sample in effective}
         unused = tuple(rollout for rollout in rollouts if id(rollout) not in trained)
-        without_effect = tuple(sample for sample in samples if id(sample) not in kept)
-        batches[0] = replace(batches[0], unused=unused, without_effect=without_effect)
+        zero_advantage = tuple(sample for sample in samples if id(sample) not in kept)
+        batches[0] = replace(batches[0], unused=unused, zero_advantage=zero_advantage)
         staleness = self.sampling.max_staleness
         batches = [replace(batch, skip_reason=skip_reason, max_staleness=staleness) for batch in batches]
         address = (self.seed, "dropout", self._trainer.global_rank)
@@ -364,9 +364,9 @@ class RolloutDataModule(LightningDataModule):
         sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, max_refills))
         return sampled, time.perf_counter() - start
 
-    def _scores(self, groups: Sequence[RolloutGroup], version: int) -> dict[int, RolloutScores]:
+    def _signals(self, groups: Sequence[RolloutGroup], version: int) -> dict[int, TrainerSignals]:
         """The trainer's word on the rollouts, where advantages need it."""
-        if not self.loss.needs_scores:
+        if not self.loss.needs_signals:
             return {}
         samples = [
             Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for group in groups for rollout in group.rollouts
@@ -374,7 +374,7 @@ class RolloutDataModule(LightningDataModule):
         device = self._trainer.strategy.root_device
         batches = make_batches(self._split(samples), Denominators(1, 1, 1, 1), version, {})
         batches = [batch.to(device) for batch in batches]
-        return scores_by_rollout(batches, self._scorer.score_rollouts(batches))
+        return signals_by_rollout(batches, self._signal_source.trainer_signals(batches))
 
     def _add_up(self, values: Tensor) -> Tensor:
         return self._over_ranks("sum", values)

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fuchsia_pl.batch import Batch, RolloutScores
+from fuchsia_pl.batch import Batch, TrainerSignals
 from fuchsia_pl.objectives.config import Learner, LossConfig
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
@@ -87,7 +87,7 @@ class GRPOModule(LightningModule):
         self.resumed: Resumed | None = None
         self.skip_reason: str | None = None
         # Of each micro-batch, the trainer's logprobs before the first update of a phase; of the newest, the reference's.
-        self.behaviour: list[Tensor] = []
+        self.trainer_logprobs: list[Tensor] = []
         self.ref_logprobs: Tensor | None = None
         # A checkpoint holds what was trained and never the base weights.
         self.strict_loading = False
@@ -181,26 +181,26 @@ class GRPOModule(LightningModule):
         with self._own_randomness(batch.dropout_seed):
             with self.trainer.precision_plugin.forward_context():
                 reference = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
-                scores = self._policy.scores(batch)
-                old_logprobs = scores.logprobs.detach()
-                loss = policy_loss(self.loss_config, batch, scores, old_logprobs, old_logprobs, reference).loss
+                policy_output = self._policy.output(batch)
+                old_logprobs = policy_output.logprobs.detach()
+                loss = policy_loss(self.loss_config, batch, policy_output, old_logprobs, old_logprobs, reference).loss
             loss.backward()
         self._policy.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
+    def trainer_signals(self, batches: list[Batch]) -> list[TrainerSignals]:
         """KL and values of the tokens of some micro-batches, where advantages need them; without dropout."""
         # The data loader calls this outside of a step, where Lightning's precision is not in force.
         with self.trainer.precision_plugin.forward_context():
-            return [self._score(batch) for batch in batches]
+            return [self._signals(batch) for batch in batches]
 
-    def _score(self, batch: Batch) -> RolloutScores:
-        scores = self._policy.evaluated_scores(batch)
+    def _signals(self, batch: Batch) -> TrainerSignals:
+        policy_output = self._policy.evaluated_output(batch)
         if not self.loss_config.kl_in_reward:
-            return RolloutScores(None, scores.values)
+            return TrainerSignals(None, policy_output.values)
         reference = self._policy.reference_logprobs(batch)
-        kl = kl_estimate(self.loss_config.parts.kl_estimator, scores.logprobs, reference, scores.logprobs)
-        return RolloutScores(kl, scores.values)
+        kl = kl_estimate(self.loss_config.parts.kl_estimator, policy_output.logprobs, reference, policy_output.logprobs)
+        return TrainerSignals(kl, policy_output.values)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that Lightning's and DDP's averages make it the whole step's.
@@ -218,16 +218,16 @@ class GRPOModule(LightningModule):
         self._policy.end_accumulation(micro_batch + 1 == self.trainer.accumulate_grad_batches)
         self.ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
         with self._own_randomness(batch.dropout_seed):
-            scores = self._policy.scores(batch)
+            policy_output = self._policy.output(batch)
         if batch.policy_update == 0:
             # What sampled drops nothing out, so what is compared with it must not either.
-            evaluated = self._policy.evaluated_scores(batch) if self._policy.has_dropout else scores
-            self.behaviour = [*self.behaviour[:micro_batch], evaluated.logprobs.detach()]
-        behaviour = self.behaviour[micro_batch]
+            evaluated = self._policy.evaluated_output(batch) if self._policy.has_dropout else policy_output
+            self.trainer_logprobs = [*self.trainer_logprobs[:micro_batch], evaluated.logprobs.detach()]
+        trainer_logprobs = self.trainer_logprobs[micro_batch]
         # At the first update both sides of the ratio are one forward: it is exactly 1, and dropout clips no token.
-        old_logprobs = scores.logprobs.detach() if batch.policy_update == 0 else behaviour
-        output = policy_loss(self.loss_config, batch, scores, old_logprobs, behaviour, self.ref_logprobs)
-        gap = logprob_gap(batch, behaviour)
+        old_logprobs = policy_output.logprobs.detach() if batch.policy_update == 0 else trainer_logprobs
+        output = policy_loss(self.loss_config, batch, policy_output, old_logprobs, trainer_logprobs, self.ref_logprobs)
+        gap = logprob_gap(batch, trainer_logprobs)
         for name, value in {**output.metrics, "train/logprob_gap": gap}.items():
             combine = torch.maximum if name.endswith("_max") else torch.add
             self.step_metrics[name] = combine(self.step_metrics.get(name, torch.zeros_like(value)), value)

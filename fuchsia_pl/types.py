@@ -38,15 +38,14 @@ def shortened(text: str, limit: int) -> str:
 class RolloutStatus(StrEnum):
     """How a rollout ended. A wrong answer is COMPLETED: only its reward says that it is wrong.
 
-    TRUNCATED ran out of tokens or turns. The last three say nothing about the policy and are not scored: TOOL_ERROR lost the
-    server of its tools, ENV_ERROR met an error in the environment's code, ABORTED was given up.
+    TRUNCATED ran out of tokens or turns. The last two depend on nothing the policy did and are not scored: TOOL_ERROR lost the
+    server of its tools, ENV_ERROR met an error in the environment's code.
     """
 
     COMPLETED = "completed"
     TRUNCATED = "truncated"
     TOOL_ERROR = "tool_error"
     ENV_ERROR = "env_error"
-    ABORTED = "aborted"
 
 
 @dataclass(frozen=True)

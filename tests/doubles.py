@@ -107,7 +107,7 @@ class TinyEngine(Engine):
             tuple(ids[len(prompt_ids) :]), tuple(logprobs), "stop" if ended else "length", None, self._version
         )
 
-    async def load_adapter(self, path: Path, version: int) -> None:
+    async def load_weights(self, path: Path, version: int) -> None:
         assert not self._is_asleep
         self.calls.append(("load", version))
         check_version_file(path, version)
@@ -243,7 +243,7 @@ class SayingEngine(Engine):
 
     def close(self) -> None: ...
 
-    async def load_adapter(self, path: Path, version: int) -> None: ...
+    async def load_weights(self, path: Path, version: int) -> None: ...
 
     async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
         self.requests.append((list(prompt_ids), sampling))
@@ -269,7 +269,7 @@ class RecordedEngine(Engine):
 
     def close(self) -> None: ...
 
-    async def load_adapter(self, path: Path, version: int) -> None:
+    async def load_weights(self, path: Path, version: int) -> None:
         check_version_file(path, version)
         self._version = version
 
@@ -319,7 +319,7 @@ class WritingEngine(Engine):
 
     def close(self) -> None: ...
 
-    async def load_adapter(self, path: Path, version: int) -> None: ...
+    async def load_weights(self, path: Path, version: int) -> None: ...
 
     async def generate(self, prompt_ids, sampling: SamplingParams) -> Completion:
         self.requests.append((list(prompt_ids), sampling))

@@ -55,7 +55,7 @@ class ProcessEngine(Engine):
         ids = (*reply["ids"], EOS)
         return Completion(ids, (-1.5,) * len(ids), "stop", None, reply["version"])
 
-    async def load_adapter(self, path: Path, version: int) -> None:
+    async def load_weights(self, path: Path, version: int) -> None:
         while True:
             try:
                 await asyncio.to_thread(self._load, path, version)

@@ -134,10 +134,10 @@ def uneven(model: Path, root: Path, strategy: str, num_patterns: int) -> None:
 class FailingLoad(RecordedEngine):
     """Does not take version 1 on its rank."""
 
-    async def load_adapter(self, path: Path, version: int) -> None:
+    async def load_weights(self, path: Path, version: int) -> None:
         if version == self.fails_at:
             raise EngineError(f"no room for version {version}")
-        await super().load_adapter(path, version)
+        await super().load_weights(path, version)
 
 
 def fails(model: Path, root: Path, strategy: str, rank: int) -> None:

@@ -184,7 +184,7 @@ def load(engine, root: Path, version: int, weight: float = -0.25) -> None:
     save_file({"a": torch.tensor([weight])}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"r": 4}))
     (folder / VERSION_FILE).write_text(str(version))
-    asyncio.run(engine.load_adapter(folder, version))
+    asyncio.run(engine.load_weights(folder, version))
 
 
 def ask(engine, number: int = 1, sampling=SAMPLING):

@@ -50,9 +50,9 @@ class SignalledEngine(RecordedEngine):
             time.sleep(wanted["closing"])
             os.write(2, b"rank 1 has closed its engine\n")
 
-    async def load_adapter(self, path, version: int) -> None:
+    async def load_weights(self, path, version: int) -> None:
         hit("sync", version)
-        await super().load_adapter(path, version)
+        await super().load_weights(path, version)
 
     async def generate(self, prompt_ids, sampling):
         validates = sampling.temperature == 0

@@ -44,7 +44,7 @@ class SyncedModule(Protocol):
     policy: Policy
     loss_config: LossConfig
     step_metrics: dict[str, Tensor]
-    behaviour: list[Tensor]
+    trainer_logprobs: list[Tensor]
     ref_logprobs: Tensor | None
     loaded_step: int
     skip_reason: str | None
@@ -139,7 +139,7 @@ class AdapterSync(Callback):
             with trainer.precision_plugin.forward_context():  # a callback is outside of the step's
                 reference = module.policy.reference_logprobs(batch)
         agreement = adapter_agreement(
-            module.behaviour[0][mask],
+            module.trainer_logprobs[0][mask],
             reference[mask],
             batch.sampling_logprobs[mask],
             lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"),
@@ -229,7 +229,7 @@ class AdapterSync(Callback):
             # Ranks may share servers, whose weights must not change under the requests of another.
             trainer.strategy.barrier("sync")
             try:
-                run_blocking(engine.load_adapter(folder, version))
+                run_blocking(engine.load_weights(folder, version))
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 failure = error
             finally:

@@ -36,7 +36,7 @@ class SwappedData(Protocol):
     sampling: SamplingConfig
 
 
-class Turn(Enum):
+class DeviceOwner(Enum):
     """Whose weights are on the device."""
 
     TRAINER = "trainer"
@@ -59,7 +59,7 @@ class HotSwap(Callback):
 
     def __init__(self, enabled: bool = False) -> None:
         self.enabled = enabled
-        self.turn = Turn.ENGINE
+        self.owner = DeviceOwner.ENGINE
         self._moved: list[Place] = []
 
     def engine_sleeps(self, trainer: Trainer) -> bool:
@@ -77,7 +77,7 @@ class HotSwap(Callback):
         """The engine has started and the model is not on the device yet."""
         if self.enabled:
             run_blocking(_engine(trainer).sleep())
-            self.turn, self._moved = Turn.TRAINER, []
+            self.owner, self._moved = DeviceOwner.TRAINER, []
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A preflight comes next."""
@@ -114,17 +114,17 @@ class HotSwap(Callback):
 
     def to_engine(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The trainer leaves the device, then the engine wakes, unless it is the engine's turn."""
-        if self.enabled and self.turn is Turn.TRAINER:
+        if self.enabled and self.owner is DeviceOwner.TRAINER:
             self._moved = leave(cast(SwappedModule, pl_module).policy, trainer.optimizers, HOST)
             run_blocking(_engine(trainer).wake())
-            self.turn = Turn.ENGINE
+            self.owner = DeviceOwner.ENGINE
 
     def to_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The engine falls asleep, then the trainer comes back to the device, unless it is the trainer's turn."""
-        if self.enabled and self.turn is Turn.ENGINE:
+        if self.enabled and self.owner is DeviceOwner.ENGINE:
             run_blocking(_engine(trainer).sleep())
             come_back(cast(SwappedModule, pl_module).policy, self._moved, trainer.strategy.root_device)
-            self.turn, self._moved = Turn.TRAINER, []
+            self.owner, self._moved = DeviceOwner.TRAINER, []
 
 
 def obstacle(trainer: Trainer) -> str | None:
@@ -136,7 +136,7 @@ def obstacle(trainer: Trainer) -> str | None:
         return f"there are {trainer.world_size} ranks, and only an engine and a trainer that are alone on a device take turns"
     if data.sampling.max_staleness:
         return f"data.sampling.max_staleness is {data.sampling.max_staleness}: sampling beside training needs both on the device"
-    if data.loss.needs_scores:
+    if data.loss.needs_signals:
         return (
             "the objective (advantage gae, or a KL in the reward) asks the trainer about rollouts in the middle of the "
             "engine's turn"

@@ -59,12 +59,12 @@ class MemoryPlan:
         engine_weights: What the engine has of the model beside the trainer.
         kv_cache: The engine's keys and values.
         available: What the device has.
-        takes_turns: Whether the trainer's and the engine's are never on the device together.
+        shares_device: Whether the trainer's and the engine's are never on the device together.
 
     >>> plan = MemoryPlan(2 * 2**30, 2**28, 3 * 2**30, 2 * 2**30, 4 * 2**30, 16 * 2**30)
     >>> plan.text
     'weights 2.0 GB, trained 0.2, activations 3.0, engine weights 2.0, KV cache 4.0: 11.2 of 16.0 GB'
-    >>> replace(plan, takes_turns=True).text
+    >>> replace(plan, shares_device=True).text
     'weights 2.0 GB, trained 0.2, activations 3.0, or engine weights 2.0, KV cache 4.0: 6.0 of 16.0 GB'
     """
 
@@ -74,7 +74,7 @@ class MemoryPlan:
     engine_weights: int
     kv_cache: int
     available: int
-    takes_turns: bool = False
+    shares_device: bool = False
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The most that is on the device at a time."""
-        return max(self.sides) if self.takes_turns else sum(self.sides)
+        return max(self.sides) if self.shares_device else sum(self.sides)
 
     @property
     def text(self) -> str:
@@ -97,7 +97,7 @@ class MemoryPlan:
         parts = {
             "trained": self.trained,
             "activations": self.activations,
-            "or engine weights" if self.takes_turns else "engine weights": self.engine_weights,
+            "or engine weights" if self.shares_device else "engine weights": self.engine_weights,
             "KV cache": self.kv_cache,
         }
         shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
@@ -108,7 +108,7 @@ class MemoryPlan:
         saved = [
             (name, int(share * getattr(self, part)))
             for name, (part, share) in SAVED_BY.items()
-            if name in possible and not (part == "kv_cache" and self.takes_turns)
+            if name in possible and not (part == "kv_cache" and self.shares_device)
         ]
         return sorted((entry for entry in saved if entry[1] > 0), key=lambda entry: entry[1], reverse=True)[:3]
 
@@ -133,8 +133,8 @@ class Preflight(Callback):
         data = cast(RehearsedData, trainer.datamodule)  # type: ignore[attr-defined]
         module, device = cast(RehearsedModule, pl_module), trainer.strategy.root_device
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        takes_turns = any(isinstance(callback, HotSwap) and callback.enabled for callback in callbacks)
-        self.plan = replace(memory_plan(module.policy, data.engine, 0, device), takes_turns=takes_turns)
+        shares_device = any(isinstance(callback, HotSwap) and callback.enabled for callback in callbacks)
+        self.plan = replace(memory_plan(module.policy, data.engine, 0, device), shares_device=shares_device)
         if self.enabled:
             kept = KeptBytes(module.policy)
             try:
@@ -146,9 +146,9 @@ class Preflight(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Adds to an out-of-memory error what would have saved most."""
         if self.plan is not None and is_out_of_memory(exception):
-            can_take_turns = not self.plan.takes_turns and obstacle(trainer) is None
+            can_share_device = not self.plan.shares_device and obstacle(trainer) is None
             policy, device = cast(RehearsedModule, pl_module).policy, trainer.strategy.root_device
-            savings = self.plan.savings(possible_savings(policy, device, can_take_turns))
+            savings = self.plan.savings(possible_savings(policy, device, can_share_device))
             advice = "; ".join(f"{name} (about {size / 2**30:.1f} GB)" for name, size in savings)
             exception.add_note(f"Memory: {self.plan.text}. What would save most: {advice}")
 
@@ -217,7 +217,7 @@ def is_out_of_memory(exception: BaseException) -> bool:
     )
 
 
-def possible_savings(policy: Policy, device: torch.device, can_take_turns: bool) -> set[str]:
+def possible_savings(policy: Policy, device: torch.device, can_share_device: bool) -> set[str]:
     """The settings that this device has, without those that are set so already."""
     config = policy.config
     is_gpu, with_adapter = device.type != "cpu", config.lora.enabled
@@ -227,7 +227,7 @@ def possible_savings(policy: Policy, device: torch.device, can_take_turns: bool)
         "--model.policy.quantization nf4": not (is_gpu and with_adapter) or config.quantization is not None,
         "--model.policy.checkpointing.cpu_offloading true": not (is_gpu and checkpointed)
         or config.checkpointing.cpu_offloading,
-        "--hotswap.enabled true": not (is_gpu and can_take_turns),
+        "--hotswap.enabled true": not (is_gpu and can_share_device),
         "--model.policy.lora.r half": not with_adapter,
     }
     return {name for name in SAVED_BY if not idle.get(name, False)}

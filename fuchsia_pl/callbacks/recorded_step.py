@@ -20,7 +20,7 @@ from fuchsia_pl.policy.sharding import whole
 from fuchsia_pl.types import ConfigError
 
 # Of a batch, what is for logs alone and holds a user's objects.
-LEFT_OUT = {"samples", "unused", "without_effect", "metrics", "skip_reason"}
+LEFT_OUT = {"samples", "unused", "zero_advantage", "metrics", "skip_reason"}
 KINDS = {
     "step": int,
     "world_size": int,
@@ -39,7 +39,7 @@ class RecordedModule(Protocol):
     policy: Policy
     policy_config: PolicyConfig
     loss_config: LossConfig
-    behaviour: list[Tensor]
+    trainer_logprobs: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RecordedStep:
         settings: Policy and loss, as plain data.
         weights: The trained weights before the step, by name in the policy.
         batches: Its micro-batches, without samples.
-        behaviour: The trainer's logprobs before the first update of the phase, of each micro-batch; float32 [B, T] each.
+        trainer_logprobs: The trainer's logprobs before the first update of the phase, of each micro-batch; float32 [B, T] each.
         losses: Of each micro-batch, as given to backward. Shape [number of micro-batches].
         gradient: Fingerprint of the gradients, of this rank's part.
         gradient_norm: L2 norm of the gradient over all ranks, before clipping.
@@ -72,7 +72,7 @@ class RecordedStep:
     settings: dict[str, Any]
     weights: dict[str, Tensor]
     batches: tuple[Batch, ...]
-    behaviour: tuple[Tensor, ...]
+    trainer_logprobs: tuple[Tensor, ...]
     losses: Tensor
     gradient: tuple[int, ...]
     gradient_norm: float
@@ -109,7 +109,7 @@ def record_step(
         "settings": {"policy": asdict(module.policy_config), "loss": asdict(module.loss_config)},
         "weights": weights if trainer.is_global_zero else None,
         "batches": [_plain(batch) for batch in batches],
-        "behaviour": [logprobs.cpu() for logprobs in module.behaviour],
+        "trainer_logprobs": [logprobs.cpu() for logprobs in module.trainer_logprobs],
         "losses": losses.cpu(),
         "gradient": list(fingerprint([p.grad for p in trained.values() if p.grad is not None])),
         "gradient_norm": float(norm),
@@ -155,8 +155,8 @@ def read_step(path: Path) -> RecordedStep:
         content["weights"] = _read(path.with_suffix(".rank0")).get("weights")
     try:
         batches = tuple(_batch(values) for values in content.pop("batches"))
-        behaviour, gradient = tuple(content.pop("behaviour")), tuple(content.pop("gradient"))
-        recorded = RecordedStep(**content, batches=batches, behaviour=behaviour, gradient=gradient)
+        trainer_logprobs, gradient = tuple(content.pop("trainer_logprobs")), tuple(content.pop("gradient"))
+        recorded = RecordedStep(**content, batches=batches, trainer_logprobs=trainer_logprobs, gradient=gradient)
     except Exception as error:  # a file of unknown origin: it may hold anything under any key
         raise _foreign(path, error) from error
     for name, kind in KINDS.items():

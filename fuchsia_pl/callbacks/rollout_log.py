@@ -32,7 +32,7 @@ class RolloutLog(Callback):
         """Writes the rows of a micro-batch before they are trained, so that those a run stops at can be read too."""
         if batch.policy_update > 0:
             return
-        samples = [*batch.samples, *batch.without_effect]
+        samples = [*batch.samples, *batch.zero_advantage]
         lines = [rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage) for sample in samples]
         lines += [rollout_line(rollout, trainer.global_step, None) for rollout in batch.unused]
         self._append(trainer, TRAIN_FILE, lines)

@@ -16,13 +16,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.examination import Examination, Examiner, Run
-from fuchsia_pl.cli.parts import PartsCLI
 from fuchsia_pl.cli.played import Played
 from fuchsia_pl.loop import run_blocking
 
 
-class CheckEnvCLI(PartsCLI):
+class CheckEnvCLI(ConfigOnlyCLI):
     """Of the parts, only the environment, the tokenizer, the lengths and the number of items are used."""
 
     def __init__(self, args: ArgsType, num_items: int) -> None:
@@ -30,7 +30,7 @@ class CheckEnvCLI(PartsCLI):
         self.holds = False
         super().__init__(args)
 
-    def use_parts(self) -> None:
+    def use_config(self) -> None:
         """Examines the environment and reports what came of it."""
         trainer = self._get(self.config, "trainer")
         limit = trainer.limit_val_batches

@@ -129,9 +129,6 @@ SAMPLING = (
     Setting("data.steps_per_epoch", "5", ("eval_steps",), ("test_freq",), ("eval_steps",), "steps between validations"),
     Setting("data.sampling.group_size", "8", ("num_generations",), ("rollout.n",), ("group_size", "vllm.n")),
     Setting("data.sampling.temperature", "1.0", ("temperature",), ("rollout.temperature",), ("sampling.temperature",)),
-    Setting("data.sampling.top_p", "1.0", ("top_p",), ("rollout.top_p",), ("sampling.top_p",), "neutral only"),
-    Setting("data.sampling.top_k", "0", ("top_k",), ("rollout.top_k",), ("sampling.top_k",), "neutral only"),
-    Setting("data.sampling.min_p", "0.0", ("min_p",), (), ("sampling.min_p",), "neutral only"),
     Setting(
         "data.sampling.max_completion_tokens",
         "256",
@@ -213,6 +210,19 @@ OBJECTIVE = (
 )
 SETTINGS = (*MODEL, *TRAINING, *SAMPLING, *OBJECTIVE)
 _BY_NAME = {name: setting for setting in SETTINGS for name in setting.names}
+_WHOLE_DISTRIBUTION = (
+    "The loss is of the distribution that was sampled from, so all of it is sampled: leave it out. Lower "
+    "data.sampling.temperature instead, which the loss takes into account"
+)
+# Names of settings that other trainers have and this one cannot offer, with the reason.
+NOT_OFFERED = {
+    "top_p": _WHOLE_DISTRIBUTION,
+    "top_k": _WHOLE_DISTRIBUTION,
+    "min_p": _WHOLE_DISTRIBUTION,
+    "use_dora": "vLLM cannot serve DoRA adapters: leave it out",
+    "modules_to_save": "vLLM cannot serve adapters that replace whole modules: leave it out, or train all weights with "
+    "model.policy.lora.enabled: false",
+}
 
 
 def our_setting(key: str) -> Setting | None:
@@ -227,6 +237,15 @@ def our_setting(key: str) -> Setting | None:
     """
     parts = key.split(".")
     return next((_BY_NAME[end] for n in range(len(parts)) if (end := ".".join(parts[n:])) in _BY_NAME), None)
+
+
+def reason_not_offered(key: str) -> str | None:
+    """Why a setting that other trainers have does not exist here; None where the dotted key is not one of those.
+
+    >>> reason_not_offered("model.policy.lora.use_dora")
+    'vLLM cannot serve DoRA adapters: leave it out'
+    """
+    return NOT_OFFERED.get(key.rpartition(".")[2])
 
 
 def migration_table() -> str:

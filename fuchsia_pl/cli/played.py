@@ -88,7 +88,7 @@ class PlayedEngine(Engine):
     def close(self) -> None:
         """There is nothing to close."""
 
-    async def load_adapter(self, path: Path, version: int) -> None:
+    async def load_weights(self, path: Path, version: int) -> None:
         """There is no adapter."""
 
     def play(self, turns: Sequence[str], is_cut: bool) -> None:

@@ -96,7 +96,7 @@ class _Capture(Callback):
         assert batch is not None
         found = {
             **self._scores,
-            "logprobs before the first update": pl_module.behaviour[len(self.losses)],
+            "logprobs before the first update": pl_module.trainer_logprobs[len(self.losses)],
             "the reference's logprobs": pl_module.ref_logprobs,
             "the sampler's logprobs": batch.sampling_logprobs,
             "advantages": batch.advantages,
@@ -141,7 +141,7 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module.behaviour = [logprobs.to(trainer.strategy.root_device) for logprobs in recorded.behaviour]
+    module.trainer_logprobs = [logprobs.to(trainer.strategy.root_device) for logprobs in recorded.trainer_logprobs]
     # This trainer's first step is not the run's.
     batches = [replace(batch, policy_version=batch.policy_version - recorded.step) for batch in recorded.batches]
     num_threads = torch.get_num_threads()

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from fuchsia_pl import orphans
-from fuchsia_pl.cli.parts import PartsCLI
+from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
     NUM_SERVED_ADAPTERS,
@@ -81,14 +81,14 @@ class Listener:
     allow_open: bool = False
 
 
-class ServeCLI(PartsCLI):
+class ServeCLI(ConfigOnlyCLI):
     """Becomes the server once the configs are read."""
 
     def __init__(self, args: ArgsType, listener: Listener) -> None:
         self.listener = listener
         super().__init__(args)
 
-    def use_parts(self) -> None:
+    def use_config(self) -> None:
         """Replaces this process by the server's, which gets the terminal and its signals and returns its own exit code."""
         orphans.watch()  # which goes on after this process has become the server
         remove_left_behind()

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fuchsia_pl.cli.foreign_names import our_setting
+from fuchsia_pl.cli.foreign_names import our_setting, reason_not_offered
 
 CONFIG_OPTIONS = ("-c", "--config")
 CLASS_KEYS = ("class_path", "dict_kwargs")
@@ -99,7 +99,9 @@ class _Search:
     def _unknown(self, source: str, key: str, value: Any, near: Mapping[str, Any]) -> None:
         """Notes a key; of a mapping, each part that has another name here, since others keep theirs in other places."""
         if isinstance(value, Mapping):
-            moved = [(inner, part) for inner, part in _leaves(key, value) if our_setting(inner)]
+            moved = [
+                (inner, part) for inner, part in _leaves(key, value) if our_setting(inner) or reason_not_offered(inner)
+            ]
             for inner, part in moved:
                 self._unknown(source, inner, part, near)
             if moved:
@@ -133,6 +135,9 @@ def nearest_key(unknown: str, known: Mapping[str, Any]) -> str | None:
 
 
 def _advice(key: str, near: Mapping[str, Any]) -> str:
+    reason = reason_not_offered(key)
+    if reason is not None:
+        return reason
     setting = our_setting(key)
     if setting is not None:
         return f"Here it is {setting.key}" + (f" ({setting.note})" if setting.note else "")

@@ -43,7 +43,7 @@ class EngineSpec:
         local_rank: Which of the ranks on this machine the engine belongs to.
         num_local_ranks: Ranks on this machine.
         device_index: Which of the visible GPUs the trainer has, None on a CPU.
-        loads_in_flight: Whether `load_adapter` may be called while requests are in flight, which go on with the new weights.
+        loads_in_flight: Whether `load_weights` may be called while requests are in flight, which go on with the new weights.
         sleeps: Whether it will be asked to sleep, which some engines have to know at their start.
         max_restarts: Times that an engine whose processes end is started again.
     """
@@ -94,7 +94,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def policy_version(self) -> int:
-        """The optimizer step whose weights it samples from; -1 before the first `load_adapter` and where it has lost them."""
+        """The optimizer step whose weights it samples from; -1 before the first `load_weights` and where it has lost them."""
 
     @property
     def can_sleep(self) -> bool:
@@ -120,13 +120,13 @@ class Engine(ABC):
         """Samples one completion."""
 
     @abstractmethod
-    async def load_adapter(self, path: Path, version: int) -> None:
+    async def load_weights(self, path: Path, version: int) -> None:
         """Makes what `Policy.save_trained` wrote to `path` the weights of all later requests."""
 
     async def sleep(self) -> None:
         """Leaves the device's memory to the trainer. Until `wake` it is asked for nothing but `close`.
 
-        Weights that are not kept are lost: `policy_version` is -1 then, and `load_adapter` has to come after `wake`.
+        Weights that are not kept are lost: `policy_version` is -1 then, and `load_weights` has to come after `wake`.
 
         Raises:
             EngineError: Requests are in flight, or it cannot sleep.

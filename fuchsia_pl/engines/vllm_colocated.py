@@ -181,8 +181,8 @@ class VLLMColocatedEngine(Engine):
         """Samples one completion; see `Engine.generate`."""
         return await self._call(self._generate(list(prompt_ids), sampling), "a completion")
 
-    async def load_adapter(self, path: Path, version: int) -> None:
-        """Serves what was trained; see `Engine.load_adapter`."""
+    async def load_weights(self, path: Path, version: int) -> None:
+        """Serves what was trained; see `Engine.load_weights`."""
         await self._surviving(partial(self._load, path, version), "the load of an adapter")
         self._restarts.loaded(path, version)
 

@@ -75,7 +75,7 @@ class VLLMServerEngine(Engine):
 
     @property
     def policy_version(self) -> int:
-        """The optimizer step whose weights it samples from; -1 before the first `load_adapter`."""
+        """The optimizer step whose weights it samples from; -1 before the first `load_weights`."""
         return -1 if self._serving is None else self._serving.version
 
     @property
@@ -115,8 +115,8 @@ class VLLMServerEngine(Engine):
         """Samples one completion; see `Engine.generate`."""
         return await self._call(self._generate(list(prompt_ids), sampling), "a completion")
 
-    async def load_adapter(self, path: Path, version: int) -> None:
-        """Gives what was trained to every server; see `Engine.load_adapter`."""
+    async def load_weights(self, path: Path, version: int) -> None:
+        """Gives what was trained to every server; see `Engine.load_weights`."""
         await self._call(self._load(path, version), "the load of weights")
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class WeightSender:
     def __init__(self, device_index: int, api_key: str | None) -> None:
         self._device_index = device_index
         self._api_key = api_key
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._sending: Future[None] | None = None
 
     async def send(self, url: str, folder: Path, num_workers: int, timeout_s: float) -> None:
@@ -46,7 +46,7 @@ class WeightSender:
         Raises:
             EngineError: It failed.
         """
-        async with self._turn:
+        async with self._lock:
             if self._sending is not None:  # one that its caller gave up; NCCL lets none pass by it
                 await asyncio.wait([asyncio.wrap_future(self._sending)])
             self._sending = in_thread(

@@ -149,7 +149,7 @@ class LossConfig:
         return self.sampler_correction.mode or ("truncate" if self.old_logprobs == "trainer" else "disabled")
 
     @property
-    def needs_scores(self) -> bool:
+    def needs_signals(self) -> bool:
         """Whether advantages need the trainer's word on the rollouts: the critic's values, or the KL in the reward."""
         return self.parts.advantage == "gae" or self.kl_in_reward
 

@@ -48,12 +48,14 @@ class SamplerCorrection:
             )
 
 
-def sampler_ratio(level: CorrectionLevel, old_logprobs: Tensor, sampling_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
+def sampler_ratio(
+    level: CorrectionLevel, trainer_logprobs: Tensor, sampling_logprobs: Tensor, loss_mask: Tensor
+) -> Tensor:
     """pi_trainer / pi_sampler of each token, or of its row.
 
     Args:
         level: See `SamplerCorrection`.
-        old_logprobs: [B, T], the trainer's, of the weights that sampled.
+        trainer_logprobs: [B, T], the trainer's, of the weights that sampled.
         sampling_logprobs: [B, T], the sampler's.
         loss_mask: bool [B, T].
 
@@ -65,7 +67,7 @@ def sampler_ratio(level: CorrectionLevel, old_logprobs: Tensor, sampling_logprob
     >>> sampler_ratio("sequence", old, old - 0.5, mask)
     tensor([[2.7183, 2.7183]])
     """
-    log_ratio = torch.where(loss_mask, old_logprobs - sampling_logprobs, 0.0).detach()
+    log_ratio = torch.where(loss_mask, trainer_logprobs - sampling_logprobs, 0.0).detach()
     match level:
         case "token":
             logs = log_ratio

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuchsia_pl.batch import Batch, TokenScores
+from fuchsia_pl.batch import Batch, PolicyOutput
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import bounded_weights, sampler_ratio
 from fuchsia_pl.objectives.kl import kl_estimate
@@ -32,9 +32,9 @@ class LossOutput:
 def policy_loss(
     config: LossConfig,
     batch: Batch,
-    scores: TokenScores,
+    policy_output: PolicyOutput,
     old_logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    trainer_logprobs: Tensor,
     ref_logprobs: Tensor | None,
 ) -> LossOutput:
     """The objective's share of one micro-batch, with its metrics.
@@ -45,24 +45,24 @@ def policy_loss(
     Args:
         config: The objective.
         batch: The micro-batch with the whole step's denominators.
-        scores: What the policy says of the batch's tokens, with gradient.
+        policy_output: What the policy computes of the batch's tokens, with gradient.
         old_logprobs: float32 [B, T], the trainer's before the first update of these rollouts: the ratio's denominator.
-        behaviour_logprobs: float32 [B, T], the same as an engine would compute them, without dropout: what the sampling
+        trainer_logprobs: float32 [B, T], the same as an engine would compute them, without dropout: what the sampling
             logprobs are compared with.
         ref_logprobs: float32 [B, T] without gradient; needed where the KL is in the loss.
 
     Returns:
         Loss and metrics; the metrics are means over the step's scored tokens, or maxima where their name ends in `_max`.
     """
-    mask, num_tokens = batch.loss_mask, batch.denominators.num_scored_tokens
+    mask, num_tokens = batch.loss_mask, batch.denominators.num_forward_tokens
     # Outside the mask nothing means anything; a NaN there would survive multiplication by zero in the backward pass.
-    logprobs = torch.where(mask, scores.logprobs, 0.0)
+    logprobs = torch.where(mask, policy_output.logprobs, 0.0)
     old = (old_logprobs if config.old_logprobs == "trainer" else batch.sampling_logprobs).detach()
     values, bounded = _surrogate(config, logprobs, old, torch.where(mask, batch.advantages, 0.0), mask)
-    weights, metrics = _correction(config, batch, behaviour_logprobs)
+    weights, metrics = _correction(config, batch, trainer_logprobs)
     values = weights * values
     metrics["train/clip_fraction"] = token_mean(bounded.float(), mask, num_tokens)
-    metrics["train/entropy"] = token_mean(scores.entropies.detach(), mask, num_tokens)
+    metrics["train/entropy"] = token_mean(policy_output.entropies.detach(), mask, num_tokens)
     if config.kl_in_loss:
         assert ref_logprobs is not None, "a KL in the loss needs the reference's logprobs"
         kl = kl_estimate(config.parts.kl_estimator, logprobs, ref_logprobs, old)
@@ -70,11 +70,11 @@ def policy_loss(
         metrics["train/kl"] = token_mean(kl.detach(), mask, num_tokens)
     loss = reduce(values, mask, config.parts.reduction, batch.denominators, config.parts.constant_length)
     if config.entropy_weight > 0.0:
-        loss = loss - config.entropy_weight * token_mean(scores.entropies, mask, batch.denominators.num_tokens)
-    if scores.values is not None:
+        loss = loss - config.entropy_weight * token_mean(policy_output.entropies, mask, batch.denominators.num_tokens)
+    if policy_output.values is not None:
         assert batch.old_values is not None
         assert batch.value_targets is not None
-        losses = value_loss(scores.values, batch.old_values, batch.value_targets, config.critic.value_clip)
+        losses = value_loss(policy_output.values, batch.old_values, batch.value_targets, config.critic.value_clip)
         critic_loss = token_mean(losses, mask, batch.denominators.num_tokens)
         loss = loss + config.critic.value_weight * critic_loss
         metrics["train/value_loss"] = critic_loss.detach()
@@ -82,15 +82,15 @@ def policy_loss(
     return LossOutput(loss, metrics)
 
 
-def logprob_gap(batch: Batch, behaviour_logprobs: Tensor) -> Tensor:
+def logprob_gap(batch: Batch, trainer_logprobs: Tensor) -> Tensor:
     """The micro-batch's share of the mean over the step's tokens of |policy logprob - sampling logprob|.
 
     Args:
         batch: The micro-batch with the whole step's denominators.
-        behaviour_logprobs: float32 [B, T], see `policy_loss`.
+        trainer_logprobs: float32 [B, T], see `policy_loss`.
     """
-    gap = (behaviour_logprobs.detach() - batch.sampling_logprobs).abs()
-    return token_mean(gap, batch.loss_mask, batch.denominators.num_scored_tokens)
+    gap = (trainer_logprobs.detach() - batch.sampling_logprobs).abs()
+    return token_mean(gap, batch.loss_mask, batch.denominators.num_forward_tokens)
 
 
 def _surrogate(
@@ -111,10 +111,10 @@ def _surrogate(
             return sapo(log_ratio, advantages, *temperatures), torch.zeros_like(mask)
 
 
-def _correction(config: LossConfig, batch: Batch, behaviour_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _correction(config: LossConfig, batch: Batch, trainer_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights of the sampler correction, and its metrics before and after the bounds."""
-    correction, mask, num_tokens = config.sampler_correction, batch.loss_mask, batch.denominators.num_scored_tokens
-    ratio = sampler_ratio(correction.level, behaviour_logprobs, batch.sampling_logprobs, mask)
+    correction, mask, num_tokens = config.sampler_correction, batch.loss_mask, batch.denominators.num_forward_tokens
+    ratio = sampler_ratio(correction.level, trainer_logprobs, batch.sampling_logprobs, mask)
     weights = bounded_weights(config.correction_mode, ratio, correction.low, correction.high)
     outside = (ratio < correction.low) | (ratio > correction.high)
     metrics = {

@@ -26,8 +26,6 @@ class LoRASettings:
         use_rslora: Scale alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732).
         init_from: Folder of a PEFT adapter to go on from; the reference is then that adapter, and `target_modules` are its
             own. None starts a fresh one.
-        use_dora: Only here to say why not: vLLM does not serve DoRA.
-        modules_to_save: Only here to say why not: vLLM does not serve adapters with whole modules in them.
     """
 
     enabled: bool = True
@@ -37,8 +35,6 @@ class LoRASettings:
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
     init_from: str | None = None
-    use_dora: bool = False
-    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuses what PEFT could not train or vLLM could not serve."""
@@ -71,15 +67,6 @@ class LoRASettings:
             raise ConfigError(
                 f"model.policy.lora.target_modules has {unserved}, which vLLM cannot serve: it would sample without them. "
                 'Name linear layers inside the blocks, or use "all-linear"'
-            )
-        if self.use_dora:
-            raise ConfigError(
-                "model.policy.lora.use_dora is true, and vLLM cannot serve DoRA adapters: set it to false"
-            )
-        if self.modules_to_save:
-            raise ConfigError(
-                f"model.policy.lora.modules_to_save is {self.modules_to_save}, and vLLM cannot serve adapters that replace "
-                "whole modules: leave it out, or train all weights with enabled: false"
             )
 
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from fuchsia_pl.batch import Batch, TokenScores
+from fuchsia_pl.batch import Batch, PolicyOutput
 from fuchsia_pl.policy.adapter import add_adapter
 from fuchsia_pl.policy.checkpointing import checkpoint_blocks, offloaded
 from fuchsia_pl.policy.config import PolicyConfig
@@ -108,7 +108,7 @@ class Policy(nn.Module):
             reference.to(device)
         self._initial_adapter = [initial.to(device) for initial in self._initial_adapter]
 
-    def scores(self, batch: Batch) -> TokenScores:
+    def output(self, batch: Batch) -> PolicyOutput:
         """Logprobs of the labels and entropies at each row's own temperature, and the critic's values if there is one.
 
         Rows are padded on the right and attention is causal, so no padding is ever seen and no mask is needed.
@@ -120,17 +120,17 @@ class Policy(nn.Module):
             float32 [B, T] each, 0 where `loss_mask` is False. No logits are computed there.
         """
         with offloaded() if self.config.checkpointing.cpu_offloading else nullcontext():
-            return TokenScores(*self(batch))
+            return PolicyOutput(*self(batch))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What `scores` returns, as a tuple: sharding hooks onto calls of modules, and finds tensors in tuples only."""
+        """What `output` returns, as a tuple: sharding hooks onto calls of modules, and finds tensors in tuples only."""
         return self._scores(self.causal_lm, batch, self.critic)
 
     @torch.no_grad()
-    def evaluated_scores(self, batch: Batch) -> TokenScores:
+    def evaluated_output(self, batch: Batch) -> PolicyOutput:
         """The same without gradient and without dropout, as an engine computes them. Draws nothing from torch's generator."""
         with _evaluating(self.model):
-            return self.scores(batch)
+            return self.output(batch)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -142,7 +142,7 @@ class Policy(nn.Module):
         if isinstance(self.model, peft.PeftModel):
             untrained = self._swapped_adapter() if self._initial_adapter else self.model.disable_adapter()
             with untrained:
-                return self.evaluated_scores(batch).logprobs
+                return self.evaluated_output(batch).logprobs
         if not self.has_reference:
             raise RuntimeError("there is no reference: the policy was built with with_reference=False")
         frozen = self._frozen[0].to(batch.input_ids.device)

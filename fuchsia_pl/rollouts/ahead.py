@@ -39,7 +39,7 @@ class PhasesAhead(Generic[T]):
         self._num_ahead = num_ahead
         self._num_phases = num_phases
         self._begun: dict[int, Future[T]] = {}
-        self._turn, self._may_start, self._idle = asyncio.Lock(), asyncio.Event(), asyncio.Event()
+        self._lock, self._may_start, self._idle = asyncio.Lock(), asyncio.Event(), asyncio.Event()
         self._may_start.set()
         self._idle.set()
 
@@ -52,7 +52,7 @@ class PhasesAhead(Generic[T]):
             last = max(min(last, self._num_phases - 1), phase)
         for number in range(phase, last + 1):
             if number not in self._begun:
-                self._begun[number] = self._loop.submit(self._sample_in_turn(number))
+                self._begun[number] = self._loop.submit(self._sample_alone(number))
         future = self._begun[phase]
         try:
             result = future.result()  # everything that is awaited in there has a bound of its own
@@ -82,8 +82,8 @@ class PhasesAhead(Generic[T]):
         await asyncio.sleep(0)  # the futures are of other threads, and pass it on to the loop
         await asyncio.wait_for(self._idle.wait(), CANCEL_TIMEOUT_S)
 
-    async def _sample_in_turn(self, phase: int) -> T:
-        async with self._turn:
+    async def _sample_alone(self, phase: int) -> T:
+        async with self._lock:
             await self._may_start.wait()  # as long as `paused` lasts, a load of weights
             self._idle.clear()
             try:

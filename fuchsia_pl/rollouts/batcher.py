@@ -70,10 +70,10 @@ def num_computed_tokens(unit: Unit, shares_prefix: bool) -> int:
     return total - (len(unit) - 1) * prefix_length(unit) if shares_prefix and len(unit) > 1 else total
 
 
-def split_units(samples: Sequence[Sample], num_parts: int, shares_prefix: bool) -> list[Unit]:
+def split_units(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool) -> list[Unit]:
     """What is dealt out to micro-batches: the siblings of an item together where they share a prefix, else single rows.
 
-    If there are fewer than `num_parts`, the largest are halved.
+    If there are fewer than `num_micro_batches`, the largest are halved.
     """
     if not shares_prefix:
         return [[sample] for sample in samples]
@@ -81,50 +81,54 @@ def split_units(samples: Sequence[Sample], num_parts: int, shares_prefix: bool) 
     for sample in samples:
         siblings.setdefault((sample.rollout.item_index, sample.rollout.step), []).append(sample)
     units: list[Unit] = list(siblings.values())
-    while units and len(units) < num_parts and max(len(unit) for unit in units) > 1:
+    while units and len(units) < num_micro_batches and max(len(unit) for unit in units) > 1:
         largest = max((unit for unit in units if len(unit) > 1), key=lambda unit: num_computed_tokens(unit, True))
         units.remove(largest)
         units += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
     return units
 
 
-def split_balanced(samples: Sequence[Sample], num_parts: int, shares_prefix: bool = False) -> list[list[Unit]]:
-    """Splits rows into exactly `num_parts` parts with about the same number of tokens to compute.
+def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool = False) -> list[list[Unit]]:
+    """Splits rows into exactly `num_micro_batches` micro-batches with about the same number of tokens to compute.
 
-    The largest unit goes first, each to the part with the fewest tokens so far (longest-processing-time rule) that has not its
-    share of the units: so no part is ever larger than it would be if all rows were the longest.
+    Units are placed from the largest to the smallest, each into the micro-batch that has the fewest tokens so far
+    (longest-processing-time rule) and fewer units than its share. So no micro-batch is larger than it would be if all rows
+    had the greatest length.
 
     Args:
         samples: The rows.
-        num_parts: Number of micro-batches.
+        num_micro_batches: Number of micro-batches.
         shares_prefix: Whether a prefix that siblings share is computed once.
     """
-    parts: list[list[Unit]] = [[] for _ in range(num_parts)]
-    loads = [0] * num_parts
-    units = split_units(samples, num_parts, shares_prefix)
-    max_units = math.ceil(len(units) / num_parts)
+    micro_batches: list[list[Unit]] = [[] for _ in range(num_micro_batches)]
+    loads = [0] * num_micro_batches
+    units = split_units(samples, num_micro_batches, shares_prefix)
+    max_units = math.ceil(len(units) / num_micro_batches)
     for unit in sorted(units, key=lambda unit: num_computed_tokens(unit, shares_prefix), reverse=True):
-        open_parts = [part for part in range(num_parts) if len(parts[part]) < max_units]
-        lightest = min(open_parts, key=lambda part: loads[part])
-        parts[lightest].append(unit)
+        with_room = [n for n in range(num_micro_batches) if len(micro_batches[n]) < max_units]
+        lightest = min(with_room, key=lambda n: loads[n])
+        micro_batches[lightest].append(unit)
         loads[lightest] += num_computed_tokens(unit, shares_prefix)
-    return parts
+    return micro_batches
 
 
 def make_batches(
-    parts: Sequence[Sequence[Unit]], denominators: Denominators, policy_version: int, metrics: Mapping[str, float]
+    micro_batches: Sequence[Sequence[Unit]],
+    denominators: Denominators,
+    policy_version: int,
+    metrics: Mapping[str, float],
 ) -> list[Batch]:
-    """Makes a micro-batch of each part.
+    """Makes the tensors of each micro-batch.
 
-    A part without rows becomes a row of padding, which trains nothing but lets every rank take the same steps.
+    A micro-batch without rows becomes a row of padding, which trains nothing but lets every rank take the same steps.
 
     Args:
-        parts: This rank's rows, see `split_balanced`.
+        micro_batches: This rank's rows, see `split_balanced`.
         denominators: Of the whole step and all ranks.
         policy_version: The step whose weights sampled the rows.
         metrics: The step's rollout figures.
     """
-    return [_collate(part, denominators, policy_version, metrics) for part in parts]
+    return [_collate(micro_batch, denominators, policy_version, metrics) for micro_batch in micro_batches]
 
 
 def _collate(

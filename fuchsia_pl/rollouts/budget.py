@@ -72,12 +72,12 @@ def plan_micro_batches(row: LongestRow, num_groups: int, group_size: int, shares
     siblings = group_size if shares_prefix else 1
     while row.num_computed(siblings, shares_prefix) > max_tokens:
         siblings = math.ceil(siblings / 2)
-    units = num_groups * _num_parts(group_size, siblings)
+    units = num_groups * _num_pieces(group_size, siblings)
     per_batch = max_tokens // row.num_computed(siblings, shares_prefix)
     return math.ceil(units / per_batch)
 
 
-def _num_parts(group_size: int, siblings: int) -> int:
+def _num_pieces(group_size: int, siblings: int) -> int:
     """Into how many units halving cuts a group until none has more rows than `siblings`."""
     return group_size if siblings == 1 else 2 ** math.ceil(math.log2(group_size / siblings))
 

@@ -28,9 +28,6 @@ class SamplingConfig:
             tool returns becomes that token. By default it is text, with which nobody ends a turn or a block.
         in_flight: What rollouts do that are being sampled when new weights come: "finish" lets them end first, "continue" lets
             them go on with the new ones.
-        top_p: Only here to say why not: the loss is of the whole distribution, so all of it must be sampled from.
-        top_k: As top_p.
-        min_p: As top_p.
     """
 
     group_size: int = 8
@@ -43,9 +40,6 @@ class SamplingConfig:
     in_flight: Literal["finish", "continue"] = "finish"
     engine_restarts: int = 1
     special_tokens_in_text: bool = False
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses what could not be sampled or learned from."""
@@ -60,13 +54,6 @@ class SamplingConfig:
                 'data.sampling.in_flight is "continue", and max_staleness is 0: no rollout is in flight when weights change. '
                 "Set max_staleness to 1 or more, or leave in_flight out"
             )
-        cut = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0), "min_p": (self.min_p, 0.0)}
-        for name, (value, neutral) in cut.items():
-            if value != neutral:
-                raise ConfigError(
-                    f"data.sampling.{name} must be {neutral}, got {value}: it would sample from a part of the distribution "
-                    "that the loss is of. Lower the temperature instead, which the loss takes into account"
-                )
         if self.temperature <= 0.0:
             raise ConfigError(
                 f"data.sampling.temperature must be above 0, got {self.temperature}: greedy siblings are all alike"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fuchsia_pl.batch import Batch, RolloutScores
+from fuchsia_pl.batch import Batch, TrainerSignals
 from fuchsia_pl.objectives.advantages import (
     batch_norm_advantages,
     group_mean_advantages,
@@ -78,7 +78,7 @@ def make_samples(
     config: LossConfig,
     groups: Sequence[RolloutGroup],
     weights: dict[str, float],
-    scores: dict[int, RolloutScores],
+    signals: dict[int, TrainerSignals],
     over_ranks: OverRanks,
 ) -> list[Sample]:
     """Gives every sampled token its advantage, and leaves out the rollouts that are not trained on.
@@ -89,41 +89,41 @@ def make_samples(
         config: The objective.
         groups: This rank's groups.
         weights: Weight of each reward function by name, 1.0 where not given; needed for "normalize_then_sum".
-        scores: Where `config.needs_scores`, what the trainer says of each rollout's sampled tokens, by `id(rollout)`.
+        signals: Where `config.needs_signals`, what the trainer says of each rollout's sampled tokens, by `id(rollout)`.
         over_ranks: Adds a tensor up over all ranks. Every rank calls it equally often.
 
     Raises:
         RewardError: An advantage, or the target of a value, is no number that a batch can hold.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    advantages, targets = _token_advantages(config, groups, weights, scores, over_ranks)
+    advantages, targets = _token_advantages(config, groups, weights, signals, over_ranks)
     samples = []
     for row, rollout in enumerate(rollouts):
         if not is_trained_on(config, rollout):
             continue
         length = rollout.num_sampled_tokens
         own = advantages[row, :length].tolist()
-        _check_bounds(rollout, own, scores.get(id(rollout)))
+        _check_bounds(rollout, own, signals.get(id(rollout)))
         if targets is None:
             samples.append(Sample(rollout, tuple(own)))
         else:
-            values = scores[id(rollout)].values
+            values = signals[id(rollout)].values
             assert values is not None
-            _check_bounds(rollout, targets[row, :length].tolist(), scores[id(rollout)])
+            _check_bounds(rollout, targets[row, :length].tolist(), signals[id(rollout)])
             samples.append(Sample(rollout, tuple(own), tuple(values.tolist()), tuple(targets[row, :length].tolist())))
     return samples
 
 
-def _check_bounds(rollout: Rollout, values: Sequence[float], scores: RolloutScores | None) -> None:
+def _check_bounds(rollout: Rollout, values: Sequence[float], signals: TrainerSignals | None) -> None:
     """Refuses what is made of finite rewards and is not finite itself, or not in a batch's float32."""
     endless = next((value for value in values if not abs(value) <= LARGEST), None)
     if endless is None:
         return
     parts = [f"{name} {value:g}" for name, value in rollout.rewards.items() if value is not None]
-    if scores is not None and scores.kl is not None:
-        parts.append(f"KL {float(scores.kl.sum()):g}")
-    if scores is not None and scores.values is not None:
-        parts.append(f"largest value of the critic {float(scores.values.abs().max()):g}")
+    if signals is not None and signals.kl is not None:
+        parts.append(f"KL {float(signals.kl.sum()):g}")
+    if signals is not None and signals.values is not None:
+        parts.append(f"largest value of the critic {float(signals.values.abs().max()):g}")
     raise RewardError(
         f"an advantage of sibling {rollout.sibling} of item {rollout.item_index} is {endless:g}, from a total reward of "
         f"{rollout.reward:g} with the parts {', '.join(parts)}. Advantages must be finite and at most {LARGEST:g}: lower the "
@@ -131,15 +131,15 @@ def _check_bounds(rollout: Rollout, values: Sequence[float], scores: RolloutScor
     )
 
 
-def scores_by_rollout(batches: Sequence[Batch], scores: Sequence[RolloutScores]) -> dict[int, RolloutScores]:
-    """Takes the trainer's scores of whole batches apart: those of the sampled tokens, by `id(rollout)`."""
+def signals_by_rollout(batches: Sequence[Batch], signals: Sequence[TrainerSignals]) -> dict[int, TrainerSignals]:
+    """Takes the trainer's signals of whole batches apart: those of the sampled tokens, by `id(rollout)`."""
     found = {}
-    for batch, of_batch in zip(batches, scores, strict=True):
+    for batch, of_batch in zip(batches, signals, strict=True):
         for row, sample in enumerate(batch.samples):
             mask = batch.loss_mask[row].cpu()
             kl = None if of_batch.kl is None else of_batch.kl[row].cpu()[mask]
             values = None if of_batch.values is None else of_batch.values[row].cpu()[mask]
-            found[id(sample.rollout)] = RolloutScores(kl, values)
+            found[id(sample.rollout)] = TrainerSignals(kl, values)
     return found
 
 
@@ -147,7 +147,7 @@ def _token_advantages(
     config: LossConfig,
     groups: Sequence[RolloutGroup],
     weights: dict[str, float],
-    scores: dict[int, RolloutScores],
+    signals: dict[int, TrainerSignals],
     over_ranks: OverRanks,
 ) -> tuple[Tensor, Tensor | None]:
     """Advantages [R, A] and, with a critic, the targets of its values [R, A]."""
@@ -158,7 +158,7 @@ def _token_advantages(
     kept = mask & trained.unsqueeze(1)
     kl_cost = torch.zeros(mask.shape, dtype=torch.float64)
     if config.kl_in_reward:
-        kl_cost = config.beta * _padded([scores[id(rollout)].kl for rollout in rollouts], mask)
+        kl_cost = config.beta * _padded([signals[id(rollout)].kl for rollout in rollouts], mask)
     rewards = group_rewards([group.rollouts for group in groups])
     if config.parts.advantage in GROUP_ADVANTAGES:
         per_rollout = _sibling_advantages(config, groups, weights, rewards, kl_cost.sum(dim=1)).reshape(-1, 1)
@@ -172,7 +172,7 @@ def _token_advantages(
     is_last = torch.arange(mask.shape[1]) == (lengths - 1).unsqueeze(1)
     token_rewards = torch.where(is_last, rewards.reshape(-1, 1).nan_to_num(nan=0.0), 0.0) - kl_cost
     if config.parts.advantage == "gae":
-        values = _padded([scores[id(rollout)].values for rollout in rollouts], mask)
+        values = _padded([signals[id(rollout)].values for rollout in rollouts], mask)
         return _gae_advantages(config, token_rewards, values, kept, over_ranks)
     returns = rewards_to_go(token_rewards, mask)
     return _normalised(returns, kept, over_ranks) if config.parts.advantage == "batch_norm" else returns, None

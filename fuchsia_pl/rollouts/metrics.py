@@ -27,7 +27,7 @@ class StepRecord:
         dropped: Those without spread that dynamic sampling replaced, or found nothing to replace with.
         num_refills: Groups sampled to replace others.
         num_trained: Rollouts that became trainable rows.
-        num_without_effect: Those of them that no weight would move by, which the forward leaves out.
+        num_zero_advantage: Those of them that no weight would move by, which the forward leaves out.
         seconds: Of sampling and scoring.
         num_dropped_prompts: Training items that are never drawn since their prompts are too long.
         kl: With the KL in the reward, its sum over the sampled tokens of the kept groups, and their number.
@@ -38,7 +38,7 @@ class StepRecord:
     dropped: Sequence[RolloutGroup]
     num_refills: int
     num_trained: int
-    num_without_effect: int
+    num_zero_advantage: int
     seconds: float
     num_dropped_prompts: int = 0
     kl: tuple[float, float] | None = None
@@ -102,7 +102,7 @@ def step_fractions(step: StepRecord, environment: Environment, world_size: int) 
         "rollout/dropped_groups": (float(len(step.dropped)), share),
         "rollout/dropped_prompts": (float(step.num_dropped_prompts), 1.0),
         "rollout/untrained": (float(num_kept_rollouts - step.num_trained), share),
-        "rollout/without_effect": (float(step.num_without_effect), share),
+        "rollout/zero_advantage": (float(step.num_zero_advantage), share),
         "rollout/stale": (float(step.num_stale), share),
         "rollout/staleness": _staleness(rollouts),
         "perf/rollout_tokens_per_s": (

@@ -21,7 +21,7 @@ from fuchsia_pl.types import Rollout, RolloutStatus
 # Counted where `on_error` is "unscored"; the environment need not name it.
 REWARD_ERRORS = "reward_errors"
 # These ended through no doing of the policy.
-UNSCORED = (RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR, RolloutStatus.ABORTED)
+UNSCORED = (RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR)
 
 LARGEST = (
     3.4e38  # advantages are float32, and a float64's squares, from which the spread is computed, would be infinite

@@ -132,7 +132,7 @@ def main() -> None:
             folder = Path(root) / "adapter"
             Policy(PolicyConfig(MODEL), model_folder(), with_reference=False).save_trained(folder)
             (folder / VERSION_FILE).write_text("0")
-            asyncio.run(engine.load_adapter(folder, 0))
+            asyncio.run(engine.load_weights(folder, 0))
             one = asyncio.run(compare(engine, Arithmetic(), SamplingConfig(GROUP, 1.0, 32, 128), 8))
             four = asyncio.run(compare(engine, Again(), SamplingConfig(GROUP, 1.0, 64, 512), 4))
         finally:

@@ -58,7 +58,7 @@ def run(policy: Policy, batches: list[Batch], precision: torch.dtype = torch.bfl
     found = {}
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
-            logprobs = policy.scores(batch).logprobs
+            logprobs = policy.output(batch).logprobs
         (logprobs * batch.loss_mask).sum().backward()
         for sample, row, mask in zip(batch.samples, logprobs.detach(), batch.loss_mask, strict=True):
             found[id(sample)] = row[mask]
@@ -96,7 +96,7 @@ def kept_bytes(enabled: bool) -> int:
     (batch,) = batches_of(policy, rows(4, 40, 24), 1)
     kept = KeptBytes(policy)
     with kept, torch.autocast("cpu", torch.bfloat16):
-        policy.scores(batch)
+        policy.output(batch)
     return kept.num_bytes
 
 

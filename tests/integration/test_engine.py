@@ -41,7 +41,7 @@ class Pair:
     def sync(self, folder, version: int, policy: Policy | None = None) -> None:
         (policy or self.policy).save_trained(folder)
         (folder / VERSION_FILE).write_text(str(version))
-        asyncio.run(self.engine.load_adapter(folder, version))
+        asyncio.run(self.engine.load_weights(folder, version))
 
     def sample(self, temperature: float = 1.0, max_tokens: int = 12, order: int = 1, stop=()):
         async def gather():
@@ -86,7 +86,7 @@ def perturb(policy: Policy, seed: int, scale: float = 0.03) -> None:
 
 
 def logprob_gap(policy: Policy, batch) -> float:
-    return (policy.evaluated_scores(batch).logprobs - batch.sampling_logprobs)[batch.loss_mask].abs().mean().item()
+    return (policy.evaluated_output(batch).logprobs - batch.sampling_logprobs)[batch.loss_mask].abs().mean().item()
 
 
 @pytest.fixture(scope="module", params=["merge", "lora"])
@@ -142,7 +142,7 @@ def test_logprobs_move_with_each_sync_and_match_the_trainers(pair, tmp_path):
         batch = pair.batch_of(completions)
         mask = batch.loss_mask
         policy, reference = (
-            pair.policy.evaluated_scores(batch).logprobs[mask],
+            pair.policy.evaluated_output(batch).logprobs[mask],
             pair.policy.reference_logprobs(batch)[mask],
         )
         agreement = adapter_agreement(policy, reference, batch.sampling_logprobs[mask])
@@ -221,7 +221,7 @@ def test_weights_change_only_between_requests(pair, tmp_path):
         )
         await asyncio.sleep(0.3)
         with pytest.raises(EngineError, match="1 requests are in flight: weights change"):
-            await pair.engine.load_adapter(folder, 7)
+            await pair.engine.load_weights(folder, 7)
         with pytest.raises(EngineError, match="1 requests are in flight: vLLM sleeps"):
             await pair.engine.sleep()
         return await request
@@ -246,7 +246,7 @@ def test_requests_in_flight_go_on_with_new_weights_and_every_token_says_whose_it
             await asyncio.sleep(0.01)
             if len(states) == 4 and min(state.detokenizer.num_output_tokens() for state in states.values()) >= 8:
                 break
-        await pair.engine.load_adapter(tmp_path / "v22", 22)
+        await pair.engine.load_weights(tmp_path / "v22", 22)
         return await asyncio.gather(*requests)
 
     completions = asyncio.run(load_on_the_way())
@@ -256,9 +256,9 @@ def test_requests_in_flight_go_on_with_new_weights_and_every_token_says_whose_it
     assert all(list(c.policy_versions) == sorted(c.policy_versions) for c in completions)
     batch = pair.batch_of(completions)
     versions = torch.tensor([v for sample in batch.samples for v in sample.rollout.policy_versions if v >= 0])
-    by_newer = pair.policy.evaluated_scores(batch).logprobs[batch.loss_mask]
+    by_newer = pair.policy.evaluated_output(batch).logprobs[batch.loss_mask]
     pair.policy.load_state_dict(older, strict=False)
-    by_older = pair.policy.evaluated_scores(batch).logprobs[batch.loss_mask]
+    by_older = pair.policy.evaluated_output(batch).logprobs[batch.loss_mask]
     sampled = batch.sampling_logprobs[batch.loss_mask]
     for version, own, other in ((21, by_older, by_newer), (22, by_newer, by_older)):
         of_version = versions == version

@@ -47,8 +47,8 @@ class SpyEngine(VLLMColocatedEngine):
         self.sampled.append((*prompt_ids, *completion.token_ids))
         return completion
 
-    async def load_adapter(self, path, version):
-        await super().load_adapter(path, version)
+    async def load_weights(self, path, version):
+        await super().load_weights(path, version)
         self.calls.append(("load", version))
 
 
@@ -73,7 +73,7 @@ class SpyBatches(AdapterSync):
         self.gaps.append(float(pl_module.step_metrics["train/logprob_gap"]))
 
 
-def fit(root: Path, folder: Path, takes_turns: bool, max_staleness: int = 0) -> tuple[SpyEngine, SpyBatches]:
+def fit(root: Path, folder: Path, shares_device: bool, max_staleness: int = 0) -> tuple[SpyEngine, SpyBatches]:
     from lightning.pytorch import seed_everything
     from lightning.pytorch.loggers import CSVLogger
     from torch.optim import AdamW
@@ -85,7 +85,7 @@ def fit(root: Path, folder: Path, takes_turns: bool, max_staleness: int = 0) -> 
     sampling = SamplingConfig(group_size=4, max_completion_tokens=12, max_length=96, max_staleness=max_staleness)
     data = RolloutDataModule(Arithmetic(), engine, module.learner, sampling, batch_size=3, steps_per_epoch=3)
     settings = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "logger": CSVLogger(root, name="", version="")}
-    callbacks = [StepTimer(), HotSwap(takes_turns), RolloutLog(), AdapterExport()]
+    callbacks = [StepTimer(), HotSwap(shares_device), RolloutLog(), AdapterExport()]
     make_trainer(root, *callbacks, sync=spy, **settings).fit(module, datamodule=data)
     return engine, spy
 
@@ -94,7 +94,8 @@ def fit(root: Path, folder: Path, takes_turns: bool, max_staleness: int = 0) -> 
 def runs(tmp_path_factory, model_folder):
     roots = [tmp_path_factory.mktemp("run") for _ in range(2)]
     return [
-        (root, *fit(root, model_folder, takes_turns)) for root, takes_turns in zip(roots, (False, True), strict=True)
+        (root, *fit(root, model_folder, shares_device))
+        for root, shares_device in zip(roots, (False, True), strict=True)
     ]
 
 
@@ -157,7 +158,7 @@ def test_two_runs_give_the_same_rollouts_metrics_and_adapter_bit_for_bit(runs):
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="the bound of the gap one step behind was measured in bfloat16")
 def test_at_a_staleness_of_one_no_token_is_older_than_that(tmp_path, model_folder):
     """Real parts, whose durations nobody sets; that it learns was measured, see the README."""
-    engine, spy = fit(tmp_path, model_folder, takes_turns=False, max_staleness=1)
+    engine, spy = fit(tmp_path, model_folder, shares_device=False, max_staleness=1)
     assert spy.versions == [(step, max(step - 1, 0)) for step in range(3) for _ in range(12)]
     assert sorted(spy.trained) == sorted(engine.sampled)
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]

@@ -113,7 +113,7 @@ def test_the_trainer_leaves_the_gpu_and_comes_back_the_same(model_folder, fused)
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), fused=fused)
 
     def step() -> None:
-        policy.scores(batch_on_gpu()).logprobs.sum().backward()
+        policy.output(batch_on_gpu()).logprobs.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -146,7 +146,7 @@ def test_offloaded_activations_leave_the_gpu(model_folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd.graph, "save_on_cpu", Counting)
-        policy.scores(batch_on_gpu()).logprobs.sum().backward()
+        policy.output(batch_on_gpu()).logprobs.sum().backward()
     assert len(where) >= 30
     assert set(where) == {"cpu"}
 
@@ -159,7 +159,7 @@ def test_four_bit_weights_take_a_third_and_say_nearly_the_same(model_folder):
     ]
     assert sizes[1] < 0.4 * sizes[0]
     batch = batch_on_gpu()
-    first, second = (policy.scores(batch).logprobs[batch.loss_mask] for policy in (whole, four_bit))
+    first, second = (policy.output(batch).logprobs[batch.loss_mask] for policy in (whole, four_bit))
     assert (first - second).abs().mean() < 0.5
     second.sum().backward()
     assert all(p.grad is not None for p in four_bit.trainable_parameters())

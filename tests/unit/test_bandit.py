@@ -5,14 +5,14 @@ from functools import cache
 import pytest
 import torch
 
-from fuchsia_pl.batch import Denominators, RolloutScores
+from fuchsia_pl.batch import Denominators, TrainerSignals
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, scores_by_rollout
+from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_by_rollout
 from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Sample, Turn
 
 PROMPT, LENGTH, GROUPS, SIBLINGS, MAX_STEPS = [5, 6], 2, 8, 8, 200
@@ -49,11 +49,13 @@ def sample_step(policy: Policy, target: int, generator: torch.Generator) -> list
     return [rollouts[start : start + SIBLINGS] for start in range(0, len(rollouts), SIBLINGS)]
 
 
-def values_of(policy: Policy, rollouts: list[Rollout]) -> dict[int, RolloutScores]:
+def values_of(policy: Policy, rollouts: list[Rollout]) -> dict[int, TrainerSignals]:
     batches = make_batches(
         split_balanced([Sample(r, (0.0,) * LENGTH) for r in rollouts], 1), Denominators(1, 1, 1, 1), 0, {}
     )
-    return scores_by_rollout(batches, [RolloutScores(None, policy.evaluated_scores(batch).values) for batch in batches])
+    return signals_by_rollout(
+        batches, [TrainerSignals(None, policy.evaluated_output(batch).values) for batch in batches]
+    )
 
 
 @cache
@@ -77,16 +79,16 @@ def test_the_token_is_learned_within_200_steps(tiny_model, variant):
     for _ in range(MAX_STEPS):
         groups = make_groups(sample_step(policy, target, generator))
         penalise_overlong(config, groups, max_completion_tokens=2 * LENGTH)
-        scores = values_of(policy, [r for group in groups for r in group.rollouts]) if with_critic else {}
-        samples = make_samples(config, groups, {}, scores, lambda values: values)
+        signals = values_of(policy, [r for group in groups for r in group.rollouts]) if with_critic else {}
+        samples = make_samples(config, groups, {}, signals, lambda values: values)
         if not any(any(sample.advantages) for sample in samples):
             continue  # as the module skips such a step
         batches = make_batches(split_balanced(samples, 2), count_denominators(samples, 2 * LENGTH), 0, {})
-        before_updates = [policy.evaluated_scores(batch).logprobs for batch in batches]
+        before_updates = [policy.evaluated_output(batch).logprobs for batch in batches]
         for _ in range(config.num_policy_updates):
             optimizer.zero_grad()
             for batch, old in zip(batches, before_updates, strict=True):
-                policy_loss(config, batch, policy.scores(batch), old, old, None).loss.backward()
+                policy_loss(config, batch, policy.output(batch), old, old, None).loss.backward()
             optimizer.step()
         # the token at both places: after the prompt, and after the prompt and itself
         places = [torch.tensor([PROMPT]), torch.tensor([[*PROMPT, target]])]

@@ -214,7 +214,20 @@ def test_print_config_shows_a_config_that_can_be_used(config, capsys):
         (["--data.sampling.group_sise", "3"], ["Did you mean 'data.sampling.group_size'?"]),
         (["--data.environment.init_args.num_item", "3"], ["num_item. Did you mean", "init_args.num_items'"]),
         (["--data.sampling.group_size", "1"], ["group_size must be 2 or more, got 1"]),
-        (["--model.policy.lora.use_dora", "true"], ["vLLM cannot serve DoRA"]),
+        (
+            ["--model.policy.lora.use_dora", "true"],
+            ["unknown key model.policy.lora.use_dora", "vLLM cannot serve DoRA"],
+        ),
+        (
+            ["--model.policy.lora.modules_to_save", "[norm]"],
+            ["modules_to_save. vLLM cannot serve adapters that replace"],
+        ),
+        (["--data.sampling.top_p", "0.9"], ["unknown key data.sampling.top_p. The loss is of the distribution"]),
+        (
+            ["--data.sampling.top_k", "50"],
+            ["top_k. The loss is of the distribution", "data.sampling.temperature instead"],
+        ),
+        (["--data.sampling.min_p", "0.1"], ["min_p. The loss is of the distribution"]),
         (["--model.policy.lora.target_modules", "[lm_head]"], ["vLLM cannot serve"]),
         (
             ["--model.policy.lora.target_modules", "[q_proj, nope]"],

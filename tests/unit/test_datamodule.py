@@ -241,15 +241,15 @@ def test_rows_that_move_no_weight_do_not_enter_the_forward_but_count_in_the_mean
     make_trainer(tmp_path, Keep(), max_steps=1).fit(module, datamodule=make_data(module, environment=Spread()))
     (batch,) = seen
     scored = sum(sample.rollout.num_sampled_tokens for sample in batch.samples)
-    left_out = sum(sample.rollout.num_sampled_tokens for sample in batch.without_effect)
+    left_out = sum(sample.rollout.num_sampled_tokens for sample in batch.zero_advantage)
     assert batch.unused == ()
-    assert len(batch.without_effect) == 4 * num_left_out
-    assert not any(any(sample.advantages) for sample in batch.without_effect)
+    assert len(batch.zero_advantage) == 4 * num_left_out
+    assert not any(any(sample.advantages) for sample in batch.zero_advantage)
     assert all(any(sample.advantages) for sample in batch.samples) or num_left_out == 0
     assert batch.denominators.num_tokens == scored + left_out
     assert batch.denominators.num_rows == 20
-    assert batch.denominators.num_scored_tokens == scored == int(batch.loss_mask.sum())
-    assert batch.metrics["rollout/without_effect"] == 4 * num_left_out
+    assert batch.denominators.num_forward_tokens == scored == int(batch.loss_mask.sum())
+    assert batch.metrics["rollout/zero_advantage"] == 4 * num_left_out
 
 
 def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
@@ -301,13 +301,13 @@ def test_validation_draws_every_held_out_item_once_and_greedily(tiny_model, tmp_
 
 
 def test_token_counts_survive_beyond_what_float32_can_count(tiny_model, tmp_path, monkeypatch):
-    counted = Denominators(num_tokens=2**24 + 1, num_rows=3, max_completion_tokens=8, num_scored_tokens=2**24 + 1)
+    counted = Denominators(num_tokens=2**24 + 1, num_rows=3, max_completion_tokens=8, num_forward_tokens=2**24 + 1)
     monkeypatch.setattr(batcher, "count_denominators", lambda samples, longest: counted)
     data = make_data(make_module(tiny_model))
     data.trainer = make_trainer(tmp_path)
     sample = make_sample([1], [5], advantage=1.0)
     found, reason = batcher.count_over_ranks([sample], [sample], 8, data._add_up)
-    assert (found.num_tokens, found.num_rows, found.num_scored_tokens, reason) == (2**24 + 1, 3, 1, None)
+    assert (found.num_tokens, found.num_rows, found.num_forward_tokens, reason) == (2**24 + 1, 3, 1, None)
 
 
 def test_items_with_long_prompts_are_left_out_and_counted(tiny_model, tmp_path):

@@ -35,10 +35,10 @@ class MortalEngine(TinyEngine):
         self.restarts.close()
 
     def load_now(self, path, version):
-        run_blocking(TinyEngine.load_adapter(self, path, version))
+        run_blocking(TinyEngine.load_weights(self, path, version))
 
-    async def load_adapter(self, path, version):
-        await super().load_adapter(path, version)
+    async def load_weights(self, path, version):
+        await super().load_weights(path, version)
         self.restarts.loaded(path, version)
 
     async def generate(self, prompt_ids, sampling):

@@ -48,9 +48,9 @@ def step_gradient(module, samples, num_micro_batches: int, padding: int = 0, sha
     ):
         batch = padded(batch, padding)
         reference = module.policy.reference_logprobs(batch) if module.loss_config.kl_in_loss else None
-        scores = module.policy.scores(batch)
-        old = 0.5 * (scores.logprobs.detach() + batch.sampling_logprobs)
-        policy_loss(module.loss_config, batch, scores, old, old, reference).loss.backward()
+        policy_output = module.policy.output(batch)
+        old = 0.5 * (policy_output.logprobs.detach() + batch.sampling_logprobs)
+        policy_loss(module.loss_config, batch, policy_output, old, old, reference).loss.backward()
     return [parameter.grad.clone() for parameter in module.policy.trainable_parameters()]
 
 
@@ -305,9 +305,11 @@ def tool_conversation(tool_ids=(20, 21, 22), logprob=-1.0) -> Sample:
 
 
 def loss_and_scores(module, batch):
-    scores = module.policy.scores(batch)
-    loss = policy_loss(module.loss_config, batch, scores, scores.logprobs.detach(), scores.logprobs.detach(), None).loss
-    return loss.detach(), scores.logprobs.detach()[0]
+    policy_output = module.policy.output(batch)
+    loss = policy_loss(
+        module.loss_config, batch, policy_output, policy_output.logprobs.detach(), policy_output.logprobs.detach(), None
+    ).loss
+    return loss.detach(), policy_output.logprobs.detach()[0]
 
 
 def test_a_tools_tokens_are_context_and_their_labels_are_nothing(tiny_model):
@@ -341,9 +343,9 @@ def test_a_tools_labels_reach_no_gradient(tiny_model):
         labels = batch.labels.clone()
         labels[0, 3:6] = label
         module.zero_grad()
-        scores = module.policy.scores(replace(batch, labels=labels))
-        old = scores.logprobs.detach()
-        policy_loss(module.loss_config, replace(batch, labels=labels), scores, old, old, None).loss.backward()
+        policy_output = module.policy.output(replace(batch, labels=labels))
+        old = policy_output.logprobs.detach()
+        policy_loss(module.loss_config, replace(batch, labels=labels), policy_output, old, old, None).loss.backward()
         gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
     assert all(first.equal(second) for first, second in zip(*gradients, strict=True))
     assert any(gradient.abs().max() > 0 for gradient in gradients[0])

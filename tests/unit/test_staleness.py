@@ -131,9 +131,9 @@ def test_rollouts_in_flight_end_before_new_weights_come_or_go_on_with_them(tiny_
             num_in_flight[0] -= 1
             return found
 
-        async def load_adapter(self, path, version):
+        async def load_weights(self, path, version):
             at_loads.append(num_in_flight[0])
-            await super().load_adapter(path, version)
+            await super().load_weights(path, version)
 
     engine = Counting(seconds=0.5)
     fit(tiny_model, tmp_path, engine, Watch(), num_steps=3, max_staleness=1, in_flight=in_flight)

@@ -56,8 +56,8 @@ def test_an_adapter_without_effect_is_probed_a_bounded_number_of_times(
     """A probe costs the reference's forward of one micro-batch, and none where the loss asks for it in each."""
     monkeypatch.setattr("fuchsia_pl.callbacks.adapter_sync.MAX_PROBES", 2)
     probes = []
-    original = Policy.evaluated_scores
-    monkeypatch.setattr(Policy, "evaluated_scores", lambda self, batch: probes.append(1) or original(self, batch))
+    original = Policy.evaluated_output
+    monkeypatch.setattr(Policy, "evaluated_output", lambda self, batch: probes.append(1) or original(self, batch))
     still = partial(torch.optim.SGD, lr=0.0)
     module, sync = make_module(tiny_model, LossConfig(beta=beta), optimizer=still), AdapterSync(tolerance=1e-3)
     make_trainer(tmp_path, sync=sync, accumulate_grad_batches=2).fit(
@@ -98,10 +98,10 @@ def test_a_gap_that_is_not_a_number_stops_the_run(tiny_model, tmp_path):
 
 def test_a_failed_load_stops_the_run(tiny_model, tmp_path):
     class Refusing(TinyEngine):
-        async def load_adapter(self, path, version):
+        async def load_weights(self, path, version):
             if version == 1:
                 raise EngineError("no room")
-            await super().load_adapter(path, version)
+            await super().load_weights(path, version)
 
     with pytest.raises(EngineError, match="no room"):
         fit(tiny_model, tmp_path, Refusing())
@@ -138,9 +138,9 @@ def test_no_adapter_folder_is_left_behind(tiny_model, tmp_path, monkeypatch):
     seen: list[list[str]] = []
 
     class Listing(TinyEngine):
-        async def load_adapter(self, path: Path, version):
+        async def load_weights(self, path: Path, version):
             seen.append(sorted(entry.name for entry in path.parent.iterdir()))
-            await super().load_adapter(path, version)
+            await super().load_weights(path, version)
 
     fit(tiny_model, tmp_path, Listing())
     assert seen == [["version-0"], ["version-1"], ["version-2"], ["version-3"]]

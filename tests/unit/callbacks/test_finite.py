@@ -49,7 +49,7 @@ def fit(tiny_model, root: Path, poison: Poison, guard: FiniteGuard | None = None
         module.training_step = poisoned_loss(module, poison)
     if poison.what == "logprobs":
         module.configure_model()
-        module.policy.scores = poisoned_scores(module, poison)
+        module.policy.output = poisoned_output(module, poison)
     callbacks = [guard or FiniteGuard(), poison, Outcome(), AdapterExport(), RunCheckpoint(every_n_steps=1)]
     steps_per_epoch = settings.pop("steps_per_epoch", 10)
     trainer = make_trainer(
@@ -78,11 +78,11 @@ def poisoned_loss(module, poison: Poison):
     )
 
 
-def poisoned_scores(module, poison: Poison):
-    scores = module.policy.scores
+def poisoned_output(module, poison: Poison):
+    output = module.policy.output
 
     def poisoned(batch):
-        found = scores(batch)
+        found = output(batch)
         if module.global_step in poison.steps:
             found.logprobs.data.fill_(poison.number)
         return found

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from fuchsia_pl.callbacks import hotswap
-from fuchsia_pl.callbacks.hotswap import HotSwap, Turn, come_back, leave
+from fuchsia_pl.callbacks.hotswap import DeviceOwner, HotSwap, come_back, leave
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.objectives.config import LossConfig
@@ -26,22 +26,22 @@ def calls(monkeypatch):
     """What engine and policy are asked for, in order. The CPU has two names here, one for the host and one for the device."""
     calls: list[str] = []
     monkeypatch.setattr(hotswap, "HOST", HOST)
-    for name in ("to_device", "scores", "save_trained"):
+    for name in ("to_device", "output", "save_trained"):
         monkeypatch.setattr(Policy, name, spied(calls, name))
-    for name in ("sleep", "wake", "load_adapter", "generate"):
+    for name in ("sleep", "wake", "load_weights", "generate"):
         monkeypatch.setattr(TinyEngine, name, spied(calls, name))
     return calls
 
 
 def spied(calls: list[str], name: str):
     original = getattr(Policy if hasattr(Policy, name) else TinyEngine, name)
-    labels = {"scores": "forward", "save_trained": "save"}
+    labels = {"output": "forward", "save_trained": "save"}
 
     def call(self, *arguments):
         label = labels.get(name, name)
         if name == "to_device":
             label = "leave" if arguments[0] == HOST else "return"
-        elif name == "load_adapter":
+        elif name == "load_weights":
             label = f"load {arguments[1]}"
         calls.append(label)
         return original(self, *arguments)
@@ -82,7 +82,7 @@ def test_who_leaves_goes_before_the_other_comes(tiny_model, tmp_path, calls):
     ]
 
 
-def test_the_preflight_runs_in_the_trainers_turn(tiny_model, tmp_path, calls):
+def test_the_preflight_runs_while_the_trainer_owns_the_device(tiny_model, tmp_path, calls):
     fit(tiny_model, tmp_path, Preflight(), HotSwap(True), steps=1)
     assert in_order(calls) == ["sleep", "forward", *TO_ENGINE, "load 0", "generate", *TO_TRAINER, *TO_ENGINE, "load 1"]
 
@@ -122,12 +122,12 @@ def test_used_up_gradients_do_not_wait_on_the_host(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_held_out_splits_are_the_engines_turn(tiny_model, tmp_path, calls, verb):
+def test_held_out_splits_belong_to_the_engine(tiny_model, tmp_path, calls, verb):
     module, swap = make_module(tiny_model), HotSwap(True)
     trainer = make_trainer(tmp_path, swap, limit_val_batches=1.0)
     getattr(trainer, verb)(module, datamodule=make_data(module))
     assert in_order(calls) == ["sleep", *TO_ENGINE, "load 0", "generate"]
-    assert swap.turn is Turn.ENGINE
+    assert swap.owner is DeviceOwner.ENGINE
 
 
 def test_turned_off_it_does_nothing(tiny_model, tmp_path, calls):

@@ -50,7 +50,7 @@ def fit(tiny_model, root, *callbacks, loss=None, policy=None, **data):
 
 def test_the_longest_rows_run_before_anything_is_sampled(tiny_model, tmp_path, monkeypatch):
     rows, sampled = [], []
-    original = Policy.scores
+    original = Policy.output
 
     def record(self, batch):
         rows.append(batch)
@@ -58,7 +58,7 @@ def test_the_longest_rows_run_before_anything_is_sampled(tiny_model, tmp_path, m
         return original(self, batch)
 
     engines: list[TinyEngine] = []
-    monkeypatch.setattr(Policy, "scores", record)
+    monkeypatch.setattr(Policy, "output", record)
     start = TinyEngine.start
     monkeypatch.setattr(TinyEngine, "start", lambda self, spec: engines.append(self) or start(self, spec))
 
@@ -153,30 +153,30 @@ def test_savings_by_hand():
 def test_taking_turns_by_hand():
     # the trainer's 29 GB and the engine's 12 are never there together, and a smaller cache would not help the trainer
     assert PLAN.savings({TAKE_TURNS}) == [(TAKE_TURNS, 12 * GB)]
-    in_turns = replace(PLAN, takes_turns=True)
-    assert in_turns.total == 29 * GB
-    assert in_turns.savings({"--data.engine.init_args.kv_cache_gb half"}) == []
+    sharing = replace(PLAN, shares_device=True)
+    assert sharing.total == 29 * GB
+    assert sharing.savings({"--data.engine.init_args.kv_cache_gb half"}) == []
 
 
 def test_the_plan_knows_of_turns(tiny_model, tmp_path):
     flights = [Preflight(), Preflight()]
     for flight, enabled in zip(flights, (False, True), strict=True):
         fit(tiny_model, tmp_path, flight, HotSwap(enabled))
-    assert [flight.plan.takes_turns for flight in flights] == [False, True]
-    assert flights[1].plan == replace(flights[0].plan, takes_turns=True)
+    assert [flight.plan.shares_device for flight in flights] == [False, True]
+    assert flights[1].plan == replace(flights[0].plan, shares_device=True)
     assert flights[1].plan.activations > 0
 
 
 def test_only_what_is_left_to_save_is_named(tiny_model):
     module = make_module(tiny_model)
     module.configure_model()
-    names = possible_savings(module.policy, torch.device("cpu"), can_take_turns=True)
+    names = possible_savings(module.policy, torch.device("cpu"), can_share_device=True)
     assert "--model.policy.checkpointing.enabled true" in names
     assert TAKE_TURNS not in names
     assert not {name for name in names if "nf4" in name or "cpu_offloading" in name}
     module.policy.config.checkpointing = CheckpointingSettings(enabled=True)
-    assert TAKE_TURNS not in possible_savings(module.policy, torch.device("cuda"), can_take_turns=False)
-    names = possible_savings(module.policy, torch.device("cuda"), can_take_turns=True)
+    assert TAKE_TURNS not in possible_savings(module.policy, torch.device("cuda"), can_share_device=False)
+    names = possible_savings(module.policy, torch.device("cuda"), can_share_device=True)
     assert TAKE_TURNS in names
     assert "--model.policy.checkpointing.enabled true" not in names
     assert len({name for name in names if "nf4" in name or "cpu_offloading" in name}) == 2

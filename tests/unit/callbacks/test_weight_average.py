@@ -44,8 +44,8 @@ class Received(TinyEngine):
         super().__init__()
         self.received: list[tuple[int, torch.Tensor]] = []
 
-    async def load_adapter(self, path: Path, version: int) -> None:
-        await super().load_adapter(path, version)
+    async def load_weights(self, path: Path, version: int) -> None:
+        await super().load_weights(path, version)
         self.received.append((version, load_file(path / "adapter_model.safetensors")[first(path)]))
 
 

@@ -125,7 +125,7 @@ def test_an_adapter_of_another_version_is_refused(servers, start, tmp_path):
     folder.mkdir()
     (folder / VERSION_FILE).write_text("3")
     with pytest.raises(EngineError, match="holds version 3, version 4 was asked for"):
-        asyncio.run(engine.load_adapter(folder, 4))
+        asyncio.run(engine.load_weights(folder, 4))
 
 
 def test_a_folder_that_servers_do_not_see_is_told(servers, start, tmp_path, monkeypatch):

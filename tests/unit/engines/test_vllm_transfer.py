@@ -77,7 +77,7 @@ def write(root: Path, version: int, weight: float) -> Path:
 
 
 def load(engine, root: Path, version: int, weight: float) -> None:
-    asyncio.run(engine.load_adapter(write(root, version, weight), version))
+    asyncio.run(engine.load_weights(write(root, version, weight), version))
 
 
 def ask(engine):
@@ -125,13 +125,13 @@ def test_an_answer_during_which_the_weights_changed_does_not_count(server, sent,
 def test_only_the_first_rank_sends_and_the_others_wait_for_it(server, sent, start, tmp_path):
     first, second = start(rank=0), start(rank=1)
     folder = write(tmp_path, 0, -0.25)
-    waiting = threading.Thread(target=lambda: asyncio.run(second.load_adapter(folder, 0)))
+    waiting = threading.Thread(target=lambda: asyncio.run(second.load_weights(folder, 0)))
     waiting.start()
     time.sleep(0.2)
     assert waiting.is_alive()
     assert second.policy_version == -1
     assert not sent
-    asyncio.run(first.load_adapter(folder, 0))
+    asyncio.run(first.load_weights(folder, 0))
     waiting.join(5)
     assert (second.policy_version, len(sent)) == (0, 1)
     assert ask(second).logprobs == (-0.25, -0.25)

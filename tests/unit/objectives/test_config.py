@@ -86,8 +86,8 @@ def test_where_the_kl_goes():
         (True, False),
         (False, True),
     ]
-    assert [c.needs_scores for c in (without, in_loss, in_reward)] == [False, False, True]
-    assert LossConfig("ppo", advantage="gae").needs_scores
+    assert [c.needs_signals for c in (without, in_loss, in_reward)] == [False, False, True]
+    assert LossConfig("ppo", advantage="gae").needs_signals
 
 
 @pytest.mark.parametrize(

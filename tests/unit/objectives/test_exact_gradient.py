@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fuchsia_pl.objectives.advantages as ours
-from fuchsia_pl.batch import Batch, Denominators, TokenScores
+from fuchsia_pl.batch import Batch, Denominators, PolicyOutput
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.kl import kl_estimate
@@ -91,8 +91,11 @@ def estimates(config, groups, tree=TREE, token_rewards=None, old=POLICY, sampler
     old, sampling, reference = (tree.logprobs(logits)[groups] for logits in (old, sampler, REFERENCE))
     losses = []
     for n, group in enumerate(groups):
-        batch, scores = batch_of(tree, group, sampling[n], advantages[n]), TokenScores(leaf[n], torch.zeros(1, 1), None)
-        losses.append(policy_loss(config, batch, scores, old[n], old[n], reference[n]).loss)
+        batch, policy_output = (
+            batch_of(tree, group, sampling[n], advantages[n]),
+            PolicyOutput(leaf[n], torch.zeros(1, 1), None),
+        )
+        losses.append(policy_loss(config, batch, policy_output, old[n], old[n], reference[n]).loss)
     by_logprob = torch.autograd.grad(torch.stack(losses).sum(), leaf)[0]
     jacobian = torch.autograd.functional.jacobian(tree.logprobs, POLICY).flatten(2)
     return -torch.einsum("ngt,ngtp->np", by_logprob, jacobian[groups])[which]
@@ -241,8 +244,8 @@ def test_the_entropy_bonus_has_its_closed_form_at_the_tempered_distribution():
     logprobs = ONE_TOKEN.logprobs(logits / 0.7)
     known, entropy = logprobs.detach(), -(logprobs.exp() * logprobs).sum()
     batch = batch_of(ONE_TOKEN, torch.arange(3), known, nothing)
-    scores = TokenScores(logprobs, entropy.expand(3, 1), None)
-    policy_loss(LossConfig("reinforce", entropy_weight=0.3), batch, scores, known, known, None).loss.backward()
+    policy_output = PolicyOutput(logprobs, entropy.expand(3, 1), None)
+    policy_loss(LossConfig("reinforce", entropy_weight=0.3), batch, policy_output, known, known, None).loss.backward()
     # p = softmax(z / T): dH/dz_k = -p_k (log p_k + H) / T
     p = torch.softmax(POLICY[0] / 0.7, dim=0)
     assert same(logits.grad[0], 0.3 * p * (p.log() - p @ p.log()) / 0.7)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fuchsia_pl.batch import Batch, TokenScores
+from fuchsia_pl.batch import Batch, PolicyOutput
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
@@ -17,12 +17,14 @@ def make_batch(rows, num_tokens: int, num_rows: int) -> Batch:
     return make_batches(split_balanced(samples, 1), denominators(num_tokens, num_rows), policy_version=0, metrics={})[0]
 
 
-def loss_and_gradient(config: LossConfig, batch: Batch, policy, reference=None, old=None, behaviour=None):
+def loss_and_gradient(config: LossConfig, batch: Batch, policy, reference=None, old=None, trainer_logprobs=None):
     """The output and its gradient by the policy's logprobs; the old ones are the policy's own unless given."""
     policy = policy.clone().requires_grad_()
-    scores = TokenScores(policy, torch.zeros_like(policy), None)
+    policy_output = PolicyOutput(policy, torch.zeros_like(policy), None)
     old = policy.detach() if old is None else old
-    output = policy_loss(config, batch, scores, old, old if behaviour is None else behaviour, reference)
+    output = policy_loss(
+        config, batch, policy_output, old, old if trainer_logprobs is None else trainer_logprobs, reference
+    )
     output.loss.backward()
     return output, policy.grad
 
@@ -167,7 +169,7 @@ def test_the_sampler_correction_by_hand(settings, weights):
     log2 = torch.tensor(2.0).log().item()
     difference = torch.tensor([[0.0, 2 * log2, 0.0, -log2], [0.0, -2 * log2, 0.0, 0.0]])
     config = replace(TOKEN_MEAN, sampler_correction=SamplerCorrection(**settings))
-    output, gradient = loss_and_gradient(config, BATCH, POLICY, behaviour=POLICY + difference)
+    output, gradient = loss_and_gradient(config, BATCH, POLICY, trainer_logprobs=POLICY + difference)
     expected = torch.zeros(2, 4)
     expected[0, 1:], expected[1, 1] = -1.5 / 4 * torch.tensor(weights[0]), 0.5 / 4 * weights[1][0]
     torch.testing.assert_close(gradient, expected)
@@ -180,7 +182,7 @@ def test_the_metrics_of_the_correction_by_hand():
     log2 = torch.tensor(2.0).log().item()
     difference = torch.tensor([[0.0, 2 * log2, 0.0, -log2], [0.0, -2 * log2, 0.0, 0.0]])
     config = replace(TOKEN_MEAN, sampler_correction=SamplerCorrection(low=0.3))
-    metrics = loss_and_gradient(config, BATCH, POLICY, behaviour=POLICY + difference)[0].metrics
+    metrics = loss_and_gradient(config, BATCH, POLICY, trainer_logprobs=POLICY + difference)[0].metrics
     assert metrics["train/sampler_ratio"].item() == pytest.approx(1.4375)
     assert metrics["train/sampler_ratio_max"].item() == pytest.approx(4.0)
     assert metrics["train/sampler_weight"].item() == pytest.approx(0.95)
@@ -189,7 +191,7 @@ def test_the_metrics_of_the_correction_by_hand():
 
 def test_the_largest_ratio_is_that_of_a_sampled_token():
     # every ratio is e^-1, and what the mask hides would be 1
-    metrics = loss_and_gradient(TOKEN_MEAN, BATCH, POLICY, behaviour=POLICY - 1.0)[0].metrics
+    metrics = loss_and_gradient(TOKEN_MEAN, BATCH, POLICY, trainer_logprobs=POLICY - 1.0)[0].metrics
     assert metrics["train/sampler_ratio_max"].item() == pytest.approx(0.36787944)
 
 
@@ -201,14 +203,16 @@ def test_what_has_no_bound_clips_nothing(loss_type):
 
 def test_gradient_flows_through_the_policys_scores_only():
     batch = replace(BATCH, old_values=torch.zeros(2, 4), value_targets=torch.ones(2, 4))
-    scores = TokenScores(*(POLICY.clone().requires_grad_() for _ in range(3)))
-    old, behaviour = POLICY.clone().requires_grad_(), POLICY.clone().requires_grad_()
+    policy_output = PolicyOutput(*(POLICY.clone().requires_grad_() for _ in range(3)))
+    old, trainer_logprobs = POLICY.clone().requires_grad_(), POLICY.clone().requires_grad_()
     config = LossConfig("ppo", advantage="gae", beta=0.1, kl_estimator="k3_unbiased", entropy_weight=0.1)
-    output = policy_loss(config, batch, scores, old, behaviour, POLICY - 0.1)
+    output = policy_loss(config, batch, policy_output, old, trainer_logprobs, POLICY - 0.1)
     output.loss.backward()
     assert old.grad is None
-    assert behaviour.grad is None
-    assert all(tensor.grad is not None for tensor in (scores.logprobs, scores.entropies, scores.values))
+    assert trainer_logprobs.grad is None
+    assert all(
+        tensor.grad is not None for tensor in (policy_output.logprobs, policy_output.entropies, policy_output.values)
+    )
     assert not [name for name, value in output.metrics.items() if value.requires_grad]
 
 
@@ -222,8 +226,8 @@ def test_an_unknown_sampling_logprob_shows_in_the_loss_and_in_the_gap():
 
 def test_the_gap_by_hand():
     # |-0.5 + 1| on three tokens and |-2 + 1| on one, over 4 tokens; what the mask hides counts for nothing
-    behaviour = torch.tensor([[9.0, -0.5, -0.5, -0.5], [9.0, -2.0, 9.0, 9.0]], requires_grad=True)
-    gap = logprob_gap(BATCH, behaviour)
+    trainer_logprobs = torch.tensor([[9.0, -0.5, -0.5, -0.5], [9.0, -2.0, 9.0, 9.0]], requires_grad=True)
+    gap = logprob_gap(BATCH, trainer_logprobs)
     assert gap.item() == pytest.approx(0.625)
     assert not gap.requires_grad
 
@@ -257,8 +261,8 @@ def test_the_kl_pulls_towards_the_reference(estimator):
 def test_the_entropy_bonus_by_hand():
     # entropies 0.4, 0.8, 0.6 and 1.4 over 4 tokens: mean 0.8, weight 0.5: -1 - 0.4; its gradient by each is -0.5 / 4
     entropies = torch.tensor([[9.0, 0.4, 0.8, 0.6], [9.0, 1.4, 9.0, 9.0]], requires_grad=True)
-    scores = TokenScores(POLICY, entropies, None)
-    output = policy_loss(replace(TOKEN_MEAN, entropy_weight=0.5), BATCH, scores, POLICY, POLICY, None)
+    policy_output = PolicyOutput(POLICY, entropies, None)
+    output = policy_loss(replace(TOKEN_MEAN, entropy_weight=0.5), BATCH, policy_output, POLICY, POLICY, None)
     output.loss.backward()
     assert output.loss.item() == pytest.approx(-1.4)
     assert output.metrics["train/entropy"].item() == pytest.approx(0.8)
@@ -272,7 +276,7 @@ def test_the_critics_loss_by_hand():
     batch = replace(BATCH, old_values=torch.zeros(2, 4), value_targets=torch.ones(2, 4))
     config = LossConfig("ppo", advantage="gae")
     config.critic.value_weight = 2.0
-    output = policy_loss(config, batch, TokenScores(POLICY, POLICY, values), POLICY, POLICY, None)
+    output = policy_loss(config, batch, PolicyOutput(POLICY, POLICY, values), POLICY, POLICY, None)
     output.loss.backward()
     assert output.metrics["train/value_loss"].item() == pytest.approx(0.38375)
     assert output.loss.item() == pytest.approx(-1.0 + 0.7675)
@@ -317,11 +321,13 @@ def test_every_setting_changes_the_loss(change):
     # ratios on both sides of both bounds, for both signs of the advantage
     batch = make_batch([(3, 1.5), (3, -0.5), (1, 0.5)], num_tokens=7, num_rows=3)
     policy = torch.tensor([[0.0, -0.5, -0.4, -1.2], [0.0, -0.7, -1.3, -0.2], [0.0, -0.3, 0.0, 0.0]])
-    behaviour = torch.tensor([[0.0, -1.2, -0.7, -1.0], [0.0, -0.8, -0.9, -0.9], [0.0, -0.6, 0.0, 0.0]])
+    trainer_logprobs = torch.tensor([[0.0, -1.2, -0.7, -1.0], [0.0, -0.8, -0.9, -0.9], [0.0, -0.6, 0.0, 0.0]])
 
     def loss(config: LossConfig) -> float:
-        scores = TokenScores(policy, policy.abs(), None)
-        return policy_loss(config, batch, scores, behaviour, behaviour, torch.full((3, 4), -1.0)).loss.item()
+        policy_output = PolicyOutput(policy, policy.abs(), None)
+        return policy_loss(
+            config, batch, policy_output, trainer_logprobs, trainer_logprobs, torch.full((3, 4), -1.0)
+        ).loss.item()
 
     config = LossConfig("ppo", beta=0.1)
     assert loss(config) != pytest.approx(loss(replace(config, **change)), abs=1e-6)

@@ -28,7 +28,7 @@ def trained_adapter(tiny_model, tmp_path):
         for parameter in policy.trainable_parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     policy.save_trained(tmp_path / "adapter")
-    return str(tmp_path / "adapter"), policy.evaluated_scores(make_batch()).logprobs
+    return str(tmp_path / "adapter"), policy.evaluated_output(make_batch()).logprobs
 
 
 def test_a_run_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(tiny_model, trained_adapter):
@@ -38,14 +38,14 @@ def test_a_run_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(ti
     batch = make_batch()
     fresh = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=True)
     assert (fresh.reference_logprobs(batch) - expected).abs().max() > 0.1  # the base says something else
-    torch.testing.assert_close(policy.evaluated_scores(batch).logprobs, expected)
+    torch.testing.assert_close(policy.evaluated_output(batch).logprobs, expected)
     torch.testing.assert_close(policy.reference_logprobs(batch), expected)
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             assert parameter.dtype is torch.float32
             parameter.add_(0.1)
     torch.testing.assert_close(policy.reference_logprobs(batch), expected)
-    learned = policy.scores(batch).logprobs
+    learned = policy.output(batch).logprobs
     assert (learned - expected).abs().max() > 0.1
     learned.sum().backward()  # the swap left nothing behind that would stop a gradient
     assert all(parameter.grad is not None for parameter in policy.trainable_parameters())
@@ -154,7 +154,7 @@ def test_an_adapter_that_torch_saved_is_continued_from_and_its_code_is_not_run(t
     assert f"neither {WEIGHTS} nor adapter_model.bin" in refusal(folder, tiny_model)
     torch.save(tensors, folder / "adapter_model.bin")
     policy = Policy(continued(folder), tiny_model, with_reference=False)
-    torch.testing.assert_close(policy.evaluated_scores(make_batch()).logprobs, expected)
+    torch.testing.assert_close(policy.evaluated_output(make_batch()).logprobs, expected)
     torch.save({**tensors, FIRST: Touches(tmp_path / "touched")}, folder / "adapter_model.bin")
     assert "is broken, cut off or no file of tensors" in refusal(folder, tiny_model)
     assert not (tmp_path / "touched").exists()

@@ -26,7 +26,7 @@ def make_batch():
 def kept_bytes(policy: Policy) -> int:
     kept = KeptBytes(policy)
     with kept:
-        policy.scores(make_batch())
+        policy.output(make_batch())
     return kept.num_bytes
 
 
@@ -73,7 +73,7 @@ def test_offloading_moves_what_is_kept_of_checkpointed_blocks(deep_model, monkey
     policy.load_state_dict(expected.state_dict())
     gradients = []
     for each in (expected, policy):
-        each.scores(make_batch()).logprobs.sum().backward()
+        each.output(make_batch()).logprobs.sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in each.trainable_parameters()]))
     assert torch.equal(*gradients)
     num_tokens = 3 + 4 * 22  # the prompt once, and the completions without their last tokens

@@ -10,8 +10,6 @@ from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
         ({"target_modules": ["model.embed_tokens"]}, r"has \['model.embed_tokens'\]"),
         ({"target_modules": "lm_head"}, r"has \['lm_head'\]"),
         ({"target_modules": ".*(lm_head|q_proj)"}, r"has \['lm_head'\]"),
-        ({"use_dora": True}, "vLLM cannot serve DoRA"),
-        ({"modules_to_save": ["norm"]}, r"modules_to_save is \['norm'\], and vLLM cannot serve"),
         ({"r": 0}, "lora.r must be 1 or more, got 0"),
         ({"alpha": 0}, "lora.alpha must be above 0, got 0"),
         ({"dropout": 1.0}, "lora.dropout must be at least 0 and below 1, got 1.0"),

@@ -63,7 +63,7 @@ def test_logprobs_are_those_of_each_row_alone_at_its_temperature(tiny_model, tem
     policy = make_policy(tiny_model)
     randomise(policy)
     batch = make_batch(temperature=temperature)
-    logprobs = policy.scores(batch).logprobs
+    logprobs = policy.output(batch).logprobs
     for index, row in enumerate([sample.rollout.token_ids[3:] for sample in batch.samples]):
         expected = expected_logprobs(policy.causal_lm, PROMPT, row, temperature)
         torch.testing.assert_close(logprobs[index][batch.loss_mask[index]].detach(), expected, atol=1e-5, rtol=1e-5)
@@ -72,8 +72,8 @@ def test_logprobs_are_those_of_each_row_alone_at_its_temperature(tiny_model, tem
 
 def test_a_longer_neighbour_changes_nothing(tiny_model):
     policy = make_policy(tiny_model)
-    alone = policy.scores(make_batch(rows=[ROWS[1]])).logprobs
-    beside = policy.scores(make_batch()).logprobs
+    alone = policy.output(make_batch(rows=[ROWS[1]])).logprobs
+    beside = policy.output(make_batch()).logprobs
     row = [sample.rollout.token_ids[3:] for sample in make_batch().samples].index(ROWS[1])
     torch.testing.assert_close(beside[row, : alone.shape[1]], alone[0])
 
@@ -86,7 +86,7 @@ def test_padding_shifts_no_position_whether_they_are_rotated_or_learned(tmp_path
     policy = make_policy(tmp_path, target_modules=["c_attn"])
     policy.eval()
     batch = make_batch()
-    logprobs = policy.scores(batch).logprobs
+    logprobs = policy.output(batch).logprobs
     for sample, got, mask in zip(batch.samples, logprobs, batch.loss_mask, strict=True):
         row = sample.rollout.token_ids[len(PROMPT) :]
         torch.testing.assert_close(got[mask].detach(), expected_logprobs(policy.causal_lm, PROMPT, row))
@@ -94,18 +94,18 @@ def test_padding_shifts_no_position_whether_they_are_rotated_or_learned(tmp_path
 
 def test_a_fresh_adapter_changes_nothing_and_the_reference_is_the_adapter_off(tiny_model):
     policy, batch = make_policy(tiny_model), make_batch()
-    assert torch.equal(policy.scores(batch).logprobs, policy.reference_logprobs(batch))
+    assert torch.equal(policy.output(batch).logprobs, policy.reference_logprobs(batch))
     before = policy.reference_logprobs(batch)
     randomise(policy)
     assert torch.equal(policy.reference_logprobs(batch), before)
-    assert (policy.scores(batch).logprobs - before)[batch.loss_mask].abs().max() > 1e-2
+    assert (policy.output(batch).logprobs - before)[batch.loss_mask].abs().max() > 1e-2
 
 
 def test_only_the_adapter_learns_all_of_it_and_in_float32(tiny_model):
     config = PolicyConfig(name="", dtype="bfloat16", lora=LoRASettings(r=4, alpha=8))
     policy = Policy(config, tiny_model, with_reference=False)
     randomise(policy)
-    policy.scores(make_batch()).logprobs.sum().backward()
+    policy.output(make_batch()).logprobs.sum().backward()
     names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     assert len(names) == 2 * 7 * 2  # A and B of seven projections in two layers
     for name, parameter in policy.named_parameters():
@@ -117,7 +117,7 @@ def test_only_the_adapter_learns_all_of_it_and_in_float32(tiny_model):
 def test_a_batch_without_trained_tokens_gives_zero_gradients_not_none(tiny_model):
     policy = make_policy(tiny_model)
     batch = make_batches(split_balanced([], 1), denominators(num_tokens=1), policy_version=0, metrics={})[0]
-    policy.scores(batch).logprobs.sum().backward()
+    policy.output(batch).logprobs.sum().backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in policy.trainable_parameters())
 
 
@@ -125,7 +125,7 @@ def test_dropout_acts_in_the_training_forward_and_not_in_the_reference(tiny_mode
     policy, batch = make_policy(tiny_model, dropout=0.5), make_batch()
     randomise(policy)
     policy.train()
-    assert not torch.equal(policy.scores(batch).logprobs, policy.scores(batch).logprobs)
+    assert not torch.equal(policy.output(batch).logprobs, policy.output(batch).logprobs)
     assert torch.equal(policy.reference_logprobs(batch), policy.reference_logprobs(batch))
     assert policy.model.training
 
@@ -134,7 +134,7 @@ def test_without_lora_all_weights_learn_in_float32_and_the_reference_is_a_frozen
     policy, batch = make_policy(tiny_model, with_reference=True, enabled=False), make_batch()
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
     before = policy.reference_logprobs(batch)
-    torch.testing.assert_close(before, policy.scores(batch).logprobs.detach())
+    torch.testing.assert_close(before, policy.output(batch).logprobs.detach())
     randomise(policy)
     assert torch.equal(policy.reference_logprobs(batch), before)
     assert not any("_frozen" in name for name in policy.state_dict())
@@ -153,7 +153,7 @@ def test_the_saved_adapter_is_loaded_by_plain_peft(tiny_model, tmp_path, use_rsl
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     expected = expected_logprobs(loaded, PROMPT, ROWS[0])
-    torch.testing.assert_close(policy.scores(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.output(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_without_lora_the_saved_folder_is_a_whole_model(tiny_model, tmp_path):
@@ -162,7 +162,7 @@ def test_without_lora_the_saved_folder_is_a_whole_model(tiny_model, tmp_path):
     policy.save_trained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     expected = expected_logprobs(loaded, PROMPT, ROWS[0])
-    torch.testing.assert_close(policy.scores(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.output(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 SMALL = {
@@ -190,7 +190,7 @@ def test_heads_with_a_cap_or_a_scale_are_honoured(model, tmp_path):
     model().save_pretrained(tmp_path)
     policy, batch = make_policy(tmp_path), make_batch(rows=ROWS[:1])
     expected = expected_logprobs(policy.causal_lm, PROMPT, ROWS[0])
-    torch.testing.assert_close(policy.scores(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.output(batch).logprobs[batch.loss_mask].detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1.1, 2.0])
@@ -227,7 +227,7 @@ def test_rank_scale_and_targets_change_the_adapter(tiny_model):
     def effect(**lora) -> tuple[int, float]:
         policy = make_policy(tiny_model, **lora)
         randomise(policy)
-        change = (policy.scores(batch).logprobs - policy.reference_logprobs(batch)).abs().sum().item()
+        change = (policy.output(batch).logprobs - policy.reference_logprobs(batch)).abs().sum().item()
         return sum(p.numel() for p in policy.trainable_parameters()), change
 
     size, change = effect()
@@ -246,7 +246,7 @@ def test_the_chunk_size_of_the_config_is_used(tiny_model, monkeypatch):
 
     monkeypatch.setattr(policy_module, "chunked_scores", record)
     config = PolicyConfig(name="", dtype="float32", logprob_chunk_tokens=3)
-    Policy(config, tiny_model, with_reference=False).scores(make_batch())
+    Policy(config, tiny_model, with_reference=False).output(make_batch())
     assert seen == [3]
 
 
@@ -278,8 +278,8 @@ def test_entropies_are_those_of_the_tempered_distribution(tiny_model):
     logits = policy.causal_lm(input_ids=batch.input_ids).logits[0, 1:].double() / 0.7
     p = torch.softmax(logits, dim=-1)
     expected = -(p * p.log()).sum(dim=-1)
-    torch.testing.assert_close(policy.scores(batch).entropies[0, 1:].double(), expected, rtol=1e-5, atol=1e-5)
-    assert policy.scores(batch).entropies[0, 0].item() == 0.0
+    torch.testing.assert_close(policy.output(batch).entropies[0, 1:].double(), expected, rtol=1e-5, atol=1e-5)
+    assert policy.output(batch).entropies[0, 0].item() == 0.0
     at_one = torch.softmax(logits * 0.7, dim=-1)
     assert (-(at_one * at_one.log()).sum(dim=-1) - expected).abs().max() > 1e-2
 
@@ -288,17 +288,17 @@ def test_the_critic_sees_hidden_states_and_never_moves_the_policy(tiny_model):
     torch.manual_seed(0)
     policy = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=False, with_critic=True)
     batch = make_batch()
-    values = policy.scores(batch).values
+    values = policy.output(batch).values
     assert values.shape == batch.labels.shape
     assert (values == 0).all()  # its last layer starts at 0
     torch.nn.init.ones_(policy.critic.outer.weight)
-    values = policy.scores(batch).values
+    values = policy.output(batch).values
     assert values[batch.loss_mask].unique().numel() > 3
     assert (values[~batch.loss_mask] == 0).all()
     values.sum().backward()
     assert policy.critic.inner.weight.grad.abs().max() > 0
     assert all(p.grad is None for name, p in policy.named_parameters() if "lora" in name)
-    assert Policy(PolicyConfig(name="", dtype="float32"), tiny_model, False).scores(batch).values is None
+    assert Policy(PolicyConfig(name="", dtype="float32"), tiny_model, False).output(batch).values is None
 
 
 def test_without_lora_an_empty_batch_reaches_a_head_of_its_own_too(tmp_path):
@@ -313,8 +313,8 @@ def test_without_lora_an_empty_batch_reaches_a_head_of_its_own_too(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     settings = PolicyConfig(name="", dtype="float32", lora=LoRASettings(enabled=False))
     policy = Policy(settings, tmp_path, with_reference=False, with_critic=True)
-    scores = policy.scores(make_batches(split_balanced([], 1), denominators(0, 0), 0, {})[0])
-    (scores.logprobs.sum() + scores.entropies.sum() + scores.values.sum()).backward()
+    policy_output = policy.output(make_batches(split_balanced([], 1), denominators(0, 0), 0, {})[0])
+    (policy_output.logprobs.sum() + policy_output.entropies.sum() + policy_output.values.sum()).backward()
     assert [name for name, parameter in policy.named_parameters() if parameter.grad is None] == []
 
 

@@ -122,7 +122,7 @@ def scored(policy: Policy, number: int = 1):
     """Logprobs of each sampled token in the samples' order, and the gradient of their sum weighted by the advantages."""
     rows, own = {}, samples()
     for batch in make_batches(split_balanced(own, number, policy.shares_prefix), denominators(1), 0, {}):
-        logprobs = policy.scores(batch).logprobs
+        logprobs = policy.output(batch).logprobs
         (logprobs * batch.advantages).sum().backward()
         for sample, row, mask in zip(batch.samples, logprobs.detach(), batch.loss_mask, strict=True):
             rows[id(sample)] = row[mask]
@@ -187,7 +187,7 @@ def test_siblings_do_not_see_each_other(tiny_model):
     rows = [conversation(prompt, [[8, 9, 10]], 0), conversation(prompt, [[11, 12, 13, 14]], 0)]
     others = [rows[0], conversation(prompt, [[20, 21, 22, 23]], 0)]
     first, second = (
-        policy.scores(make_batches([[pair]], denominators(1), 0, {})[0]).logprobs.detach() for pair in (rows, others)
+        policy.output(make_batches([[pair]], denominators(1), 0, {})[0]).logprobs.detach() for pair in (rows, others)
     )
     assert torch.equal(first[0], second[0])
     assert not torch.isclose(first[1], second[1])[2:].any()
@@ -233,7 +233,7 @@ def test_the_reference_and_all_weights_learning_share_prefixes_too(tiny_model):
 
 
 def scored_by(policy: Policy, batch) -> list[torch.Tensor]:
-    policy.scores(batch).logprobs.sum().backward()
+    policy.output(batch).logprobs.sum().backward()
     return [parameter.grad for parameter in policy.trainable_parameters()]
 
 
@@ -258,12 +258,12 @@ def test_blocks_that_run_again_do_the_same_under_autocast_and_with_dropout(tiny_
         (batch,) = make_batches(split_balanced(samples(), 1, True), denominators(1), 0, {})
         torch.manual_seed(2)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = policy.scores(batch).logprobs.sum()
+            loss = policy.output(batch).logprobs.sum()
         loss.backward()
         gradients.append([parameter.grad for parameter in policy.trainable_parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     # without autocast the adapter's products are made in its own type again
-    assert policy.scores(batch).logprobs.isfinite().all()
+    assert policy.output(batch).logprobs.isfinite().all()
 
 
 def test_a_saved_model_names_no_attention_of_ours(tiny_model, tmp_path):

@@ -7,9 +7,6 @@ from fuchsia_pl.rollouts.config import SamplingConfig
     ("setting", "words"),
     [
         ({"group_size": 0}, "group_size must be 1 or more, got 0"),
-        ({"top_p": 0.9}, r"top_p must be 1.0, got 0.9: it would sample from a part of the distribution"),
-        ({"top_k": 50}, "top_k must be 0, got 50"),
-        ({"min_p": 0.1}, "min_p must be 0.0, got 0.1"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"validation_temperature": -1.0}, "validation_temperature must be 0 or more, got -1.0"),
         ({"max_completion_tokens": 0}, "max_completion_tokens must be above 0 and below max_length=1024, got 0"),

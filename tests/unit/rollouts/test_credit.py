@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from fuchsia_pl.batch import RolloutScores
+from fuchsia_pl.batch import TrainerSignals
 from fuchsia_pl.objectives.config import CriticSettings, LossConfig
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, scores_by_rollout
+from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_by_rollout
 from fuchsia_pl.rollouts.scoring import RewardError
 from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
 
@@ -19,9 +19,9 @@ def rollout(length: int, reward: float | None, truncated: bool = False, **reward
     return made
 
 
-def credit(config: LossConfig, *siblings, scores=None, weights=None) -> list[tuple[float, ...]]:
+def credit(config: LossConfig, *siblings, signals=None, weights=None) -> list[tuple[float, ...]]:
     """Advantages per token of each row, rounded to 6 places."""
-    samples = make_samples(config, make_groups(siblings), weights or {}, scores or {}, lambda values: values)
+    samples = make_samples(config, make_groups(siblings), weights or {}, signals or {}, lambda values: values)
     return [tuple(round(value, 6) for value in sample.advantages) for sample in samples]
 
 
@@ -106,8 +106,8 @@ def test_what_else_tells_siblings_apart_is_still_learned_beside_a_length_penalty
         alike = [rollout(6, 1.0), rollout(10, 1.0)]
         groups, config = make_groups([alike]), LossConfig("rloo", beta=0.1, truncated=truncated)
         penalise_overlong(config, groups, max_completion_tokens=10)
-        scores = of(alike, kl=[[0.5] * 6, [0.0] * 10])
-        samples = make_samples(config, groups, {}, scores, lambda values: values)
+        signals = of(alike, kl=[[0.5] * 6, [0.0] * 10])
+        samples = make_samples(config, groups, {}, signals, lambda values: values)
         # 1 - 0.1 * 3 against 1
         assert [sample.advantages[0] for sample in samples] == pytest.approx([-0.3, 0.3])
         trade = [rollout(6, 1.0, a=1.0, b=0.0), rollout(10, 1.0, a=0.0, b=1.0), rollout(10, 1.0, a=0.0, b=1.0)]
@@ -120,38 +120,38 @@ def test_what_else_tells_siblings_apart_is_still_learned_beside_a_length_penalty
         assert [s.advantages[0] for s in samples] == pytest.approx([-1.1547, 0.5774, 0.5774], abs=2e-3)
 
 
-def of(group, **rows) -> dict[int, RolloutScores]:
+def of(group, **rows) -> dict[int, TrainerSignals]:
     def row(name, index):
         return torch.tensor(rows[name][index]) if name in rows else None
 
-    return {id(sibling): RolloutScores(row("kl", i), row("values", i)) for i, sibling in enumerate(group)}
+    return {id(sibling): TrainerSignals(row("kl", i), row("values", i)) for i, sibling in enumerate(group)}
 
 
 def test_a_kl_in_the_reward_by_hand():
     group = pair()
-    scores = of(group, kl=[[0.5], [0.2, 0.4]])
+    signals = of(group, kl=[[0.5], [0.2, 0.4]])
     # whole rollouts: 0 - 0.1 * 0.5 = -0.05 and 1 - 0.1 * 0.6 = 0.94; leave-one-out: the difference 0.99
-    assert credit(LossConfig("rloo", beta=0.1), group, scores=scores) == [(-0.99,), (0.99, 0.99)]
+    assert credit(LossConfig("rloo", beta=0.1), group, signals=signals) == [(-0.99,), (0.99, 0.99)]
     # per token: what is still to come, 1 - 0.02 - 0.04 and 1 - 0.04
     config = LossConfig("reinforce", beta=0.1)
-    assert credit(config, group, scores=scores) == [(-0.05,), (0.94, 0.96)]
+    assert credit(config, group, signals=signals) == [(-0.05,), (0.94, 0.96)]
 
 
 def test_gae_by_hand_with_the_values_its_targets_and_the_kl():
     # values 0.5 and (0.2, 0.6), gamma 1, lambda 0.5, rewards -0.1 kl and the total at the last token.
     # row 0: d = 0 - 0.05 - 0.5 = -0.55.   row 1: last 1 - 0.04 - 0.6 = 0.36; first -0.02 + 0.6 - 0.2 + 0.5 * 0.36 = 0.56
     group = pair()
-    scores = of(group, kl=[[0.5], [0.2, 0.4]], values=[[0.5], [0.2, 0.6]])
+    signals = of(group, kl=[[0.5], [0.2, 0.4]], values=[[0.5], [0.2, 0.6]])
     critic = CriticSettings(lam=0.5, whiten=False)
     config = LossConfig("ppo", advantage="gae", kl_in="reward", kl_estimator="k1", beta=0.1, critic=critic)
-    assert credit(config, group, scores=scores) == [(-0.55,), (0.56, 0.36)]
-    rows = make_samples(config, make_groups([group]), {}, scores, lambda values: values)
+    assert credit(config, group, signals=signals) == [(-0.55,), (0.56, 0.36)]
+    rows = make_samples(config, make_groups([group]), {}, signals, lambda values: values)
     assert rows[1].old_values == pytest.approx((0.2, 0.6))
     assert rows[1].value_targets == pytest.approx((0.76, 0.96))  # A + V
     critic.whiten = True
     # mean (-0.55 + 0.56 + 0.36) / 3 = 0.12333333, deviations -0.67333333, 0.43666667, 0.23666667,
     # variance (0.45337778 + 0.19067778 + 0.05601111) / 2 = 0.35003333, std 0.59163615
-    first, second = credit(config, group, scores=scores)
+    first, second = credit(config, group, signals=signals)
     assert [*first, *second] == pytest.approx([-1.137896, 0.737942, 0.399956], abs=1e-5)
 
 
@@ -197,7 +197,7 @@ def test_the_trainers_scores_are_taken_apart_by_rollout():
     batches = make_batches(split_balanced(samples, 1), count_denominators(samples, 8), 0, {})
     # rows are ordered by length: row 0 is the rollout of two tokens
     kl = torch.tensor([[0.1, 0.2], [0.3, 9.0]])
-    found = scores_by_rollout(batches, [RolloutScores(kl, None)])
+    found = signals_by_rollout(batches, [TrainerSignals(kl, None)])
     assert found[id(group[0])].kl.tolist() == pytest.approx([0.3])
     assert found[id(group[1])].kl.tolist() == pytest.approx([0.1, 0.2])
     assert found[id(group[1])].values is None
@@ -255,9 +255,9 @@ def test_advantages_that_are_not_finite_are_refused_with_their_parts(config, rew
 def test_a_kl_or_a_value_that_is_not_finite_is_named():
     config = LossConfig("ppo", advantage="reward", beta=0.1, kl_in="reward")
     group = [rollout(1, 0.0, right=0.0), rollout(1, 1.0, right=1.0)]
-    scores = {id(r): RolloutScores(torch.tensor([math.inf]), None) for r in group}
+    signals = {id(r): TrainerSignals(torch.tensor([math.inf]), None) for r in group}
     with pytest.raises(RewardError, match="is -inf, from a total reward of 0 with the parts right 0, KL inf"):
-        make_samples(config, make_groups([group]), {}, scores, lambda values: values)
-    scores = {id(r): RolloutScores(None, torch.tensor([math.nan])) for r in group}
+        make_samples(config, make_groups([group]), {}, signals, lambda values: values)
+    signals = {id(r): TrainerSignals(None, torch.tensor([math.nan])) for r in group}
     with pytest.raises(RewardError, match=r"is nan, .* largest value of the critic nan"):
-        make_samples(LossConfig("ppo", advantage="gae"), make_groups([group]), {}, scores, lambda values: values)
+        make_samples(LossConfig("ppo", advantage="gae"), make_groups([group]), {}, signals, lambda values: values)

@@ -39,13 +39,13 @@ def test_rewards_are_means_over_those_that_were_scored():
 
 def test_the_counts_of_a_step_by_hand():
     record = StepRecord(
-        kept=[GROUP], dropped=[UNSCORED], num_refills=1, num_trained=1, num_without_effect=1, seconds=2.0, kl=(0.5, 4.0)
+        kept=[GROUP], dropped=[UNSCORED], num_refills=1, num_trained=1, num_zero_advantage=1, seconds=2.0, kl=(0.5, 4.0)
     )
     found = over_ranks(step_fractions(record, TinyEnvironment(), world_size=1), add_up=lambda values: values)
     assert found["rollout/zero_variance_groups"] == 1.0
     assert found["rollout/refilled_groups"] == 1.0
     assert found["rollout/dropped_groups"] == 1.0
-    assert found["rollout/without_effect"] == 1.0
+    assert found["rollout/zero_advantage"] == 1.0
     assert found["rollout/untrained"] == 1.0  # one of the two kept rollouts became no row
     assert found["perf/rollout_tokens_per_s"] == 4.0  # 8 tokens in 2 s
     assert found["train/kl"] == 0.125

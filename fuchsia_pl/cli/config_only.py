@@ -6,11 +6,11 @@ from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.types import ConfigError
 
 
-class PartsCLI(FuchsiaCLI):
+class ConfigOnlyCLI(FuchsiaCLI):
     """Parses what `fuchsia fit` takes and makes module and data module, without a run folder or a trainer."""
 
     @abstractmethod
-    def use_parts(self) -> None:
+    def use_config(self) -> None:
         """What the command does with `self.model` and `self.datamodule`. A ConfigError is reported like any other mistake."""
 
     def instantiate_classes(self) -> None:
@@ -24,4 +24,4 @@ class PartsCLI(FuchsiaCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with self._refusals():
-            self.use_parts()
+            self.use_config()

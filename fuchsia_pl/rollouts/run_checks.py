@@ -4,11 +4,11 @@ from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 
-from fuchsia_pl.batch import Batch, RolloutScores
+from fuchsia_pl.batch import Batch, TrainerSignals
 from fuchsia_pl.types import ConfigError
 
 
-class Scorer(Protocol):
+class SignalSource(Protocol):
     """What the data module knows of the module: it computes of rollouts what only the model can."""
 
     @property
@@ -19,12 +19,12 @@ class Scorer(Protocol):
     def max_tokens_per_micro_batch(self) -> int | None:
         """The budget that decides the number of micro-batches, if there is one."""
 
-    def score_rollouts(self, batches: list[Batch]) -> list[RolloutScores]:
+    def trainer_signals(self, batches: list[Batch]) -> list[TrainerSignals]:
         """KL and values of the tokens of some micro-batches."""
 
 
 @runtime_checkable
-class TurnTaker(Protocol):
+class SharesDevice(Protocol):
     """A callback that lets engine and trainer take turns on one device."""
 
     def engine_sleeps(self, trainer: Trainer) -> bool:
@@ -47,7 +47,7 @@ class RunChecker(Protocol):
         """Refuses, before the engine starts, a run that it does not work with."""
 
 
-def check_parts(trainer: Trainer) -> bool:
+def check_run_setup(trainer: Trainer) -> bool:
     """Lets the module and every callback check the run, before the engine starts.
 
     Returns:
@@ -65,4 +65,4 @@ def check_parts(trainer: Trainer) -> bool:
     for part in (trainer.lightning_module, *callbacks):
         if isinstance(part, RunChecker):
             part.check_run(trainer)
-    return any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, TurnTaker))
+    return any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, SharesDevice))
