@@ -161,7 +161,7 @@ def test_no_path_that_a_server_lists_answers_without_the_key(servers):
     url, right = servers[0].url, {"Authorization": f"Bearer {KEY}"}
     listed = httpx.get(f"{url}/openapi.json", headers=right).json()["paths"]
     asked = [(method.upper(), path) for path, methods in listed.items() for method in methods]
-    assert len(asked) > 30
+    assert len(asked) > 20  # 27 in vLLM 0.32
     unlisted = [
         ("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/metrics", "/metrics/", "/no/such/path")
     ]
