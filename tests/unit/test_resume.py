@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 
+from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.types import ConfigError
@@ -174,3 +176,19 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(tmp_path, mon
     io.save_checkpoint({"step": 3}, path)
     assert torch.load(path, weights_only=True) == {"step": 3}
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_run_that_was_killed_before_its_export_leaves_the_adapter_when_it_is_resumed(tiny_model, tmp_path, strategy):
+    """The checkpoint is of the last step, so Lightning trains nothing and calls no `on_train_end`."""
+    folders = [tmp_path / name for name in ("first", "resumed")]
+    for folder, checkpoint in zip(folders, (None, folders[0] / "last.ckpt"), strict=True):
+        module = make_module(tiny_model)
+        settings = {"strategy": strategy, "devices": 1} if strategy == "ddp" else {}
+        trainer = make_trainer(folder, AdapterExport(), max_steps=2, **settings)
+        trainer.fit(module, datamodule=make_data(module), ckpt_path=checkpoint)
+        if checkpoint is None:
+            trainer.save_checkpoint(folder / "last.ckpt")
+    first, resumed = (load_file(folder / "adapter/adapter_model.safetensors") for folder in folders)
+    assert first.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in first.items())
