@@ -28,14 +28,14 @@ class RunMetrics(CSVLogger):
 
     def __init__(self, folder: Path, earlier: Sequence[Row] = ()) -> None:
         super().__init__(save_dir=folder.parent.parent, name=folder.parent.name, version=folder.name)
-        self._earlier = earlier
+        self.earlier = earlier
 
     @property
     @rank_zero_experiment
     def experiment(self) -> "MetricsWriter":
         """The writer, made when it is first needed."""
         if self._experiment is None:
-            self._experiment = MetricsWriter(self.log_dir, self._earlier)
+            self._experiment = MetricsWriter(self.log_dir, self.earlier)
         return cast(MetricsWriter, self._experiment)
 
 

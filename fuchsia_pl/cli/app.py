@@ -28,6 +28,7 @@ from fuchsia_pl.callbacks.last_row import LastRow
 from fuchsia_pl.callbacks.lost_rank import LostRank
 from fuchsia_pl.callbacks.memory import MemoryReport
 from fuchsia_pl.callbacks.outcome import Outcome
+from fuchsia_pl.callbacks.owed_validation import OwedValidation
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.resume import Resume
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
@@ -128,6 +129,7 @@ class FuchsiaCLI(LightningCLI):
         parser.add_lightning_class_args(LastRow, "last_row")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Resume, "resume")
+        parser.add_lightning_class_args(OwedValidation, "owed_validation")
         # Item order and sampling seeds come from the run's one seed.
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_run_seed)
         # Model folder, dtype, adapter rank and objective: the engine serves what the trainer trains, and how.

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
+from fuchsia_pl.callbacks.owed_validation import OwedValidation
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
+from fuchsia_pl.callbacks.run_metrics import RunMetrics
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer
 
@@ -169,7 +171,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="killed"):
         io.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     monkeypatch.setattr(torch, "save", save)
@@ -192,3 +194,45 @@ def test_a_run_that_was_killed_before_its_export_leaves_the_adapter_when_it_is_r
     first, resumed = (load_file(folder / "adapter/adapter_model.safetensors") for folder in folders)
     assert first.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in first.items())
+
+
+class StopsInValidation(Callback):
+    """Ends a run in the middle of the validation after a step, as a kill does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+class CountsValidations(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.steps.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["within the run", "at its end"])
+@pytest.mark.parametrize("is_logged", [False, True])
+def test_a_validation_that_a_kill_cut_off_is_made_up_for(tiny_model, tmp_path, step, is_logged):
+    settings = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 1.0, "enable_checkpointing": True}
+
+    def run(folder, *callbacks, ckpt_path=None, **more):
+        counts, module = CountsValidations(), make_module(tiny_model)
+        trainer = make_trainer(
+            folder, RunCheckpoint(every_n_steps=1), OwedValidation(), counts, *callbacks, **settings, **more
+        )
+        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=2), ckpt_path=ckpt_path)
+        return counts.steps
+
+    assert run(tmp_path / "straight") == [(2, 1), (4, 3)]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", StopsInValidation(step))
+    earlier = [{"step": str(step - 1), "validation/reward/mean": "1.0" if is_logged else ""}]
+    logger = RunMetrics(tmp_path / "x/resumed/0", earlier)
+    found = run(tmp_path / "resumed", ckpt_path=tmp_path / "killed/checkpoints/last.ckpt", logger=logger)
+    assert found == [(2, 1), (4, 3)][step // 2 - 1 + is_logged :]
+    assert (tmp_path / "resumed/checkpoints/last.ckpt").exists()
