@@ -4,21 +4,16 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fuchsia_pl.callbacks.access import callbacks_of, is_trial, policy_of
 from fuchsia_pl.callbacks.weight_average import WeightAverage
 from fuchsia_pl.files import writing
 from fuchsia_pl.policy.policy import Policy
 
 ADAPTER_FOLDER = "adapter"
-
-
-class ExportedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
 
 
 class AdapterExport(Callback):
@@ -30,20 +25,19 @@ class AdapterExport(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Exports beside every checkpoint."""
-        self._export(trainer, pl_module)
+        self._export(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the last weights."""
-        self._export(trainer, pl_module)
+        self._export(trainer)
 
-    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return  # a trial leaves nothing behind
-        policy = cast(ExportedModule, pl_module).policy
+    def _export(self, trainer: Trainer) -> None:
+        if is_trial(trainer):
+            return
+        policy = policy_of(trainer)
         with ExitStack() as stack:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAverage):
-                    stack.enter_context(callback.applied())
+            for average in callbacks_of(trainer, WeightAverage):
+                stack.enter_context(average.applied())
             if trainer.is_global_zero:
                 self._write(policy, Path(trainer.default_root_dir) / ADAPTER_FOLDER)
             else:

@@ -7,18 +7,17 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.engines.base import VERSION_FILE, EngineOwner
+from fuchsia_pl.callbacks.access import data_of, module_of, policy_of
+from fuchsia_pl.engines.base import VERSION_FILE
 from fuchsia_pl.files import roomy_folder, writing
 from fuchsia_pl.loop import run_blocking
-from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
 from fuchsia_pl.policy.contents import fingerprint
 from fuchsia_pl.policy.policy import Policy
@@ -36,18 +35,6 @@ logger = logging.getLogger(__name__)
 
 class SyncError(RuntimeError):
     """The engine does not sample from the weights that are trained."""
-
-
-class SyncedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-    loss_config: LossConfig
-    step_metrics: dict[str, Tensor]
-    trainer_logprobs: list[Tensor]
-    ref_logprobs: Tensor | None
-    loaded_step: int
-    skip_reason: str | None
 
 
 class AdapterSync(Callback):
@@ -82,6 +69,19 @@ class AdapterSync(Callback):
         self._root: tempfile.TemporaryDirectory[str] | None = None
         self._loaded: tuple[int, tuple[int, ...]] | None = None  # version and content of what the engine has
 
+    def check_run(self, trainer: Trainer) -> None:
+        """Refuses other modules and data modules, before the engine starts.
+
+        Raises:
+            ConfigError: The trainer has one.
+        """
+        module_of(trainer)
+        data_of(trainer)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses them also where no data module of this package calls `check_run`."""
+        self.check_run(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step 0, or the first after a resume, is sampled with the weights it trains."""
         self.sync(trainer, pl_module)
@@ -108,7 +108,7 @@ class AdapterSync(Callback):
         Raises:
             SyncError: The weights are not those that were synced last.
         """
-        policy = cast(SyncedModule, pl_module).policy
+        policy = policy_of(trainer)
         self._probed = None
         first_of_step = batch_idx % trainer.accumulate_grad_batches == 0 and batch.policy_update == 0
         if first_of_step:
@@ -133,11 +133,11 @@ class AdapterSync(Callback):
         batch, self._probed = self._probed, None
         if batch is None:
             return
-        module, mask = cast(SyncedModule, pl_module), batch.loss_mask
+        module, mask = module_of(trainer), batch.loss_mask
         reference = module.ref_logprobs
         if reference is None:
             with trainer.precision_plugin.forward_context():  # a callback is outside of the step's
-                reference = module.policy.reference_logprobs(batch)
+                reference = policy_of(trainer).reference_logprobs(batch)
         agreement = adapter_agreement(
             module.trainer_logprobs[0][mask],
             reference[mask],
@@ -166,7 +166,7 @@ class AdapterSync(Callback):
         Raises:
             SyncError: The step's mean gap is above the tolerance, or not a number.
         """
-        module = cast(SyncedModule, pl_module)
+        module = module_of(trainer)
         gap = float(trainer.strategy.reduce(module.step_metrics[GAP_METRIC].clone(), reduce_op="sum"))
         if not math.isfinite(gap) and module.skip_reason is not None:
             return  # FiniteGuard has met the numbers that it comes from
@@ -183,7 +183,7 @@ class AdapterSync(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Syncs at the end of a phase: only then are rollouts sampled again."""
-        if stopping.is_agreed or not ends_phase(trainer, pl_module, batch_idx):
+        if stopping.is_agreed or not module_of(trainer).ends_phase(batch_idx):
             return  # a run that was told to end samples no more
         with suppress(Stopped):  # on all ranks: no phase begins after this one, whose metrics are yet to be written
             seconds = self.sync(trainer, pl_module)
@@ -207,25 +207,24 @@ class AdapterSync(Callback):
 
     def sync(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Loads the current weights into the engine unless it has them; returns the seconds that took."""
-        module = cast(SyncedModule, pl_module)
-        version = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else module.loaded_step
-        owner = cast(EngineOwner, trainer.datamodule)  # type: ignore[attr-defined]
-        engine = owner.engine
-        loaded = (version, fingerprint(module.policy.trainable_parameters()))
+        policy, data = policy_of(trainer), data_of(trainer)
+        version = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else module_of(trainer).loaded_step
+        engine = data.engine
+        loaded = (version, fingerprint(policy.trainable_parameters()))
         if not num_ranks_where(trainer, engine.policy_version != version or loaded != self._loaded):
             return None
         start = time.perf_counter()
         if self._root is None:
-            place = roomy_folder(_sync_bytes(trainer, module.policy), "a sync (model.policy.lora.r)")
+            place = roomy_folder(_sync_bytes(trainer, policy), "a sync (model.policy.lora.r)")
             self._root = scratch_folder("sync", place)
         folder = Path(self._root.name) / f"version-{version}"
         partial = folder.with_name(f".version-{version}")
         with writing(folder):
-            module.policy.save_trained(partial)
+            policy.save_trained(partial)
             (partial / VERSION_FILE).write_text(str(version))
             partial.rename(folder)
         failure: Exception | None = None
-        with owner.paused():
+        with data.paused():
             # Ranks may share servers, whose weights must not change under the requests of another.
             trainer.strategy.barrier("sync")
             try:
@@ -254,10 +253,3 @@ def _sync_bytes(trainer: Trainer, policy: Policy) -> int:
     """The bytes that all ranks of this machine write at a sync, each its own files, and keep for an engine that restarts."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable_parameters())
     return 2 * trainer.num_devices * (weights + SYNC_OVERHEAD_BYTES)
-
-
-def ends_phase(trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
-    """Whether a micro-batch that has been trained completed the last optimizer step on its phase's rollouts."""
-    num_updates = cast(SyncedModule, pl_module).loss_config.num_policy_updates
-    completed_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return completed_step and trainer.global_step % num_updates == 0

@@ -1,6 +1,6 @@
 """What a person sees: what will run, how it goes, and now and then what the policy writes."""
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.preflight import MemoryPlan, Preflight
-from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
+from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.types import ConfigError, Rollout, Sample, ServedModel
+from fuchsia_pl.policy.memory import MemoryPlan
+from fuchsia_pl.types import ConfigError, Rollout, Sample
 
 # Label and format of the metrics that a step's line shows, in order.
 SHOWN = {
@@ -28,21 +28,6 @@ SHOWN = {
     "perf/train_tokens_per_s": ("trained tok/s", ".0f"),
     "perf/step_seconds": ("s/step", ".1f"),
 }
-
-
-class RunData(Protocol):
-    """What this callback knows of the data module."""
-
-    engine: Engine
-    served_model: ServedModel
-    rows_per_step: int
-
-
-class RunModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-    loss_config: LossConfig
 
 
 class ConsoleReport(ProgressBar):
@@ -77,7 +62,7 @@ class ConsoleReport(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what will run and shows the bar, where there is a terminal to show it on."""
         self._last_step = trainer.global_step
-        self.console.print(run_table(trainer, pl_module))
+        self.console.print(run_table(trainer))
         if not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -118,7 +103,7 @@ class ConsoleReport(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the held-out figures."""
         if not trainer.sanity_checking:
-            step = cast(RunData, trainer.datamodule).engine.policy_version  # type: ignore[attr-defined]
+            step = data_of(trainer).engine.policy_version
             self._print_evaluation(trainer, f"after step {step}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,10 +134,9 @@ class ConsoleReport(ProgressBar):
         self.console.print(f"held out, {when}: {figures}", soft_wrap=True)
 
 
-def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
+def run_table(trainer: Trainer) -> Table:
     """What will run, as a table."""
-    data = cast(RunData, trainer.datamodule)  # type: ignore[attr-defined]
-    policy = cast(RunModule, pl_module).policy
+    data, policy = data_of(trainer), policy_of(trainer)
     trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
     total = sum(parameter.numel() for parameter in policy.parameters())
     adapter = f"LoRA r={data.served_model.lora_rank}" if data.served_model.lora_rank else "all weights"
@@ -161,7 +145,7 @@ def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
     for name, value in {
         "model": data.served_model.name,
         "trained": f"{trained:,} of {total:,} parameters ({adapter})",
-        "objective": objective_text(cast(RunModule, pl_module).loss_config),
+        "objective": objective_text(module_of(trainer).loss_config),
         "rows per step": f"{data.rows_per_step} in {split}",
         "prompts": "computed once for all siblings" if policy.shares_prefix else "computed in each row",
         "engine": type(data.engine).__name__,
@@ -174,8 +158,7 @@ def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
 
 def memory_plans(trainer: Trainer) -> list[MemoryPlan]:
     """What the preflight found, if there was one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback.plan for callback in callbacks if isinstance(callback, Preflight) and callback.plan is not None]
+    return [preflight.plan for preflight in callbacks_of(trainer, Preflight) if preflight.plan is not None]
 
 
 def objective_text(config: LossConfig) -> str:

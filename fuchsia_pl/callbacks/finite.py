@@ -3,18 +3,18 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.access import module_of, policy_of
 from fuchsia_pl.callbacks.adapter_sync import num_ranks_where
 from fuchsia_pl.callbacks.recorded_step import record_step, scaler_of, unscaled
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.policy.contents import not_finite
-from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import total_norm
 from fuchsia_pl.types import ConfigError
 
@@ -28,13 +28,6 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteError(RuntimeError):
     """Training cannot continue with numbers that are not finite."""
-
-
-class GuardedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-    skip_reason: str | None
 
 
 class FiniteGuard(Callback):
@@ -102,18 +95,18 @@ class FiniteGuard(Callback):
         Raises:
             NonFiniteError: That was one phase too many.
         """
-        module = cast(GuardedModule, pl_module)
+        module, trained = module_of(trainer), policy_of(trainer).trainable_parameters()
         losses, self._losses = torch.stack(self._losses), []
         batches, self._batches = self._batches, []
-        norm = total_norm([p.grad for p in module.policy.trainable_parameters() if p.grad is not None])
+        norm = total_norm([p.grad for p in trained if p.grad is not None])
         num_ranks = num_ranks_where(trainer, not bool(losses.isfinite().all() & norm.isfinite()))
-        if num_ranks and _scaler_skips(trainer, module, losses):
+        if num_ranks and _scaler_skips(trainer, losses):
             num_ranks = 0
         pl_module.log(NONFINITE_METRIC, float(num_ranks > 0))
         step = trainer.global_step + 1
         file = None
         if num_ranks or step in self.record_steps:
-            file = self._record(trainer, pl_module, batches, losses, norm)
+            file = self._record(trainer, batches, losses, norm)
         if not num_ranks:
             self._num_in_a_row = 0
             return
@@ -170,15 +163,13 @@ class FiniteGuard(Callback):
         names = not_finite(_tensors(trainer, pl_module))
         _refuse(trainer, names, bool(names))
 
-    def _record(
-        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], losses: Tensor, norm: Tensor
-    ) -> Path | None:
+    def _record(self, trainer: Trainer, batches: list[Batch], losses: Tensor, norm: Tensor) -> Path | None:
         """Leaves the step in a file of this rank; None where there is no room, which is no reason to end a run."""
         step = trainer.global_step + 1
         path = Path(trainer.default_root_dir) / RECORD_FOLDER / f"step-{step}.pt"
         self._recorded.add(step)
         try:
-            return record_step(path, trainer, pl_module, batches, losses, norm)
+            return record_step(path, trainer, batches, losses, norm)
         except DiskError as error:  # raised behind what the ranks do together, so they stay together
             logger.warning("step %d is not recorded: %s", step, error)
             return None
@@ -210,11 +201,11 @@ def _tensors(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tenso
     return tensors
 
 
-def _scaler_skips(trainer: Trainer, module: GuardedModule, losses: Tensor) -> bool:
+def _scaler_skips(trainer: Trainer, losses: Tensor) -> bool:
     """Whether the scaler of half precision skips a step since its factor is too large. All ranks have to call it."""
     if scaler_of(trainer) is None:
         return False
-    gradients = {str(n): p.grad for n, p in enumerate(module.policy.trainable_parameters()) if p.grad is not None}
+    gradients = {str(n): p.grad for n, p in enumerate(policy_of(trainer).trainable_parameters()) if p.grad is not None}
     # A norm may be infinite though no gradient is, and a scaler looks at gradients alone.
     has_overflown = num_ranks_where(trainer, bool(not_finite(gradients))) > 0
     return num_ranks_where(trainer, not bool(losses.isfinite().all())) == 0 and has_overflown

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,30 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.adapter_sync import ends_phase
+from fuchsia_pl.callbacks.access import data_of, module_of, policy_of
 from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.loop import run_blocking
-from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError
 
 HOST = torch.device("cpu")
 Place = tuple[dict[str, Any], str]  # an optimizer's state of one weight, and the name of a tensor in it
-
-
-class SwappedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-
-
-class SwappedData(Protocol):
-    """What this callback knows of the data module."""
-
-    engine: Engine
-    loss: LossConfig
-    sampling: SamplingConfig
 
 
 class DeviceOwner(Enum):
@@ -81,55 +65,55 @@ class HotSwap(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A preflight comes next."""
-        self.to_trainer(trainer, pl_module)
+        self.to_trainer(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first phase is sampled next."""
-        self.to_engine(trainer, pl_module)
+        self.to_engine(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Held-out splits are sampled, possibly within a phase."""
-        self.to_engine(trainer, pl_module)
+        self.to_engine(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """`fuchsia test` only samples."""
-        self.to_engine(trainer, pl_module)
+        self.to_engine(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """`fuchsia predict` only samples."""
-        self.to_engine(trainer, pl_module)
+        self.to_engine(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """The phase has been sampled."""
-        self.to_trainer(trainer, pl_module)
+        self.to_trainer(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """The next phase is sampled after the last step on this one."""
-        if self.enabled and ends_phase(trainer, pl_module, batch_idx):
+        if self.enabled and module_of(trainer).ends_phase(batch_idx):
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)  # used up: Lightning would do so before the next backward
-            self.to_engine(trainer, pl_module)
+            self.to_engine(trainer)
 
-    def to_engine(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def to_engine(self, trainer: Trainer) -> None:
         """The trainer leaves the device, then the engine wakes, unless it is the engine's turn."""
         if self.enabled and self.owner is DeviceOwner.TRAINER:
-            self._moved = leave(cast(SwappedModule, pl_module).policy, trainer.optimizers, HOST)
+            self._moved = leave(policy_of(trainer), trainer.optimizers, HOST)
             run_blocking(_engine(trainer).wake())
             self.owner = DeviceOwner.ENGINE
 
-    def to_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def to_trainer(self, trainer: Trainer) -> None:
         """The engine falls asleep, then the trainer comes back to the device, unless it is the trainer's turn."""
         if self.enabled and self.owner is DeviceOwner.ENGINE:
             run_blocking(_engine(trainer).sleep())
-            come_back(cast(SwappedModule, pl_module).policy, self._moved, trainer.strategy.root_device)
+            come_back(policy_of(trainer), self._moved, trainer.strategy.root_device)
             self.owner, self._moved = DeviceOwner.TRAINER, []
 
 
 def obstacle(trainer: Trainer) -> str | None:
     """Why engine and trainer cannot take turns with a run's settings, None if they can."""
-    data = cast(SwappedData, trainer.datamodule)  # type: ignore[attr-defined]
+    data = data_of(trainer)
     if not data.engine.can_sleep:
         return f"{type(data.engine).__name__} cannot sleep"
     if trainer.world_size > 1:
@@ -175,4 +159,4 @@ def _move(policy: Policy, places: Sequence[Place], device: torch.device) -> None
 
 
 def _engine(trainer: Trainer) -> Engine:
-    return cast(SwappedData, trainer.datamodule).engine  # type: ignore[attr-defined]
+    return data_of(trainer).engine

@@ -1,34 +1,12 @@
 """What a run was made with, for every logger."""
 
 from dataclasses import asdict
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from fuchsia_pl.engines.base import Engine
-from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.policy.config import PolicyConfig
-from fuchsia_pl.rollouts.config import SamplingConfig
-
-
-class DescribedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy_config: PolicyConfig
-    loss_config: LossConfig
-
-
-class DescribedData(Protocol):
-    """What this callback knows of the data module."""
-
-    environment: Environment
-    engine: Engine
-    sampling: SamplingConfig
-    batch_size: int
-    steps_per_epoch: int
-    seed: int
+from fuchsia_pl.callbacks.access import data_of, module_of
 
 
 class HyperparameterLog(Callback):
@@ -36,18 +14,17 @@ class HyperparameterLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer exists now, with what a checkpoint has changed in it."""
-        described = hyperparameters(trainer, pl_module)
+        described = hyperparameters(trainer)
         for logger in trainer.loggers:
             logger.log_hyperparams(described)
 
 
-def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+def hyperparameters(trainer: Trainer) -> dict[str, Any]:
     """The settings by which runs are compared, as plain data.
 
     Arguments of environments and engines are left out: they may hold keys of services.
     """
-    module = cast(DescribedModule, pl_module)
-    data = cast(DescribedData, trainer.datamodule)  # type: ignore[attr-defined]
+    module, data = module_of(trainer), data_of(trainer)
     return {
         "model": asdict(module.policy_config),
         "objective": module.loss_config.resolved(),

@@ -1,23 +1,16 @@
 """Says so where a run cannot learn, or has not."""
 
 import logging
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.policy.config import PolicyConfig
+from fuchsia_pl.callbacks.access import module_of
 
 LOW_RATE = 1e-6
 
 logger = logging.getLogger(__name__)
-
-
-class ConfiguredModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy_config: PolicyConfig
-    skip_reason: str | None
 
 
 class Outcome(Callback):
@@ -35,7 +28,7 @@ class Outcome(Callback):
         self._last_step = trainer.global_step
         given = [group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups]
         rates = [float(rate) for rate in given if rate is not None]  # Adafactor may make its own
-        lora = cast(ConfiguredModule, pl_module).policy_config.lora
+        lora = module_of(trainer).policy_config.lora
         if trainer.is_global_zero and lora.enabled and rates and max(rates) < LOW_RATE:
             logger.warning(
                 "the learning rate is %g, and an adapter hardly learns below %g: the usual ones are from 1e-5 to 1e-3 "
@@ -51,7 +44,7 @@ class Outcome(Callback):
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             self._num_steps += 1
-            self._num_skipped += cast(ConfiguredModule, pl_module).skip_reason is not None
+            self._num_skipped += module_of(trainer).skip_reason is not None
             self._num_without_advantage += batch.skip_reason is not None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,20 +2,18 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.callbacks.access import module_of, policy_of
 from fuchsia_pl.files import replacing
-from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checksums import check_intact
-from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.contents import fingerprint
-from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import whole
 from fuchsia_pl.types import ConfigError
 
@@ -31,15 +29,6 @@ KINDS = {
     "losses": Tensor,
     "gradient_norm": float,
 }
-
-
-class RecordedModule(Protocol):
-    """What is recorded of the module."""
-
-    policy: Policy
-    policy_config: PolicyConfig
-    loss_config: LossConfig
-    trainer_logprobs: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,15 +67,12 @@ class RecordedStep:
     gradient_norm: float
 
 
-def record_step(
-    path: Path, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], losses: Tensor, norm: Tensor
-) -> Path:
+def record_step(path: Path, trainer: Trainer, batches: list[Batch], losses: Tensor, norm: Tensor) -> Path:
     """Writes the step whose gradients the module holds. All ranks have to call it at the same time.
 
     Args:
         path: The file; with several ranks each writes one that ends in its rank, and the first holds the weights for all.
         trainer: The run's, within `on_before_optimizer_step`.
-        pl_module: The run's.
         batches: The step's micro-batches.
         losses: Of each of them, shape [number of micro-batches].
         norm: L2 norm of the gradient, a scalar.
@@ -97,8 +83,8 @@ def record_step(
     Raises:
         DiskError: It could not be written. By then this rank has taken part in all that the ranks do together.
     """
-    module = cast(RecordedModule, pl_module)
-    trained = {name: p for name, p in module.policy.named_parameters() if p.requires_grad}
+    module = module_of(trainer)
+    trained = {name: p for name, p in policy_of(trainer).named_parameters() if p.requires_grad}
     weights = {name: _kept(whole(p.detach()), trainer.is_global_zero) for name, p in trained.items()}
     content = {
         "step": trainer.global_step,

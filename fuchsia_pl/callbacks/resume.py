@@ -1,21 +1,12 @@
 """What a resumed run takes from its checkpoint and what from the config, and what its learning rate will be."""
 
-from typing import Protocol, cast
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from fuchsia_pl.callbacks.access import module_of
 from fuchsia_pl.policy.optimization import Choice, Recipe, ResumeChoice
 
 MAX_OUTLOOK_STEPS = 10_000
-
-
-class ResumedModule(Protocol):
-    """What this callback knows of the module."""
-
-    recipe: Recipe
-    resume_choice: ResumeChoice
-    loaded_step: int
 
 
 class Resume(Callback):
@@ -34,11 +25,11 @@ class Resume(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hands the decision to the module, which is asked when a checkpoint is loaded."""
-        cast(ResumedModule, pl_module).resume_choice = self.choice
+        module_of(trainer).resume_choice = self.choice
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints where the schedule of a resumed run is; one that has ended may not be what was meant."""
-        module = cast(ResumedModule, pl_module)
+        module = module_of(trainer)
         if module.loaded_step:
             line = outlook(trainer, module.recipe)  # on every rank, so that all end where it cannot be
             if line is not None and trainer.is_global_zero:

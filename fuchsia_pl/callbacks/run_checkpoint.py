@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -12,9 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
-from fuchsia_pl.callbacks.adapter_sync import ends_phase
+from fuchsia_pl.callbacks.access import is_trial, module_of
 from fuchsia_pl.files import replacing, writing
-from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import check_intact
 from fuchsia_pl.policy.sharding import FSDP2Strategy
@@ -23,12 +22,6 @@ from fuchsia_pl.types import ConfigError
 
 LAST = "last"
 OLDER = "step-{}"  # a checkpoint that a newer one has followed
-
-
-class PhasedModule(Protocol):
-    """What this callback knows of the module."""
-
-    loss_config: LossConfig
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -88,7 +81,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the run folder, whatever the loggers are."""
         self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
-        num_updates = cast(PhasedModule, pl_module).loss_config.num_policy_updates
+        num_updates = module_of(trainer).loss_config.num_policy_updates
         self._every_n_train_steps = math.ceil(self.every_n_steps / num_updates) * num_updates
         self._older, self._current = [], None
         if stage == "fit" and trainer.is_global_zero:
@@ -99,15 +92,15 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves where a phase ends: Lightning's own would also save the first micro-batch after a resume."""
-        if ends_phase(trainer, pl_module, batch_idx):
+        if module_of(trainer).ends_phase(batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step, which need not be a multiple of `every_n_steps`."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return  # a trial leaves nothing behind
+        if is_trial(trainer):
+            return
         num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if not ends_phase(trainer, pl_module, num_batches - 1):
+        if not module_of(trainer).ends_phase(num_batches - 1):
             return  # stopped within a phase, by a time limit or a callback: the older checkpoint can be gone on from
         self.save_now(trainer)
 

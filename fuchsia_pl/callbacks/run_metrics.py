@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
@@ -34,9 +34,9 @@ class RunMetrics(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> "MetricsWriter":
         """The writer, made when it is first needed."""
-        if self._experiment is None:
+        if not isinstance(self._experiment, MetricsWriter):
             self._experiment = MetricsWriter(self.log_dir, self._earlier)
-        return cast(MetricsWriter, self._experiment)
+        return self._experiment
 
 
 class MetricsWriter(ExperimentWriter):

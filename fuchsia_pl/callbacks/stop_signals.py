@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,17 +16,11 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fuchsia_pl import orphans
-from fuchsia_pl.callbacks.adapter_sync import ends_phase
+from fuchsia_pl.callbacks.access import callbacks_of, is_trial, module_of
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.scratch import remove_left_behind
 from fuchsia_pl.stopping import CLOSING_S, GRACE_S, Stopped, stopping
 from fuchsia_pl.types import ConfigError
-
-
-class StoppedModule(Protocol):
-    """What this callback knows of the module."""
-
-    loaded_step: int
 
 
 def launched_ranks(trainer: Trainer) -> list["subprocess.Popen[bytes]"]:
@@ -103,7 +97,7 @@ class StopSignals(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Where a phase ends the ranks agree whether they go on; if not, there is no sync, and the next phase does not begin."""
-        if ends_phase(trainer, pl_module, batch_idx):
+        if module_of(trainer).ends_phase(batch_idx):
             self._is_within_phase = False
             self._between = _between_phases(trainer)
             if stopping.agree(lambda number: _highest(trainer, number)):
@@ -131,7 +125,7 @@ class StopSignals(Callback):
             stopping.close()
             if stopping.signum is not None and trainer.state.fn == TrainerFn.FITTING:
                 is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
-                self._save(trainer, cast(StoppedModule, pl_module).loaded_step, is_agreed)
+                self._save(trainer, module_of(trainer).loaded_step, is_agreed)
         finally:
             self._restore()  # Lightning calls no teardown now
 
@@ -152,7 +146,7 @@ class StopSignals(Callback):
 
     def _save(self, trainer: Trainer, loaded_step: int, is_agreed: bool) -> None:
         checkpoint = _run_checkpoint(trainer)
-        if checkpoint is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if checkpoint is None or is_trial(trainer):
             return
         can_save = self._between is not None and not self._is_within_phase and is_agreed
         if can_save and checkpoint.saved_step != trainer.global_step:
@@ -168,13 +162,12 @@ class StopSignals(Callback):
 
 
 def _run_checkpoint(trainer: Trainer) -> RunCheckpoint | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, RunCheckpoint)), None)
+    return next(iter(callbacks_of(trainer, RunCheckpoint)), None)
 
 
 def _between_phases(trainer: Trainer) -> dict[str, Any]:
     """Lightning's counts, the schedules and what watches held-out figures: a validation that is cut off has moved them on."""
-    watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping | Checkpoint)]  # type: ignore[attr-defined]
+    watching = [*callbacks_of(trainer, EarlyStopping), *callbacks_of(trainer, Checkpoint)]
     return deepcopy(
         {
             "epoch": trainer.current_epoch,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,15 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fuchsia_pl.callbacks.access import callbacks_of, data_of
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
-from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError
-
-
-class AveragedData(Protocol):
-    """What this callback knows of the data module."""
-
-    sampling: SamplingConfig
 
 
 class WeightAverage(Callback):
@@ -56,7 +50,7 @@ class WeightAverage(Callback):
         Raises:
             ConfigError: There is such a setting.
         """
-        staleness = cast(AveragedData, trainer.datamodule).sampling.max_staleness  # type: ignore[attr-defined]
+        staleness = data_of(trainer).sampling.max_staleness
         if staleness:
             raise ConfigError(
                 f"WeightAverage and data.sampling.max_staleness={staleness}: the engine would sample for training while it has "
@@ -64,8 +58,7 @@ class WeightAverage(Callback):
             )
         if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
             raise ConfigError(f"WeightAverage does not work with {type(trainer.strategy).__name__}: use ddp")
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, ModelCheckpoint) and callback.save_weights_only for callback in callbacks):
+        if any(checkpoint.save_weights_only for checkpoint in callbacks_of(trainer, ModelCheckpoint)):
             raise ConfigError(
                 "ModelCheckpoint.save_weights_only would leave out WeightAverage's average: set it to false"
             )

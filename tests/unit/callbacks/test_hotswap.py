@@ -141,12 +141,12 @@ def test_turned_off_it_does_nothing(tiny_model, tmp_path, calls):
 
 def test_a_turn_that_is_taken_already_is_not_taken_again(tiny_model, tmp_path, calls):
     swap = HotSwap(True)
-    module, trainer = fit(tiny_model, tmp_path, steps=1)
+    _, trainer = fit(tiny_model, tmp_path, steps=1)
     trainer.datamodule.setup("fit")
     calls.clear()
     for turn, expected in ((swap.to_engine, []), (swap.to_trainer, TO_TRAINER[:2]), (swap.to_engine, TO_ENGINE[:2])):
-        turn(trainer, module)
-        turn(trainer, module)
+        turn(trainer)
+        turn(trainer)
         assert calls == expected
         calls.clear()
     trainer.datamodule.teardown("fit")
