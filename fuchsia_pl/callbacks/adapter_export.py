@@ -1,4 +1,4 @@
-"""Leaves what was trained in the run folder, in a format that any tool loads."""
+"""Export of the trained weights to the run folder, in a format that other tools load."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ ADAPTER_FOLDER = "adapter"
 class AdapterExport(Callback):
     """Writes `adapter/` (with LoRA off: a whole model) whenever a checkpoint is saved, and at the end of training.
 
-    `PeftModel.from_pretrained` loads it. Each file is replaced by one rename, so a run killed at any moment leaves the old
-    or the new weights, and so does a disk that is full.
+    `PeftModel.from_pretrained` loads it. One rename replaces each file, so a killed run or a full disk leaves either the old or
+    the new weights.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Exports beside every checkpoint."""
+        """Exports the weights of a checkpoint."""
         self._export(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -42,7 +42,7 @@ class AdapterExport(Callback):
                 self._write(policy, Path(trainer.default_root_dir) / ADAPTER_FOLDER)
             else:
                 policy.save_trained(Path(), writes=False)
-        # A rank whose process ends closes its connections, also those over which the first still receives its shards.
+        # A rank that ends closes its connections, over which the first rank may still receive its shards.
         trainer.strategy.barrier("export")
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a rank's memory goes to: a plan in bytes, the bytes that autograd keeps, and settings that reduce both."""
+"""Memory of a rank: a plan in bytes, the bytes that autograd saves, and the settings that reduce them."""
 
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import local
 
-# Shares of the estimate that a setting saves; measured where this machine could, see the tests.
+# Part of the plan that a setting reduces, and the share of it that it saves. Measured on CPU where possible, see the tests.
 SAVED_BY = {
     "--model.policy.checkpointing.enabled true": ("activations", 0.8),
     "--trainer.accumulate_grad_batches twice as large, or --model.policy.max_tokens_per_micro_batch half": (
@@ -29,16 +29,16 @@ SAVED_BY = {
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where a rank's memory goes, in bytes.
+    """Memory of a rank on its device, in bytes.
 
     Attributes:
-        base_weights: Weights that do not learn, those of a reference that is a copy among them.
-        trained: Weights that learn, with their gradients and two moments of Adam each.
-        activations: What autograd kept for the backward of the longest micro-batch.
-        engine_weights: What the engine has of the model beside the trainer.
-        kv_cache: The engine's keys and values.
-        available: What the device has.
-        shares_device: Whether the trainer's and the engine's are never on the device together.
+        base_weights: Frozen weights, including those of a reference that is a copy.
+        trained: Trained weights, their gradients and the two moments of Adam.
+        activations: Tensors that autograd saves for the backward of the longest micro-batch.
+        engine_weights: The engine's copy of the model.
+        kv_cache: Keys and values of the engine.
+        available: Memory of the device.
+        shares_device: Whether only one of trainer and engine is on the device at a time (HotSwap).
 
     >>> plan = MemoryPlan(2 * 2**30, 2**28, 3 * 2**30, 2 * 2**30, 4 * 2**30, 16 * 2**30)
     >>> plan.text
@@ -57,17 +57,17 @@ class MemoryPlan:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """What the trainer takes, and what the engine does."""
+        """Bytes of the trainer, and bytes of the engine."""
         return self.base_weights + self.trained + self.activations, self.engine_weights + self.kv_cache
 
     @property
     def smaller_side(self) -> int:
-        """What is saved where they take turns."""
+        """Bytes that a shared device saves."""
         return min(self.sides)
 
     @property
     def total(self) -> int:
-        """The most that is on the device at a time."""
+        """Largest number of bytes on the device at a time."""
         return max(self.sides) if self.shares_device else sum(self.sides)
 
     @property
@@ -83,7 +83,7 @@ class MemoryPlan:
         return f"weights {self.base_weights / 2**30:.1f} GB, {shown}: {self.total / 2**30:.1f} of {self.available / 2**30:.1f} GB"
 
     def savings(self, possible: set[str]) -> list[tuple[str, int]]:
-        """The three of the `possible` settings that save most, with the bytes they do."""
+        """The three of the `possible` settings that save most, with the bytes that each saves."""
         saved = [
             (name, int(share * getattr(self, part)))
             for name, (part, share) in SAVED_BY.items()
@@ -93,7 +93,7 @@ class MemoryPlan:
 
 
 class KeptBytes:
-    """Counts the bytes that autograd keeps inside a `with` block, each storage once and the model's own weights not."""
+    """Counts the bytes that autograd saves inside a `with` block. Each storage counts once; weights of the model do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         self.num_bytes = 0
@@ -112,9 +112,8 @@ class KeptBytes:
     def _pack(self, tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
         if self._is_sharded and address not in self._counted:
-            self._weights = (
-                self._addresses()
-            )  # those of the block that computes lie together only now, and not for long
+            # FSDP gathers the weights of a block only while it computes that block.
+            self._weights = self._addresses()
         if address not in self._weights | self._counted:
             self._counted.add(address)
             self.num_bytes += tensor.untyped_storage().nbytes()
@@ -125,12 +124,12 @@ class KeptBytes:
 
 
 def memory_plan(policy: Policy, engine: Engine, num_activation_bytes: int, device: torch.device) -> MemoryPlan:
-    """The plan of a rank."""
+    """Memory plan of a rank."""
     sizes = {True: 0, False: 0}
     for parameter in policy.parameters():
         sizes[parameter.requires_grad] += local(parameter).nbytes
     sizes[False] += sum(local(weight).nbytes for weight in policy.reference_weights())
-    served = policy.causal_lm.num_parameters()  # also right where they are packed in 4 bits
+    served = policy.causal_lm.num_parameters()  # counts weights that are packed in 4 bits correctly
     return MemoryPlan(
         base_weights=sizes[False],
         trained=4 * sizes[True],
@@ -142,14 +141,14 @@ def memory_plan(policy: Policy, engine: Engine, num_activation_bytes: int, devic
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a device, or of the machine."""
+    """Bytes of memory of a GPU, or of the machine for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether torch ran out of memory; on a CPU it says so in a plain RuntimeError."""
+    """Whether torch ran out of memory. On a CPU it raises a plain RuntimeError."""
     words = ("can't allocate memory", "not enough memory")
     return isinstance(exception, torch.OutOfMemoryError | MemoryError) or (
         isinstance(exception, RuntimeError) and any(word in str(exception) for word in words)
@@ -157,7 +156,7 @@ def is_out_of_memory(exception: BaseException) -> bool:
 
 
 def possible_savings(policy: Policy, device: torch.device, can_share_device: bool) -> set[str]:
-    """The settings that this device has, without those that are set so already."""
+    """Settings that would save memory on this device and are not set yet."""
     config = policy.config
     is_gpu, with_adapter = device.type != "cpu", config.lora.enabled
     checkpointed = config.checkpointing.enabled

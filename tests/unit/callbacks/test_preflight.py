@@ -114,13 +114,13 @@ def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(ti
         fit(tiny_model, tmp_path, Preflight())
     (note,) = caught.value.__notes__
     assert note.startswith("Memory: weights ")
-    settings = note.split("What would save most: ")[1].split("; ")
+    settings = note.split("Settings that save most: ")[1].split("; ")
     assert len(settings) == 3
     assert all(setting.startswith("--") for setting in settings)
     assert "--model.policy.checkpointing.enabled true" in note
 
 
-def test_the_plan_knows_of_turns(tiny_model, tmp_path):
+def test_the_plan_of_a_shared_device(tiny_model, tmp_path):
     flights = [Preflight(), Preflight()]
     for flight, enabled in zip(flights, (False, True), strict=True):
         fit(tiny_model, tmp_path, flight, HotSwap(enabled))
