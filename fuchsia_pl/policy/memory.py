@@ -43,6 +43,7 @@ class MemoryPlan:
     >>> plan = MemoryPlan(2 * 2**30, 2**28, 3 * 2**30, 2 * 2**30, 4 * 2**30, 16 * 2**30)
     >>> plan.text
     'weights 2.0 GB, trained 0.2, activations 3.0, engine weights 2.0, KV cache 4.0: 11.2 of 16.0 GB'
+    >>> from dataclasses import replace
     >>> replace(plan, shares_device=True).text
     'weights 2.0 GB, trained 0.2, activations 3.0, or engine weights 2.0, KV cache 4.0: 6.0 of 16.0 GB'
     """
