@@ -236,6 +236,11 @@ class GRPOModule(LightningModule):
         # more, and DDP and FSDP by the number of ranks.
         return output.loss * (self.trainer.accumulate_grad_batches * self.num_ranks)
 
+    def ends_phase(self, batch_idx: int) -> bool:
+        """Whether micro-batch `batch_idx`, which has been trained, completed the last optimizer step of its phase."""
+        completed_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        return completed_step and self.global_step % self.loss_config.num_policy_updates == 0
+
     @property
     def num_ranks(self) -> int:
         """Number of ranks over which the strategy averages gradients."""

@@ -1,1 +1,1 @@
-"""What happens around the training loop: one class, one file each."""
+"""Callbacks of the training loop, one class per file."""

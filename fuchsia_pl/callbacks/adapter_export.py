@@ -1,13 +1,14 @@
-"""Leaves what was trained in the run folder, in a format that any tool loads."""
+"""Export of the trained weights to the run folder, in a format that other tools load."""
 
 import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fuchsia_pl.callbacks.access import callbacks_of, is_trial, policy_of
 from fuchsia_pl.callbacks.weight_average import WeightAverage
 from fuchsia_pl.files import writing
 from fuchsia_pl.policy.policy import Policy
@@ -15,19 +16,13 @@ from fuchsia_pl.policy.policy import Policy
 ADAPTER_FOLDER = "adapter"
 
 
-class ExportedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-
-
 class AdapterExport(Callback):
     """Writes `adapter/` (with LoRA off: a whole model) whenever a checkpoint is saved, and at the end of training.
 
     A run that resumes from a checkpoint of its last step trains nothing, and writes the weights of that checkpoint.
 
-    `PeftModel.from_pretrained` loads it. Each file is replaced by one rename, so a run killed at any moment leaves the old
-    or the new weights, and so does a disk that is full.
+    `PeftModel.from_pretrained` loads it. One rename replaces each file, so a killed run or a full disk leaves either the old or
+    the new weights.
     """
 
     def __init__(self) -> None:
@@ -38,33 +33,32 @@ class AdapterExport(Callback):
         self._has_exported = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Exports beside every checkpoint."""
-        self._export(trainer, pl_module)
+        """Exports the weights of a checkpoint."""
+        self._export(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the last weights."""
-        self._export(trainer, pl_module)
+        self._export(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the weights of the checkpoint if no step was left to train, where Lightning skips `on_train_end`."""
-        if not self._has_exported:
-            cast(ExportedModule, pl_module).policy.to_device(trainer.strategy.root_device)  # its teardown moved them
-            self._export(trainer, pl_module)
+        """Exports the weights of the checkpoint if no step was left to train and Lightning skipped `on_train_end`."""
+        if not self._has_exported and not is_trial(trainer):
+            policy_of(trainer).to_device(trainer.strategy.root_device)  # its teardown moved them to the host
+            self._export(trainer)
 
-    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return  # a trial leaves nothing behind
-        policy = cast(ExportedModule, pl_module).policy
+    def _export(self, trainer: Trainer) -> None:
+        if is_trial(trainer):
+            return
+        policy = policy_of(trainer)
         with ExitStack() as stack:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAverage):
-                    stack.enter_context(callback.applied())
+            for average in callbacks_of(trainer, WeightAverage):
+                stack.enter_context(average.applied())
             if trainer.is_global_zero:
                 self._write(policy, Path(trainer.default_root_dir) / ADAPTER_FOLDER)
             else:
                 policy.save_trained(Path(), writes=False)
         self._has_exported = True
-        # A rank whose process ends closes its connections, also those over which the first still receives its shards.
+        # A rank that ends closes its connections, over which the first rank may still receive its shards.
         trainer.strategy.barrier("export")
 
     @staticmethod

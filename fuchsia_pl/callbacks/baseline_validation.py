@@ -1,17 +1,17 @@
-"""The held-out figures before training."""
+"""Held-out metrics before training."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class BaselineValidation(Callback):
-    """Logs what Lightning's sanity check measured as the figures of step 0.
+    """Logs the metrics of Lightning's sanity check as those of step 0.
 
-    With `trainer.num_sanity_val_steps: -1` that check is a full validation of the untrained policy, which Lightning itself
-    throws away.
+    With `trainer.num_sanity_val_steps: -1` the check is a full validation of the untrained policy, whose metrics Lightning
+    discards.
     """
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands the figures to every logger; those of a few items would not compare with later ones."""
+        """Logs the metrics, unless the check covered only some items: later ones would not be comparable."""
         if trainer.num_sanity_val_steps != float("inf"):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

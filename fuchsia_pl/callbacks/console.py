@@ -1,6 +1,6 @@
-"""What a person sees: what will run, how it goes, and now and then what the policy writes."""
+"""Console output of a run: its settings, a line per optimizer step, and sampled completions."""
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.preflight import MemoryPlan, Preflight
-from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
+from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.types import ConfigError, Rollout, Sample, ServedModel
+from fuchsia_pl.policy.memory import MemoryPlan
+from fuchsia_pl.types import ConfigError, Rollout, Sample
 
-# Label and format of the metrics that a step's line shows, in order.
+# Label and format of the metrics in the line of a step, in order.
 SHOWN = {
     "reward/mean": ("reward", ".3f"),
     "rollout/accuracy": ("accuracy", ".3f"),
@@ -30,26 +30,11 @@ SHOWN = {
 }
 
 
-class RunData(Protocol):
-    """What this callback knows of the data module."""
-
-    engine: Engine
-    served_model: ServedModel
-    rows_per_step: int
-
-
-class RunModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-    loss_config: LossConfig
-
-
 class ConsoleReport(ProgressBar):
-    """Prints what will run, then a line per optimizer step with a bar under it, and a completion now and then.
+    """Prints the settings of a run, then a line per optimizer step above a progress bar, and a completion every few steps.
 
     Args:
-        every_n_steps: Steps between two shown completions; 0 shows none.
+        every_n_steps: Optimizer steps between two shown completions; 0 shows none.
 
     Raises:
         ConfigError: `every_n_steps` is below 0.
@@ -67,17 +52,17 @@ class ConsoleReport(ProgressBar):
         self._samples: list[Sample] = []
 
     def disable(self) -> None:
-        """Lightning calls it on all ranks but the first."""
+        """Turns the output off. Lightning calls this on all ranks but the first."""
         self.console.quiet = True
 
     def announce(self, model: str, engine: str, run_folder: str) -> None:
-        """Says what is about to start; an engine takes its time."""
+        """Prints the engine, model and run folder before the engine starts, which may take minutes."""
         self.console.print(f"{run_folder}: starting {engine} with {model} …", soft_wrap=True, markup=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what will run and shows the bar, where there is a terminal to show it on."""
+        """Prints the table of settings and, on a terminal, starts the progress bar."""
         self._last_step = trainer.global_step
-        self.console.print(run_table(trainer, pl_module))
+        self.console.print(run_table(trainer))
         if not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -95,7 +80,7 @@ class ConsoleReport(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Prints a line where this micro-batch completed an optimizer step."""
+        """Prints a line if this micro-batch completed an optimizer step."""
         self._samples += [*batch.samples, *batch.zero_advantage]
         if trainer.global_step == self._last_step:
             return
@@ -109,29 +94,29 @@ class ConsoleReport(ProgressBar):
             self._progress.update(self._task, completed=step)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the held-out figures before training."""
+        """Prints the held-out metrics before training."""
         number = trainer.num_sanity_val_steps
         self._print_evaluation(
             trainer, "before training" if number == float("inf") else f"before training, first {number} items"
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the held-out figures."""
+        """Prints the held-out metrics."""
         if not trainer.sanity_checking:
-            step = cast(RunData, trainer.datamodule).engine.policy_version  # type: ignore[attr-defined]
+            step = data_of(trainer).engine.policy_version
             self._print_evaluation(trainer, f"after step {step}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the held-out figures."""
+        """Prints the held-out metrics."""
         self._print_evaluation(trainer, "test")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the bar away and says where everything lies."""
+        """Stops the progress bar and prints the run folder."""
         self._stop()
         self.console.print(f"done: {trainer.default_root_dir}", soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the terminal back."""
+        """Stops the progress bar, which controls the terminal."""
         self._stop()
 
     def _stop(self) -> None:
@@ -149,10 +134,9 @@ class ConsoleReport(ProgressBar):
         self.console.print(f"held out, {when}: {figures}", soft_wrap=True)
 
 
-def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
-    """What will run, as a table."""
-    data = cast(RunData, trainer.datamodule)  # type: ignore[attr-defined]
-    policy = cast(RunModule, pl_module).policy
+def run_table(trainer: Trainer) -> Table:
+    """Settings of a run as a table."""
+    data, policy = data_of(trainer), policy_of(trainer)
     trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
     total = sum(parameter.numel() for parameter in policy.parameters())
     adapter = f"LoRA r={data.served_model.lora_rank}" if data.served_model.lora_rank else "all weights"
@@ -161,11 +145,11 @@ def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
     for name, value in {
         "model": data.served_model.name,
         "trained": f"{trained:,} of {total:,} parameters ({adapter})",
-        "objective": objective_text(cast(RunModule, pl_module).loss_config),
+        "objective": objective_text(module_of(trainer).loss_config),
         "rows per step": f"{data.rows_per_step} in {split}",
         "prompts": "computed once for all siblings" if policy.shares_prefix else "computed in each row",
         "engine": type(data.engine).__name__,
-        "memory": "; ".join(plan.text for plan in memory_plans(trainer)) or "not planned: there is no preflight",
+        "memory": "; ".join(plan.text for plan in memory_plans(trainer)) or "no plan: the trainer has no Preflight",
         "run folder": trainer.default_root_dir,
     }.items():
         table.add_row(name, value)
@@ -173,13 +157,12 @@ def run_table(trainer: Trainer, pl_module: LightningModule) -> Table:
 
 
 def memory_plans(trainer: Trainer) -> list[MemoryPlan]:
-    """What the preflight found, if there was one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback.plan for callback in callbacks if isinstance(callback, Preflight) and callback.plan is not None]
+    """The memory plans of the preflight callbacks that have run."""
+    return [preflight.plan for preflight in callbacks_of(trainer, Preflight) if preflight.plan is not None]
 
 
 def objective_text(config: LossConfig) -> str:
-    """The algorithm and its settings, without those of parts that it does not have.
+    """The algorithm and its settings, without the settings of parts that it does not use.
 
     >>> objective_text(LossConfig("rloo"))[:70]
     'rloo: advantage leave_one_out, surrogate reinforce, reduction constant'
@@ -205,7 +188,7 @@ def objective_text(config: LossConfig) -> str:
 
 
 def step_line(metrics: dict[str, float]) -> str:
-    """The shown metrics of a step, in order; one that was not logged is left out.
+    """The metrics in the line of a step, in order. Metrics that were not logged are left out.
 
     >>> step_line({"train/kl": 0.01234, "reward/mean": 0.5})
     'reward 0.500  kl 0.0123'
@@ -215,18 +198,18 @@ def step_line(metrics: dict[str, float]) -> str:
 
 
 def completion_panel(sample: Sample) -> Panel:
-    """One completion with its rewards."""
+    """A completion with its rewards."""
     rollout = sample.rollout
     rewards = ", ".join(
         f"{name} {'none' if value is None else f'{value:g}'}" for name, value in rollout.rewards.items()
     )
     title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.mean_advantage:+.2f}"
-    # Text, not markup: what a model writes must not be read as formatting.
+    # Text, not markup: a completion must not be interpreted as formatting.
     return Panel(Text(f"{rollout.prompt}{conversation_text(rollout)}"), title=Text(title))
 
 
 def conversation_text(rollout: Rollout) -> str:
-    """What was said after the prompt; the environment's answers stand on lines of their own.
+    """The conversation after the prompt. Each answer of the environment is on a line of its own.
 
     >>> conversation_text(Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="2 plus 2?"))
     ''

@@ -1,27 +1,27 @@
-"""Numbers that are not finite reach neither the weights nor a file."""
+"""Keeps numbers that are not finite out of weights and files."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.access import module_of, policy_of
 from fuchsia_pl.callbacks.adapter_sync import num_ranks_where
 from fuchsia_pl.callbacks.recorded_step import record_step, scaler_of, unscaled
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.policy.contents import not_finite
-from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import total_norm
 from fuchsia_pl.types import ConfigError
 
 NONFINITE_METRIC = "train/nonfinite"
 NUM_SHOWN = 3
 RECORD_FOLDER = "recorded"
-NUM_KEPT = 3  # of the steps that were skipped: each may be as large as a checkpoint
+NUM_KEPT = 3  # recorded skipped steps: each may be as large as a checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +30,23 @@ class NonFiniteError(RuntimeError):
     """Training cannot continue with numbers that are not finite."""
 
 
-class GuardedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-    skip_reason: str | None
-
-
 class FiniteGuard(Callback):
     """Skips an optimizer step whose loss or gradient norm is not finite, and stops a run whose weights are not.
 
-    Adam keeps a NaN for ever, and clipping by the norm spreads one NaN over all gradients. So the check is made before clipping,
-    over all ranks, and a step that is skipped leaves weights and optimizer as they are. After each step the weights and the
-    optimizer's state are checked before anything is synced or saved, and once more whenever a checkpoint is made.
-    The last three steps that were skipped are left in `recorded/` for `fuchsia replay`.
+    Adam's moments never lose a NaN, and clipping by the norm spreads one NaN over all gradients. So the check runs before
+    clipping, over all ranks, and a skipped step changes neither weights nor optimizer state. After each step, the callback
+    checks weights and optimizer state before they are synced or saved, and again for each checkpoint. The last three skipped
+    steps are recorded in `recorded/` for `fuchsia replay`.
 
-    With `trainer.precision: 16-mixed` a scaler looks for the largest factor of the loss with which no gradient is infinite, so
-    now and then one is. It skips such a step itself, and where the losses are finite this callback neither counts nor records it.
+    With `trainer.precision: 16-mixed`, a scaler searches for the largest loss factor without infinite gradients, so some steps
+    overflow. The scaler skips them itself. If their losses are finite, this callback neither counts nor records them.
 
-    It must stand before the callbacks that write weights in the trainer's callbacks; the command puts it before all others.
+    The callback must be before those that write weights in the trainer's callbacks; the command puts it first.
 
     Args:
-        max_nonfinite_steps: Steps in a row that are skipped; after so many the run stops. The steps of a phase train the same
-            rollouts (`num_policy_updates`), so what is wrong with those skips all of them: they count as one.
-        record_steps: Numbers of steps, counted from 1, that are recorded in the same way although nothing is wrong with them.
+        max_nonfinite_steps: Number of skipped steps in a row that stops the run. The steps of a phase train the same rollouts
+            (`num_policy_updates`), so one bad rollout skips all of them: they count as one.
+        record_steps: Numbers of steps, counted from 1, that are recorded in the same way although they are finite.
 
     Raises:
         ConfigError: A number is below 1.
@@ -69,14 +62,14 @@ class FiniteGuard(Callback):
         self.max_nonfinite_steps = max_nonfinite_steps
         self.record_steps = record_steps
         self._recorded: set[int] = set()
-        self._kept: list[Path] = []  # files of steps that were skipped, oldest first
-        self._losses: list[Tensor] = []  # of the step's micro-batches
+        self._kept: list[Path] = []  # files of skipped steps, oldest first
+        self._losses: list[Tensor] = []  # one per micro-batch of the step
         self._batches: list[Batch] = []
         self._num_in_a_row = 0
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at what was loaded.
+        """Checks the weights and the optimizer state that were loaded.
 
         Raises:
             NonFiniteError: Weights or the optimizer's state are not finite.
@@ -87,33 +80,33 @@ class FiniteGuard(Callback):
         self._check(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Keeps the step's micro-batches until it is known to be good."""
+        """Keeps the micro-batches of a step until its gradients are checked."""
         self._batches.append(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keeps the loss of a micro-batch; reading it here would wait for the device."""
+        """Keeps the loss of a micro-batch. Reading its value here would wait for the device."""
         self._losses.append(unscaled(trainer, loss.detach()))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Gives the module a reason to skip the step, on all ranks or on none.
+        """Sets the module's reason to skip the step, on all ranks or on none.
 
         Raises:
-            NonFiniteError: That was one phase too many.
+            NonFiniteError: `max_nonfinite_steps` is reached.
         """
-        module = cast(GuardedModule, pl_module)
+        module, trained = module_of(trainer), policy_of(trainer).trainable_parameters()
         losses, self._losses = torch.stack(self._losses), []
         batches, self._batches = self._batches, []
-        norm = total_norm([p.grad for p in module.policy.trainable_parameters() if p.grad is not None])
+        norm = total_norm([p.grad for p in trained if p.grad is not None])
         num_ranks = num_ranks_where(trainer, not bool(losses.isfinite().all() & norm.isfinite()))
-        if num_ranks and _scaler_skips(trainer, module, losses):
+        if num_ranks and _scaler_skips(trainer, losses):
             num_ranks = 0
         pl_module.log(NONFINITE_METRIC, float(num_ranks > 0))
         step = trainer.global_step + 1
         file = None
         if num_ranks or step in self.record_steps:
-            file = self._record(trainer, pl_module, batches, losses, norm)
+            file = self._record(trainer, batches, losses, norm)
         if not num_ranks:
             self._num_in_a_row = 0
             return
@@ -138,7 +131,7 @@ class FiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Looks at what an optimizer step has made, before it is synced or saved.
+        """Checks the result of an optimizer step before it is synced or saved.
 
         Raises:
             NonFiniteError: Weights or the optimizer's state are not finite.
@@ -148,7 +141,7 @@ class FiniteGuard(Callback):
             self._check(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at what is exported last.
+        """Checks the weights before the last export.
 
         Raises:
             NonFiniteError: Weights or the optimizer's state are not finite.
@@ -161,30 +154,28 @@ class FiniteGuard(Callback):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Whoever saves, and be it for an exception: these weights reach no file.
+        """Checks the weights of every checkpoint, including one that is saved because of an exception.
 
         Raises:
             NonFiniteError: Weights or the optimizer's state are not finite.
         """
-        # Not over all ranks: after an exception, one may save while another has ended.
+        # On this rank alone: after an exception, another rank may have ended.
         names = not_finite(_tensors(trainer, pl_module))
         _refuse(trainer, names, bool(names))
 
-    def _record(
-        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], losses: Tensor, norm: Tensor
-    ) -> Path | None:
-        """Leaves the step in a file of this rank; None where there is no room, which is no reason to end a run."""
+    def _record(self, trainer: Trainer, batches: list[Batch], losses: Tensor, norm: Tensor) -> Path | None:
+        """Records the step in a file of this rank. Returns None if the disk is full, which does not end the run."""
         step = trainer.global_step + 1
         path = Path(trainer.default_root_dir) / RECORD_FOLDER / f"step-{step}.pt"
         self._recorded.add(step)
         try:
-            return record_step(path, trainer, pl_module, batches, losses, norm)
-        except DiskError as error:  # raised behind what the ranks do together, so they stay together
+            return record_step(path, trainer, batches, losses, norm)
+        except DiskError as error:  # raised after the exchanges between ranks, so the ranks stay in step
             logger.warning("step %d is not recorded: %s", step, error)
             return None
 
     def _keep(self, file: Path, step: int) -> None:
-        """Bounds what a run that skips steps now and then leaves behind."""
+        """Removes the oldest records of skipped steps, so that at most `NUM_KEPT` stay."""
         if step in self.record_steps:
             return
         self._kept.append(file)
@@ -198,7 +189,7 @@ class FiniteGuard(Callback):
 
 
 def _tensors(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tensor]:
-    """Trained weights by name, and the tensors of the optimizers' states."""
+    """Trained weights by name, and the tensors of the optimizer states."""
     tensors = {name: p.detach() for name, p in pl_module.named_parameters() if p.requires_grad}
     names: dict[Tensor, str] = {
         parameter: name for name, parameter in pl_module.named_parameters() if parameter.requires_grad
@@ -210,12 +201,12 @@ def _tensors(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tenso
     return tensors
 
 
-def _scaler_skips(trainer: Trainer, module: GuardedModule, losses: Tensor) -> bool:
-    """Whether the scaler of half precision skips a step since its factor is too large. All ranks have to call it."""
+def _scaler_skips(trainer: Trainer, losses: Tensor) -> bool:
+    """Whether the scaler of half precision skips a step because its factor is too large. All ranks must call it."""
     if scaler_of(trainer) is None:
         return False
-    gradients = {str(n): p.grad for n, p in enumerate(module.policy.trainable_parameters()) if p.grad is not None}
-    # A norm may be infinite though no gradient is, and a scaler looks at gradients alone.
+    gradients = {str(n): p.grad for n, p in enumerate(policy_of(trainer).trainable_parameters()) if p.grad is not None}
+    # The norm may overflow although all gradients are finite, and the scaler checks only gradients.
     has_overflown = num_ranks_where(trainer, bool(not_finite(gradients))) > 0
     return num_ranks_where(trainer, not bool(losses.isfinite().all())) == 0 and has_overflown
 
@@ -229,6 +220,6 @@ def _refuse(trainer: Trainer, names: list[str], refuses: bool) -> None:
         found = ", ".join(names[:NUM_SHOWN]) or "on another rank"
         more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
         raise NonFiniteError(
-            f"after step {trainer.global_step} weights or the optimizer's state are not finite: {found}{more}. Nothing was saved "
-            "of them: resume from an older checkpoint, with a lower learning rate"
+            f"after step {trainer.global_step} weights or the optimizer's state are not finite: {found}{more}. They were not "
+            "saved: resume from an older checkpoint, with a lower learning rate"
         )

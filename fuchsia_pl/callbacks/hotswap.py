@@ -1,8 +1,8 @@
-"""One device for both: engine and trainer take turns on it."""
+"""Shares one device between engine and trainer: the weights of only one of them are in its memory at a time."""
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,51 +10,34 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.adapter_sync import ends_phase
-from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.callbacks.access import data_of, module_of, policy_of
 from fuchsia_pl.loop import run_blocking
-from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError
 
 HOST = torch.device("cpu")
-Place = tuple[dict[str, Any], str]  # an optimizer's state of one weight, and the name of a tensor in it
-
-
-class SwappedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-
-
-class SwappedData(Protocol):
-    """What this callback knows of the data module."""
-
-    engine: Engine
-    loss: LossConfig
-    sampling: SamplingConfig
+Place = tuple[dict[str, Any], str]  # optimizer state of one weight, and the name of a tensor in it
 
 
 class DeviceOwner(Enum):
-    """Whose weights are on the device."""
+    """The side whose weights are on the device."""
 
     TRAINER = "trainer"
     ENGINE = "engine"
 
 
 class HotSwap(Callback):
-    """Lets the trainer's weights and optimizer wait in the host's memory while the engine samples, and the engine sleep else.
+    """Moves the trainer's weights and optimizer to host memory while the engine samples, and lets the engine sleep otherwise.
 
-    The device then holds the larger of the two and never both: who has it leaves before the other comes. It costs the time of
-    the moves, twice per phase of rollouts, and as much of the host's memory as waits there. Untested on a GPU.
+    The device then holds the larger of the two and never both: one side is moved off before the other is loaded. The cost is
+    the time of the transfers, twice per phase, and host memory for the side that is moved off. Not tested on a GPU.
 
-    The order: the engine falls asleep as soon as it has started, before the model comes to the device. A phase begins with the
-    trainer leaving and the engine waking; the sync and the sampling follow. Before the phase's first micro-batch the engine
-    falls asleep and the trainer comes back. Held-out splits are sampled in the engine's turn.
+    The engine sleeps as soon as it has started, before Lightning moves the model to the device. At the start of a phase the
+    trainer is moved to the host and the engine wakes; sync and sampling follow. Before the first micro-batch of the phase the
+    engine sleeps and the trainer is moved back. Held-out splits are sampled while the engine owns the device.
 
     Args:
-        enabled: Off leaves both on the device.
+        enabled: False keeps both on the device.
     """
 
     def __init__(self, enabled: bool = False) -> None:
@@ -63,10 +46,10 @@ class HotSwap(Callback):
         self._moved: list[Place] = []
 
     def engine_sleeps(self, trainer: Trainer) -> bool:
-        """Whether the engine will be asked to sleep. The data module asks before it starts one.
+        """Whether this callback will call `Engine.sleep`. The data module calls this before it starts the engine.
 
         Raises:
-            ConfigError: Taking turns does not work with these settings.
+            ConfigError: The run's settings do not allow a shared device.
         """
         reason = obstacle(trainer) if self.enabled else None
         if reason is not None:
@@ -74,81 +57,82 @@ class HotSwap(Callback):
         return self.enabled
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The engine has started and the model is not on the device yet."""
+        """Puts the engine to sleep: it has started, and the model is not on the device yet."""
         if self.enabled:
-            run_blocking(_engine(trainer).sleep())
+            run_blocking(data_of(trainer).engine.sleep())
             self.owner, self._moved = DeviceOwner.TRAINER, []
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A preflight comes next."""
-        self.to_trainer(trainer, pl_module)
+        """Gives the device to the trainer, for the rehearsal of Preflight."""
+        self.to_trainer(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first phase is sampled next."""
-        self.to_engine(trainer, pl_module)
+        """Gives the device to the engine, which samples the first phase next."""
+        self.to_engine(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Held-out splits are sampled, possibly within a phase."""
-        self.to_engine(trainer, pl_module)
+        """Gives the device to the engine, which samples the held-out split, possibly within a phase."""
+        self.to_engine(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """`fuchsia test` only samples."""
-        self.to_engine(trainer, pl_module)
+        """Gives the device to the engine: `fuchsia test` only samples."""
+        self.to_engine(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """`fuchsia predict` only samples."""
-        self.to_engine(trainer, pl_module)
+        """Gives the device to the engine: `fuchsia predict` only samples."""
+        self.to_engine(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """The phase has been sampled."""
-        self.to_trainer(trainer, pl_module)
+        """Gives the device to the trainer: the phase has been sampled."""
+        self.to_trainer(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """The next phase is sampled after the last step on this one."""
-        if self.enabled and ends_phase(trainer, pl_module, batch_idx):
+        """Gives the device to the engine after the last optimizer step of a phase."""
+        if self.enabled and module_of(trainer).ends_phase(batch_idx):
             for optimizer in trainer.optimizers:
-                optimizer.zero_grad(set_to_none=True)  # used up: Lightning would do so before the next backward
-            self.to_engine(trainer, pl_module)
+                optimizer.zero_grad(set_to_none=True)  # Lightning frees used gradients only before the next backward
+            self.to_engine(trainer)
 
-    def to_engine(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The trainer leaves the device, then the engine wakes, unless it is the engine's turn."""
+    def to_engine(self, trainer: Trainer) -> None:
+        """Moves the trainer to the host, then wakes the engine. Does nothing if the engine owns the device."""
         if self.enabled and self.owner is DeviceOwner.TRAINER:
-            self._moved = leave(cast(SwappedModule, pl_module).policy, trainer.optimizers, HOST)
-            run_blocking(_engine(trainer).wake())
+            self._moved = move_to_host(policy_of(trainer), trainer.optimizers, HOST)
+            run_blocking(data_of(trainer).engine.wake())
             self.owner = DeviceOwner.ENGINE
 
-    def to_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The engine falls asleep, then the trainer comes back to the device, unless it is the trainer's turn."""
+    def to_trainer(self, trainer: Trainer) -> None:
+        """Puts the engine to sleep, then moves the trainer to the device. Does nothing if the trainer owns the device."""
         if self.enabled and self.owner is DeviceOwner.ENGINE:
-            run_blocking(_engine(trainer).sleep())
-            come_back(cast(SwappedModule, pl_module).policy, self._moved, trainer.strategy.root_device)
+            run_blocking(data_of(trainer).engine.sleep())
+            move_to_device(policy_of(trainer), self._moved, trainer.strategy.root_device)
             self.owner, self._moved = DeviceOwner.TRAINER, []
 
 
 def obstacle(trainer: Trainer) -> str | None:
-    """Why engine and trainer cannot take turns with a run's settings, None if they can."""
-    data = cast(SwappedData, trainer.datamodule)  # type: ignore[attr-defined]
+    """The reason why engine and trainer cannot share a device with the settings of a run, None if they can."""
+    data = data_of(trainer)
     if not data.engine.can_sleep:
         return f"{type(data.engine).__name__} cannot sleep"
     if trainer.world_size > 1:
-        return f"there are {trainer.world_size} ranks, and only an engine and a trainer that are alone on a device take turns"
+        return f"there are {trainer.world_size} ranks, and a shared device allows one engine and one trainer only"
     if data.sampling.max_staleness:
         return f"data.sampling.max_staleness is {data.sampling.max_staleness}: sampling beside training needs both on the device"
     if data.loss.needs_signals:
         return (
-            "the objective (advantage gae, or a KL in the reward) asks the trainer about rollouts in the middle of the "
-            "engine's turn"
+            "the objective (advantage gae, or a KL in the reward) runs the trainer's model on the rollouts while the engine "
+            "owns the device"
         )
     return None
 
 
-def leave(policy: Policy, optimizers: Sequence[Optimizer], host: torch.device) -> list[Place]:
-    """Moves weights and optimizer state off the device.
+def move_to_host(policy: Policy, optimizers: Sequence[Optimizer], host: torch.device) -> list[Place]:
+    """Moves weights and optimizer state from the device to the host.
 
     Returns:
-        Which of the optimizers' tensors were where their weight was. Some optimizers keep others, like counters, on the host.
+        The tensors of the optimizers that were on the device of their weight. Some optimizers keep others, such as counters, on
+        the host.
     """
     states = [(parameter.device, state) for optimizer in optimizers for parameter, state in optimizer.state.items()]
     moved = [
@@ -159,12 +143,12 @@ def leave(policy: Policy, optimizers: Sequence[Optimizer], host: torch.device) -
     ]
     _move(policy, moved, host)
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what torch keeps for itself the engine's process cannot have
+        torch.cuda.empty_cache()  # the engine's process cannot use memory that torch has cached
     return moved
 
 
-def come_back(policy: Policy, moved: Sequence[Place], device: torch.device) -> None:
-    """Moves the weights back to the device, and the optimizer state that `leave` took off it."""
+def move_to_device(policy: Policy, moved: Sequence[Place], device: torch.device) -> None:
+    """Moves weights, and the optimizer state that `move_to_host` has moved, to the device."""
     _move(policy, moved, device)
 
 
@@ -172,7 +156,3 @@ def _move(policy: Policy, places: Sequence[Place], device: torch.device) -> None
     policy.to_device(device)
     for state, name in places:
         state[name] = state[name].to(device)
-
-
-def _engine(trainer: Trainer) -> Engine:
-    return cast(SwappedData, trainer.datamodule).engine  # type: ignore[attr-defined]

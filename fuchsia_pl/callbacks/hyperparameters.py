@@ -1,53 +1,30 @@
-"""What a run was made with, for every logger."""
+"""Settings of a run, for every logger."""
 
 from dataclasses import asdict
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from fuchsia_pl.engines.base import Engine
-from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.policy.config import PolicyConfig
-from fuchsia_pl.rollouts.config import SamplingConfig
-
-
-class DescribedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy_config: PolicyConfig
-    loss_config: LossConfig
-
-
-class DescribedData(Protocol):
-    """What this callback knows of the data module."""
-
-    environment: Environment
-    engine: Engine
-    sampling: SamplingConfig
-    batch_size: int
-    steps_per_epoch: int
-    seed: int
+from fuchsia_pl.callbacks.access import data_of, module_of
 
 
 class HyperparameterLog(Callback):
-    """Hands objective, sizes, model and optimizer to every logger, once, when training starts."""
+    """Logs objective, sizes, model and optimizer settings to every logger once, when training starts."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizer exists now, with what a checkpoint has changed in it."""
-        described = hyperparameters(trainer, pl_module)
+        """Logs the settings. The optimizer exists by now, with the changes of a checkpoint."""
+        described = hyperparameters(trainer)
         for logger in trainer.loggers:
             logger.log_hyperparams(described)
 
 
-def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """The settings by which runs are compared, as plain data.
+def hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Settings for the comparison of runs, as plain data.
 
-    Arguments of environments and engines are left out: they may hold keys of services.
+    Arguments of environments and engines are left out: they may contain API keys.
     """
-    module = cast(DescribedModule, pl_module)
-    data = cast(DescribedData, trainer.datamodule)  # type: ignore[attr-defined]
+    module, data = module_of(trainer), data_of(trainer)
     return {
         "model": asdict(module.policy_config),
         "objective": module.loss_config.resolved(),
@@ -73,10 +50,10 @@ def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, A
 
 
 def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """The class and the settings of an optimizer; a schedule changes the rate, so it is the one that it began with."""
+    """Class and settings of an optimizer. The learning rate is the initial one, before the schedule."""
     group = optimizer.param_groups[0]
     settings = {name: _plain(value) for name, value in group.items() if name not in ("params", "initial_lr")}
-    rate = group.get("initial_lr", group["lr"])  # None where the optimizer makes its own
+    rate = group.get("initial_lr", group["lr"])  # None if the optimizer computes its own
     return {**settings, "lr": None if rate is None else float(rate), "class": type(optimizer).__name__}
 
 

@@ -1,4 +1,4 @@
-"""The metrics of the step after which a checkpoint is saved."""
+"""Metrics of the last step in its checkpoint."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ ROW_KEY = "metrics_row"
 
 
 class LastRow(Callback):
-    """Puts the row that a step is about to log into its checkpoint.
+    """Adds the metrics row that a step is about to log to its checkpoint.
 
-    Lightning hands a step's metrics to the loggers after the hook in which the checkpoint is saved. A run that is killed in
-    between has a checkpoint of a step of which no log holds the metrics; the run that resumes it takes them from here.
+    Lightning logs the metrics of a step after the hook that saves the checkpoint. If a run is killed between the two, no log
+    contains the metrics of the last step, and the resumed run reads them from the checkpoint.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the row where a step is being trained; between steps, in validation and at the end it is logged already."""
+        """Adds the row during a training step. Between steps, in validation and at the end the row is already logged."""
         connector, step = trainer._logger_connector, trainer.fit_loop.epoch_loop._batches_that_stepped
         is_in_step = trainer.state.stage == RunningStage.TRAINING and connector._first_loop_iter is not None
         if trainer.loggers and is_in_step and step < trainer.global_step and connector.should_update_logs:

@@ -1,4 +1,4 @@
-"""Says what it means when ranks lose each other."""
+"""Explanation of errors that a lost rank causes."""
 
 from pathlib import Path
 
@@ -9,22 +9,26 @@ from fuchsia_pl.callbacks.run_checkpoint import LAST
 
 
 class LostRank(Callback):
-    """Adds to an error of an exchange between ranks what happened and how to go on: the backends name sockets and functions."""
+    """Adds cause and remedy to a failed exchange between ranks: the backends name only sockets and functions."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called on each rank that is still there."""
+        """Adds the note, on each rank that still runs."""
         if trainer.world_size == 1 or not is_lost_exchange(exception):
             return
         checkpoint = Path(trainer.default_root_dir) / "checkpoints" / f"{LAST}.ckpt"
-        saved = f"go on with --ckpt_path {checkpoint}" if checkpoint.exists() else "no checkpoint was saved yet"
+        saved = (
+            f"continue with --ckpt_path {checkpoint}"
+            if checkpoint.exists()
+            else "start again: no checkpoint was saved yet"
+        )
         exception.add_note(
-            f"Rank {trainer.global_rank} of {trainer.world_size} lost another: it ended (its own output says why), the "
-            f"network between them was cut, or it took longer than the limit of trainer.strategy. After mending that, {saved}"
+            f"Rank {trainer.global_rank} of {trainer.world_size} lost another: that rank ended (see its output), the "
+            f"network between them failed, or it exceeded the time limit of trainer.strategy. After fixing that, {saved}"
         )
 
 
 def is_lost_exchange(exception: BaseException) -> bool:
-    """Whether an exchange between ranks failed; gloo says so in a plain RuntimeError."""
+    """Whether an exchange between ranks failed. Gloo raises a plain RuntimeError."""
     return isinstance(exception, torch.distributed.DistError) or (
         isinstance(exception, RuntimeError) and "gloo" in str(exception)
     )

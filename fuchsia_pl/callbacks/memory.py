@@ -1,4 +1,4 @@
-"""How much memory a run takes, and that it does not grow."""
+"""Memory of a run: logs it, and returns freed memory to the system."""
 
 import ctypes
 import sys
@@ -16,8 +16,8 @@ from fuchsia_pl.callbacks.stop_signals import launched_ranks
 class MemoryReport(Callback):
     """Returns freed memory to the system after each optimizer step, and logs `perf/memory_gb` once per step.
 
-    Micro-batches of ever new lengths leave holes in glibc's heap: without the return, the resident memory of a CPU run rises by
-    megabytes a step for a hundred steps while what is in use stays the same.
+    Micro-batches of varying lengths fragment glibc's heap: otherwise the resident memory of a CPU run grows by megabytes per
+    step for a hundred steps, although the memory in use stays the same.
 
     Args:
         returns: Whether freed memory is returned.
@@ -28,13 +28,13 @@ class MemoryReport(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first step begins."""
+        """Takes the number of the step at which training starts."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Acts where a micro-batch completed an optimizer step."""
+        """Returns freed memory and logs, if this micro-batch completed an optimizer step."""
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -45,16 +45,16 @@ class MemoryReport(Callback):
 
 
 def return_freed() -> None:
-    """Returns the free pages of glibc's heap to the system; elsewhere the allocator does so by itself."""
+    """Returns the free pages of glibc's heap to the system. Other allocators do this themselves."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
 
 def resident_bytes(others: Collection[int] = ()) -> int:
-    """Resident memory of this process and of its children: engines and tool servers. Pages that they share count in each.
+    """Resident memory of this process and its children: engines and tool servers. Shared pages count in each process.
 
     Args:
-        others: Children that are left out with all that they started, such as other ranks.
+        others: Children, such as other ranks, that do not count, with all their descendants.
 
     >>> resident_bytes() > 2**20
     True
@@ -62,7 +62,7 @@ def resident_bytes(others: Collection[int] = ()) -> int:
     process, total = psutil.Process(), 0
     children = [child for child in process.children() if child.pid not in others]
     for each in [process, *children]:
-        with suppress(psutil.NoSuchProcess):  # it has just ended
+        with suppress(psutil.NoSuchProcess):  # the process has just ended
             family = [each] if each == process else [each, *each.children(recursive=True)]
             total += sum(_resident(member) for member in family)
     return total

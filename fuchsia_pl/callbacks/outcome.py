@@ -1,27 +1,20 @@
-"""Says so where a run cannot learn, or has not."""
+"""Warnings of a run that cannot learn, or has not learned."""
 
 import logging
-from typing import Any, Protocol, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.policy.config import PolicyConfig
+from fuchsia_pl.callbacks.access import module_of
 
 LOW_RATE = 1e-6
 
 logger = logging.getLogger(__name__)
 
 
-class ConfiguredModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy_config: PolicyConfig
-    skip_reason: str | None
-
-
 class Outcome(Callback):
-    """Prints a warning where the learning rate is too low for an adapter, and where a finished run has trained nothing."""
+    """Warns if the learning rate is too low for an adapter, and if a finished run has trained nothing."""
 
     def __init__(self) -> None:
         self._num_steps = 0
@@ -30,15 +23,17 @@ class Outcome(Callback):
         self._num_without_advantage = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the highest rate that the optimizer was made with: a warm-up begins at 0."""
+        """Checks the highest initial learning rate of the optimizer. The current one may be 0, in a warm-up."""
         self._num_steps, self._num_skipped, self._num_without_advantage = 0, 0, 0
         self._last_step = trainer.global_step
         given = [group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups]
-        rates = [float(rate) for rate in given if rate is not None]  # Adafactor may make its own
-        lora = cast(ConfiguredModule, pl_module).policy_config.lora
+        rates = [
+            float(rate) for rate in given if rate is not None
+        ]  # None if the optimizer computes its own, as Adafactor may
+        lora = module_of(trainer).policy_config.lora
         if trainer.is_global_zero and lora.enabled and rates and max(rates) < LOW_RATE:
             logger.warning(
-                "the learning rate is %g, and an adapter hardly learns below %g: the usual ones are from 1e-5 to 1e-3 "
+                "the learning rate is %g, and an adapter hardly learns below %g: usual rates are 1e-5 to 1e-3 "
                 "(model.optimizer.init_args.lr)",
                 max(rates),
                 LOW_RATE,
@@ -47,15 +42,15 @@ class Outcome(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Counts the optimizer steps, and those that were skipped."""
+        """Counts optimizer steps and skipped steps."""
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             self._num_steps += 1
-            self._num_skipped += cast(ConfiguredModule, pl_module).skip_reason is not None
+            self._num_skipped += module_of(trainer).skip_reason is not None
             self._num_without_advantage += batch.skip_reason is not None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says why nothing was trained, if so."""
+        """Warns with the reason if nothing was trained."""
         if trainer.is_global_zero and self._num_steps == self._num_skipped:
             logger.warning("nothing was trained: %s", self._reason(trainer))
         self._num_steps, self._num_skipped = 0, 0

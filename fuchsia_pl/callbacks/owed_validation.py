@@ -1,4 +1,4 @@
-"""The validation that a run owes when it resumes: its checkpoint is older than the validation of the same step."""
+"""Repeats a validation that was cut off by the end of the run before."""
 
 from typing import Any
 

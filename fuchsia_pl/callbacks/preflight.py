@@ -1,127 +1,23 @@
-"""The longest rows first: whether a run fits into memory is known before it trains, and what it takes is said."""
+"""A rehearsal of the longest rows before training, and the memory plan of the run."""
 
-import os
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from dataclasses import replace
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
 from fuchsia_pl.callbacks.hotswap import HotSwap, obstacle
-from fuchsia_pl.engines.base import Engine
-from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.policy.sharding import local
-
-# Shares of the estimate that a setting saves; measured where this machine could, see the tests.
-SAVED_BY = {
-    "--model.policy.checkpointing.enabled true": ("activations", 0.8),
-    "--trainer.accumulate_grad_batches twice as large, or --model.policy.max_tokens_per_micro_batch half": (
-        "activations",
-        0.5,
-    ),
-    "--data.engine.init_args.kv_cache_gb half": ("kv_cache", 0.5),
-    "--model.policy.quantization nf4": ("base_weights", 0.7),
-    "--model.policy.checkpointing.cpu_offloading true": ("activations", 0.9),
-    "--hotswap.enabled true": ("smaller_side", 1.0),
-    "--model.policy.lora.r half": ("trained", 0.5),
-}
-
-
-class RehearsedModule(Protocol):
-    """What this callback knows of the module."""
-
-    policy: Policy
-
-    def rehearse(self, batch: Batch) -> None:
-        """Runs a micro-batch forward and backward and leaves nothing behind."""
-
-
-class RehearsedData(Protocol):
-    """What this callback knows of the data module."""
-
-    engine: Engine
-
-    def longest_batch(self) -> Batch:
-        """The largest micro-batch that can come."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Where a rank's memory goes, in bytes.
-
-    Attributes:
-        base_weights: Weights that do not learn, those of a reference that is a copy among them.
-        trained: Weights that learn, with their gradients and two moments of Adam each.
-        activations: What autograd kept for the backward of the longest micro-batch.
-        engine_weights: What the engine has of the model beside the trainer.
-        kv_cache: The engine's keys and values.
-        available: What the device has.
-        shares_device: Whether the trainer's and the engine's are never on the device together.
-
-    >>> plan = MemoryPlan(2 * 2**30, 2**28, 3 * 2**30, 2 * 2**30, 4 * 2**30, 16 * 2**30)
-    >>> plan.text
-    'weights 2.0 GB, trained 0.2, activations 3.0, engine weights 2.0, KV cache 4.0: 11.2 of 16.0 GB'
-    >>> replace(plan, shares_device=True).text
-    'weights 2.0 GB, trained 0.2, activations 3.0, or engine weights 2.0, KV cache 4.0: 6.0 of 16.0 GB'
-    """
-
-    base_weights: int
-    trained: int
-    activations: int
-    engine_weights: int
-    kv_cache: int
-    available: int
-    shares_device: bool = False
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """What the trainer takes, and what the engine does."""
-        return self.base_weights + self.trained + self.activations, self.engine_weights + self.kv_cache
-
-    @property
-    def smaller_side(self) -> int:
-        """What is saved where they take turns."""
-        return min(self.sides)
-
-    @property
-    def total(self) -> int:
-        """The most that is on the device at a time."""
-        return max(self.sides) if self.shares_device else sum(self.sides)
-
-    @property
-    def text(self) -> str:
-        """The plan in one line."""
-        parts = {
-            "trained": self.trained,
-            "activations": self.activations,
-            "or engine weights" if self.shares_device else "engine weights": self.engine_weights,
-            "KV cache": self.kv_cache,
-        }
-        shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-        return f"weights {self.base_weights / 2**30:.1f} GB, {shown}: {self.total / 2**30:.1f} of {self.available / 2**30:.1f} GB"
-
-    def savings(self, possible: set[str]) -> list[tuple[str, int]]:
-        """The three of the `possible` settings that save most, with the bytes they do."""
-        saved = [
-            (name, int(share * getattr(self, part)))
-            for name, (part, share) in SAVED_BY.items()
-            if name in possible and not (part == "kv_cache" and self.shares_device)
-        ]
-        return sorted((entry for entry in saved if entry[1] > 0), key=lambda entry: entry[1], reverse=True)[:3]
+from fuchsia_pl.policy.memory import KeptBytes, MemoryPlan, is_out_of_memory, memory_plan, possible_savings
 
 
 class Preflight(Callback):
-    """Runs the longest rows that can come once before training, forward and backward, and counts what is kept for it.
+    """Runs the longest possible rows once before training, forward and backward, and counts the bytes that autograd saves.
 
-    No later batch then keeps more than what was met before anything was learned. Should memory still run out (the optimizer's
-    moments, which come with the first step and are in the plan; fragments; another program), the error names the three
-    settings that would have saved most.
+    No later micro-batch needs more, so a run that does not fit fails before training. If memory runs out later (the moments of
+    the optimizer, which the first step allocates and the plan contains; fragmentation; another program), the error names the
+    three settings that would have saved most.
 
     Args:
-        enabled: Off leaves the longest rows to chance, and the memory plan without its activations.
+        enabled: False skips the rehearsal. The memory plan then has no activations.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -129,105 +25,23 @@ class Preflight(Callback):
         self.plan: MemoryPlan | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the first rollout is sampled."""
-        data = cast(RehearsedData, trainer.datamodule)  # type: ignore[attr-defined]
-        module, device = cast(RehearsedModule, pl_module), trainer.strategy.root_device
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        shares_device = any(isinstance(callback, HotSwap) and callback.enabled for callback in callbacks)
-        self.plan = replace(memory_plan(module.policy, data.engine, 0, device), shares_device=shares_device)
+        """Rehearses before the first rollout is sampled."""
+        data, policy, device = data_of(trainer), policy_of(trainer), trainer.strategy.root_device
+        shares_device = any(swap.enabled for swap in callbacks_of(trainer, HotSwap))
+        self.plan = replace(memory_plan(policy, data.engine, 0, device), shares_device=shares_device)
         if self.enabled:
-            kept = KeptBytes(module.policy)
+            kept = KeptBytes(policy)
             try:
                 with kept:
-                    module.rehearse(data.longest_batch().to(device))
+                    module_of(trainer).rehearse(data.longest_batch().to(device))
             finally:
                 self.plan = replace(self.plan, activations=kept.num_bytes)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Adds to an out-of-memory error what would have saved most."""
+        """Adds the plan, and the settings that save most, to an out-of-memory error."""
         if self.plan is not None and is_out_of_memory(exception):
             can_share_device = not self.plan.shares_device and obstacle(trainer) is None
-            policy, device = cast(RehearsedModule, pl_module).policy, trainer.strategy.root_device
-            savings = self.plan.savings(possible_savings(policy, device, can_share_device))
+            device = trainer.strategy.root_device
+            savings = self.plan.savings(possible_savings(policy_of(trainer), device, can_share_device))
             advice = "; ".join(f"{name} (about {size / 2**30:.1f} GB)" for name, size in savings)
-            exception.add_note(f"Memory: {self.plan.text}. What would save most: {advice}")
-
-
-class KeptBytes:
-    """Counts the bytes that autograd keeps inside a `with` block, each storage once and the model's own weights not."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.num_bytes = 0
-        self._model = model
-        self._is_sharded = isinstance(model, FSDPModule)
-        self._counted: set[int] = set()
-        self._weights = self._addresses()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> None:
-        self._hooks.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._hooks.__exit__(*exception)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if self._is_sharded and address not in self._counted:
-            self._weights = (
-                self._addresses()
-            )  # those of the block that computes lie together only now, and not for long
-        if address not in self._weights | self._counted:
-            self._counted.add(address)
-            self.num_bytes += tensor.untyped_storage().nbytes()
-        return tensor
-
-    def _addresses(self) -> set[int]:
-        return {local(parameter).untyped_storage().data_ptr() for parameter in self._model.parameters()}
-
-
-def memory_plan(policy: Policy, engine: Engine, num_activation_bytes: int, device: torch.device) -> MemoryPlan:
-    """The plan of a rank."""
-    sizes = {True: 0, False: 0}
-    for parameter in policy.parameters():
-        sizes[parameter.requires_grad] += local(parameter).nbytes
-    sizes[False] += sum(local(weight).nbytes for weight in policy.reference_weights())
-    served = policy.causal_lm.num_parameters()  # also right where they are packed in 4 bits
-    return MemoryPlan(
-        base_weights=sizes[False],
-        trained=4 * sizes[True],
-        activations=num_activation_bytes,
-        engine_weights=int(served * getattr(torch, policy.config.dtype).itemsize * engine.weights_share),
-        kv_cache=engine.kv_cache_bytes,
-        available=device_memory(device),
-    )
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a device, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether torch ran out of memory; on a CPU it says so in a plain RuntimeError."""
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(exception, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(exception, RuntimeError) and any(word in str(exception) for word in words)
-    )
-
-
-def possible_savings(policy: Policy, device: torch.device, can_share_device: bool) -> set[str]:
-    """The settings that this device has, without those that are set so already."""
-    config = policy.config
-    is_gpu, with_adapter = device.type != "cpu", config.lora.enabled
-    checkpointed = config.checkpointing.enabled
-    idle = {
-        "--model.policy.checkpointing.enabled true": checkpointed,
-        "--model.policy.quantization nf4": not (is_gpu and with_adapter) or config.quantization is not None,
-        "--model.policy.checkpointing.cpu_offloading true": not (is_gpu and checkpointed)
-        or config.checkpointing.cpu_offloading,
-        "--hotswap.enabled true": not (is_gpu and can_share_device),
-        "--model.policy.lora.r half": not with_adapter,
-    }
-    return {name for name in SAVED_BY if not idle.get(name, False)}
+            exception.add_note(f"Memory: {self.plan.text}. Settings that save most: {advice}")

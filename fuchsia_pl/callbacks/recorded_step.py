@@ -1,25 +1,23 @@
-"""One optimizer step in a file: all that its losses and gradients are computed from, and what they were."""
+"""One optimizer step in a file: the inputs of its losses and gradients, and their values."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.callbacks.access import module_of, policy_of
 from fuchsia_pl.files import replacing
-from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checksums import check_intact
-from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.contents import fingerprint
-from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.sharding import whole
 from fuchsia_pl.types import ConfigError
 
-# Of a batch, what is for logs alone and holds a user's objects.
+# Fields of a batch that are for logs only and contain objects of the user.
 LEFT_OUT = {"samples", "unused", "zero_advantage", "metrics", "skip_reason"}
 KINDS = {
     "step": int,
@@ -33,31 +31,22 @@ KINDS = {
 }
 
 
-class RecordedModule(Protocol):
-    """What is recorded of the module."""
-
-    policy: Policy
-    policy_config: PolicyConfig
-    loss_config: LossConfig
-    trainer_logprobs: list[Tensor]
-
-
 @dataclass(frozen=True)
 class RecordedStep:
-    """One rank's part of an optimizer step.
+    """The part of an optimizer step that one rank computes.
 
     Attributes:
         step: Optimizer steps before it.
         world_size: Number of ranks.
         precision: `trainer.precision`.
         device: Type of the device, such as "cuda".
-        num_threads: Threads of torch on a CPU, on which the order of its sums depends.
+        num_threads: Threads of torch on a CPU. The order of its sums depends on them.
         settings: Policy and loss, as plain data.
         weights: The trained weights before the step, by name in the policy.
-        batches: Its micro-batches, without samples.
+        batches: The micro-batches, without samples.
         trainer_logprobs: The trainer's logprobs before the first update of the phase, of each micro-batch; float32 [B, T] each.
-        losses: Of each micro-batch, as given to backward. Shape [number of micro-batches].
-        gradient: Fingerprint of the gradients, of this rank's part.
+        losses: Loss of each micro-batch, as given to backward. Shape [number of micro-batches].
+        gradient: Fingerprint of this rank's part of the gradients.
         gradient_norm: L2 norm of the gradient over all ranks, before clipping.
 
     >>> RecordedStep(3, 1, "32-true", "cpu", 1, {}, {}, (), (), torch.zeros(0), (), 0.5).step
@@ -78,27 +67,24 @@ class RecordedStep:
     gradient_norm: float
 
 
-def record_step(
-    path: Path, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], losses: Tensor, norm: Tensor
-) -> Path:
-    """Writes the step whose gradients the module holds. All ranks have to call it at the same time.
+def record_step(path: Path, trainer: Trainer, batches: list[Batch], losses: Tensor, norm: Tensor) -> Path:
+    """Writes the step whose gradients the module has. All ranks must call it at the same time.
 
     Args:
-        path: The file; with several ranks each writes one that ends in its rank, and the first holds the weights for all.
-        trainer: The run's, within `on_before_optimizer_step`.
-        pl_module: The run's.
+        path: The file. With several ranks, the file of each ends in its rank, and that of the first contains the weights.
+        trainer: The trainer, within `on_before_optimizer_step`.
         batches: The step's micro-batches.
-        losses: Of each of them, shape [number of micro-batches].
+        losses: Loss of each micro-batch, shape [number of micro-batches].
         norm: L2 norm of the gradient, a scalar.
 
     Returns:
         The file of this rank.
 
     Raises:
-        DiskError: It could not be written. By then this rank has taken part in all that the ranks do together.
+        DiskError: The file could not be written. All exchanges between ranks are complete by then.
     """
-    module = cast(RecordedModule, pl_module)
-    trained = {name: p for name, p in module.policy.named_parameters() if p.requires_grad}
+    module = module_of(trainer)
+    trained = {name: p for name, p in policy_of(trainer).named_parameters() if p.requires_grad}
     weights = {name: _kept(whole(p.detach()), trainer.is_global_zero) for name, p in trained.items()}
     content = {
         "step": trainer.global_step,
@@ -121,19 +107,19 @@ def record_step(
 
 
 def scaler_of(trainer: Trainer) -> "torch.amp.GradScaler | None":
-    """What scales the losses of a run in half precision, None in any other."""
+    """The gradient scaler of a run in half precision, None in other precisions."""
     precision = trainer.precision_plugin
     return precision.scaler if isinstance(precision, MixedPrecision) else None
 
 
 def unscaled(trainer: Trainer, loss: Tensor) -> Tensor:
-    """A loss that `on_before_backward` was called with, as the module returned it: Lightning scales it first."""
+    """The loss that the module returned. Lightning scales it before it calls `on_before_backward`."""
     scaler = scaler_of(trainer)
     return loss if scaler is None else loss / scaler.get_scale()
 
 
 def _kept(weight: Tensor, is_writer: bool) -> Tensor:
-    """A weight on the host of the rank that writes it; the others keep nothing of it."""
+    """A weight on the host of the writing rank; an empty tensor on other ranks."""
     return weight.cpu() if is_writer else weight.new_empty(0)
 
 
@@ -145,10 +131,10 @@ def _plain(batch: Batch) -> dict[str, Any]:
 
 
 def read_step(path: Path) -> RecordedStep:
-    """A step that was recorded. No code in the file is run.
+    """Reads a recorded step. It executes no code of the file.
 
     Raises:
-        ConfigError: It is no such file, or is damaged.
+        ConfigError: The file is no recorded step, or is damaged.
     """
     content = _read(path)
     if content.get("weights") is None:
@@ -157,7 +143,7 @@ def read_step(path: Path) -> RecordedStep:
         batches = tuple(_batch(values) for values in content.pop("batches"))
         trainer_logprobs, gradient = tuple(content.pop("trainer_logprobs")), tuple(content.pop("gradient"))
         recorded = RecordedStep(**content, batches=batches, trainer_logprobs=trainer_logprobs, gradient=gradient)
-    except Exception as error:  # a file of unknown origin: it may hold anything under any key
+    except Exception as error:  # a file of unknown origin may contain anything
         raise _foreign(path, error) from error
     for name, kind in KINDS.items():
         if not isinstance(getattr(recorded, name), kind):
@@ -167,20 +153,22 @@ def read_step(path: Path) -> RecordedStep:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist or is no file: give a file that a run left under recorded/")
+        raise ConfigError(f"{path} does not exist or is no file: give a file that a run wrote to its recorded/")
     check_intact(path, "recorded step")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler fails in whatever way the bytes lead to
+    except Exception as error:  # the unpickler raises many types for damaged bytes
         raise _foreign(path, error) from error
     if not isinstance(content, dict):
-        raise _foreign(path, TypeError(f"it holds a {type(content).__name__}"))
+        raise _foreign(path, TypeError(f"it contains a {type(content).__name__}"))
     return content
 
 
 def _foreign(path: Path, error: Exception) -> ConfigError:
     reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
-    return ConfigError(f"{path} is no step that a run of this version recorded ({reason}): give a file under recorded/")
+    return ConfigError(
+        f"{path} is no step that this version has recorded ({reason}): give a file that a run wrote to its recorded/"
+    )
 
 
 def _batch(values: dict[str, Any]) -> Batch:

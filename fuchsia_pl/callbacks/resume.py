@@ -1,31 +1,22 @@
-"""What a resumed run takes from its checkpoint and what from the config, and what its learning rate will be."""
-
-from typing import Protocol, cast
+"""Choice between checkpoint and config for a resumed run, and its future learning rates."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from fuchsia_pl.callbacks.access import module_of
 from fuchsia_pl.policy.optimization import Choice, Recipe, ResumeChoice
 
 MAX_OUTLOOK_STEPS = 10_000
 
 
-class ResumedModule(Protocol):
-    """What this callback knows of the module."""
-
-    recipe: Recipe
-    resume_choice: ResumeChoice
-    loaded_step: int
-
-
 class Resume(Callback):
-    """Decides between checkpoint and config where optimizer or schedule differ, and prints the learning rates to come.
+    """Chooses checkpoint or config if their optimizer or schedule differ, and prints the future learning rates.
 
     Args:
-        optimizer: "checkpoint" continues with the checkpoint's settings, "config" with the config's, and with the checkpoint's
-            momenta where the class is the same. None refuses a difference.
-        scheduler: "checkpoint" continues the checkpoint's schedule, "config" the config's, where that would be at the step of
-            the checkpoint. None refuses a difference.
+        optimizer: "checkpoint" uses the settings of the checkpoint, "config" those of the config, with the momenta of the
+            checkpoint if the class is the same. None raises an error if they differ.
+        scheduler: "checkpoint" continues the schedule of the checkpoint, "config" the schedule of the config from the step of
+            the checkpoint. None raises an error if they differ.
     """
 
     def __init__(self, optimizer: Choice | None = None, scheduler: Choice | None = None) -> None:
@@ -33,20 +24,20 @@ class Resume(Callback):
         self.console = Console(highlight=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hands the decision to the module, which is asked when a checkpoint is loaded."""
-        cast(ResumedModule, pl_module).resume_choice = self.choice
+        """Passes the choice to the module, which applies it when it loads a checkpoint."""
+        module_of(trainer).resume_choice = self.choice
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints where the schedule of a resumed run is; one that has ended may not be what was meant."""
-        module = cast(ResumedModule, pl_module)
+        """Prints the learning rates of a resumed run: a schedule that has ended may not be intended."""
+        module = module_of(trainer)
         if module.loaded_step:
-            line = outlook(trainer, module.recipe)  # on every rank, so that all end where it cannot be
+            line = outlook(trainer, module.recipe)  # on every rank, so that an error ends all of them
             if line is not None and trainer.is_global_zero:
                 self.console.print(line, soft_wrap=True, markup=False)
 
 
 def outlook(trainer: Trainer, recipe: Recipe) -> str | None:
-    """The learning rates from now to the end, in words; None where only a metric decides or none are left.
+    """A line with the learning rates until the end of the run. None if they depend on a metric, or no step is left.
 
     Raises:
         ConfigError: The schedule ends before the run does.

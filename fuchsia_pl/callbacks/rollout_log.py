@@ -1,4 +1,4 @@
-"""Every rollout, readable."""
+"""A log of all rollouts as JSON lines."""
 
 import json
 import re
@@ -23,13 +23,13 @@ OWN_NAME = re.compile(rf"rollouts(-({'|'.join(sorted(set(SPLITS.values())))}))?\
 
 
 class RolloutLog(Callback):
-    """Appends a line per rollout to `rollouts.jsonl`, those of held-out splits to `rollouts-<split>.jsonl`.
+    """Appends a line per rollout to `rollouts.jsonl`, or to `rollouts-<split>.jsonl` for held-out splits.
 
-    With several ranks each writes its own rollouts, to files that end in its rank.
+    With several ranks, each writes its rollouts to a file that ends in its rank.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Writes the rows of a micro-batch before they are trained, so that those a run stops at can be read too."""
+        """Writes the rows of a micro-batch before they are trained, so that the log contains the rows at which a run fails."""
         if batch.policy_update > 0:
             return
         samples = [*batch.samples, *batch.zero_advantage]
@@ -61,12 +61,12 @@ class RolloutLog(Callback):
 
 
 def log_files(folder: Path) -> list[Path]:
-    """The files in a run folder that a RolloutLog has written, of all splits and ranks."""
+    """Files of RolloutLog in a run folder, of all splits and ranks."""
     return sorted(path for path in folder.iterdir() if OWN_NAME.fullmatch(path.name) and path.is_file())
 
 
 def json_line(line: dict[str, Any]) -> str:
-    r"""A log line as JSON. An item that JSON cannot hold, such as one with a tuple as a key, is written as its `repr`.
+    r"""A log line as JSON. An item that JSON cannot represent, such as one with a tuple as a key, is written as its `repr`.
 
     >>> json_line({"step": 1, "item": {(0, 1): "a"}})
     '{"step": 1, "item": "{(0, 1): \'a\'}"}\n'
@@ -78,7 +78,7 @@ def json_line(line: dict[str, Any]) -> str:
 
 
 def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[str, Any]:
-    """What a log line says of a rollout; one that is not trained on has no advantage."""
+    """Log line of a rollout. The advantage is None if the rollout is not trained on."""
     num_prompt_tokens = rollout.num_prompt_tokens
     return {
         "step": step,

@@ -1,10 +1,10 @@
-"""Checkpoints in the run folder."""
+"""Checkpoints in the run folder, written atomically."""
 
 import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -12,9 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
-from fuchsia_pl.callbacks.adapter_sync import ends_phase
+from fuchsia_pl.callbacks.access import is_trial, module_of
 from fuchsia_pl.files import replacing, writing
-from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import check_intact
 from fuchsia_pl.policy.sharding import FSDP2Strategy
@@ -22,23 +21,17 @@ from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
 
 LAST = "last"
-OLDER = "step-{}"  # a checkpoint that a newer one has followed
-
-
-class PhasedModule(Protocol):
-    """What this callback knows of the module."""
-
-    loss_config: LossConfig
+OLDER = "step-{}"  # an older checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the older one and then puts it in its place: a kill or a full disk leaves one of them whole.
+    """Writes a checkpoint to a new file and renames it over the old one: a kill or a full disk leaves one of them intact.
 
-    Lightning's own goes through the folder for temporary files, which may be on another file system.
+    Lightning's own writes to the folder for temporary files first, which may be on another file system.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes it; addresses with a protocol are left to Lightning."""
+        """Writes a checkpoint. Lightning writes those whose path is a URL."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -48,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Loads one whose checksums hold.
+        """Loads a checkpoint after a check of its checksums.
 
         Raises:
             ConfigError: The file is damaged.
@@ -59,16 +52,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt` every few optimizer steps and at the end of training, written atomically.
+    """Saves `checkpoints/last.ckpt` every few optimizer steps and at the end of training, atomically.
 
-    Those before it stay as `step-<number>.ckpt`, so that one that turns out to be bad is not the only one.
+    Older checkpoints stay as `step-<number>.ckpt`, in case the newest one turns out to be bad.
 
     For the best by a metric, add Lightning's own ModelCheckpoint to `trainer.callbacks`.
 
     Args:
-        every_n_steps: Optimizer steps between two saves, rounded up to whole phases: the rollouts of a phase are not saved, so
-            a run resumes where one begins.
-        keep: How many of the newest stay, `last.ckpt` among them.
+        every_n_steps: Optimizer steps between two saves, rounded up to whole phases: a checkpoint contains no rollouts, so a run
+            can resume only at the start of a phase.
+        keep: Number of checkpoints that stay, including `last.ckpt`.
 
     Raises:
         ConfigError: A number is below 1.
@@ -86,9 +79,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._current: int | None = None  # step of `last.ckpt`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the run folder, whatever the loggers are."""
+        """Sets the folder to that of the run, whatever the loggers are."""
         self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
-        num_updates = cast(PhasedModule, pl_module).loss_config.num_policy_updates
+        num_updates = module_of(trainer).loss_config.num_policy_updates
         self._every_n_train_steps = math.ceil(self.every_n_steps / num_updates) * num_updates
         self._older, self._current = [], None
         if stage == "fit" and trainer.is_global_zero:
@@ -98,36 +91,36 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves where a phase ends: Lightning's own would also save the first micro-batch after a resume."""
-        if ends_phase(trainer, pl_module, batch_idx):
+        """Saves at the end of a phase. Lightning's own would also save after the first micro-batch of a resumed run."""
+        if module_of(trainer).ends_phase(batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step, which need not be a multiple of `every_n_steps`."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return  # a trial leaves nothing behind
+        if is_trial(trainer):
+            return
         num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if not ends_phase(trainer, pl_module, num_batches - 1):
-            return  # stopped within a phase, by a time limit or a callback: the older checkpoint can be gone on from
+        if not module_of(trainer).ends_phase(num_batches - 1):
+            return  # a time limit or a callback stopped the run within a phase: resume from the older checkpoint
         self.save_now(trainer)
 
     @property
     def last_file(self) -> Path:
-        """The newest checkpoint, once there is one."""
+        """Path of the newest checkpoint."""
         assert self.dirpath is not None, "setup comes first"
         return Path(self.dirpath) / f"{LAST}.ckpt"
 
     @property
     def saved_step(self) -> int | None:
-        """The step of `last_file`, None where this run has saved none."""
+        """Step of `last_file`, None if this run has saved none."""
         return self._last_global_step_saved or None
 
     def save_now(self, trainer: Trainer) -> None:
-        """Saves the state at hand, which has to be one between two phases. All ranks have to call it."""
+        """Saves the current state, which must be between two phases. All ranks must call it."""
         self._save_checkpoint(trainer, str(self.last_file))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Lightning's one place of saving: what lies there gets a second name before, and the oldest goes after."""
+        """Keeps the previous checkpoint under a second name, saves, and removes the oldest one. Lightning calls this to save."""
         with stopping.saving():
             self._keep_and_save(trainer, filepath)
 
@@ -143,14 +136,14 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def _steps_in(folder: Path) -> tuple[list[int], int | None]:
-    """What an earlier run in the same folder has left: steps of the older checkpoints, oldest first, and of `last.ckpt`."""
+    """Checkpoints of an earlier run in the same folder: steps of the older ones, oldest first, and of `last.ckpt`."""
     files = sorted(folder.glob(f"{OLDER.format('*')}.ckpt"), key=lambda path: path.stat().st_mtime)
     numbers = [path.stem.removeprefix(OLDER.format("")) for path in files]
     older = [int(number) for number in numbers if number.isdecimal()]
     try:
         return older, int(read_checkpoint(folder / f"{LAST}.ckpt")["global_step"])
     except ConfigError:
-        return older, None  # there is none, or one that nothing can be continued from
+        return older, None  # there is none, or it is damaged
 
 
 def _older_of(last: Path, step: int | None) -> Path:
@@ -158,17 +151,17 @@ def _older_of(last: Path, step: int | None) -> Path:
 
 
 def _keep_as(target: Path, source: Path, strategy: Strategy) -> None:
-    """A second name of a file, or of all files of a folder, without their bytes where that is safe and the file system can do it.
+    """Gives a file, or all files of a folder, a second name: a hard link if that is safe and possible, otherwise a copy.
 
-    A writer that opens the file again, rather than put another in its place, would write into what the second name means.
+    A link is not safe if the next writer opens the existing file: it would overwrite the content of both names.
 
     Args:
         target: The second name.
-        source: What it is a name of.
-        strategy: Writes `source` the next time.
+        source: The existing file or folder.
+        strategy: The strategy that writes `source` the next time.
 
     Raises:
-        DiskError: There is no room for a copy. Nothing is left of it.
+        DiskError: There is no room for a copy. A partial copy is removed.
     """
     _remove(target)
     if source.is_dir():

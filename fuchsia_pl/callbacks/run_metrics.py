@@ -1,10 +1,10 @@
-"""`metrics.csv`: one file from the first step on, also after a resume."""
+"""`metrics.csv`: one file with all steps, including those before a resume."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
@@ -19,11 +19,11 @@ Row = dict[str, str]
 
 
 class RunMetrics(CSVLogger):
-    """Lightning's CSV log of a run folder, which a full disk or a kill leaves whole, and which takes earlier rows along.
+    """Lightning's CSV log in a run folder. A full disk or a kill leaves it intact, and it starts with the rows of a resumed run.
 
     Args:
         folder: The run folder, `<root>/<config name>/<n>`.
-        earlier: Rows of the run that this one resumes, see `rows_before`. They come first in the file.
+        earlier: Rows of the run that this one resumes, see `rows_before`. They are first in the file.
     """
 
     def __init__(self, folder: Path, earlier: Sequence[Row] = ()) -> None:
@@ -33,24 +33,24 @@ class RunMetrics(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> "MetricsWriter":
-        """The writer, made when it is first needed."""
-        if self._experiment is None:
+        """The writer, created at the first use."""
+        if not isinstance(self._experiment, MetricsWriter):
             self._experiment = MetricsWriter(self.log_dir, self.earlier)
-        return cast(MetricsWriter, self._experiment)
+        return self._experiment
 
 
 class MetricsWriter(ExperimentWriter):
-    """Appends whole rows, and replaces the file where a new metric changes its header.
+    """Appends complete rows, and replaces the file if a new metric changes its header.
 
     Args:
         log_dir: The run folder.
-        earlier: Rows that come first.
+        earlier: Rows that are first in the file.
     """
 
     def __init__(self, log_dir: str, earlier: Sequence[Row]) -> None:
         with writing(Path(log_dir)):
             super().__init__(log_dir)
-        # Lightning's own rows are numbers; those of a file are their text.
+        # Lightning's rows contain numbers; rows from a file contain text.
         self.metrics: list[Any] = [dict(row) for row in earlier]
         self._written_keys: list[str] = []
 
@@ -60,10 +60,10 @@ class MetricsWriter(ExperimentWriter):
             super().log_hparams(params)
 
     def save(self) -> None:
-        """Writes the rows that came since the last time.
+        """Writes the rows that were logged since the last call.
 
         Raises:
-            DiskError: They could not be written. The file is as it was.
+            DiskError: They could not be written. The file is unchanged.
         """
         if not self.metrics:
             return
@@ -87,17 +87,17 @@ class MetricsWriter(ExperimentWriter):
 
 
 def rows_before(folder: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
-    """What a run logged of the steps of its checkpoint, that of the last one from the checkpoint itself where it is in no file.
+    """Rows of the steps up to a checkpoint. The last one is read from the checkpoint if the file does not contain it.
 
     Args:
-        folder: Its run folder.
-        checkpoint: The checkpoint that another run continues from. Steps are counted from 0, in it as in the file.
+        folder: The run folder.
+        checkpoint: The checkpoint from which another run continues. Steps are counted from 0 in both.
     """
     path, num_steps = folder / METRICS_FILE, checkpoint["global_step"]
     logged = read_rows(path) if path.is_file() else []
     rows = [row for row in logged if row.get("step", "").isdecimal() and int(row["step"]) < num_steps]
     last = {str(name): str(value) for name, value in checkpoint.get(ROW_KEY, {}).items()}
-    # Other parts log rows of the same step, with other names.
+    # Other parts log rows with other metrics for the same step.
     is_logged = any(row["step"] == last.get("step") and all(row.get(name) for name in last) for row in rows)
     if last and not is_logged:
         rows.append(last)
@@ -105,6 +105,6 @@ def rows_before(folder: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of metrics. One that a kill has torn, or that fits no header, is left out."""
+    """Rows of a metrics file, without incomplete ones and those that do not match the header."""
     whole, _, _ = path.read_text(errors="replace").rpartition("\n")
     return [row for row in csv.DictReader(whole.splitlines()) if None not in row and None not in row.values()]

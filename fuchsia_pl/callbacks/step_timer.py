@@ -1,4 +1,4 @@
-"""How long the parts of a step take."""
+"""Durations and throughput of a step."""
 
 import time
 from typing import Any
@@ -20,18 +20,18 @@ class StepTimer(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first step begins."""
+        """Starts the clock of the first step."""
         self._last_step = trainer.global_step
         self._begin_step()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """A micro-batch begins."""
+        """Starts the clock of a micro-batch."""
         self._batch_start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """A micro-batch has run forward and backward; the last of a step has updated the weights too."""
+        """Adds the duration of a micro-batch. After the last of a step, which includes the update, it logs the step."""
         now = time.perf_counter()
         self._train_seconds += now - self._batch_start
         self._num_tokens += sum(len(sample.rollout.token_ids) for sample in batch.samples)

@@ -1,4 +1,4 @@
-"""A run that is told to end: it saves what it has, closes what it opened, and says how to go on."""
+"""Orderly end of a run on a signal: save, close tools and engine, and print how to resume."""
 
 import signal
 import subprocess
@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,27 +16,21 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fuchsia_pl import orphans
-from fuchsia_pl.callbacks.adapter_sync import ends_phase
+from fuchsia_pl.callbacks.access import callbacks_of, is_trial, module_of
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.scratch import remove_left_behind
 from fuchsia_pl.stopping import CLOSING_S, GRACE_S, Stopped, stopping
 from fuchsia_pl.types import ConfigError
 
 
-class StoppedModule(Protocol):
-    """What this callback knows of the module."""
-
-    loaded_step: int
-
-
 def launched_ranks(trainer: Trainer) -> list["subprocess.Popen[bytes]"]:
-    """The processes of the other ranks, where this is the first and Lightning started them."""
+    """Processes of the other ranks, if this is the first rank and Lightning started them."""
     launcher = trainer.strategy.launcher
     return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 
 def await_ranks(trainer: Trainer) -> None:
-    """Waits, within `CLOSING_S`, until those have ended: after this process they are no more than orphans."""
+    """Waits up to `CLOSING_S` for the other ranks to end: after this process they would be orphans."""
     until = time.monotonic() + CLOSING_S
     with suppress(subprocess.TimeoutExpired):
         for rank in launched_ranks(trainer):
@@ -44,7 +38,7 @@ def await_ranks(trainer: Trainer) -> None:
 
 
 class _NoSignals(_SignalConnector):
-    """Lightning's handler exchanges tensors wherever the signal comes, and that for SLURM's saves wherever it comes."""
+    """Replaces Lightning's handlers, which exchange tensors between ranks, or save, at any point of the run."""
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False
@@ -53,13 +47,13 @@ class _NoSignals(_SignalConnector):
 class StopSignals(Callback):
     """Ends a run in order on the first SIGTERM or SIGINT, and at once on the second.
 
-    Sampling, validation and all that comes before training are abandoned. A step that is being trained ends first, and with
-    `num_policy_updates` its phase. Then checkpoint and adapter are saved, tools and engine closed. All ranks end at the same
-    step, whichever of them got the signal. The command exits with 143 or 130.
+    The signal interrupts sampling, validation and the preparation before training. A step in progress is completed, with
+    `num_policy_updates` its phase. Then the run saves checkpoint and adapter and closes tools and engine. All ranks end at the
+    same step, whichever of them got the signal. The command exits with 143 or 130.
 
     Args:
-        grace_s: Seconds that what is being trained may take to its end. Where it takes longer the run ends without it.
-        usr1: Whether SIGUSR1 counts as SIGTERM. SLURM sends it ahead of a time limit, with `--signal=USR1@120`.
+        grace_s: Seconds that the step or phase in progress may take. If it takes longer, the run ends without it.
+        usr1: Whether SIGUSR1 counts as SIGTERM. SLURM sends it before a time limit, with `--signal=USR1@120`.
 
     Raises:
         ConfigError: The grace is not above 0.
@@ -77,7 +71,7 @@ class StopSignals(Callback):
         )
 
     def check_run(self, trainer: Trainer) -> None:
-        """Takes the signals over, before the engine starts."""
+        """Installs the signal handlers, before the engine starts."""
         orphans.watch()
         if trainer.is_global_zero:
             remove_left_behind()
@@ -92,57 +86,57 @@ class StopSignals(Callback):
         self._between, self._is_within_phase = None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on nothing but waits is interrupted."""
+        """From now on signals interrupt only waits."""
         stopping.protect()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Until the phase ends there is no state that a run could go on from."""
+        """Marks the start of a phase: a run cannot resume from a state within one."""
         self._is_within_phase = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Where a phase ends the ranks agree whether they go on; if not, there is no sync, and the next phase does not begin."""
-        if ends_phase(trainer, pl_module, batch_idx):
+        """At the end of a phase, the ranks agree whether to continue. If not, there is no sync and no next phase."""
+        if module_of(trainer).ends_phase(batch_idx):
             self._is_within_phase = False
             self._between = _between_phases(trainer)
             if stopping.agree(lambda number: _highest(trainer, number)):
                 stopping.close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that ends is not validated once more.
+        """Skips the validation of a stopping run.
 
         Raises:
-            Stopped: It ends.
+            Stopped: The run is stopping.
         """
         if trainer.state.fn == TrainerFn.FITTING and stopping.is_agreed:
             assert stopping.signum is not None
             raise Stopped(stopping.signum)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """What is saved on the way out is what would have been saved where the last phase ended."""
+        """Replaces the counters in a checkpoint of a stopping run by those of the end of the last phase."""
         if stopping.signum is not None and self._between is not None:
             states = {**checkpoint["callbacks"], **self._between["callbacks"]}
             checkpoint |= {**self._between, "callbacks": states}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves, if this is the end that was asked for; all ranks come here then."""
+        """Saves, if a signal stopped the run; this hook then runs on all ranks."""
         try:
             stopping.close()
             if stopping.signum is not None and trainer.state.fn == TrainerFn.FITTING:
                 is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
-                self._save(trainer, cast(StoppedModule, pl_module).loaded_step, is_agreed)
+                self._save(trainer, module_of(trainer).loaded_step, is_agreed)
         finally:
-            self._restore()  # Lightning calls no teardown now
+            self._restore()  # Lightning does not call teardown after an exception
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last checkpoint is saved after this, by RunCheckpoint."""
+        """Notes the checkpoint for the message at the end. RunCheckpoint saves the last one after this."""
         stopping.close()
         if stopping.signum is not None:
             self._note_checkpoint(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the signals back, where no command had them before."""
+        """Restores the signal handlers, unless the command had installed them."""
         self._restore()
 
     def _restore(self) -> None:
@@ -152,7 +146,7 @@ class StopSignals(Callback):
 
     def _save(self, trainer: Trainer, loaded_step: int, is_agreed: bool) -> None:
         checkpoint = _run_checkpoint(trainer)
-        if checkpoint is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if checkpoint is None or is_trial(trainer):
             return
         can_save = self._between is not None and not self._is_within_phase and is_agreed
         if can_save and checkpoint.saved_step != trainer.global_step:
@@ -168,13 +162,12 @@ class StopSignals(Callback):
 
 
 def _run_checkpoint(trainer: Trainer) -> RunCheckpoint | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, RunCheckpoint)), None)
+    return next(iter(callbacks_of(trainer, RunCheckpoint)), None)
 
 
 def _between_phases(trainer: Trainer) -> dict[str, Any]:
-    """Lightning's counts, the schedules and what watches held-out figures: a validation that is cut off has moved them on."""
-    watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping | Checkpoint)]  # type: ignore[attr-defined]
+    """Lightning's counters, the schedules and callbacks that monitor held-out metrics: an interrupted validation changes them."""
+    watching = [*callbacks_of(trainer, EarlyStopping), *callbacks_of(trainer, Checkpoint)]
     return deepcopy(
         {
             "epoch": trainer.current_epoch,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,27 +12,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fuchsia_pl.callbacks.access import callbacks_of, data_of
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
-from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError
 
 
-class AveragedData(Protocol):
-    """What this callback knows of the data module."""
-
-    sampling: SamplingConfig
-
-
 class WeightAverage(Callback):
-    """Held-out figures and `adapter/` are of an average of the trained weights; training goes on from the weights themselves.
+    """Averages the trained weights for held-out metrics and `adapter/`; training continues with the weights themselves.
 
-    After each optimizer step: average = decay * average + (1 - decay) * weights. A checkpoint holds both, so that a resumed run
-    goes on as if it had never stopped, and `fuchsia validate` reports the average. Lightning's own callbacks average a copy of
+    After each optimizer step: average = decay * average + (1 - decay) * weights. A checkpoint contains both, so a resumed run
+    continues with the same numbers, and `fuchsia validate` evaluates the average. Lightning's own callbacks average a copy of
     the whole model, frozen weights included.
 
     Args:
-        decay: Weight of the average so far, at least 0 and below 1.
-        start_step: Optimizer step up to which the average is the weights themselves.
+        decay: Weight of the previous average, at least 0 and below 1.
+        start_step: Up to this optimizer step, the average equals the weights.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -47,34 +41,33 @@ class WeightAverage(Callback):
         self.start_step = start_step
         self._module: LightningModule | None = None
         self._average: dict[str, Tensor] = {}
-        self._is_swapped = False  # the module has the average, and `_average` the weights that learn
+        self._is_swapped = False  # the module has the average, and `_average` the trained weights
         self._step = 0
 
     def check_run(self, trainer: Trainer) -> None:
-        """Refuses, before the engine starts, what an average does not work with.
+        """Checks the settings that an average requires, before the engine starts.
 
         Raises:
-            ConfigError: There is such a setting.
+            ConfigError: A setting does not allow an average.
         """
-        staleness = cast(AveragedData, trainer.datamodule).sampling.max_staleness  # type: ignore[attr-defined]
+        staleness = data_of(trainer).sampling.max_staleness
         if staleness:
             raise ConfigError(
                 f"WeightAverage and data.sampling.max_staleness={staleness}: the engine would sample for training while it has "
-                "the average for validation. Set max_staleness to 0, or leave the callback out"
+                "the averaged weights of a validation. Set max_staleness to 0, or leave the callback out"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
             raise ConfigError(f"WeightAverage does not work with {type(trainer.strategy).__name__}: use ddp")
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, ModelCheckpoint) and callback.save_weights_only for callback in callbacks):
+        if any(checkpoint.save_weights_only for checkpoint in callbacks_of(trainer, ModelCheckpoint)):
             raise ConfigError(
                 "ModelCheckpoint.save_weights_only would leave out WeightAverage's average: set it to false"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts from the weights at hand, from a checkpoint's average, or from the last run of the same module.
+        """Starts from the current weights, the average of a checkpoint, or the last run of the same module.
 
         Raises:
-            ConfigError: The checkpoint's average is of other weights.
+            ConfigError: The average of the checkpoint has other weights.
         """
         if self._module is not pl_module:
             self._module, self._average, self._is_swapped = pl_module, {}, False
@@ -83,18 +76,18 @@ class WeightAverage(Callback):
         trained = _trained(pl_module)
         if self._average and self._average.keys() != trained.keys():
             raise ConfigError(
-                "the checkpoint's averaged weights are not those that this config trains: use its config.yaml"
+                "the checkpoint averages other weights than this config trains: use the config.yaml of its run"
             )
         self._average = self._average or {name: weight.detach().clone() for name, weight in trained.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts from the step that a checkpoint ends at."""
+        """Takes the number of the step at which training starts."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the average where this micro-batch completed an optimizer step."""
+        """Updates the average if this micro-batch completed an optimizer step."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -105,21 +98,21 @@ class WeightAverage(Callback):
         self._average = dict(zip(self._average, average, strict=True))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The average takes the weights' place; AdapterSync syncs after that."""
+        """Puts the average into the module. AdapterSync syncs it afterwards."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The weights come back."""
+        """Puts the trained weights back into the module."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the average in the module."""
+        """Puts the average into the module, where it stays."""
         self._swap()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves the average beside the weights that learn, whichever of them the module has."""
+        """Saves the average and the trained weights, whichever of them the module has."""
         if not self._average:
             return
         in_module = {name: weight.detach() for name, weight in _trained(pl_module).items()}
@@ -128,7 +121,7 @@ class WeightAverage(Callback):
         checkpoint[AVERAGED_WEIGHTS] = dict(average)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Takes a checkpoint's average, if it has one."""
+        """Loads the average of a checkpoint, if it has one."""
         if trainer.state.fn == TrainerFn.FITTING:
             saved = checkpoint.get(AVERAGED_WEIGHTS, {})
             self._module, self._is_swapped = pl_module, False

@@ -2,10 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from fuchsia_pl.types import Completion, ServedModel
 
@@ -152,17 +150,6 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Ends the engine and everything it started, or returns at once if it does not run."""
-
-
-class EngineOwner(Protocol):
-    """Whoever has an engine: what callbacks know of the data module."""
-
-    @property
-    def engine(self) -> Engine:
-        """The engine."""
-
-    def paused(self) -> AbstractContextManager[None]:
-        """No request is in flight inside the `with` block, unless the engine may load weights meanwhile."""
 
 
 def check_version_file(path: Path, version: int) -> None:

@@ -25,7 +25,7 @@ class SignalSource(Protocol):
 
 @runtime_checkable
 class SharesDevice(Protocol):
-    """A callback that lets engine and trainer take turns on one device."""
+    """A callback that shares one device between engine and trainer."""
 
     def engine_sleeps(self, trainer: Trainer) -> bool:
         """Whether the engine will be asked to sleep; refuses what that does not work with."""

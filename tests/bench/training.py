@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.preflight import KeptBytes
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
+from fuchsia_pl.policy.memory import KeptBytes
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.types import Sample

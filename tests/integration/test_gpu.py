@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from fuchsia_pl.callbacks.hotswap import HOST, come_back, leave
+from fuchsia_pl.callbacks.hotswap import HOST, move_to_device, move_to_host
 from fuchsia_pl.engines.base import EngineSpec
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.policy.config import CheckpointingSettings, PolicyConfig
@@ -124,10 +124,10 @@ def test_the_trainer_leaves_the_gpu_and_comes_back_the_same(model_folder, fused)
     step()
     objects, places = [id(parameter) for parameter in policy.parameters()], [tensor.device for tensor in everything()]
     values, taken = [tensor.detach().cpu().clone() for tensor in everything()], torch.cuda.memory_allocated()
-    moved = leave(policy, [optimizer], HOST)
+    moved = move_to_host(policy, [optimizer], HOST)
     assert {tensor.device for tensor in everything()} == {HOST}
     assert torch.cuda.memory_allocated() < 0.05 * taken
-    come_back(policy, moved, torch.device("cuda", 0))
+    move_to_device(policy, moved, torch.device("cuda", 0))
     assert [id(parameter) for parameter in policy.parameters()] == objects
     assert [tensor.device for tensor in everything()] == places
     assert all(torch.equal(tensor.cpu(), value) for tensor, value in zip(everything(), values, strict=True))

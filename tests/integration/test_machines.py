@@ -149,4 +149,4 @@ def test_two_machines_train_from_the_server_on_a_third_until_the_link_is_cut(ser
         steps = [json.loads(line)["step"] for line in (run / f"rollouts.jsonl.rank{rank}").read_text().splitlines()]
         assert steps[:24] == [step for step in range(3) for _ in range(8)]  # 2 items of 4 siblings on each
     assert "Rank 0 of 2 lost another" in logs[0].read_text(), said()
-    assert "go on with --ckpt_path" in logs[0].read_text()
+    assert "continue with --ckpt_path" in logs[0].read_text()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 
@@ -143,6 +144,7 @@ TWO_RANKS = """
 from pathlib import Path
 import sys
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from fuchsia_pl.objectives.config import LossConfig
 from tests.doubles import Constant, Spread
@@ -349,3 +351,17 @@ def test_a_tools_labels_reach_no_gradient(tiny_model):
         gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
     assert all(first.equal(second) for first, second in zip(*gradients, strict=True))
     assert any(gradient.abs().max() > 0 for gradient in gradients[0])
+
+
+def test_a_phase_ends_with_the_last_micro_batch_of_its_last_update(tiny_model, tmp_path):
+    """Two phases of two updates in two micro-batches each."""
+    ends = []
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            ends.append(pl_module.ends_phase(batch_idx))
+
+    module = make_module(tiny_model, LossConfig(num_policy_updates=2))
+    trainer = make_trainer(tmp_path, Record(), accumulate_grad_batches=2, max_steps=4)
+    trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4))
+    assert ends == [False, False, False, True] * 2

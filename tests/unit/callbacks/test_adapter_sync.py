@@ -65,7 +65,7 @@ def test_an_adapter_without_effect_is_probed_a_bounded_number_of_times(
     )
     assert sync.agreement is None
     assert len(probes) == num_forwards
-    assert caplog.text.count("2 probes saw no effect of the adapter") == 1
+    assert caplog.text.count("2 probes found no effect of the adapter") == 1
 
 
 def test_a_gap_above_the_tolerance_stops_the_run_before_the_update(tiny_model, tmp_path):

@@ -1,4 +1,4 @@
-"""Engine and trainer take turns: the order, that nothing is lost on the way, and what is refused."""
+"""One device for engine and trainer: the order of moves, equal results, and the settings that are refused."""
 
 from itertools import groupby
 
@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from fuchsia_pl.callbacks import hotswap
-from fuchsia_pl.callbacks.hotswap import DeviceOwner, HotSwap, come_back, leave
+from fuchsia_pl.callbacks.hotswap import DeviceOwner, HotSwap, move_to_device, move_to_host
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.objectives.config import LossConfig
@@ -23,7 +23,7 @@ TWO_UPDATES = LossConfig(num_policy_updates=2)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What engine and policy are asked for, in order. The CPU has two names here, one for the host and one for the device."""
+    """The calls of engine and policy, in order. The CPU has two names here, one for the host and one for the device."""
     calls: list[str] = []
     monkeypatch.setattr(hotswap, "HOST", HOST)
     for name in ("to_device", "output", "save_trained"):
@@ -70,7 +70,7 @@ def in_order(calls: list[str]) -> list[str]:
     return [call for call, _ in groupby(calls)]
 
 
-def test_who_leaves_goes_before_the_other_comes(tiny_model, tmp_path, calls):
+def test_one_side_is_moved_off_before_the_other_is_loaded(tiny_model, tmp_path, calls):
     """Two phases of two updates in two micro-batches, and a held-out split after each."""
     settings = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0}
     fit(tiny_model, tmp_path, HotSwap(True), loss=TWO_UPDATES, steps=4, **settings)
@@ -115,14 +115,14 @@ def test_what_is_learned_is_the_same_bit_for_bit(tiny_model, tmp_path, loss):
         assert_equal(one.values(), other.values())
 
 
-def test_used_up_gradients_do_not_wait_on_the_host(tiny_model, tmp_path):
+def test_used_gradients_are_freed(tiny_model, tmp_path):
     kept = [fit(tiny_model, tmp_path, HotSwap(enabled), steps=1)[0] for enabled in (False, True)]
     gradients = [[p.grad for p in module.policy.trainable_parameters() if p.grad is not None] for module in kept]
     assert len(gradients[0]) > 0 == len(gradients[1])
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_held_out_splits_belong_to_the_engine(tiny_model, tmp_path, calls, verb):
+def test_held_out_splits_are_sampled_while_the_engine_owns_the_device(tiny_model, tmp_path, calls, verb):
     module, swap = make_module(tiny_model), HotSwap(True)
     trainer = make_trainer(tmp_path, swap, limit_val_batches=1.0)
     getattr(trainer, verb)(module, datamodule=make_data(module))
@@ -139,20 +139,20 @@ def test_turned_off_it_does_nothing(tiny_model, tmp_path, calls):
     assert engine.spec.sleeps
 
 
-def test_a_turn_that_is_taken_already_is_not_taken_again(tiny_model, tmp_path, calls):
+def test_a_side_that_owns_the_device_is_not_moved_again(tiny_model, tmp_path, calls):
     swap = HotSwap(True)
-    module, trainer = fit(tiny_model, tmp_path, steps=1)
+    _, trainer = fit(tiny_model, tmp_path, steps=1)
     trainer.datamodule.setup("fit")
     calls.clear()
-    for turn, expected in ((swap.to_engine, []), (swap.to_trainer, TO_TRAINER[:2]), (swap.to_engine, TO_ENGINE[:2])):
-        turn(trainer, module)
-        turn(trainer, module)
+    for give_to, expected in ((swap.to_engine, []), (swap.to_trainer, TO_TRAINER[:2]), (swap.to_engine, TO_ENGINE[:2])):
+        give_to(trainer)
+        give_to(trainer)
         assert calls == expected
         calls.clear()
     trainer.datamodule.teardown("fit")
 
 
-def test_a_run_that_fails_in_either_turn_ends(tiny_model, tmp_path, monkeypatch):
+def test_a_run_that_fails_with_either_owner_closes_the_engine(tiny_model, tmp_path, monkeypatch):
     class Failing(TinyEngine):
         async def wake(self):
             raise EngineError("no memory")
@@ -179,7 +179,7 @@ def test_a_run_that_fails_in_either_turn_ends(tiny_model, tmp_path, monkeypatch)
     ],
     ids=["engine", "ranks", "staleness", "critic", "KL in the reward"],
 )
-def test_what_cannot_take_turns_is_refused_before_the_engine_starts(
+def test_settings_without_a_shared_device_are_refused_before_the_engine_starts(
     tiny_model, tmp_path, monkeypatch, loss, engine, num_ranks, max_staleness, reason
 ):
     started = []
@@ -205,12 +205,12 @@ def trained_policy(tiny_model, **settings) -> tuple[Policy, torch.optim.Optimize
 
 
 @pytest.mark.parametrize("with_lora", [True, False], ids=["LoRA", "all weights"])
-def test_everything_of_the_trainers_leaves_but_what_was_not_on_the_device(tiny_model, with_lora):
+def test_all_tensors_of_the_trainer_that_are_on_the_device_are_moved(tiny_model, with_lora):
     policy, optimizer = trained_policy(tiny_model, lora=LoRASettings(enabled=with_lora, r=4, alpha=8))
     for state in optimizer.state.values():
         state["elsewhere"] = torch.ones(1, device=META)
         state["number"] = 3
-    moved = leave(policy, [optimizer], META)
+    moved = move_to_host(policy, [optimizer], META)
     tensors = [*policy.parameters(), *policy.buffers(), *(p.grad for p in policy.trainable_parameters())]
     tensors += [tensor for model in policy._frozen for tensor in model.parameters()]
     assert len(policy._frozen) == (not with_lora)
@@ -220,10 +220,10 @@ def test_everything_of_the_trainers_leaves_but_what_was_not_on_the_device(tiny_m
     assert len(moved) == 3 * len(optimizer.state)
 
 
-def test_only_what_left_comes_back(tiny_model):
+def test_only_moved_tensors_return_to_the_device(tiny_model):
     policy, optimizer = trained_policy(tiny_model, lora=LoRASettings(r=4, alpha=8))
-    moved = [place for place in leave(policy, [optimizer], torch.device("cpu")) if place[1] != "step"]
-    come_back(policy, moved, META)
+    moved = [place for place in move_to_host(policy, [optimizer], torch.device("cpu")) if place[1] != "step"]
+    move_to_device(policy, moved, META)
     assert {tensor.device for tensor in policy.parameters()} == {META}
     for state in optimizer.state.values():
         assert {name: tensor.device.type for name, tensor in state.items()} == {

@@ -20,7 +20,7 @@ def test_a_lost_exchange_is_explained(tmp_path, make):
     assert "no checkpoint was saved yet" in notes(tmp_path, make())
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    assert "go on with --ckpt_path" in notes(tmp_path, make())
+    assert "continue with --ckpt_path" in notes(tmp_path, make())
 
 
 def test_other_errors_and_single_ranks_are_left_alone(tmp_path):

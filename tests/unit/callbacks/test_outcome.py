@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import CSVLogger
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.outcome import Outcome
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.schedules import TransformersSchedule
 from tests.doubles import Constant, TinyEngine, make_data, make_module, make_trainer
 
@@ -60,9 +59,10 @@ def test_a_finished_run_that_trained_nothing_says_why(tiny_model, tmp_path, capl
     )
 
 
-def test_a_run_whose_steps_were_skipped_for_two_causes_counts_both(caplog):
+def test_a_run_whose_steps_were_skipped_for_two_causes_counts_both(tiny_model, caplog):
     outcome, trainer = Outcome(), SimpleNamespace(global_step=0, is_global_zero=True, optimizers=[], max_epochs=1)
-    module = SimpleNamespace(policy_config=PolicyConfig(name="x"), skip_reason="a cause")
+    trainer.lightning_module = module = make_module(tiny_model)
+    module.skip_reason = "a cause"
     outcome.on_train_start(trainer, module)
     for step in range(10):
         trainer.global_step = step + 1

@@ -1,4 +1,4 @@
-"""The longest rows come first, leave nothing behind, and say what the run's memory goes to."""
+"""The rehearsal of the longest rows leaves no trace, and the memory plan counts what the run takes."""
 
 from dataclasses import replace
 
@@ -6,25 +6,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from fuchsia_pl.callbacks import preflight
 from fuchsia_pl.callbacks.hotswap import HotSwap
-from fuchsia_pl.callbacks.preflight import (
-    MemoryPlan,
-    Preflight,
-    device_memory,
-    is_out_of_memory,
-    memory_plan,
-    possible_savings,
-)
+from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import CheckpointingSettings
+from fuchsia_pl.policy.memory import device_memory, memory_plan
 from fuchsia_pl.policy.policy import Policy
 from tests.doubles import TinyEngine, make_data, make_module, make_trainer
 
 GB = 2**30
-TAKE_TURNS = "--hotswap.enabled true"
-PLAN = MemoryPlan(8 * GB, GB, 20 * GB, 8 * GB, 4 * GB, 32 * GB)
 
 
 class Order(Callback):
@@ -114,15 +105,6 @@ def test_the_plan_counts_what_there_is(tiny_model, tmp_path):
     assert 0 < checkpointed.plan.activations < flight.plan.activations
 
 
-def test_a_reference_that_is_a_copy_is_counted(tiny_model):
-    """Where all weights learn, and nothing of the policy itself is frozen."""
-    for beta, copies in ((0.0, 0), (0.1, 1)):
-        module = make_module(tiny_model, LossConfig(beta=beta), enabled=False)
-        module.configure_model()
-        plan = memory_plan(module.policy, TinyEngine(), 0, torch.device("cpu"))
-        assert plan.base_weights == copies * 4 * sum(p.numel() for p in module.policy.parameters())
-
-
 def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(tiny_model, tmp_path, monkeypatch):
     def fail(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -132,59 +114,16 @@ def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(ti
         fit(tiny_model, tmp_path, Preflight())
     (note,) = caught.value.__notes__
     assert note.startswith("Memory: weights ")
-    settings = note.split("What would save most: ")[1].split("; ")
+    settings = note.split("Settings that save most: ")[1].split("; ")
     assert len(settings) == 3
     assert all(setting.startswith("--") for setting in settings)
     assert "--model.policy.checkpointing.enabled true" in note
 
 
-def test_savings_by_hand():
-    # of 20 GB of activations checkpointing saves 16 and twice the micro-batches 10; of 8 GB in 4 bits 5.6; of 4 GB of cache 2
-    everything = set(preflight.SAVED_BY) - {"--model.policy.checkpointing.cpu_offloading true", TAKE_TURNS}
-    assert [(name.split()[0], round(size / GB, 1)) for name, size in PLAN.savings(everything)] == [
-        ("--model.policy.checkpointing.enabled", 16.0),
-        ("--trainer.accumulate_grad_batches", 10.0),
-        ("--model.policy.quantization", 5.6),
-    ]
-    assert PLAN.total == 41 * GB
-    assert replace(PLAN, kv_cache=0).savings({"--data.engine.init_args.kv_cache_gb half"}) == []
-
-
-def test_taking_turns_by_hand():
-    # the trainer's 29 GB and the engine's 12 are never there together, and a smaller cache would not help the trainer
-    assert PLAN.savings({TAKE_TURNS}) == [(TAKE_TURNS, 12 * GB)]
-    sharing = replace(PLAN, shares_device=True)
-    assert sharing.total == 29 * GB
-    assert sharing.savings({"--data.engine.init_args.kv_cache_gb half"}) == []
-
-
-def test_the_plan_knows_of_turns(tiny_model, tmp_path):
+def test_the_plan_of_a_shared_device(tiny_model, tmp_path):
     flights = [Preflight(), Preflight()]
     for flight, enabled in zip(flights, (False, True), strict=True):
         fit(tiny_model, tmp_path, flight, HotSwap(enabled))
     assert [flight.plan.shares_device for flight in flights] == [False, True]
     assert flights[1].plan == replace(flights[0].plan, shares_device=True)
     assert flights[1].plan.activations > 0
-
-
-def test_only_what_is_left_to_save_is_named(tiny_model):
-    module = make_module(tiny_model)
-    module.configure_model()
-    names = possible_savings(module.policy, torch.device("cpu"), can_share_device=True)
-    assert "--model.policy.checkpointing.enabled true" in names
-    assert TAKE_TURNS not in names
-    assert not {name for name in names if "nf4" in name or "cpu_offloading" in name}
-    module.policy.config.checkpointing = CheckpointingSettings(enabled=True)
-    assert TAKE_TURNS not in possible_savings(module.policy, torch.device("cuda"), can_share_device=False)
-    names = possible_savings(module.policy, torch.device("cuda"), can_share_device=True)
-    assert TAKE_TURNS in names
-    assert "--model.policy.checkpointing.enabled true" not in names
-    assert len({name for name in names if "nf4" in name or "cpu_offloading" in name}) == 2
-
-
-def test_what_out_of_memory_looks_like():
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA"))
-    assert is_out_of_memory(
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12")
-    )
-    assert not is_out_of_memory(RuntimeError("shapes differ"))

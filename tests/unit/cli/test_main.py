@@ -65,7 +65,7 @@ def test_another_process_or_numbers_that_failed_are_one_line(command, capsys, mo
 def test_a_file_that_cannot_be_replayed_is_one_line_and_debug_adds_the_traceback(command, capsys):
     assert command("replay", "no.pt") == 2
     first = capsys.readouterr().err
-    assert first == "error: no.pt does not exist or is no file: give a file that a run left under recorded/\n"
+    assert first == "error: no.pt does not exist or is no file: give a file that a run wrote to its recorded/\n"
     assert command("replay", "no.pt", "--debug") == 2
     second = capsys.readouterr().err
     assert second.startswith(first)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fuchsia_pl.callbacks.preflight import KeptBytes
 from fuchsia_pl.policy import checkpointing
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
+from fuchsia_pl.policy.memory import KeptBytes
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from fuchsia_pl.types import ConfigError
