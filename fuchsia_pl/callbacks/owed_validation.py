@@ -40,12 +40,15 @@ class OwedValidation(Callback):
             return
         if any(_has_validated(logger, epoch_loop._batches_that_stepped) for logger in trainer.loggers):
             return
+        epochs = trainer.fit_loop.epoch_progress.current
+        completed, epochs.completed = epochs.completed, epochs.ready - 1  # the epoch of the step, for the logs
+        first_loop_iter = trainer._logger_connector._first_loop_iter
         epoch_loop.val_loop.restarting = False
         trainer.validating = True
-        first_loop_iter = trainer._logger_connector._first_loop_iter
         epoch_loop.val_loop.run()
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first_loop_iter
+        epochs.completed = completed
 
 
 class _StartedFitLoop(_FitLoop):

@@ -212,7 +212,10 @@ class CountsValidations(Callback):
         self.steps = []
 
     def on_validation_end(self, trainer, pl_module):
-        self.steps.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
+        # The last two are what a logger gets as step and epoch.
+        self.steps.append(
+            (trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.current_epoch)
+        )
 
 
 @pytest.mark.parametrize("step", [2, 4], ids=["within the run", "at its end"])
@@ -228,11 +231,11 @@ def test_a_validation_that_a_kill_cut_off_is_made_up_for(tiny_model, tmp_path, s
         trainer.fit(module, datamodule=make_data(module, steps_per_epoch=2), ckpt_path=ckpt_path)
         return counts.steps
 
-    assert run(tmp_path / "straight") == [(2, 1), (4, 3)]
+    assert run(tmp_path / "straight") == [(2, 1, 0), (4, 3, 1)]
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path / "killed", StopsInValidation(step))
     earlier = [{"step": str(step - 1), "validation/reward/mean": "1.0" if is_logged else ""}]
     logger = RunMetrics(tmp_path / "x/resumed/0", earlier)
     found = run(tmp_path / "resumed", ckpt_path=tmp_path / "killed/checkpoints/last.ckpt", logger=logger)
-    assert found == [(2, 1), (4, 3)][step // 2 - 1 + is_logged :]
+    assert found == [(2, 1, 0), (4, 3, 1)][step // 2 - 1 + is_logged :]
     assert (tmp_path / "resumed/checkpoints/last.ckpt").exists()
