@@ -38,17 +38,21 @@ class OwedValidation(Callback):
         fetcher = trainer.fit_loop._data_fetcher
         if not self._is_resumed or fetcher is None or not epoch_loop._should_check_val_fx(fetcher):
             return
-        if any(_has_validated(logger, epoch_loop._batches_that_stepped) for logger in trainer.loggers):
+        last_step = trainer.global_step - 1
+        if any(_has_validated(logger, last_step) for logger in trainer.loggers):
             return
+        # What loggers get as epoch and step. A checkpoint of the end of a run is ahead of both.
         epochs = trainer.fit_loop.epoch_progress.current
-        completed, epochs.completed = epochs.completed, epochs.ready - 1  # the epoch of the step, for the logs
+        completed, num_steps = epochs.completed, epoch_loop._batches_that_stepped
+        epochs.completed = last_step * trainer.accumulate_grad_batches // int(trainer.num_training_batches)
+        epoch_loop._batches_that_stepped = last_step
         first_loop_iter = trainer._logger_connector._first_loop_iter
         epoch_loop.val_loop.restarting = False
         trainer.validating = True
         epoch_loop.val_loop.run()
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first_loop_iter
-        epochs.completed = completed
+        epochs.completed, epoch_loop._batches_that_stepped = completed, num_steps
 
 
 class _StartedFitLoop(_FitLoop):

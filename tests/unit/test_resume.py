@@ -239,3 +239,6 @@ def test_a_validation_that_a_kill_cut_off_is_made_up_for(tiny_model, tmp_path, s
     found = run(tmp_path / "resumed", ckpt_path=tmp_path / "killed/checkpoints/last.ckpt", logger=logger)
     assert found == [(2, 1, 0), (4, 3, 1)][step // 2 - 1 + is_logged :]
     assert (tmp_path / "resumed/checkpoints/last.ckpt").exists()
+    if not is_logged:  # a checkpoint from the end of a run was saved after its last validation
+        counted = run(tmp_path / "again", ckpt_path=tmp_path / "resumed/checkpoints/last.ckpt")
+        assert counted == [(4, 3, 1)]
