@@ -38,7 +38,7 @@ from fuchsia_pl.callbacks.stop_signals import StopSignals, await_ranks
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
-from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
+from fuchsia_pl.cli.failures import refused_by
 from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
 from fuchsia_pl.cli.run_folder import (
@@ -81,7 +81,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class FuchsiaCLI(LightningCLI):
-    """`fuchsia fit | validate | test | predict`, see `fuchsia fit --help`."""
+    """`fuchsia fit | validate | test | predict`. `settings_table` writes their help pages."""
 
     def __init__(self, args: ArgsType = None) -> None:
         self.arguments: list[str] = []
@@ -102,7 +102,7 @@ class FuchsiaCLI(LightningCLI):
                 "use_distributed_sampler": False,
             },
             parser_class=SuggestingParser,
-            parser_kwargs={"epilog": f"{DEBUG_OPTION}, with any command, shows the traceback of an error."},
+            parser_kwargs={"prog": "fuchsia"},
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -135,14 +135,17 @@ class FuchsiaCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Looks configs up by name before anything is parsed."""
-        given = sys.argv[1:] if args is None else args
-        assert isinstance(given, list), "a command line is a list of words"
-        try:
-            self.arguments = find_configs(given)
-        except ConfigError as error:
-            parser.error(str(error), error)
+        self.arguments = self.found_configs(parser, sys.argv[1:] if args is None else args)
         with fresh_arguments():
             self.config = parser.parse_args(self.arguments)
+
+    def found_configs(self, parser: LightningArgumentParser, args: ArgsType) -> list[str]:
+        """The command line with a file in place of each config's name."""
+        assert isinstance(args, list), "a command line is a list of words"
+        try:
+            return find_configs(args)
+        except ConfigError as error:
+            parser.error(str(error), error)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's would unpack the checkpoint, and take settings from it in place of the config's."""

@@ -5,7 +5,6 @@ played in the policy's place through the collector that training uses, so prompt
 the real ones.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fuchsia_pl.cli.commands import check_env_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.examination import Examination, Examiner, Run
 from fuchsia_pl.cli.played import Played
@@ -118,13 +118,7 @@ def _counted(found: Examination) -> str:
 
 def check_env(arguments: list[str]) -> int:
     """Runs `fuchsia check-env`; returns the exit code, 0 where everything holds."""
-    parser = argparse.ArgumentParser(
-        prog="fuchsia check-env",
-        description=__doc__,
-        epilog="All other options are those of `fuchsia fit`; --debug shows the traceback of an error.",
-        add_help=True,
-    )
-    parser.add_argument("--num-items", type=int, default=4, help="items to play on (default: 4)")
+    parser = check_env_options()
     given, rest = parser.parse_known_args(arguments)
     if given.num_items < 1:
         parser.error(f"--num-items must be 1 or more, got {given.num_items}")

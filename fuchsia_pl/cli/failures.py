@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fuchsia_pl.cli.commands import DEBUG_OPTION
 from fuchsia_pl.types import ConfigError
 
-DEBUG_OPTION = "--debug"
 # With what libraries, and classes of a user's, refuse their settings. Anything else is a bug, whose traceback is wanted.
 REFUSALS = (MisconfigurationException, ImportError, OSError, ValueError)
 

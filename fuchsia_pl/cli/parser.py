@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fuchsia_pl.cli.commands import HELP_ALL_OPTION, HELP_OPTIONS
 from fuchsia_pl.cli.failures import made
 from fuchsia_pl.cli.unknown_keys import unknown_keys
 
@@ -37,7 +38,8 @@ class SuggestingParser(LightningArgumentParser):
         unknown = unknown_keys(parser, _words_of(parser, self.args)) if UNKNOWN_KEY.search(message) else []
         for line in [str(key) for key in unknown] or [" ".join(message.split())]:
             sys.stderr.write(f"error: {line}\n")
-        sys.stderr.write(f"All keys: {parser.prog.replace(' [options]', '')} --help\n")
+        command = parser.prog.replace(" [options]", "")
+        sys.stderr.write(f"All keys: {command} {HELP_ALL_OPTION if ' ' in command else HELP_OPTIONS[-1]}\n")
         raise SystemExit(2) from ex
 
     def instantiate(

@@ -4,7 +4,6 @@ A run records the steps that it skips since a loss or a gradient is not finite, 
 holds the trained weights and the tokens. The model is found by its name; engine, environment and its data are not needed.
 """
 
-import argparse
 import logging
 import sys
 import warnings
@@ -24,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step, unscaled
+from fuchsia_pl.cli.commands import replay_options
 from fuchsia_pl.cli.failures import one_line
 from fuchsia_pl.module import GRPOModule, parsed_settings
 from fuchsia_pl.policy.contents import fingerprint, not_finite
@@ -193,9 +193,7 @@ def _bits(losses: Tensor) -> Tensor:
 
 def replay(arguments: list[str]) -> int:
     """Runs `fuchsia replay`; returns the exit code, 0 where the step was reproduced bit for bit."""
-    parser = argparse.ArgumentParser(prog="fuchsia replay", description=__doc__)
-    parser.add_argument("file", type=Path, help="what a run recorded, such as runs/NAME/0/recorded/step-7.pt")
-    file = parser.parse_args(arguments).file
+    file = replay_options().parse_args(arguments).file
     try:
         recorded = read_step(file)
         with _quiet():

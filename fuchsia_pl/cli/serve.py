@@ -4,7 +4,6 @@ The model, its type, the longest completion, the adapter's rank and the seed are
 like are those of the config's VLLMColocatedEngine, or its defaults where the config names another engine.
 """
 
-import argparse
 import errno
 import ipaddress
 import json
@@ -19,6 +18,7 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from fuchsia_pl import orphans
+from fuchsia_pl.cli.commands import serve_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
@@ -209,16 +209,7 @@ def check_port(host: str, port: int) -> None:
 
 def serve(arguments: list[str]) -> NoReturn:
     """Runs `fuchsia serve`."""
-    parser = argparse.ArgumentParser(
-        prog="fuchsia serve",
-        description=__doc__,
-        epilog="All other options are those of `fuchsia fit`; --debug shows the traceback of an error.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    parser.add_argument("--api_key", help="what requests must bring (default: the environment variable VLLM_API_KEY)")
-    parser.add_argument("--allow_open", action="store_true", help="answer other machines without a key too")
+    parser = serve_options()
     given, rest = parser.parse_known_args(arguments)
     try:
         check_port(given.host, given.port)

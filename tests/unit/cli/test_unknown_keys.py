@@ -39,7 +39,7 @@ def told(tmp_path, monkeypatch, capsys):
             ParseOnly(["fit", "--config", "tiny.yaml", *words])
         assert caught.value.code == 2
         *errors, last = capsys.readouterr().err.splitlines()
-        assert last == "All keys: fuchsia fit --help"
+        assert last == "All keys: fuchsia fit --help-all"
         return [line.removeprefix("error: ") for line in errors]
 
     return run
