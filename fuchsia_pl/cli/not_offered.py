@@ -44,7 +44,7 @@ MODEL = (
         "Download the revision and give its folder as model.policy.name", ("model_revision",), (), ("model.revision",)
     ),
     NotOffered(
-        "Dropout of the base model is always off; that of the adapter is model.policy.lora.dropout",
+        "The base model has the dropout of its own config; that of the adapter is model.policy.lora.dropout",
         ("disable_dropout",),
     ),
     NotOffered("Loss terms of the model itself are not added: leave it out", ("router_aux_loss_coef",)),

@@ -103,16 +103,16 @@ class SettingsCLI(FuchsiaCLI):
         self.table = settings_table(self._parser(command), self.config[command])
 
     def _set_seed(self) -> None:
-        """Nothing runs."""
+        """Does nothing: no command runs."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Does nothing: no objects are made."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Does nothing: no objects are made."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing runs."""
+        """Does nothing: no command runs."""
 
 
 def print_help(words: list[str]) -> None:
