@@ -1,4 +1,4 @@
-"""LightningCLI with this project's parts wired in."""
+"""LightningCLI with the classes of this project."""
 
 import sys
 import traceback
@@ -39,7 +39,7 @@ from fuchsia_pl.callbacks.stop_signals import StopSignals, await_ranks
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
-from fuchsia_pl.cli.failures import DEBUG_OPTION, refused_by
+from fuchsia_pl.cli.failures import refused_by
 from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
 from fuchsia_pl.cli.parser import SuggestingParser
 from fuchsia_pl.cli.run_folder import (
@@ -67,14 +67,14 @@ DEFAULT_SEED = 0
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config to the run folder, whatever the loggers are."""
+    """Writes the resolved config to the run folder, with any loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on the first rank."""
         file = Path(trainer.default_root_dir) / SAVED_CONFIG
         with writing(file):
             self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
-        # What the preset made of it; given as one more --config, it pins every part.
+        # The objective with all parts of its preset. Given as one more --config, it fixes every part.
         loss = cast(GRPOModule, pl_module).loss_config.resolved()
         objective = Path(trainer.default_root_dir) / SAVED_OBJECTIVE
         with writing(objective):
@@ -82,7 +82,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class FuchsiaCLI(LightningCLI):
-    """`fuchsia fit | validate | test | predict`, see `fuchsia fit --help`."""
+    """`fuchsia fit | validate | test | predict`. `settings_table` writes their help pages."""
 
     def __init__(self, args: ArgsType = None) -> None:
         self.arguments: list[str] = []
@@ -103,7 +103,7 @@ class FuchsiaCLI(LightningCLI):
                 "use_distributed_sampler": False,
             },
             parser_class=SuggestingParser,
-            parser_kwargs={"epilog": f"{DEBUG_OPTION}, with any command, shows the traceback of an error."},
+            parser_kwargs={"prog": "fuchsia"},
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -137,20 +137,23 @@ class FuchsiaCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Looks configs up by name before anything is parsed."""
-        given = sys.argv[1:] if args is None else args
-        assert isinstance(given, list), "a command line is a list of words"
-        try:
-            self.arguments = find_configs(given)
-        except ConfigError as error:
-            parser.error(str(error), error)
+        self.arguments = self.found_configs(parser, sys.argv[1:] if args is None else args)
         with fresh_arguments():
             self.config = parser.parse_args(self.arguments)
 
+    def found_configs(self, parser: LightningArgumentParser, args: ArgsType) -> list[str]:
+        """The command line with a file in place of each config's name."""
+        assert isinstance(args, list), "a command line is a list of words"
+        try:
+            return find_configs(args)
+        except ConfigError as error:
+            parser.error(str(error), error)
+
     def _parse_ckpt_path(self) -> None:
-        """Lightning's would unpack the checkpoint, and take settings from it in place of the config's."""
+        """Replaces Lightning's method, which unpacks the checkpoint and uses its settings in place of the config's."""
 
     def instantiate_classes(self) -> None:
-        """Makes the run folder and all parts; what a part refuses is reported like any other mistake in a config."""
+        """Makes the run folder and all objects of the config; reports settings that they refuse as configuration errors."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
         with self._refusals():
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
@@ -164,13 +167,13 @@ class FuchsiaCLI(LightningCLI):
                 check_optimization(self.model.optimizer, self.model.lr_scheduler, self.trainer)
             check_quantization(self.model.policy_config.quantization)
             check_adapter(self.model.policy_config.lora)
-            # Last, since it may download or convert: every setting has been accepted by now.
+            # Last, since it may download or convert a model.
             check_targets(blank_model(self.model.learner.served_model.folder), self.model.policy_config.lora)
             self._check_weights(checkpoint)
             self._announce()
 
     def _find_checkpoint(self, runs: Path) -> dict[str, Any] | None:
-        """The checkpoint that the command names, looked for before there is a folder of this run; None where it names none."""
+        """The checkpoint of `--ckpt_path`, read before the run has a folder; None without that option."""
         arguments = self.config[self.subcommand]
         given = arguments.get("ckpt_path")
         if any(arguments.resume.as_dict().values()) and (self.subcommand != "fit" or given is None):
@@ -190,7 +193,7 @@ class FuchsiaCLI(LightningCLI):
         return read_given(path)
 
     def _check_weights(self, checkpoint: dict[str, Any] | None) -> None:
-        """Compares the files of the model, the adapter and the checkpoint, from their headers, before anything is loaded."""
+        """Compares the headers of the files of model, adapter and checkpoint, before anything is loaded."""
         policy, folder = self.model.policy_config, self.model.learner.served_model.folder
         shapes = trained_shapes(policy, folder, with_critic=self.model.loss_config.parts.advantage == "gae")
         if checkpoint is not None:
@@ -201,20 +204,20 @@ class FuchsiaCLI(LightningCLI):
                 check_resume(checkpoint, path, self.model)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs it; what only the model, the data or the devices show to be a mistake in a config is reported like any other."""
+        """Runs the command; reports settings that the model, the data or the devices refuse as configuration errors."""
         orphans.watch()  # before a launcher starts other ranks
         try:
             with self._refusals():
                 super()._run_subcommand(subcommand)
         except BaseException:
-            if stopping.signum is not None:  # else the others may wait for what this rank does no more
+            if stopping.signum is not None:  # after an error, other ranks may wait for this one without end
                 await_ranks(self.trainer)
             raise
         await_ranks(self.trainer)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Inside the `with` block, a refused setting ends the program in one line, and leaves no folder where nothing ran."""
+        """Inside the `with` block, a refused setting ends the program in one line, and removes the folder if nothing ran."""
         try:
             yield
         except (ConfigError, MisconfigurationException) as error:
@@ -239,7 +242,7 @@ class FuchsiaCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the run folder as its root, and a CSV log in it beside any logger of the config.
 
-        Callbacks that every run has are left out where the trainer's own flags say so.
+        Callbacks that every run has are left out if flags of the trainer disable them.
         """
         trainer = self._get(self.config_init, "trainer")
         needless = {
@@ -261,7 +264,7 @@ class FuchsiaCLI(LightningCLI):
         made = super().instantiate_trainer(
             default_root_dir=str(self.run_folder), logger=loggers, plugins=plugins, **kwargs
         )
-        # Lightning puts those of the config before them. Weights have to be checked before any callback writes them.
+        # Lightning calls callbacks of the config first. Weights have to be checked before any callback writes them.
         made.callbacks.sort(key=lambda callback: not isinstance(callback, FiniteGuard))  # type: ignore[attr-defined]
         return made
 

@@ -1,4 +1,4 @@
-"""What goes to the console and what to a file: our warnings and all errors to both, the libraries' chatter to the file."""
+"""Logging: our warnings and all errors go to the console and to a file, messages of libraries to the file alone."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ PROFILER_LOGGER = "lightning.pytorch.profilers.profiler"
 
 
 class ConsoleHandler(logging.Handler):
-    r"""Writes each message once to stderr, in one line; a traceback is for the file.
+    r"""Writes each message once to stderr, in one line, without a traceback.
 
     >>> handler = ConsoleHandler(logging.WARNING)
     >>> handler.line(logging.LogRecord("fuchsia_pl", logging.WARNING, "", 0, "no %s\nis left", ("server",), None))
@@ -44,7 +44,7 @@ class ConsoleHandler(logging.Handler):
         """Writes it, unless the same line was written before."""
         try:
             line = self.line(record)
-        except Exception:  # a message that does not fit its arguments: logging reports that and goes on
+        except Exception:  # a message that does not fit its arguments: logging reports it and continues
             self.handleError(record)
             return
         if line not in self._written:
@@ -53,14 +53,14 @@ class ConsoleHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that a run can do without: where the disk is full, one line follows, and no traceback for each record."""
+    """A log file that may fail: on a full disk, one line is printed instead of a traceback for each record."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._was_refused = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Names the file and the reason once; any other error is of the record, and logging prints it."""
+        """Prints the file and the reason once. Any other error is about the record, and logging prints it."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -72,14 +72,14 @@ class LogFile(logging.FileHandler):
 
 
 def show_warnings() -> None:
-    """Has warnings and errors of this package, and of everything whose logger is not pointed elsewhere, written to stderr."""
+    """Writes warnings and errors to stderr, of this package and of all loggers without a handler of their own."""
     logging.getLogger().addHandler(ConsoleHandler(logging.WARNING))
 
 
 def chatter_to(run_folder: Path) -> None:
-    """Points the libraries' loggers, warnings included, at `run.log` and switches their progress bars off.
+    """Sends messages and warnings of libraries to `run.log` and switches off their progress bars.
 
-    Their errors go to the console too, and what this package logs goes to the file too.
+    Their errors go to the console too, and messages of this package go to the file too.
     """
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -95,7 +95,7 @@ def chatter_to(run_folder: Path) -> None:
         logger.propagate = False
     for name in OWN_LOGGERS:
         logging.getLogger(name).handlers = [handler]
-    # Whoever sets trainer.profiler wants to see its table.
+    # A user who sets trainer.profiler wants to see its table.
     logging.getLogger(PROFILER_LOGGER).handlers = [logging.StreamHandler(sys.stdout)]
     transformers_logging.disable_progress_bar()
     disable_progress_bars()

@@ -1,11 +1,10 @@
-"""`fuchsia check-env`: does an environment pay for what it should, and survive what a policy may write?
+"""`fuchsia check-env`: checks that an environment rewards the gold answer most and survives hostile texts.
 
-Nothing is trained and no model is loaded, only its tokenizer. The checks of the start of `fuchsia fit` are made, and texts are
-played in the policy's place through the collector that training uses, so prompts, tools, reward functions and time limits are
+Nothing is trained, and of the model only the tokenizer is loaded. The checks of the start of `fuchsia fit` run first. Then texts
+take the place of the policy's output in the collector that training uses, so prompts, tools, reward functions and time limits are
 the real ones.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fuchsia_pl.cli.commands import check_env_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.examination import Examination, Examiner, Run
 from fuchsia_pl.cli.played import Played
@@ -23,7 +23,7 @@ from fuchsia_pl.loop import run_blocking
 
 
 class CheckEnvCLI(ConfigOnlyCLI):
-    """Of the parts, only the environment, the tokenizer, the lengths and the number of items are used."""
+    """Uses the environment, the tokenizer, the lengths and the number of items of a config."""
 
     def __init__(self, args: ArgsType, num_items: int) -> None:
         self.num_items = num_items
@@ -31,7 +31,7 @@ class CheckEnvCLI(ConfigOnlyCLI):
         super().__init__(args)
 
     def use_config(self) -> None:
-        """Examines the environment and reports what came of it."""
+        """Examines the environment and prints the results."""
         trainer = self._get(self.config, "trainer")
         limit = trainer.limit_val_batches
         ranks, budget = (
@@ -45,7 +45,7 @@ class CheckEnvCLI(ConfigOnlyCLI):
 
 
 def num_ranks(devices: Any, num_nodes: int) -> int:
-    """The ranks of a run, 1 on each node where only the machine that it runs on knows.
+    """The number of ranks of a run; counts 1 for each node if `devices` depends on the machine.
 
     >>> num_ranks(4, 2), num_ranks([0, 1], 1), num_ranks("auto", 1), num_ranks("2", 1), num_ranks(-1, 1)
     (8, 2, 1, 2, 1)
@@ -56,7 +56,7 @@ def num_ranks(devices: Any, num_nodes: int) -> int:
 
 
 def report(console: Console, found: Examination) -> None:
-    """Prints a prompt, a table with a row for each text, and what does not hold."""
+    """Prints a prompt, a table with a row for each text, and the faults."""
     environment, played = found.environment, found.played
     shown = next((one.rollouts[0] for one in played if one.rollouts), None)
     if shown is not None:
@@ -117,14 +117,8 @@ def _counted(found: Examination) -> str:
 
 
 def check_env(arguments: list[str]) -> int:
-    """Runs `fuchsia check-env`; returns the exit code, 0 where everything holds."""
-    parser = argparse.ArgumentParser(
-        prog="fuchsia check-env",
-        description=__doc__,
-        epilog="All other options are those of `fuchsia fit`; --debug shows the traceback of an error.",
-        add_help=True,
-    )
-    parser.add_argument("--num-items", type=int, default=4, help="items to play on (default: 4)")
+    """Runs `fuchsia check-env`; returns the exit code, 0 if there is no finding."""
+    parser = check_env_options()
     given, rest = parser.parse_known_args(arguments)
     if given.num_items < 1:
         parser.error(f"--num-items must be 1 or more, got {given.num_items}")

@@ -1,4 +1,4 @@
-"""`--ckpt_path`: which checkpoint is meant, and whether it is one, before anything is built."""
+"""`--ckpt_path`: finds the checkpoint and checks it, before anything is built."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
-    """The checkpoint that `--ckpt_path` means.
+    """The checkpoint of `--ckpt_path`.
 
     Args:
         given: A path, `last` (the newest whole one of a config's runs) or `best` (the one that a `ModelCheckpoint(monitor=…)` of
@@ -35,7 +35,7 @@ def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
         console: Where the choice is printed.
 
     Raises:
-        ConfigError: There is none, or the word means a place that no run of this program writes to.
+        ConfigError: There is none, or the value is a kind of address that this program does not use.
     """
     if given == LAST:
         path, step = _last(runs, console)
@@ -63,15 +63,15 @@ def _last(runs: Path, console: Console) -> tuple[Path, int]:
         if checkpoint is not None:
             return path, checkpoint["global_step"]
     raise ConfigError(
-        f"--ckpt_path {LAST}: no run under {runs} has left a whole {CHECKPOINT_FOLDER}/{LAST_FILE}. Leave it out to start anew, "
-        "give a path, or set trainer.default_root_dir to the root of those runs"
+        f"--ckpt_path {LAST}: no run under {runs} has left a whole {CHECKPOINT_FOLDER}/{LAST_FILE}. Leave it out to start "
+        "a new run, give a path, or set trainer.default_root_dir to the root of those runs"
     )
 
 
 def _by_age(folders: Iterable[Path]) -> list[Path]:
-    """What a run keeps by itself in some folders of checkpoints, the newest first."""
+    """The checkpoints that runs keep by themselves in some folders, the newest first."""
     files = [file for folder in folders for file in (folder / LAST_FILE, *folder.glob(OLDER_FILES))]
-    # An older one is a second name of what `last.ckpt` was, so it has the time of its own step.
+    # An older one is a hard link to a former `last.ckpt`, so it has the time of its own step.
     return sorted((file for file in files if _changed(file)), key=_changed, reverse=True)
 
 
@@ -79,7 +79,7 @@ def read_given(path: Path) -> dict[str, Any]:
     """The checkpoint that a command names, see `read_checkpoint`.
 
     Raises:
-        ConfigError: It cannot be used; the newest beside it that can is named.
+        ConfigError: It cannot be used. The message contains the newest usable one in its folder.
     """
     try:
         return read_checkpoint(path)
@@ -94,7 +94,7 @@ def read_given(path: Path) -> dict[str, Any]:
 
 
 def _print_later_runs(chosen: Path, runs: Path, console: Console) -> None:
-    """Prints the runs that have higher numbers and older checkpoints: numbers do not depend on the clock, file times do."""
+    """Prints runs with higher numbers and older checkpoints: a sign that the clock was set back, since numbers only grow."""
     run = chosen.parent.parent.name
     numbers = [int(folder.name) for folder in _folders(runs) if folder.name.isdigit() and run.isdigit()]
     files = {number: runs / str(number) / CHECKPOINT_FOLDER / LAST_FILE for number in numbers if number > int(run)}
@@ -123,7 +123,7 @@ def _best(runs: Path, console: Console) -> tuple[Path, int]:
 
 
 def _best_of(folder: Path, console: Console) -> dict[Path, str]:
-    """The monitor of each whole checkpoint that is the best of its run, by what the newest checkpoint there knows."""
+    """The monitor of each whole checkpoint that is the best of its run, according to the newest checkpoint in the folder."""
     for path in sorted(folder.glob("*.ckpt"), key=_changed, reverse=True):
         checkpoint = _whole(path, console)
         if checkpoint is None:
@@ -139,7 +139,7 @@ def _best_of(folder: Path, console: Console) -> dict[Path, str]:
 
 
 def _moved(folder: Path, best: Path) -> Path:
-    """The root may have been moved since the path was saved, or the best may be that of the run which this one resumed."""
+    """The path of the best: the root may have been moved since it was saved, or the run may have resumed another run."""
     return folder / best.name if (folder / best.name).exists() else best
 
 
@@ -148,7 +148,7 @@ def _folders(runs: Path) -> Iterator[Path]:
 
 
 def _changed(path: Path) -> float:
-    """When it was last written, 0 where it does not exist."""
+    """Time of the last write, 0 if it does not exist."""
     places = [place for place in (path, older_folder(path)) if place.exists()]
     return max((place.stat().st_mtime for place in places), default=0.0)
 
@@ -164,11 +164,11 @@ def _whole(path: Path, console: Console) -> dict[str, Any] | None:
 def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
     """The metrics of a checkpoint's steps, from the folder of the run that saved it.
 
-    Torn last lines of that run's logs of rollouts, as a kill leaves them, are removed. A checkpoint may have been copied to any
-    folder, and what lies in one that is no run's is left alone.
+    Removes incomplete last lines of that run's logs of rollouts, which a kill leaves. A checkpoint may have been copied to any
+    folder: files in a folder that is not a run's are left alone.
 
     Args:
-        path: Where the checkpoint lies.
+        path: Path of the checkpoint.
         checkpoint: What `read_checkpoint` returned.
     """
     folder = path.absolute().parent
@@ -189,13 +189,13 @@ def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
 def check_checkpoint(
     checkpoint: Mapping[str, Any], path: str, shapes: Mapping[str, tuple[int, ...]], strategy: Strategy
 ) -> None:
-    """Compares a checkpoint with what a run would do with it, before the engine starts.
+    """Compares a checkpoint with the model and the strategy of a run, before the engine starts.
 
     Args:
         checkpoint: What `read_checkpoint` returned.
-        path: Where it lies.
+        path: Its path.
         shapes: What `trained_shapes` returned.
-        strategy: The run's.
+        strategy: The strategy of the run.
 
     Raises:
         ConfigError: It is of another adapter, or is a folder and the strategy reads files.
@@ -212,7 +212,7 @@ def check_resume(checkpoint: Mapping[str, Any], path: str, module: GRPOModule) -
     """Compares the optimizer of a checkpoint with that of a run that would continue from it.
 
     Raises:
-        ConfigError: There is none, or nothing decides between the two, or the one decided on cannot be had.
+        ConfigError: The checkpoint has none, or they differ and `resume` chooses neither, or the chosen one cannot be restored.
     """
     is_folder = "state_dict" not in checkpoint
     if not is_folder and "optimizer_states" not in checkpoint:

@@ -1,7 +1,7 @@
-"""A class that takes another's place in a config starts from its own defaults.
+"""A class that replaces another class in a config starts from its own defaults.
 
-jsonargparse keeps every argument of the old class that the new one knows by name too, so `--model.optimizer torch.optim.SGD` over
-a config of AdamW would go on with AdamW's learning rate and weight decay.
+jsonargparse keeps every argument of the old class whose name the new class has too. So `--model.optimizer torch.optim.SGD` over a
+config of AdamW would use AdamW's learning rate and weight decay.
 """
 
 import inspect
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def fresh_arguments() -> Iterator[None]:
-    """Inside the `with` block, parsers drop all arguments of a class whose place another takes, and a warning names them.
+    """Inside the `with` block, parsers drop all arguments of a class that is replaced, and a warning names them.
 
-    The function that is replaced is the one place in which jsonargparse decides what stays, for configs and command lines alike;
-    no setting of it reaches that decision.
+    The patched function is the one place in which jsonargparse decides which arguments stay, for configs and command lines alike.
+    jsonargparse has no setting for it.
     """
     original = _typehints.discard_init_args_on_class_path_change
     _typehints.discard_init_args_on_class_path_change = _drop_all
@@ -32,7 +32,7 @@ def fresh_arguments() -> Iterator[None]:
 
 
 def _drop_all(parser_or_action: Any, previous: Any, value: Any) -> None:
-    """Takes the place of jsonargparse's function of the same arguments; changes `previous` in place, as that one does."""
+    """Replaces jsonargparse's function with the same arguments; changes `previous` in place, as that function does."""
     if not previous or "init_args" not in previous or previous["class_path"] in (None, value["class_path"]):
         return
     arguments = previous["init_args"]
@@ -40,17 +40,17 @@ def _drop_all(parser_or_action: Any, previous: Any, value: Any) -> None:
     dropped = dict(items)
     for name in dropped:
         arguments.pop(name)
-    told = ", ".join(f"{name}={given}" for name, given in dropped.items() if not _is_default(previous, name, given))
-    if told:
+    listed = ", ".join(f"{name}={given}" for name, given in dropped.items() if not _is_default(previous, name, given))
+    if listed:
         logger.warning(
-            "%s takes the place of %s, so what was set of the latter does not count: %s",
+            "%s replaces %s, whose settings are dropped: %s",
             value["class_path"],
             previous["class_path"],
-            told,
+            listed,
         )
 
 
 def _is_default(previous: Any, name: str, given: Any) -> bool:
-    """Whether a value is the class's own, which parsers fill in."""
+    """Whether a value is the default of the class, which parsers fill in."""
     parameter = inspect.signature(import_object(previous["class_path"])).parameters.get(name)
     return parameter is not None and parameter.default == given

@@ -7,11 +7,11 @@ from fuchsia_pl.types import ConfigError
 
 
 class ConfigOnlyCLI(FuchsiaCLI):
-    """Parses what `fuchsia fit` takes and makes module and data module, without a run folder or a trainer."""
+    """Parses the settings of `fuchsia fit` and makes module and data module, without a run folder or a trainer."""
 
     @abstractmethod
     def use_config(self) -> None:
-        """What the command does with `self.model` and `self.datamodule`. A ConfigError is reported like any other mistake."""
+        """Runs the command on `self.model` and `self.datamodule`. A ConfigError is reported as a configuration error."""
 
     def instantiate_classes(self) -> None:
         """Makes module and data module; neither loads anything."""

@@ -1,4 +1,4 @@
-"""With which code and words the command ends where its run did not come to its own end."""
+"""Exit code and last lines of a command that a signal stopped."""
 
 import shlex
 import signal
@@ -14,11 +14,11 @@ CHECKPOINT_OPTION = "--ckpt_path"
 
 
 def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:
-    """Ends a process that was told to end, and prints how to go on.
+    """Ends a process that a signal stopped, and prints the command that resumes the run.
 
     Args:
-        words: The command, for the line that goes on.
-        end: What ended the run; None where it came to its end all the same.
+        words: The command line.
+        end: The exception that ended the run; None if the run is complete all the same.
     """
     assert stopping.signum is not None
     lines = last_words(words, end) if is_first_rank() else error_words(end)
@@ -29,32 +29,37 @@ def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:
 
 
 def last_words(words: list[str], end: BaseException | None) -> list[str]:
-    """The lines that say where the run stands and how to go on."""
+    """The last lines: the step of the run, and the command that resumes it."""
     assert stopping.signum is not None
     name = signal.Signals(stopping.signum).name
     lines = error_words(end)
     if end is None:
-        return [*lines, f"{name} came at the end of the run, which is complete"]
+        return [*lines, f"{name} arrived at the end of the run, which is complete"]
     if stopping.checkpoint is None:
-        return [*lines, f"stopped by {name} before there was anything to go on from: the same command starts anew"]
+        return [
+            *lines,
+            f"stopped by {name} before there was a checkpoint to continue from: the same command starts a new run",
+        ]
     return [
         *lines,
-        f"stopped by {name}; {stopping.checkpoint} holds the run after step {stopping.step}",
-        f"go on with: {resume_command(sys.argv[0], words, stopping.checkpoint)}",
+        f"stopped by {name}; {stopping.checkpoint} contains the run after step {stopping.step}",
+        f"continue with: {resume_command(sys.argv[0], words, stopping.checkpoint)}",
     ]
 
 
 def error_words(end: BaseException | None) -> list[str]:
-    """The line about what ended the run in place of the signal, none where that did. Any rank may meet such an error alone.
+    """The line about an error that ended the run in place of the signal, if there was one. It may be the error of any one rank.
 
     >>> error_words(Stopped(15)), error_words(OSError("no space"))
-    ([], ['error on the way out: OSError: no space'])
+    ([], ['error while the run ended: OSError: no space'])
     """
-    return [] if isinstance(end, Stopped | None) else [f"error on the way out: {type(end).__name__}: {one_line(end)}"]
+    return (
+        [] if isinstance(end, Stopped | None) else [f"error while the run ended: {type(end).__name__}: {one_line(end)}"]
+    )
 
 
 def resume_command(program: str, words: list[str], checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint.
+    """The command that resumes from a checkpoint.
 
     >>> resume_command("/bin/fuchsia", ["fit", "--config", "a b.yaml", "--ckpt_path", "last"], Path("runs/a/1/last.ckpt"))
     "fuchsia fit --config 'a b.yaml' --ckpt_path runs/a/1/last.ckpt"

@@ -1,4 +1,4 @@
-"""The examination of an environment: the checks of the start of a run, then texts that are played in the policy's place."""
+"""Examines an environment: the checks of the start of a run, then texts in place of the policy's output."""
 
 from dataclasses import dataclass, field, replace
 
@@ -21,17 +21,17 @@ from fuchsia_pl.rollouts.preparation import (
 )
 from fuchsia_pl.types import ConfigError
 
-# A hostile text is played whole: what must hold out is the environment, not the length limit before it.
+# Hostile texts are not cut: they test the environment, not the length limit before it.
 MAX_LENGTH = 10**8
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the start of a run checks besides its data module.
+    """Settings of the run that its first checks use, besides the data module.
 
     Attributes:
-        num_ranks: Ranks that share the items, as far as the config tells.
-        max_tokens: The budget of a micro-batch, None without one.
+        num_ranks: Ranks that share the items, as far as the config determines it.
+        max_tokens: Most tokens of a micro-batch, None without a limit.
         held_out: The number (int) or the share (float) of the held-out items that the run takes; 0 takes none.
 
     >>> Run(num_ranks=1, max_tokens=None, held_out=1.0).num_ranks
@@ -45,16 +45,16 @@ class Run:
 
 @dataclass
 class Examination:
-    """What was found of an environment.
+    """Results for an environment.
 
     Attributes:
         environment: The environment.
         num_items: Training items that a run may draw.
-        num_too_long: Training items that it leaves out.
-        num_held_out: Held-out items that it uses, None where the split cannot be used.
-        played: Every text on every item that was played on.
-        wrong: What does not hold, as sentences.
-        unchecked: What could not be checked and need not hold, as sentences.
+        num_too_long: Training items that are left out as too long.
+        num_held_out: Held-out items that a run uses, None if the split cannot be used.
+        played: The results of each text on each item.
+        wrong: Faults, as sentences.
+        unchecked: Optional properties that could not be checked, as sentences.
 
     >>> class Empty(Environment):
     ...     def step_rollout(self, rollout): ...
@@ -97,11 +97,11 @@ class Examiner:
         """Makes the checks of the start of a run, then plays every text on some training items and on one held-out item.
 
         Raises:
-            ConfigError: The environment cannot be prepared, or its training items cannot be asked.
+            ConfigError: The environment cannot be prepared, or no prompts can be made of its training items.
         """
         environment = self.data.environment
         found = Examination(environment)
-        # Whatever a run makes of an error in the environment's code, here it is a finding.
+        # Here an error in the environment's code is a finding, whatever `on_error` a run uses.
         on_error, environment.on_error = environment.on_error, "stop"
         try:
             check_shares(self.data.batch_size, self.run.num_ranks)

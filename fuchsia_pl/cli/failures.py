@@ -1,4 +1,4 @@
-"""Errors that a user can cause become one line: what was refused, where, and what to do."""
+"""Errors that a user can cause become one line: the setting, the reason, and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fuchsia_pl.cli.commands import DEBUG_OPTION
 from fuchsia_pl.types import ConfigError
 
-DEBUG_OPTION = "--debug"
-# With what libraries, and classes of a user's, refuse their settings. Anything else is a bug, whose traceback is wanted.
+# Errors with which libraries and users' classes refuse their settings. Anything else is a bug and keeps its traceback.
 REFUSALS = (MisconfigurationException, ImportError, OSError, ValueError)
 
 T = TypeVar("T")
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 @contextmanager
 def refused_by(what: str) -> Iterator[None]:
-    """Inside the `with` block, what is raised to refuse a setting is raised as ConfigError.
+    """Inside the `with` block, errors that refuse a setting are raised as ConfigError.
 
     Args:
-        what: Subject of the sentence, such as the class that is made.
+        what: Subject of the error message, such as the class that is made.
     """
     try:
         yield
@@ -31,13 +31,13 @@ def refused_by(what: str) -> Iterator[None]:
 
 
 def made(class_type: type[T], *args: Any, **kwargs: Any) -> T:
-    """Makes an object of a config, as jsonargparse's own instantiator does; an error names the class that refused."""
+    """Makes an object of a config, as jsonargparse's own instantiator does; an error message contains the class."""
     with refused_by(f"{class_type.__module__}.{class_type.__qualname__} does not take its settings"):
         return class_type(*args, **kwargs)
 
 
 def one_line(error: BaseException) -> str:
-    r"""An error's message without line breaks, its class's name where it has none.
+    r"""An error's message without line breaks, or the name of its class if it has none.
 
     >>> one_line(ValueError("lr is -1,\n  use more"))
     'lr is -1, use more'

@@ -1,4 +1,4 @@
-"""What does not hold of an environment, as sentences: one for each fault, however many texts show it."""
+"""Faults of an environment, as sentences: one for each fault, however many texts show it."""
 
 import ast
 import json
@@ -13,15 +13,15 @@ from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.types import Item
 
-MAX_CHARS = 400  # of a sentence: some errors repeat the text that they are about
-NUM_NAMED = 3  # texts or items that are named where there are more
+MAX_CHARS = 400  # of a sentence: some error messages contain the whole text
+NUM_NAMED = 3  # texts or items that a sentence names at most
 MAX_LITERAL_CHARS = 100_000
-# A message, or an object without a text of its own, that was made a text.
+# A message, or an object without a `__str__`, that was converted to text.
 WRITTEN_OBJECT = re.compile(r"\{'role': ?'|<[\w.]+ object at 0x[0-9a-f]+>")
 
 
 def findings(environment: Environment, played: Sequence[Played]) -> list[str]:
-    """What does not hold, one sentence for each fault."""
+    """The faults that the results show, one sentence for each."""
     found: dict[Hashable, list[tuple[str, Played]]] = defaultdict(list)
     for one in played:
         for key, sentence in [*_failures(one), *_against_gold(environment, one, played)]:
@@ -34,7 +34,7 @@ def findings(environment: Environment, played: Sequence[Played]) -> list[str]:
 
 
 def written_objects(environment: Environment, items: Sequence[Item], positions: Iterable[int], place: str) -> list[str]:
-    """A sentence where prompts look like Python objects that were written as text."""
+    """A sentence if prompts look like Python objects that were converted to text."""
     contents = {index: _written_object(environment, items[index]) for index in positions}
     wrong = {index: content for index, content in contents.items() if content is not None}
     if not wrong:
@@ -96,7 +96,7 @@ def _failures(one: Played) -> list[tuple[Hashable, str]]:
 
 
 def _against_gold(environment: Environment, one: Played, played: Sequence[Played]) -> list[tuple[Hashable, str]]:
-    """What is wrong with a text beside the gold answer of the same item, or with that itself."""
+    """Faults of a text compared with the gold answer of the same item, or of the gold answer itself."""
     gold = next((p for p in played if p.name == GOLD and p.place == one.place and p.rewards), None)
     if gold is None or not one.rewards:
         return []
@@ -115,7 +115,7 @@ def _against_gold(environment: Environment, one: Played, played: Sequence[Played
 
 
 def _origin(error: Exception) -> Hashable:
-    """Where an error comes from: the same line with the same kind of error is the same fault."""
+    """The origin of an error: errors of the same kind at the same line are one fault."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -137,7 +137,7 @@ def _texts(shown: Sequence[Played], all_names: set[str]) -> str:
 
 
 def _items(shown: Sequence[Played], played: Sequence[Played]) -> str:
-    """The items that a fault shows on, unless it does so on all."""
+    """The items on which a fault shows; "" if it shows on all."""
     places = list(dict.fromkeys(one.place for one in shown))
     return "" if len(places) == len({one.place for one in played}) else f" ({_first(places)})"
 

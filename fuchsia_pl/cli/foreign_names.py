@@ -1,22 +1,24 @@
 """Settings by the names they have in TRL, in verl and in the first Fuchsia.
 
-One table: unknown keys of a config are answered from it, and the README prints it.
+Error messages for unknown keys use this table and that of `not_offered`, and configs/README.md contains both.
 """
 
 from dataclasses import dataclass
 
+from fuchsia_pl.cli.not_offered import NOT_OFFERED, NotOffered
+
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of ours and what others call it.
+    """A setting of ours and its names elsewhere.
 
     Attributes:
         key: Our dotted key.
-        example: A value it takes, as on the command line.
+        example: An accepted value, as on the command line.
         trl: Names in TRL's GRPOConfig, ModelConfig and ScriptArguments.
-        verl: Names in verl's trainer configs; as much of the dotted key as it takes to tell them apart.
+        verl: Names in verl's trainer configs; as much of the dotted key as identifies them.
         fuchsia: Names in the first Fuchsia's YAML, likewise.
-        note: Where the meaning is another.
+        note: The difference, if the meaning is another.
 
     >>> Setting("data.batch_size", "8", trl=("generation_batch_size",)).names
     ('generation_batch_size',)
@@ -36,15 +38,31 @@ class Setting:
 
 
 ENGINE = "data.engine.init_args"
+VLLM = "fuchsia_pl.engines.vllm_colocated.VLLMColocatedEngine"
+ENGINE_CLASS = ("use_vllm", "vllm_mode", "vllm_server_base_url")
+OFFLOADING = ("free_cache_engine", "param_offload", "optimizer_offload")
 OPTIMIZER = "model.optimizer.init_args"
 CORRECTION = "model.loss.sampler_correction"
 
+STRATEGY = (
+    "fsdp",
+    "fsdp_config",
+    "deepspeed",
+    "accelerator_config",
+    "parallelism_config",
+    "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+    "ddp_backend",
+    "ddp_timeout",
+)
 MODEL = (
     Setting("model.policy.name", "org/name", ("model_name_or_path",), ("model.path",), ("model.name",)),
     Setting("model.policy.dtype", "float32", ("dtype", "torch_dtype"), ("rollout.dtype",), ("model.dtype",)),
     Setting("model.policy.lora.enabled", "true", ("use_peft",), (), ("lora.enabled",)),
     Setting("model.policy.lora.r", "8", ("lora_r",), ("lora_rank",), ("lora.r",)),
-    Setting("model.policy.lora.alpha", "16", ("lora_alpha",), (), ("lora.alpha",)),
+    Setting("model.policy.lora.alpha", "16", ("lora_alpha",), ("model.lora_alpha",), ("lora.alpha",)),
     Setting("model.policy.lora.dropout", "0.1", ("lora_dropout",)),
     Setting(
         "model.policy.lora.target_modules",
@@ -70,7 +88,8 @@ MODEL = (
         ("enable_activation_offload",),
         ("gradient_checkpointing.cpu_offloading", "gradient_checkpointing.mode"),
     ),
-    Setting("model.policy.max_tokens_per_micro_batch", "8192", (), ("ppo_max_token_len_per_gpu",)),
+    Setting("model.policy.max_tokens_per_micro_batch", "8192", (), ("ppo_max_token_len_per_gpu", "use_dynamic_bsz")),
+    Setting("model.policy.chat_template", "none", (), ("custom_chat_template",)),
 )
 TRAINING = (
     Setting("model.optimizer", "torch.optim.AdamW", ("optim",)),
@@ -104,9 +123,16 @@ TRAINING = (
     Setting("trainer.log_every_n_steps", "1", ("logging_steps",)),
     Setting("trainer.default_root_dir", "runs", ("output_dir",), ("default_local_dir",), ("output_dir",)),
     Setting("trainer.num_sanity_val_steps", "-1", ("eval_on_start",), ("val_before_train",), (), "-1 is all of it"),
-    Setting("seed_everything", "1", ("seed",)),
+    Setting(
+        "trainer.strategy", "auto", STRATEGY, ("actor.strategy", "fsdp_config"), (), "a class, see overlays/fsdp.yaml"
+    ),
+    Setting("trainer.accelerator", "cpu", ("use_cpu",), ("trainer.device",)),
+    Setting("trainer.deterministic", "true", ("full_determinism",)),
+    Setting("trainer.enable_progress_bar", "true", ("disable_tqdm",), (), (), "the opposite"),
+    Setting("seed_everything", "1", ("seed", "data_seed")),
     Setting("ckpt_path", "last.ckpt", ("resume_from_checkpoint",), ("resume_from_path", "resume_mode")),
-    Setting("checkpoint.every_n_steps", "5", ("save_steps",), ("save_freq",), ("save_steps",)),
+    Setting("checkpoint.every_n_steps", "5", ("save_steps", "save_strategy"), ("save_freq",), ("save_steps",)),
+    Setting("checkpoint.keep", "2", ("save_total_limit",), ("max_actor_ckpt_to_keep",)),
     Setting("console.every_n_steps", "5", ("log_completions", "num_completions_to_print"), (), ("trainer.debug",)),
 )
 SAMPLING = (
@@ -129,6 +155,9 @@ SAMPLING = (
     Setting("data.steps_per_epoch", "5", ("eval_steps",), ("test_freq",), ("eval_steps",), "steps between validations"),
     Setting("data.sampling.group_size", "8", ("num_generations",), ("rollout.n",), ("group_size", "vllm.n")),
     Setting("data.sampling.temperature", "1.0", ("temperature",), ("rollout.temperature",), ("sampling.temperature",)),
+    Setting("data.sampling.validation_temperature", "0.0", (), ("val_kwargs.temperature",)),
+    Setting("data.sampling.long_prompts", "drop", (), ("filter_overlong_prompts", "data.truncation")),
+    Setting("data.sampling.max_staleness", "0", (), ("staleness_threshold",), ("buffer_size",), "optimizer steps"),
     Setting(
         "data.sampling.max_completion_tokens",
         "256",
@@ -145,7 +174,10 @@ SAMPLING = (
         ("max_model_len",),
         "prompt, completion and answers of the environment together",
     ),
-    Setting("data.engine.class_path", "fuchsia_pl.engines.vllm_colocated.VLLMColocatedEngine", ("vllm_mode",)),
+    Setting(
+        "data.engine.class_path", VLLM, ENGINE_CLASS, ("rollout.name",), (), "servers: --config overlays/server.yaml"
+    ),
+    Setting(f"{ENGINE}.timeout_s", "600", ("vllm_server_timeout",)),
     Setting(
         f"{ENGINE}.kv_cache_gb",
         "4",
@@ -164,7 +196,7 @@ SAMPLING = (
     Setting(f"{ENGINE}.max_num_seqs", "64", (), ("rollout.max_num_seqs",)),
     Setting(f"{ENGINE}.enforce_eager", "true", (), ("rollout.enforce_eager",)),
     Setting(f"{ENGINE}.quantization", "fp8", (), ("rollout.quantization",), ("server.quantization",)),
-    Setting("hotswap.enabled", "true", ("vllm_enable_sleep_mode",), ("free_cache_engine",), ("single_gpu",)),
+    Setting("hotswap.enabled", "true", ("vllm_enable_sleep_mode",), OFFLOADING, ("single_gpu",)),
 )
 OBJECTIVE = (
     Setting("model.loss.loss_type", "grpo", ("loss_type",), ("loss_mode", "adv_estimator"), ("loss_type",)),
@@ -177,7 +209,9 @@ OBJECTIVE = (
     Setting("model.loss.clip_high", "0.28", ("epsilon_high",), ("clip_ratio_high",), ("epsilon_high",)),
     Setting("model.loss.dual_clip", "3.0", ("delta",), ("clip_ratio_c",)),
     Setting("model.loss.ratio_level", "token", ("importance_sampling_level",), (), ("importance_sampling.ratio_type",)),
-    Setting("model.loss.num_policy_updates", "2", ("num_iterations",), ("ppo_epochs",)),
+    Setting(
+        "model.loss.num_policy_updates", "2", ("num_iterations",), ("ppo_epochs",), ("trainer.num_policy_updates",)
+    ),
     Setting("model.loss.entropy_weight", "0.01", ("entropy_coef",), ("entropy_coeff",)),
     Setting(
         "model.loss.truncated",
@@ -192,6 +226,7 @@ OBJECTIVE = (
     Setting("model.loss.sapo_temperature_negative", "1.0", ("sapo_temperature_neg",), ("tau_neg",)),
     Setting("model.loss.critic.gamma", "1.0", (), ("algorithm.gamma",)),
     Setting("model.loss.critic.lam", "0.95", (), ("algorithm.lam",)),
+    Setting("model.loss.critic.value_clip", "0.2", (), ("cliprange_value",)),
     Setting(
         f"{CORRECTION}.mode",
         "truncate",
@@ -206,27 +241,22 @@ OBJECTIVE = (
         ("rollout_is_threshold",),
         ("token_mask_high",),
     ),
+    Setting(
+        f"{CORRECTION}.level",
+        "token",
+        (),
+        ("rollout_is_level",),
+        ("geo_mask_low", "geo_mask_high", "sequence_mask_low", "sequence_mask_high", "sequence_clip_high"),
+        "one level at a time, with `low` and `high`",
+    ),
     Setting(f"{CORRECTION}.low", "0.5", ("vllm_importance_sampling_clip_min",), (), ("token_mask_low",)),
 )
 SETTINGS = (*MODEL, *TRAINING, *SAMPLING, *OBJECTIVE)
-_BY_NAME = {name: setting for setting in SETTINGS for name in setting.names}
-_WHOLE_DISTRIBUTION = (
-    "The loss is of the distribution that was sampled from, so all of it is sampled: leave it out. Lower "
-    "data.sampling.temperature instead, which the loss takes into account"
-)
-# Names of settings that other trainers have and this one cannot offer, with the reason.
-NOT_OFFERED = {
-    "top_p": _WHOLE_DISTRIBUTION,
-    "top_k": _WHOLE_DISTRIBUTION,
-    "min_p": _WHOLE_DISTRIBUTION,
-    "use_dora": "vLLM cannot serve DoRA adapters: leave it out",
-    "modules_to_save": "vLLM cannot serve adapters that replace whole modules: leave it out, or train all weights with "
-    "model.policy.lora.enabled: false",
-}
+_BY_NAME: dict[str, Setting | NotOffered] = {name: entry for entry in (*SETTINGS, *NOT_OFFERED) for name in entry.names}
 
 
 def our_setting(key: str) -> Setting | None:
-    """Our setting for a dotted key that somebody knows from elsewhere, by the longest end of it that is a foreign name.
+    """The setting of ours for a dotted key from elsewhere; None if there is none.
 
     >>> our_setting("data.sampling.num_generations").key
     'data.sampling.group_size'
@@ -235,27 +265,37 @@ def our_setting(key: str) -> Setting | None:
     >>> our_setting("model.policy.nam") is None
     True
     """
-    parts = key.split(".")
-    return next((_BY_NAME[end] for n in range(len(parts)) if (end := ".".join(parts[n:])) in _BY_NAME), None)
+    entry = _entry(key)
+    return entry if isinstance(entry, Setting) else None
 
 
 def reason_not_offered(key: str) -> str | None:
-    """Why a setting that other trainers have does not exist here; None where the dotted key is not one of those.
+    """The reason why a setting from elsewhere does not exist here; None if the dotted key is no such setting.
 
     >>> reason_not_offered("model.policy.lora.use_dora")
     'vLLM cannot serve DoRA adapters: leave it out'
     """
-    return NOT_OFFERED.get(key.rpartition(".")[2])
+    entry = _entry(key)
+    return entry.reason if isinstance(entry, NotOffered) else None
+
+
+def _entry(key: str) -> Setting | NotOffered | None:
+    """The entry for the longest end of a dotted key that is a foreign name."""
+    parts = key.split(".")
+    return next((_BY_NAME[end] for n in range(len(parts)) if (end := ".".join(parts[n:])) in _BY_NAME), None)
 
 
 def migration_table() -> str:
-    """The table in Markdown, as the README has it."""
+    """Both tables in Markdown, as configs/README.md contains them."""
+    offered = [[f"`{s.key}`{f' ({s.note})' if s.note else ''}", *_cells(s)] for s in SETTINGS]
+    refused = [[entry.reason, *_cells(entry)] for entry in NOT_OFFERED]
+    return f"{_markdown('here', offered)}\n\n{_markdown('not offered', refused)}"
 
-    def cell(names: tuple[str, ...]) -> str:
-        return ", ".join(f"`{name}`" for name in names)
 
-    rows = [
-        f"| `{s.key}`{f' ({s.note})' if s.note else ''} | {cell(s.trl)} | {cell(s.verl)} | {cell(s.fuchsia)} |"
-        for s in SETTINGS
-    ]
-    return "\n".join(["| here | TRL | verl | the first Fuchsia |", "|---|---|---|---|", *rows])
+def _cells(entry: Setting | NotOffered) -> list[str]:
+    return [", ".join(f"`{name}`" for name in names) for names in (entry.trl, entry.verl, entry.fuchsia)]
+
+
+def _markdown(title: str, rows: list[list[str]]) -> str:
+    head = [f"| {title} | TRL | verl | the first Fuchsia |", "|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in rows)])

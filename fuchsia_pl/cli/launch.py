@@ -1,4 +1,4 @@
-"""One run folder for all ranks, whoever launched them: Lightning on one machine, torchrun or SLURM."""
+"""One run folder for all ranks, launched by Lightning on one machine, by torchrun or by SLURM."""
 
 import os
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fuchsia_pl.types import ConfigError
 RUN_FOLDER_VARIABLE = "FUCHSIA_RUN_FOLDER"
 CHECKPOINT_VARIABLE = "FUCHSIA_CHECKPOINT"
 TIMEOUT_S = 120.0
-# torchrun's own store lives in its agent; where it has none, the first rank's lives here as long as the process.
+# torchrun's own store is in its agent. If the agent has no store, the first rank keeps one here until the process ends.
 _stores: list[TCPStore] = []
 
 
@@ -33,7 +33,7 @@ def is_launched() -> bool:
 
 
 def to_first_rank() -> Callable[[int], None] | None:
-    """Sends a signal to the first rank, which passes it on to all; None where that is not this process's parent."""
+    """A function that sends a signal to the first rank, which forwards it to all; None if that is not the parent process."""
     parent = orphans.parent_in_run() if is_launched() else None
     return None if parent is None else partial(os.kill, parent)
 
@@ -43,14 +43,14 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
 
     Args:
         make: Makes a new numbered folder; called on the first rank only.
-        make_named: Makes the folder of a name that no other run has. All ranks of a SLURM job step call it.
+        make_named: Makes the folder with a name that no other run has. All ranks of a SLURM job step call it.
 
     Raises:
-        ConfigError: The first rank did not say within two minutes what its folder is, or it is on another machine and nobody
-            said where to reach it.
+        ConfigError: The first rank published no folder within two minutes, or it is on another machine and its address is
+            not set.
     """
     if TorchElasticEnvironment.detect():
-        folder = _told_by_first_rank("folder", make)
+        folder = _published_by_first_rank("folder", make)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     # A batch script without srun is one process, and may call the command again: its runs are numbered like any others.
@@ -59,7 +59,7 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
         return make_named("slurm-" + ".".join(os.environ[name] for name in names if name in os.environ))
     if LightningEnvironment().node_rank() > 0:
         raise ConfigError(
-            "this is not the first of several machines, and nothing tells it which folder the run has: start the run with "
+            "this is not the first of several machines, and the folder of the run is not known here: start the run with "
             "`torchrun -m fuchsia_pl` or `srun fuchsia`, see the README"
         )
     if not is_first_rank() and RUN_FOLDER_VARIABLE in os.environ:
@@ -70,16 +70,16 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
 
 
 def agreed_checkpoint(find: Callable[[], Path]) -> Path:
-    """The first rank's choice of a checkpoint, on every rank: another run may write one between two looks.
+    """The first rank's choice of a checkpoint, on every rank: another run may write a newer one in the meantime.
 
     Args:
-        find: Chooses; called on the first rank only, and on all ranks of a SLURM job step, which nothing connects yet.
+        find: Chooses; called on the first rank only, and on all ranks of a SLURM job step, which are not connected yet.
 
     Raises:
-        ConfigError: There is none to choose, or the first rank told nothing within two minutes.
+        ConfigError: There is none, or the first rank published none within two minutes.
     """
     if TorchElasticEnvironment.detect():
-        return _told_by_first_rank("checkpoint", find)
+        return _published_by_first_rank("checkpoint", find)
     if not is_first_rank() and CHECKPOINT_VARIABLE in os.environ:
         return Path(os.environ[CHECKPOINT_VARIABLE])
     path = find()
@@ -87,7 +87,7 @@ def agreed_checkpoint(find: Callable[[], Path]) -> Path:
     return path
 
 
-def _told_by_first_rank(what: str, make: Callable[[], Path]) -> Path:
+def _published_by_first_rank(what: str, make: Callable[[], Path]) -> Path:
     environment = TorchElasticEnvironment()
     has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     key = f"fuchsia/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -107,6 +107,6 @@ def _told_by_first_rank(what: str, make: Callable[[], Path]) -> Path:
         return Path(store.get(key).decode())
     except DistError as error:
         raise ConfigError(
-            f"rank {environment.global_rank()} did not hear from rank 0 at {where} which {what} the run has: {error}. Are "
-            "MASTER_ADDR and MASTER_PORT right, and can the machines reach each other?"
+            f"rank {environment.global_rank()} got no {what} of the run from rank 0 at {where}: {error}. Check "
+            "MASTER_ADDR and MASTER_PORT, and that the machines can reach each other"
         ) from error

@@ -1,10 +1,9 @@
 """`fuchsia replay FILE`: computes losses and gradients of a recorded step again.
 
-A run records the steps that it skips since a loss or a gradient is not finite, and those of finite_guard.record_steps. The file
-holds the trained weights and the tokens. The model is found by its name; engine, environment and its data are not needed.
+A run records the steps that it skips because a loss or a gradient is not finite, and those of finite_guard.record_steps. The
+file contains the trained weights and the tokens. The model is found by its name. Engine, environment and data are not needed.
 """
 
-import argparse
 import logging
 import sys
 import warnings
@@ -24,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step, unscaled
+from fuchsia_pl.cli.commands import replay_options
 from fuchsia_pl.cli.failures import one_line
 from fuchsia_pl.module import GRPOModule, parsed_settings
 from fuchsia_pl.policy.contents import fingerprint, not_finite
@@ -36,16 +36,16 @@ NUM_SHOWN = 3
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of a recorded step.
+    """Losses and gradients of a recorded step, computed again.
 
     Attributes:
         device: Type of the device, such as "cpu".
         losses: Of each micro-batch, as given to backward. Shape [number of micro-batches].
-        gradients: By name of the weight, before clipping; of this rank's rows alone where several ranks averaged theirs.
+        gradients: By name of the weight, before clipping; of the rows of one rank if the run had several.
         endless: Of each micro-batch, the names of the tensors that are not finite under its loss mask.
-        endless_metrics: Names of the step's metrics that are not finite; those of the loss are its parts.
+        endless_metrics: Names of the step's metrics that are not finite, the parts of the loss among them.
         same_losses: Whether the losses are the recorded ones, bit for bit.
-        same_gradients: Likewise; None where several ranks averaged theirs, of which a file has one.
+        same_gradients: Likewise; None if the run had several ranks: the file has the rows of one.
 
     >>> Replayed("cpu", torch.zeros(1), {}, ((),), (), True, None).same_losses
     True
@@ -61,7 +61,7 @@ class Replayed:
 
 
 class _ReplayModule(GRPOModule):
-    """Scales losses as a rank of several did."""
+    """Scales losses as in a run of several ranks."""
 
     recorded_ranks = 1
 
@@ -71,7 +71,7 @@ class _ReplayModule(GRPOModule):
 
 
 class _Capture(Callback):
-    """Keeps what the one step computes."""
+    """Keeps losses, gradients and names of tensors that are not finite."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
@@ -120,7 +120,7 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
 
     Args:
         recorded: What `read_step` returned.
-        root: A folder for what Lightning may write.
+        root: A folder for files of Lightning.
 
     Raises:
         ConfigError: The model is not there, or not the one that was trained.
@@ -166,10 +166,10 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
 def _module(recorded: RecordedStep) -> GRPOModule:
     """The module with the recorded weights."""
     try:
-        # The prompts are recorded as tokens: the file of a template may be gone.
+        # The prompts are recorded as tokens: the file of a template may not exist any more.
         policy = {**recorded.settings["policy"], "chat_template": None}
         settings = parsed_settings({**recorded.settings, "policy": policy})
-    except Exception as error:  # jsonargparse's own kinds; the settings are those of another version
+    except Exception as error:  # of several classes of jsonargparse; the settings are those of another version
         raise ConfigError(f"the settings of the recorded step are not of this version: {one_line(error)}") from error
     module = _ReplayModule(settings["policy"], settings["loss"], partial(torch.optim.SGD, lr=0.0))
     module.recorded_ranks = recorded.world_size
@@ -187,15 +187,13 @@ def _module(recorded: RecordedStep) -> GRPOModule:
 
 
 def _bits(losses: Tensor) -> Tensor:
-    """A NaN is no other NaN's equal, but its bits are."""
+    """The bits of losses: a NaN is not equal to itself, but its bits are."""
     return losses.float().view(torch.int32)
 
 
 def replay(arguments: list[str]) -> int:
-    """Runs `fuchsia replay`; returns the exit code, 0 where the step was reproduced bit for bit."""
-    parser = argparse.ArgumentParser(prog="fuchsia replay", description=__doc__)
-    parser.add_argument("file", type=Path, help="what a run recorded, such as runs/NAME/0/recorded/step-7.pt")
-    file = parser.parse_args(arguments).file
+    """Runs `fuchsia replay`; returns the exit code, 0 if the step was reproduced bit for bit."""
+    file = replay_options().parse_args(arguments).file
     try:
         recorded = read_step(file)
         with _quiet():
@@ -209,7 +207,7 @@ def replay(arguments: list[str]) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the libraries write about their settings, which are the recorded run's, and without a bar for the model."""
+    """Inside the `with` block, libraries print no warnings about the settings and no progress bar."""
     disable_progress_bar()
     lightning = logging.getLogger("lightning.pytorch")
     level = lightning.level
@@ -223,7 +221,7 @@ def _quiet() -> Iterator[None]:
 
 
 def report(console: Console, recorded: RecordedStep, replayed: Replayed) -> None:
-    """Prints losses and gradient beside the recorded ones, and what is not finite."""
+    """Prints losses and gradient beside the recorded ones, and names tensors that are not finite."""
     ranks = f", one of {recorded.world_size} ranks" if recorded.world_size > 1 else ""
     console.print(
         f"step {recorded.step + 1}, recorded on {recorded.device}{ranks}, computed on {replayed.device} in {recorded.precision}"

@@ -1,4 +1,4 @@
-"""Where configs are found and where a run's files go."""
+"""Finds configs and makes the folder of a run."""
 
 import contextlib
 import itertools
@@ -19,12 +19,12 @@ CONFIG_OPTIONS = ("-c", "--config")
 SAVED_CONFIG = "config.yaml"
 SAVED_OBJECTIVE = "objective.yaml"
 PROBE_BYTES = 1 << 20
-# What a run has written by the time at which its settings are all accepted.
+# Files that exist when all settings of a run are accepted.
 BEFORE_A_RUN = {LOG_FILE, SAVED_CONFIG, SAVED_OBJECTIVE}
 
 
 class ConfigNotFoundError(ConfigError):
-    """A config is neither a file nor one of those that come with Fuchsia-PL."""
+    """A config is neither a file nor a packaged config."""
 
 
 def find_config(name: str) -> str:
@@ -119,7 +119,7 @@ def new_run_folder(root: str | Path, name: str) -> Path:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Writes as much as the first files of a run take, and removes it: rights, quotas and room show in nothing else."""
+    """Writes as many bytes as the first files of a run have, and removes them: only a write shows rights, quotas and room."""
     probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks in containers share the folder, and may share the process id
     try:
         probe.write_bytes(bytes(PROBE_BYTES))

@@ -1,10 +1,9 @@
-"""`fuchsia serve`: the stock vLLM OpenAI server, started with what the configs of a run say.
+"""`fuchsia serve`: starts the stock vLLM OpenAI server with the configs of a run.
 
-The model, its type, the longest completion, the adapter's rank and the seed are those of the run; memory, parallelism and the
-like are those of the config's VLLMColocatedEngine, or its defaults where the config names another engine.
+Model, type, longest completion, rank of the adapter and seed are those of the run. Memory and parallelism are those of the
+config's VLLMColocatedEngine, or its defaults if the config has another engine.
 """
 
-import argparse
 import errno
 import ipaddress
 import json
@@ -19,6 +18,7 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from fuchsia_pl import orphans
+from fuchsia_pl.cli.commands import serve_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
@@ -36,10 +36,10 @@ from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.scratch import remove_left_behind, scratch_folder
 from fuchsia_pl.types import ConfigError
 
-# The `vllm` command of the CPU build does not start: it asks for the metadata of a package of that name.
+# The `vllm` command of the CPU build does not start: it reads the metadata of a package of that name, which is not there.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 ADAPTER_ARGUMENTS = {"enable_lora": True, "max_loras": NUM_SERVED_ADAPTERS}
-# What the trainer asks every few seconds, or after each completion, is no news.
+# Requests that the trainer sends every few seconds, or after each completion, are not logged.
 QUIET_ENDPOINTS = "/health,/v1/models,/weight_info"
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """How the server is started.
+    """Command line and environment of the server.
 
     Attributes:
         words: The command line.
-        environment: Its whole environment. The API key is here and not among the words, which everybody on the machine sees.
+        environment: Its whole environment. It contains the API key: all users of the machine can see the words.
 
     >>> ServerCommand(["python", "-m", "x"], {"PATH": "/bin"}).words[2]
     'x'
@@ -63,13 +63,13 @@ class ServerCommand:
 
 @dataclass(frozen=True)
 class Listener:
-    """Where the server listens, and whom it answers.
+    """Address of the server, and the requests that it accepts.
 
     Attributes:
         host: Address.
         port: Port.
-        api_key: What requests must bring; None takes that of the config's server engine or of the environment, if there is one.
-        allow_open: Whether it may answer other machines without a key.
+        api_key: Key that requests must contain; None uses that of the config's server engine or of the environment, if any.
+        allow_open: Whether requests of other machines are accepted without a key.
 
     >>> Listener("127.0.0.1", 8000).api_key is None
     True
@@ -82,7 +82,7 @@ class Listener:
 
 
 class ServeCLI(ConfigOnlyCLI):
-    """Becomes the server once the configs are read."""
+    """Reads the configs and then becomes the server."""
 
     def __init__(self, args: ArgsType, listener: Listener) -> None:
         self.listener = listener
@@ -90,18 +90,18 @@ class ServeCLI(ConfigOnlyCLI):
 
     def use_config(self) -> None:
         """Replaces this process by the server's, which gets the terminal and its signals and returns its own exit code."""
-        orphans.watch()  # which goes on after this process has become the server
+        orphans.watch()  # continues after this process has become the server
         remove_left_behind()
         command = server_command(self.datamodule, self.listener)
         sys.stdout.flush()
         sys.stderr.flush()
-        self.scratch = scratch_folder("vllm")  # which goes when the server has ended
+        self.scratch = scratch_folder("vllm")  # removed when the server has ended
         environment = {**command.environment, **socket_environment(self.scratch)}
         os.execve(command.words[0], command.words, environment)
 
 
 def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand:
-    """What starts a server for a run.
+    """The command that starts a server for a run.
 
     Raises:
         ConfigError: A setting does not work on this machine, or the server would be open to others.
@@ -126,31 +126,31 @@ def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand
 
 
 def checked_key(key: str, listener: Listener) -> str:
-    """The key that requests must bring, "" for none.
+    """The key that requests must contain, "" for none.
 
     Raises:
-        ConfigError: No header can hold it, or there is none and others than this machine's users could reach the server.
+        ConfigError: A header cannot contain it, or there is none and other machines can reach the server.
     """
     if key and not (key.isascii() and key.isprintable() and key == key.strip()):
         raise ConfigError(
-            "the API key must be printable ASCII without blanks at its ends, as a header of a request holds nothing else: choose "
+            "the API key must be printable ASCII without blanks at its ends, as in a header of a request: choose "
             "another --api_key"
         )
     if not key and not is_loopback(listener.host):
         if not listener.allow_open:
             raise ConfigError(
                 f"--host {listener.host} lets other machines reach the server, and there is no API key: set {API_KEY_VARIABLE}, "
-                "also where the run is, or say --allow_open where only trusted machines are on the network"
+                "also where the run is, or give --allow_open if only trusted machines are on the network"
             )
         logger.warning(
-            "the server at %s asks nobody for a key: whoever reaches it can sample, load adapters and stop it",
+            "the server at %s requires no key: all machines that reach it can sample, load adapters and stop it",
             listener.host,
         )
     return key
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address.
+    """Whether only this machine can reach an address.
 
     >>> is_loopback("127.0.0.2"), is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0"), is_loopback("a.b")
     (True, True, True, False, False)
@@ -162,10 +162,10 @@ def is_loopback(host: str) -> bool:
 
 
 def transfer_arguments(settings: VLLMSettings) -> dict[str, Any]:
-    """What lets a server take whole weights through vLLM's weight transfer (untested on a GPU).
+    """Arguments with which a server accepts whole weights through vLLM's weight transfer (untested on a GPU).
 
     Raises:
-        ConfigError: This machine has no GPU, or the server would quantize what it is given.
+        ConfigError: This machine has no GPU, or the server would quantize the weights that it receives.
     """
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -181,10 +181,10 @@ def transfer_arguments(settings: VLLMSettings) -> dict[str, Any]:
 
 
 def check_port(host: str, port: int) -> None:
-    """Listens for a moment, since vLLM does so only after it has loaded the model.
+    """Checks that the port is free, since vLLM opens it only after it has loaded the model.
 
     Raises:
-        ConfigError: The port is taken, or the address is none of this machine.
+        ConfigError: The port is taken, or the address is not one of this machine.
     """
     if not 0 < port < 2**16:
         raise ConfigError(f"--port must be between 1 and {2**16 - 1}, got {port}")
@@ -193,7 +193,7 @@ def check_port(host: str, port: int) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(
                 socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the server: a port that was just left is free
+            )  # as the server: a port that was just closed is free
             probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -209,16 +209,7 @@ def check_port(host: str, port: int) -> None:
 
 def serve(arguments: list[str]) -> NoReturn:
     """Runs `fuchsia serve`."""
-    parser = argparse.ArgumentParser(
-        prog="fuchsia serve",
-        description=__doc__,
-        epilog="All other options are those of `fuchsia fit`; --debug shows the traceback of an error.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    parser.add_argument("--api_key", help="what requests must bring (default: the environment variable VLLM_API_KEY)")
-    parser.add_argument("--allow_open", action="store_true", help="answer other machines without a key too")
+    parser = serve_options()
     given, rest = parser.parse_known_args(arguments)
     try:
         check_port(given.host, given.port)

@@ -1,7 +1,7 @@
-"""All unknown keys of a command line and its configs, each with the key that was probably meant.
+"""All unknown keys of a command line and its configs, each with a suggestion.
 
-jsonargparse ends at the first one. This walks over everything that was given, only after jsonargparse refused something, so a
-mistake here can make an error message poorer and never refuse a config that works.
+jsonargparse stops at the first unknown key. The search here runs only after jsonargparse refused something, over all that was
+given. So a mistake here can make an error message worse, but never refuses a config that works.
 """
 
 import difflib
@@ -24,12 +24,12 @@ SIMILAR, SIMILAR_PATH = 0.6, 0.8
 
 @dataclass(frozen=True)
 class UnknownKey:
-    """A key that nothing takes.
+    """A key that no parser has.
 
     Attributes:
         key: Dotted.
-        source: The config file it stands in, "" for the command line.
-        advice: What was probably meant, as a sentence; "" where nothing is near.
+        source: The config file that contains it, "" for the command line.
+        advice: A suggestion, as a sentence; "" if no key is similar.
     """
 
     key: str
@@ -43,7 +43,7 @@ class UnknownKey:
 
 
 def unknown_keys(parser: ArgumentParser, words: list[str]) -> list[UnknownKey]:
-    """Finds them, in the order in which they were given.
+    """All unknown keys, in the order in which they were given.
 
     Args:
         parser: The parser of the subcommand.
@@ -56,7 +56,7 @@ def unknown_keys(parser: ArgumentParser, words: list[str]) -> list[UnknownKey]:
 
 
 class _Search:
-    """What is known of the classes that were named so far, and what was found."""
+    """The classes that were named so far, and the unknown keys that were found."""
 
     def __init__(self, parser: ArgumentParser) -> None:
         self._keys = keys_of(parser)
@@ -64,7 +64,7 @@ class _Search:
         self.found: list[UnknownKey] = []
 
     def visit(self, source: str, key: str, value: Any) -> None:
-        """Looks at a key and, where its value is a mapping, at what stands under it."""
+        """Checks a key and, if its value is a mapping, the keys in it."""
         if self._is_group(key):
             for name, inner in value.items() if isinstance(value, Mapping) else ():
                 self.visit(source, f"{key}.{name}", inner)
@@ -80,7 +80,7 @@ class _Search:
         return any(known.startswith(f"{key}.") for known in self._keys)
 
     def _owner(self, key: str) -> str | None:
-        """The key of the class, or of another value with parts, that a dotted key leads into."""
+        """The key of the class, or of another value with parts, that contains a dotted key."""
         parts = key.split(".")
         starts = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
         return next((start for start in starts if start in self._keys and not self._is_group(start)), None)
@@ -97,7 +97,7 @@ class _Search:
                 self._unknown(source, f"{key}.init_args.{name}", inner, {f"{key}.init_args.{n}": None for n in known})
 
     def _unknown(self, source: str, key: str, value: Any, near: Mapping[str, Any]) -> None:
-        """Notes a key; of a mapping, each part that has another name here, since others keep theirs in other places."""
+        """Notes a key. Of a mapping, notes each part that has another name here: other programs group settings differently."""
         if isinstance(value, Mapping):
             moved = [
                 (inner, part) for inner, part in _leaves(key, value) if our_setting(inner) or reason_not_offered(inner)
@@ -110,13 +110,13 @@ class _Search:
 
 
 def keys_of(parser: ArgumentParser) -> dict[str, Any]:
-    """The dotted keys that a parser takes, the parts of its dataclasses included, with their defaults."""
+    """The dotted keys of a parser with their defaults, those of its dataclasses included."""
     actions = [*parser._actions, *(action for group in parser._action_groups for action in group._group_actions)]
     return {action.dest: action.default for action in actions if action.dest and action.dest.split(".")[-1] != "help"}
 
 
 def nearest_key(unknown: str, known: Mapping[str, Any]) -> str | None:
-    """The known key most like an unknown one, None where none is like it: a sibling by its own name, else one by its whole path.
+    """The most similar known key, or None: a sibling by its own name, else a key by its whole path.
 
     >>> nearest_key("model.polcy.name", {"model.policy.name": None, "data.seed": None})
     'model.policy.name'
@@ -146,7 +146,7 @@ def _advice(key: str, near: Mapping[str, Any]) -> str:
 
 
 def _given(words: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """Source, key and value of everything that was given, from left to right; a key of a file may have a mapping as value."""
+    """Source, key and value of all settings that were given, from left to right. Values of a file may be mappings."""
     for position, word in enumerate(words):
         option, equals, value = word.partition("=")
         if not equals:
@@ -163,7 +163,7 @@ def _loaded(file: str) -> Mapping[Any, Any]:
     try:
         loaded = yaml.safe_load(Path(file).read_text())
     except (OSError, ValueError, yaml.YAMLError):
-        return {}  # what is wrong with the file is jsonargparse's to tell
+        return {}  # jsonargparse reports what is wrong with the file
     return loaded if isinstance(loaded, Mapping) else {}
 
 
@@ -200,12 +200,12 @@ def _arguments(value: Any) -> Mapping[str, Any]:
 
 @functools.cache
 def _class_keys(path: str) -> dict[str, Any]:
-    """The arguments of a class, none where it cannot be imported: that, too, is jsonargparse's to tell."""
+    """The arguments of a class; none if it cannot be imported, which jsonargparse reports."""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(found, fail_untyped=False)
-    except Exception:  # whatever a module of a user's does when it is imported
+    except Exception:  # a user's module may raise anything when it is imported
         return {}
     return keys_of(parser)

@@ -401,16 +401,12 @@ def test_the_logger_can_be_switched_off(config):
 
 def test_nothing_heavy_is_imported_before_it_is_chosen():
     code = "import sys, {}; print([m for m in ('wandb', 'vllm', 'peft', 'fastmcp') if m in sys.modules])"
-    for module, expected in {"fuchsia_pl": "[]", "fuchsia_pl.cli": "['peft']"}.items():
+    for module, expected in {"fuchsia_pl": "[]", "fuchsia_pl.cli": "[]", "fuchsia_pl.cli.app": "['peft']"}.items():
         out = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True)
         assert out.stdout.strip() == expected
 
 
 def test_the_package_is_a_command():
-    environment = {**os.environ, "COLUMNS": "120"}
-    out = subprocess.run(
-        [sys.executable, "-m", "fuchsia_pl", "--help"], capture_output=True, text=True, env=environment
-    )
+    out = subprocess.run([sys.executable, "-m", "fuchsia_pl", "--help"], capture_output=True, text=True)
     assert out.returncode == 0
-    for command in ("fit", "validate", "test", "predict"):
-        assert command in out.stdout
+    assert out.stdout.startswith("usage: fuchsia COMMAND")

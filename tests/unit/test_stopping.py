@@ -146,10 +146,13 @@ def test_a_signal_ends_a_run_with_its_code_and_what_was_trained_is_saved(runs, n
     elif name == "export":
         assert "which is complete" in said
     elif step is None:
-        assert f"stopped by {'SIGTERM' if code == 143 else 'SIGINT'} before there was anything to go on from" in said
+        assert (
+            f"stopped by {'SIGTERM' if code == 143 else 'SIGINT'} before there was a checkpoint to continue from"
+            in said
+        )
     else:
-        assert f"last.ckpt holds the run after step {step}" in said
-        words = shlex.split(re.search(r"go on with: (.*)", said)[1])
+        assert f"last.ckpt contains the run after step {step}" in said
+        words = shlex.split(re.search(r"continue with: (.*)", said)[1])
         assert words[:3] == ["fuchsia", "fit", "--config"]
         assert words[-2] == "--ckpt_path"
         assert runs.folder / words[-1] == checkpoint
@@ -223,7 +226,7 @@ def test_saving_has_its_own_time(trainer):
 
 @pytest.mark.parametrize(
     ("end", "printed"),
-    [(Stopped(15), []), (None, []), (OSError("no space"), ["error on the way out: OSError: no space"])],
+    [(Stopped(15), []), (None, []), (OSError("no space"), ["error while the run ended: OSError: no space"])],
 )
 def test_an_error_on_the_way_out_is_printed_by_the_rank_that_met_it(monkeypatch, end, printed):
     """Its code stays 0: with any other Lightning would kill the first rank, which may be saving."""

@@ -111,8 +111,7 @@ def test_what_does_not_count_any_more_is_told(parser, caplog):
     with caplog.at_level(logging.WARNING):
         result(parser, "optimizer", old, "torch.optim.SGD", "option")
     assert set(caplog.messages) == {
-        "torch.optim.SGD takes the place of torch.optim.AdamW, so what was set of the latter does not count: lr=0.01, "
-        "weight_decay=0.5"
+        "torch.optim.SGD replaces torch.optim.AdamW, whose settings are dropped: lr=0.01, weight_decay=0.5"
     }
     caplog.clear()
     result(parser, "optimizer", "torch.optim.AdamW", "torch.optim.SGD", "option")

@@ -12,6 +12,7 @@ from fuchsia_pl.envs.tools.spec import ToolServerError
 from tests.unit.test_cli import TINY
 
 main_module = importlib.import_module("fuchsia_pl.cli.main")  # the package has a function of that name
+run_module = importlib.import_module("fuchsia_pl.cli.run_command")
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def command(tiny_model, tmp_path, monkeypatch):
     """Runs `fuchsia …` in this process and returns its exit code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(main_module, "show_warnings", lambda: None)
+    monkeypatch.setattr(run_module, "show_warnings", lambda: None)
     monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
     (tmp_path / "tiny.yaml").write_text(TINY % tiny_model)
 
@@ -55,7 +56,7 @@ def test_another_process_or_numbers_that_failed_are_one_line(command, capsys, mo
         error.add_note("go on with last.ckpt")
         raise error
 
-    monkeypatch.setattr(main_module, "FuchsiaCLI", fail)
+    monkeypatch.setattr(run_module, "FuchsiaCLI", fail)
     assert command("fit") == 1
     assert capsys.readouterr().err == f"error: {error}\ngo on with last.ckpt\n"
     with pytest.raises(type(error)):
@@ -76,7 +77,7 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch):
     def fail(words: list[str]) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(main_module, "FuchsiaCLI", fail)
+    monkeypatch.setattr(run_module, "FuchsiaCLI", fail)
     with pytest.raises(ZeroDivisionError):
         command("fit")
 
@@ -86,6 +87,6 @@ def test_no_code_of_a_command_ends_it_with_success(command, capsys, monkeypatch)
         raise SystemExit(f"really ended with {status}")
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(main_module, "FuchsiaCLI", lambda words: os._exit(0))
+    monkeypatch.setattr(run_module, "FuchsiaCLI", lambda words: os._exit(0))
     assert command("fit") == "really ended with 1"
     assert "called os._exit(0) before the run ended" in capsys.readouterr().err

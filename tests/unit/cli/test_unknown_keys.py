@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from fuchsia_pl.cli import FuchsiaCLI
-from fuchsia_pl.cli.foreign_names import SETTINGS, migration_table, our_setting
+from fuchsia_pl.cli.foreign_names import SETTINGS, migration_table, our_setting, reason_not_offered
+from fuchsia_pl.cli.not_offered import NOT_OFFERED
 from tests.unit.test_cli import TINY
 
 README = (Path(__file__).parents[3] / "README.md").read_text()
 # Of TRL before 1.0, and of transformers before 5: people still have them.
-OLD_TRL = {"torch_dtype", "max_prompt_length", "warmup_ratio", "bf16", "fp16"}
+OLD_TRL = {"modules_to_save", "torch_dtype", "max_prompt_length", "warmup_ratio", "bf16", "fp16"}
 
 
 class ParseOnly(FuchsiaCLI):
@@ -39,7 +40,7 @@ def told(tmp_path, monkeypatch, capsys):
             ParseOnly(["fit", "--config", "tiny.yaml", *words])
         assert caught.value.code == 2
         *errors, last = capsys.readouterr().err.splitlines()
-        assert last == "All keys: fuchsia fit --help"
+        assert last == "All keys: fuchsia fit --help-all"
         return [line.removeprefix("error: ") for line in errors]
 
     return run
@@ -111,6 +112,71 @@ def test_no_foreign_name_has_two_answers():
     for setting in SETTINGS:
         for name in setting.names:
             assert our_setting(name) is setting, name
+    for entry in NOT_OFFERED:
+        for name in entry.names:
+            assert reason_not_offered(name) == entry.reason, name
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("top_p", "The loss is of the distribution that was sampled from"),
+        ("actor_rollout_ref.rollout.top_k", "The loss is of the distribution that was sampled from"),
+        ("sync_ref_model", "The reference is the model (and adapter) that the run starts from"),
+        ("push_to_hub", "Nothing is uploaded"),
+        ("server.port", "Servers are started with `fuchsia serve`"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size", "Each optimizer step trains on all rollouts of its phase"),
+    ],
+)
+def test_settings_without_a_counterpart_are_refused_with_the_reason(told, key, reason):
+    (line,) = told(f"--{key}", "1")
+    assert line.startswith(f"unknown key {key}. {reason}")
+
+
+def test_the_longest_name_decides():
+    """`debug` is of TRL and has no counterpart, `trainer.debug` is of the first Fuchsia and has one."""
+    assert our_setting("trainer.debug").key == "console.every_n_steps"
+    assert our_setting("debug") is None
+    assert reason_not_offered("trainer.debug") is None
+
+
+def test_every_field_of_trl_has_an_answer():
+    """Read from its source: to import TRL takes long."""
+    from transformers import TrainingArguments
+
+    (root,) = importlib.util.find_spec("trl").submodule_search_locations
+    tree = ast.parse((Path(root) / "trainer/grpo_config.py").read_text())
+    (config,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GRPOConfig"]
+    names = {node.target.id for node in config.body if isinstance(node, ast.AnnAssign)}
+    names |= {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert len(names) > 150
+    assert {name for name in names if not our_setting(name) and not reason_not_offered(name)} == set()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "model.name model.revision model.dtype model.max_model_len",
+        "lora.enabled lora.r lora.alpha lora.target_modules",
+        "trainer.loss_type trainer.batch_size trainer.micro_batch_size trainer.grad_accumulation_steps trainer.lr "
+        "trainer.weight_decay trainer.beta trainer.epsilon trainer.epsilon_high trainer.num_policy_updates "
+        "trainer.use_scheduler trainer.scheduler_type trainer.warmup_steps trainer.device trainer.non_blocking "
+        "trainer.async_buffer_fill trainer.single_gpu trainer.lora_path trainer.group_size trainer.log_wandb "
+        "trainer.wandb_project trainer.debug trainer.debug_log_dir trainer.log_level",
+        "trainer.importance_sampling.enabled trainer.importance_sampling.ratio_type "
+        "trainer.importance_sampling.token_mask_low trainer.importance_sampling.geo_mask_high "
+        "trainer.importance_sampling.sequence_clip_high trainer.gradient_checkpointing.enabled",
+        "server.host server.port server.gpu_memory_utilization server.tensor_parallel_size "
+        "server.enable_prefix_caching server.quantization server.buffer_size server.generation_batch_size",
+        "server.vllm.n server.vllm.max_tokens server.vllm.temperature server.vllm.top_p server.vllm.logprobs "
+        "server.vllm.kv_quantization server.transfer.mode shared.transfer.queue_dir",
+        "dataset.name dataset.split dataset.field dataset.max_samples",
+        "training.max_iterations training.save_steps training.output_dir training.eval_steps training.max_epochs",
+    ],
+)
+def test_every_key_of_the_first_fuchsia_has_an_answer(section):
+    keys = section.split()
+    assert [key for key in keys if not our_setting(key) and not reason_not_offered(key)] == []
 
 
 def test_every_key_of_ours_in_the_table_is_taken(tmp_path, monkeypatch):
@@ -134,8 +200,8 @@ def test_the_names_of_trl_are_those_it_has():
         tree = ast.parse((Path(root) / file).read_text())
         annotated = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
         names |= {node.target.id for node in annotated if isinstance(node.target, ast.Name)}
-    for setting in SETTINGS:
-        assert set(setting.trl) <= names | OLD_TRL
+    for entry in (*SETTINGS, *NOT_OFFERED):
+        assert set(entry.trl) <= names | OLD_TRL
 
 
 def test_the_readme_has_the_table():

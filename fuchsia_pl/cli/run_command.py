@@ -1,0 +1,62 @@
+"""Runs a command: signals, one-line errors and exit codes."""
+
+import sys
+import traceback
+
+from fuchsia_pl.callbacks.finite import NonFiniteError
+from fuchsia_pl.cli.app import FuchsiaCLI
+from fuchsia_pl.cli.chatter import show_warnings
+from fuchsia_pl.cli.check_env import check_env
+from fuchsia_pl.cli.commands import DEBUG_OPTION, is_help
+from fuchsia_pl.cli.ending import leave_stopped
+from fuchsia_pl.cli.launch import to_first_rank
+from fuchsia_pl.cli.replay import replay
+from fuchsia_pl.cli.serve import serve
+from fuchsia_pl.cli.settings_table import print_help
+from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.envs.user_code import ends_by_itself
+from fuchsia_pl.files import DiskError
+from fuchsia_pl.stopping import stopping
+
+
+def run_command(arguments: list[str]) -> None:
+    """Runs the command of a command line; see `main` for the exit codes."""
+    show_warnings()
+    words, is_debugging = [word for word in arguments if word != DEBUG_OPTION], DEBUG_OPTION in arguments
+    with stopping.handled(), ends_by_itself():
+        stopping.forward = to_first_rank()
+        try:
+            _run(words)
+        except BaseException as end:
+            if stopping.signum is not None:
+                if is_debugging:
+                    traceback.print_exception(end)
+                leave_stopped(words, end)
+            _report(end, is_debugging)
+            raise
+        if stopping.signum is not None:
+            leave_stopped(words, None)
+
+
+def _report(end: BaseException, is_debugging: bool) -> None:
+    """Prints errors that take one line and exits with code 1; returns if the exception itself sets the exit code."""
+    if isinstance(end, SystemExit) and is_debugging and end.__cause__ is not None:
+        traceback.print_exception(end.__cause__)
+    # These errors have their cause in another process, a disk or numbers: a traceback of this process does not help.
+    if isinstance(end, EngineError | ToolServerError | DiskError | NonFiniteError) and not is_debugging:
+        sys.stderr.write("\n".join([f"error: {end}", *end.__dict__.get("__notes__", ())]) + "\n")
+        sys.exit(1)
+
+
+def _run(words: list[str]) -> None:
+    if words[:1] == ["check-env"]:
+        sys.exit(check_env(words[1:]))
+    if words[:1] == ["replay"]:
+        sys.exit(replay(words[1:]))
+    if words[:1] == ["serve"]:
+        serve(words[1:])
+    if any(is_help(word) for word in words):
+        print_help(words)
+    else:
+        FuchsiaCLI(words)
