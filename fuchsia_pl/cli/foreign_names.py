@@ -188,8 +188,8 @@ OBJECTIVE = (
     ),
     Setting("model.loss.max_refills", "3", (), ("filter_groups", "max_num_gen_batches")),
     Setting("model.loss.reward_aggregation", "sum_then_normalize", ("multi_objective_aggregation",)),
-    Setting("model.loss.sapo_temperature_positive", "1.0", ("sapo_temperature_pos",), ("tau_pos",)),
-    Setting("model.loss.sapo_temperature_negative", "1.0", ("sapo_temperature_neg",), ("tau_neg",)),
+    Setting("model.loss.sapo.temperature_positive", "1.0", ("sapo_temperature_pos",), ("tau_pos",)),
+    Setting("model.loss.sapo.temperature_negative", "1.0", ("sapo_temperature_neg",), ("tau_neg",)),
     Setting("model.loss.critic.gamma", "1.0", (), ("algorithm.gamma",)),
     Setting("model.loss.critic.lam", "0.95", (), ("algorithm.lam",)),
     Setting(

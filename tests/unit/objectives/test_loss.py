@@ -8,6 +8,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
+from fuchsia_pl.objectives.surrogates import SAPOSettings
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from tests.doubles import denominators, make_sample
 
@@ -336,6 +337,8 @@ def test_every_setting_changes_the_loss(change):
 def test_the_temperatures_of_sapo_change_the_loss():
     policy, old = torch.tensor([[0.0, -0.5, -0.4, -1.2], [0.0, -0.7, 0.0, 0.0]]), POLICY
     before = loss_and_gradient(LossConfig("sapo"), BATCH, policy, old=old)[0].loss.item()
-    for change in ({"sapo_temperature_positive": 2.0}, {"sapo_temperature_negative": 2.0}):
-        after = loss_and_gradient(LossConfig("sapo", **change), BATCH, policy, old=old)[0].loss.item()
+    for change in ({"temperature_positive": 2.0}, {"temperature_negative": 2.0}):
+        after = loss_and_gradient(LossConfig("sapo", sapo=SAPOSettings(**change)), BATCH, policy, old=old)[
+            0
+        ].loss.item()
         assert before != pytest.approx(after, abs=1e-6)
