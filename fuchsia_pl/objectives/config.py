@@ -37,8 +37,8 @@ class LossConfig:
         advantage: "reward" (no baseline), "group_mean", "group_norm" (mean and std), "leave_one_out", "batch_norm" (over the
             step's tokens), "group_mean_batch_norm", "gae" (a critic), or the dotted path of a function with the arguments of
             `objectives/credit.py: group_norm`.
-        surrogate: "reinforce", "clip", "cispo", "sapo", or the dotted path of a function with the argument and the results of
-            `objectives/surrogates.py: clip`.
+        surrogate: "reinforce", "clip", "cispo", "sapo", "gmpo", or the dotted path of a function with the argument and the
+            results of `objectives/surrogates.py: clip`.
         reduction: "token_mean" weighs tokens alike, "sequence_mean" completions alike, "constant" divides by a constant.
         clip_low: Distance of the ratio's lower bound from 1.
         clip_high: Distance of the ratio's upper bound from 1.

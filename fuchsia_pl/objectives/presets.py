@@ -9,7 +9,9 @@ from fuchsia_pl.objectives.kl import KLEstimator
 from fuchsia_pl.objectives.reductions import Reduction
 from fuchsia_pl.objectives.surrogates import RatioLevel
 
-LossType = Literal["reinforce", "ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo"]
+LossType = Literal[
+    "reinforce", "ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo", "gmpo"
+]
 Truncated = Literal["keep", "mask", "penalise"]
 
 
@@ -53,4 +55,6 @@ PRESETS: Mapping[LossType, Parts] = {
     "cispo": Parts("group_norm", "cispo", "token_mean", clip_low=1.0, clip_high=4.0),
     # arXiv:2511.20347
     "sapo": Parts("group_norm", "sapo", "sequence_mean"),
+    # arXiv:2507.20673: ratios from e^-0.4 to e^0.4
+    "gmpo": Parts("group_norm", "gmpo", "sequence_mean", clip_low=0.32968, clip_high=0.491825),
 }

@@ -3,6 +3,7 @@
 Shape letters: B rows, T positions. A log ratio is log pi(token) - log pi_old(token).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -192,6 +193,23 @@ def sapo(inputs: SurrogateInputs) -> SurrogateResult:
     return -torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau) * advantages, torch.zeros_like(inputs.loss_mask)
 
 
+def gmpo(inputs: SurrogateInputs) -> SurrogateResult:
+    """L_t = -s A with s = the geometric mean of the row's token ratios, each bounded where A moves it past its bound.
+
+    log s = mean over the row's tokens of min(log r_t, log(1 + clip_high)) where A > 0, of max(log r_t, log(1 - clip_low))
+    elsewhere. A token beyond its bound loses its gradient; the others of the row keep theirs. Source: GMPO, arXiv:2507.20673.
+
+    Returns:
+        The loss, and True where a bound removed the token's gradient.
+    """
+    settings, log_ratio, advantages = inputs.settings, inputs.log_ratio, inputs.advantages
+    low = math.log(1.0 - settings.clip_low) if settings.clip_low < 1.0 else -math.inf
+    high = math.log(1.0 + settings.clip_high)
+    bounded = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+    mean_ratio = row_mean(bounded, inputs.loss_mask).clamp(max=MAX_LOG_RATIO).exp()
+    return -mean_ratio * advantages, (bounded != log_ratio) & (advantages != 0)
+
+
 _RATIO = {"old_logprobs", "ratio_level"}
 # Settings of `LossConfig` that some surrogate does not use.
 SURROGATE_SETTINGS = frozenset({*_RATIO, "clip_low", "clip_high", "dual_clip", "sapo"})
@@ -200,6 +218,7 @@ SURROGATES: Mapping[str, SurrogateSpec] = {
     "clip": SurrogateSpec(clip, frozenset({*_RATIO, "clip_low", "clip_high", "dual_clip"})),
     "cispo": SurrogateSpec(cispo, frozenset({*_RATIO, "clip_low", "clip_high"})),
     "sapo": SurrogateSpec(sapo, frozenset({*_RATIO, "sapo"})),
+    "gmpo": SurrogateSpec(gmpo, frozenset({"old_logprobs", "clip_low", "clip_high"})),
 }
 
 

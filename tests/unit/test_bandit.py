@@ -22,7 +22,10 @@ VARIANTS = {
     "reinforce_pp with baseline": {"loss_type": "reinforce_pp", "advantage": "group_mean_batch_norm"},
     "gspo per token": {"loss_type": "gspo", "ratio_level": "sequence_token"},
     # with ratios other than 1, so that bounds and gates act
-    **{f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3} for name in ("grpo", "cispo", "sapo", "ppo")},
+    **{
+        f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3}
+        for name in ("grpo", "cispo", "sapo", "ppo", "gmpo")
+    },
 }
 
 

@@ -20,6 +20,8 @@ PUBLISHED = {
     "gspo": ("group_norm", "clip", "sequence", (3e-4, 4e-4), "sequence_mean"),
     "cispo": ("group_norm", "cispo", "token", (1.0, 4.0), "token_mean"),
     "sapo": ("group_norm", "sapo", "token", None, "sequence_mean"),
+    # e^-0.4 = 0.67032 and e^0.4 = 1.491825
+    "gmpo": ("group_norm", "gmpo", None, (0.32968, 0.491825), "sequence_mean"),
 }
 
 
@@ -109,6 +111,7 @@ def test_where_the_kl_goes():
         ({"surrogate": "reinforce", "clip_low": 0.1}, 'clip_low has no effect with surrogate "reinforce"'),
         ({"surrogate": "reinforce", "ratio_level": "token"}, 'ratio_level has no effect with surrogate "reinforce"'),
         ({"surrogate": "sapo", "clip_high": 0.1}, 'clip_high has no effect with surrogate "sapo"'),
+        ({"surrogate": "gmpo", "ratio_level": "sequence"}, 'ratio_level has no effect with surrogate "gmpo"'),
         ({"surrogate": "cispo", "dual_clip": 3.0}, 'dual_clip has no effect with surrogate "cispo"'),
         ({"surrogate": "clip", "sapo": SAPOSettings(2.0)}, 'sapo has no effect with surrogate "clip"'),
         (

@@ -9,6 +9,7 @@ from fuchsia_pl.objectives.surrogates import (
     SurrogateSettings,
     cispo,
     clip,
+    gmpo,
     ratio_log,
     reinforce,
     row_mean,
@@ -148,11 +149,45 @@ def test_sapo_by_hand(ratio, advantage, loss, gradient):
     assert log_ratio.grad.item() == pytest.approx(gradient, abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("ratios", "advantages", "mean", "gradients", "clipped"),
+    [
+        # bounds 0.8 and 1.28. A > 0 is bounded above only: sqrt(0.5 * 1.28) = 0.8; gradient -A s / 2 within the bound
+        ([0.5, 2.0], [2.0, 2.0], 0.8, [-1.6, 0.0], [False, True]),
+        # A < 0 is bounded below only: sqrt(0.8 * 2) = 1.26491106; gradient 2 s, as the losses of both tokens depend on it
+        ([0.5, 2.0], [-2.0, -2.0], 1.26491106, [0.0, 2.52982213], [True, False]),
+        # the sign of each token's own advantage: nothing is bounded, and the two losses cancel
+        ([0.5, 2.0], [2.0, -2.0], 1.0, [0.0, 0.0], [False, False]),
+        # no advantage: nothing is lost, and nothing counts as clipped
+        ([0.5, 2.0], [0.0, 0.0], 1.26491106, [0.0, 0.0], [False, False]),
+    ],
+)
+def test_gmpo_by_hand(ratios, advantages, mean, gradients, clipped):
+    log_ratio = torch.tensor([ratios], dtype=torch.float64).log().requires_grad_()
+    advantages = torch.tensor([advantages], dtype=torch.float64)
+    loss, bounded = gmpo(inputs(log_ratio, advantages, settings=SurrogateSettings(LOW, HIGH)))
+    loss.sum().backward()
+    torch.testing.assert_close(loss, -mean * advantages, rtol=1e-7, atol=1e-7)
+    # each loss has the gradient -A s / 2 by each of the two tokens within their bounds, summed over both losses
+    torch.testing.assert_close(log_ratio.grad, torch.tensor([gradients], dtype=torch.float64), rtol=1e-7, atol=1e-7)
+    assert bounded.tolist() == [clipped]
+
+
+def test_gmpo_without_a_lower_bound_keeps_every_ratio():
+    log_ratio = torch.tensor([[-5.0, -3.0]])
+    loss, bounded = gmpo(inputs(log_ratio, torch.tensor([[-1.0, -1.0]]), settings=SurrogateSettings(1.0, HIGH)))
+    torch.testing.assert_close(loss, torch.full((1, 2), math.exp(-4.0)))
+    assert not bounded.any()
+
+
 def test_huge_ratios_stay_finite():
     huge, logprobs, advantage = torch.tensor([500.0]), torch.tensor([-1.0]), torch.tensor([-1.0])
     bounds = SurrogateSettings(1.0, 4.0)
     for loss in (cispo(inputs(huge, advantage, logprobs, bounds))[0], sapo(inputs(huge, advantage))[0]):
         assert loss.isfinite().all()
+    rows = torch.tensor([[500.0]], requires_grad=True)
+    gmpo(inputs(rows, torch.tensor([[-1.0]])))[0].sum().backward()
+    assert rows.grad.isfinite().all()
     gate = torch.tensor([500.0], requires_grad=True)
     sapo(inputs(gate, advantage))[0].sum().backward()
     assert gate.grad.item() == 0.0
