@@ -149,7 +149,7 @@ class CreditInputs:
     def penalties_of_alike(self) -> Tensor:
         """Length penalties of groups whose siblings are otherwise alike, 0 elsewhere; [N, G].
 
-        Such siblings must not be told apart by their length alone, as in DAPO, which drops these groups first.
+        The length alone must not give such siblings different advantages. DAPO drops these groups before it adds the penalty.
         """
         differs = has_spread(self.rewards - self.penalties).unsqueeze(1)
         return torch.where(differs, 0.0, self.penalties)
