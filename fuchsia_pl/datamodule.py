@@ -21,7 +21,7 @@ from fuchsia_pl.envs.base import Environment, check_environment, reward_name, we
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.objectives.config import Learner
-from fuchsia_pl.rollouts import preparation
+from fuchsia_pl.rollouts import credit, preparation
 from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
 from fuchsia_pl.rollouts.ahead import PhasesAhead
 from fuchsia_pl.rollouts.batcher import Unit, count_denominators, count_over_ranks, make_batches, split_balanced
@@ -30,7 +30,6 @@ from fuchsia_pl.rollouts.calls import close
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
-from fuchsia_pl.rollouts.credit import OVERLONG, changes_nothing, make_samples, penalise_overlong, signals_by_rollout
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
 from fuchsia_pl.rollouts.flags import Limits, check_settings, return_limits, take_limits
 from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
@@ -77,8 +76,10 @@ class RolloutDataModule(LightningDataModule):
         loss = learner.loss
         check_sizes(loss, sampling, batch_size, steps_per_epoch)
         check_environment(environment)
-        if OVERLONG in [reward_name(function) for function in environment.reward_functions]:
-            raise ConfigError(f"{type(environment).__name__} has a reward function {OVERLONG!r}: the name is taken")
+        if credit.OVERLONG in [reward_name(function) for function in environment.reward_functions]:
+            raise ConfigError(
+                f"{type(environment).__name__} has a reward function {credit.OVERLONG!r}: the name is taken"
+            )
         self.environment = environment
         self.engine = engine
         self.served_model = learner.served_model
@@ -307,15 +308,13 @@ class RolloutDataModule(LightningDataModule):
         sampled, seconds = self._waited(partial(self._phases.take, step // num_updates))
         rollouts = [rollout for group in [*sampled.kept, *sampled.dropped] for rollout in group.rollouts]
         version = min((r.policy_version for r in rollouts if r.turns), default=self.engine.policy_version)
-        penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
+        credit.penalise_overlong(self.loss, [*sampled.kept, *sampled.dropped], self.sampling.max_completion_tokens)
         signals = self._signals(sampled.kept, version)
         weights = call_apart(weights_at, self.environment, step)
-        made = make_samples(self.loss, sampled.kept, weights, signals, self._add_up)
+        made = credit.make_samples(self.loss, sampled.kept, weights, signals, self._add_up)
         samples = drop_stale(made, step, self.sampling.max_staleness)
         version = oldest_version(samples, version, partial(self._over_ranks, "min"))
-        effective = [sample for sample in samples if not changes_nothing(self.loss, sample)]
-        kl = [of_rollout.kl for of_rollout in signals.values() if of_rollout.kl is not None]
-        kl_total = (float(sum(row.sum() for row in kl)), float(sum(row.numel() for row in kl)))
+        effective = [sample for sample in samples if not credit.changes_nothing(self.loss, sample)]
         record = StepRecord(
             sampled.kept,
             sampled.dropped,
@@ -324,7 +323,7 @@ class RolloutDataModule(LightningDataModule):
             len(samples) - len(effective),
             seconds,
             len(call_apart(preparation.training_items, self.environment)) - len(self._fitting),
-            kl_total if self.loss.kl_in_reward else None,
+            credit.kl_fraction(sampled.kept, signals),
             len(made) - len(samples),
         )
         longest, world_size = self.sampling.max_completion_tokens, self._trainer.world_size
@@ -364,17 +363,17 @@ class RolloutDataModule(LightningDataModule):
         sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, max_refills))
         return sampled, time.perf_counter() - start
 
-    def _signals(self, groups: Sequence[RolloutGroup], version: int) -> dict[int, TrainerSignals]:
-        """The trainer's word on the rollouts, where advantages need it."""
+    def _signals(self, groups: Sequence[RolloutGroup], version: int) -> TrainerSignals:
+        """KL and critic values computed by the trainer, where advantages need them."""
         if not self.loss.needs_signals:
-            return {}
+            return TrainerSignals(None, None)
         samples = [
             Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for group in groups for rollout in group.rollouts
         ]
         device = self._trainer.strategy.root_device
         batches = make_batches(self._split(samples), Denominators(1, 1, 1, 1), version, {})
         batches = [batch.to(device) for batch in batches]
-        return signals_by_rollout(batches, self._signal_source.trainer_signals(batches))
+        return credit.signals_of(groups, batches, self._signal_source.trainer_signals(batches))
 
     def _add_up(self, values: Tensor) -> Tensor:
         return self._over_ranks("sum", values)

@@ -35,7 +35,7 @@ EQUIVALENT: dict[str, str] = {
     "returns.py:gae:zeros_like:1": "every position is written before the tensor is read",
 }
 
-VALIDATION = ("_check", "__post_init__")
+VALIDATION = ("_check", "check_", "__post_init__")
 DROPPED = {"abs", "cumsum", "detach", "exp", "flip", "masked_fill", "nan_to_num", "sqrt", "square"}
 RENAMES = [("amax", "amin"), ("max", "min"), ("maximum", "minimum"), ("mean", "sum"), ("nanmean", "nansum")]
 RENAMES += [("num_rows", "num_tokens"), ("ones_like", "zeros_like")]

@@ -167,12 +167,13 @@ def objective_text(config: LossConfig) -> str:
     >>> objective_text(LossConfig("rloo"))[:70]
     'rloo: advantage leave_one_out, surrogate reinforce, reduction constant'
     """
-    settings, parts = config.resolved(), config.parts
-    name, correction, critic = (settings.pop(key) for key in ("loss_type", "sampler_correction", "critic"))
+    settings, parts, uses = config.resolved(), config.parts, config.surrogate_spec.uses
+    name, correction, critic, sapo = (
+        settings.pop(key) for key in ("loss_type", "sampler_correction", "critic", "sapo")
+    )
     idle = {
         "kl_": config.beta == 0.0,
-        "sapo_": parts.surrogate != "sapo",
-        "old_logprobs": parts.surrogate == "reinforce",
+        "old_logprobs": "old_logprobs" not in uses,
         "overlong_": parts.truncated != "penalise",
     }
     for prefix in (prefix for prefix, is_idle in idle.items() if is_idle):
@@ -182,6 +183,8 @@ def objective_text(config: LossConfig) -> str:
     shown.append(
         f"sampler_correction {correction['mode']}" + (f" {bounds}" if correction["mode"] != "disabled" else "")
     )
+    if "sapo" in uses:
+        shown += [f"sapo.{key} {value}" for key, value in sapo.items()]
     if parts.advantage == "gae":
         shown += [f"critic.{key} {value}" for key, value in critic.items()]
     return f"{name}: {', '.join(shown)}"

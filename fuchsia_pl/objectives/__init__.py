@@ -1,1 +1,1 @@
-"""What is optimised: free functions on tensors. Advantages, surrogates, KL estimators, reductions, and their sum."""
+"""The objective as pure functions of tensors: credit, surrogates, KL estimators, corrections, reductions, and their sum."""

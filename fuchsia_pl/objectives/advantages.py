@@ -1,7 +1,7 @@
-"""From the rewards of siblings to their advantages.
+"""Rewards of siblings -> advantages.
 
-Shape letters: N groups, G siblings of a group, M numbers of any kind. A reward that is NaN was not scored: it takes no part
-in its group's mean or spread, and its advantage is 0.
+Shape letters: N groups, G siblings of a group, M numbers of any kind. A NaN reward was not scored: it is left out of
+its group's mean and spread, and its advantage is 0.
 """
 
 import torch
@@ -12,10 +12,10 @@ STD_EPSILON = 1e-4
 
 
 def has_spread(rewards: Tensor) -> Tensor:
-    """Says which groups have scored siblings with different rewards.
+    """Whether the scored siblings of each group have different rewards.
 
     Equal sums of floats can differ in their last digits (0.1 + 0.2 and 0.3), so a range within `SPREAD_TOLERANCE` of the
-    largest magnitude counts as none.
+    largest magnitude counts as no spread.
 
     Args:
         rewards: Total rewards [N, G], one row per group.
@@ -31,7 +31,7 @@ def has_spread(rewards: Tensor) -> Tensor:
 
 
 def group_mean_advantages(rewards: Tensor) -> Tensor:
-    """A_i = r_i - mean(r). Source: Dr.GRPO, arXiv:2503.20783, section 3.2, which drops the division by the spread.
+    """A_i = r_i - mean(r), without a division by the spread. Source: Dr.GRPO, arXiv:2503.20783, section 3.2.
 
     Args:
         rewards: Total rewards [N, G].
@@ -98,7 +98,7 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 
 
 def moments(values: Tensor) -> Tensor:
-    """Count, sum and sum of squares, which add up over ranks.
+    """Count, sum and sum of squares, which can be summed over ranks.
 
     Args:
         values: [M].
@@ -117,7 +117,7 @@ def batch_norm_advantages(values: Tensor, batch_moments: Tensor) -> Tensor:
     """(v - mean) / (std + 1e-4) with mean and unbiased std of the whole step. Source: REINFORCE++, arXiv:2501.03262.
 
     Args:
-        values: [M], one number per sampled token.
+        values: [M], one value per sampled token.
         batch_moments: `moments` of all values of the step, over all ranks.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Corrections of the mismatch between the sampler and the trainer: one policy, two implementations, two probabilities.
+"""Corrections of the mismatch between sampler and trainer, which compute different probabilities for the same weights.
 
-Each token's (or row's) loss is weighted by pi_trainer / pi_sampler, bounded. Both are of the weights that sampled, so the
-weight has nothing to do with how far later updates moved. Sources: truncated importance sampling, F. Yao et al., "Your
+Each token's (or row's) loss is weighted by pi_trainer / pi_sampler, bounded. Both are computed with the weights that
+sampled, so the correction does not depend on later updates. Sources: truncated importance sampling, F. Yao et al., "Your
 efficient RL framework secretly brings you off-policy RL training" (2025); masked and geometric forms: J. Liu et al., "When
 speed kills stability" (2025).
 
@@ -23,11 +23,11 @@ CorrectionLevel = Literal["token", "sequence", "geometric"]
 
 @dataclass
 class SamplerCorrection:
-    """How losses are weighted by pi_trainer / pi_sampler.
+    """Settings of the weights pi_trainer / pi_sampler.
 
     Attributes:
-        mode: "truncate" cuts the weight at the bounds, "mask" gives 0 outside of them, "disabled" leaves all weights at 1. None:
-            "truncate", or "disabled" where `old_logprobs` is "sampler", whose ratio holds the mismatch already.
+        mode: "truncate" clamps the weight to the bounds, "mask" sets it to 0 outside of them, "disabled" sets all weights to 1.
+            None: "truncate", or "disabled" where `old_logprobs` is "sampler", whose ratio contains the mismatch already.
         level: "token" weighs each token by its own ratio, "sequence" each row by the product over its tokens, "geometric"
             each row by the geometric mean.
         low: Lower bound; 0 is none.
@@ -40,7 +40,7 @@ class SamplerCorrection:
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        """Refuses bounds between which the weight 1 does not lie."""
+        """Raises ConfigError where the weight 1 is not between the bounds."""
         if not 0.0 <= self.low < 1.0 < self.high:
             raise ConfigError(
                 f"model.loss.sampler_correction needs 0 <= low < 1 < high, got low={self.low} and high={self.high}: where "
@@ -55,13 +55,12 @@ def sampler_ratio(
 
     Args:
         level: See `SamplerCorrection`.
-        trainer_logprobs: [B, T], the trainer's, of the weights that sampled.
-        sampling_logprobs: [B, T], the sampler's.
+        trainer_logprobs: [B, T], computed by the trainer with the weights that sampled.
+        sampling_logprobs: [B, T], computed by the engine.
         loss_mask: bool [B, T].
 
     Returns:
-        [B, T] without gradient. A sampling logprob that is NaN at a sampled token gives NaN: a probability that is not known
-        is neither 0 nor 1.
+        [B, T] without gradient. A NaN sampling logprob of a sampled token gives NaN: an unknown probability must be seen.
 
     >>> old, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
     >>> sampler_ratio("sequence", old, old - 0.5, mask)
@@ -79,7 +78,7 @@ def sampler_ratio(
 
 
 def bounded_weights(mode: CorrectionMode, ratio: Tensor, low: float, high: float) -> Tensor:
-    """The weights of losses: `ratio` within its bounds.
+    """Weights of the losses: `ratio` within its bounds.
 
     Args:
         mode: See `SamplerCorrection`.

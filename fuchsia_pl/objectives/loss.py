@@ -1,4 +1,4 @@
-"""The objective of a step: corrected surrogate, KL, entropy bonus and critic's loss, reduced and added up."""
+"""The objective of a step: corrected surrogate, KL, entropy bonus and value loss, reduced and summed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from fuchsia_pl.objectives.corrections import bounded_weights, sampler_ratio
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.reductions import reduce, token_mean
 from fuchsia_pl.objectives.returns import value_loss
-from fuchsia_pl.objectives.surrogates import cispo, clipped_surrogate, ratio_log, reinforce, sapo
+from fuchsia_pl.objectives.surrogates import SurrogateInputs, ratio_log
 
 
 @dataclass(frozen=True)
 class LossOutput:
     """A micro-batch's share of the step's loss and of its metrics.
 
-    Shares are divided by the whole step's denominators, so those of all micro-batches and ranks add up to the step's value.
+    Shares are divided by the whole step's denominators, so their sum over all micro-batches and ranks is the step's value.
 
     >>> LossOutput(torch.tensor(0.5), {"train/kl": torch.tensor(0.01)}).loss.item()
     0.5
@@ -37,25 +37,26 @@ def policy_loss(
     trainer_logprobs: Tensor,
     ref_logprobs: Tensor | None,
 ) -> LossOutput:
-    """The objective's share of one micro-batch, with its metrics.
+    """The share of one micro-batch in the objective, with its metrics.
 
     loss = reduce(w_t L_t + beta kl_t) - entropy_weight mean_t(H_t) + value_weight mean_t(L^V_t), where w_t corrects the mismatch
-    between sampler and trainer; see `LossConfig` and the functions it names.
+    between sampler and trainer; see `LossConfig`.
 
     Args:
         config: The objective.
         batch: The micro-batch with the whole step's denominators.
-        policy_output: What the policy computes of the batch's tokens, with gradient.
-        old_logprobs: float32 [B, T], the trainer's before the first update of these rollouts: the ratio's denominator.
-        trainer_logprobs: float32 [B, T], the same as an engine would compute them, without dropout: what the sampling
-            logprobs are compared with.
+        policy_output: Policy output for the tokens of the batch, with gradient.
+        old_logprobs: float32 [B, T], denominator of the ratio with `old_logprobs: trainer`: the trainer's logprobs before the
+            first update of these rollouts.
+        trainer_logprobs: float32 [B, T], the same without dropout, as an engine computes them; compared with the sampling
+            logprobs.
         ref_logprobs: float32 [B, T] without gradient; needed where the KL is in the loss.
 
     Returns:
-        Loss and metrics; the metrics are means over the step's scored tokens, or maxima where their name ends in `_max`.
+        Loss and metrics; the metrics are means over the step's tokens in the forward, or maxima where their name ends in `_max`.
     """
     mask, num_tokens = batch.loss_mask, batch.denominators.num_forward_tokens
-    # Outside the mask nothing means anything; a NaN there would survive multiplication by zero in the backward pass.
+    # Values outside the mask are arbitrary, and a NaN would survive multiplication by zero in the backward pass.
     logprobs = torch.where(mask, policy_output.logprobs, 0.0)
     old = (old_logprobs if config.old_logprobs == "trainer" else batch.sampling_logprobs).detach()
     values, bounded = _surrogate(config, logprobs, old, torch.where(mask, batch.advantages, 0.0), mask)
@@ -64,7 +65,7 @@ def policy_loss(
     metrics["train/clip_fraction"] = token_mean(bounded.float(), mask, num_tokens)
     metrics["train/entropy"] = token_mean(policy_output.entropies.detach(), mask, num_tokens)
     if config.kl_in_loss:
-        assert ref_logprobs is not None, "a KL in the loss needs the reference's logprobs"
+        assert ref_logprobs is not None, "a KL in the loss needs the logprobs of the reference"
         kl = kl_estimate(config.parts.kl_estimator, logprobs, ref_logprobs, old)
         values = values + config.beta * kl
         metrics["train/kl"] = token_mean(kl.detach(), mask, num_tokens)
@@ -83,7 +84,7 @@ def policy_loss(
 
 
 def logprob_gap(batch: Batch, trainer_logprobs: Tensor) -> Tensor:
-    """The micro-batch's share of the mean over the step's tokens of |policy logprob - sampling logprob|.
+    """Share of the micro-batch in the mean over the step's tokens of |trainer logprob - sampling logprob|.
 
     Args:
         batch: The micro-batch with the whole step's denominators.
@@ -96,19 +97,11 @@ def logprob_gap(batch: Batch, trainer_logprobs: Tensor) -> Tensor:
 def _surrogate(
     config: LossConfig, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss per token, and where a bound acted."""
-    parts = config.parts
-    log_ratio = ratio_log(parts.ratio_level, logprobs, old_logprobs, mask)
-    match parts.surrogate:
-        case "reinforce":
-            return reinforce(logprobs, advantages), torch.zeros_like(mask)
-        case "clip":
-            return clipped_surrogate(log_ratio, advantages, parts.clip_low, parts.clip_high, parts.dual_clip)
-        case "cispo":
-            return cispo(log_ratio, logprobs, advantages, parts.clip_low, parts.clip_high)
-        case "sapo":
-            temperatures = config.sapo_temperature_positive, config.sapo_temperature_negative
-            return sapo(log_ratio, advantages, *temperatures), torch.zeros_like(mask)
+    """Loss per token, and a bool that is True where a bound acted."""
+    spec = config.surrogate_spec
+    level = config.parts.ratio_level if "ratio_level" in spec.uses else "token"
+    log_ratio = ratio_log(level, logprobs, old_logprobs, mask)
+    return spec.function(SurrogateInputs(logprobs, log_ratio, advantages, mask, config.surrogate_settings))
 
 
 def _correction(config: LossConfig, batch: Batch, trainer_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

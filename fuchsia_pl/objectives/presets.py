@@ -1,30 +1,26 @@
-"""The parts of an objective, and which of them each published algorithm takes."""
+"""The parts of an objective, and their values in each published algorithm."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fuchsia_pl.objectives.credit import RewardAggregation
 from fuchsia_pl.objectives.kl import KLEstimator
 from fuchsia_pl.objectives.reductions import Reduction
-from fuchsia_pl.objectives.surrogates import RatioLevel, Surrogate
+from fuchsia_pl.objectives.surrogates import RatioLevel
 
-LossType = Literal["reinforce", "ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo"]
-Advantage = Literal["reward", "group_mean", "group_norm", "leave_one_out", "batch_norm", "group_mean_batch_norm", "gae"]
+LossType = Literal[
+    "reinforce", "ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo", "gmpo"
+]
 Truncated = Literal["keep", "mask", "penalise"]
-RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
-
-# These compare a rollout with its siblings, so a group needs two, and one without spread teaches nothing.
-GROUP_ADVANTAGES: frozenset[Advantage] = frozenset(
-    {"group_mean", "group_norm", "leave_one_out", "group_mean_batch_norm"}
-)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a preset sets; see `LossConfig` for what each part is."""
+    """The settings of a preset. Their meaning is described at `LossConfig`."""
 
-    advantage: Advantage
-    surrogate: Surrogate
+    advantage: str
+    surrogate: str
     reduction: Reduction
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -59,4 +55,6 @@ PRESETS: Mapping[LossType, Parts] = {
     "cispo": Parts("group_norm", "cispo", "token_mean", clip_low=1.0, clip_high=4.0),
     # arXiv:2511.20347
     "sapo": Parts("group_norm", "sapo", "sequence_mean"),
+    # arXiv:2507.20673: ratios from e^-0.4 to e^0.4
+    "gmpo": Parts("group_norm", "gmpo", "sequence_mean", clip_low=0.32968, clip_high=0.491825),
 }

@@ -1,4 +1,4 @@
-"""From a loss per token to one number. The denominators are arguments: they belong to the whole optimizer step."""
+"""Reductions of a loss per token to one number. The denominators are arguments: they count the whole optimizer step."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ def token_mean(values: Tensor, loss_mask: Tensor, num_tokens: int) -> Tensor:
     Args:
         values: [B, T]; positions with the mask False may hold anything, NaN included.
         loss_mask: bool [B, T].
-        num_tokens: Masked-in tokens of the whole step.
+        num_tokens: Tokens of the whole step whose mask is True.
 
     >>> token_mean(torch.tensor([[1.0, 5.0]]), torch.tensor([[True, False]]), num_tokens=4)
     tensor(0.2500)
@@ -30,7 +30,7 @@ def sequence_mean(values: Tensor, loss_mask: Tensor, num_rows: int) -> Tensor:
     Args:
         values: [B, T].
         loss_mask: bool [B, T].
-        num_rows: Rows of the whole step with a masked-in token.
+        num_rows: Rows of the whole step with a token whose mask is True.
 
     >>> sequence_mean(torch.tensor([[1.0, 3.0], [4.0, 9.0]]), torch.tensor([[True, True], [True, False]]), num_rows=2)
     tensor(3.)
@@ -42,8 +42,8 @@ def sequence_mean(values: Tensor, loss_mask: Tensor, num_rows: int) -> Tensor:
 def constant(values: Tensor, loss_mask: Tensor, num_rows: int, length: int) -> Tensor:
     """This micro-batch's share of sum_it m_it v_it / (num_rows * length).
 
-    No length of any completion enters, so long wrong answers are not favoured (Dr.GRPO, arXiv:2503.20783, section 3.2). With
-    a length of 1 it is the sum over each row's tokens, the policy gradient as REINFORCE and RLOO state it.
+    It does not depend on the length of a completion, so long wrong answers are not favoured (Dr.GRPO, arXiv:2503.20783,
+    section 3.2). With a length of 1 it is the sum over each row's tokens, the policy gradient of REINFORCE and RLOO.
 
     >>> constant(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]), num_rows=1, length=8)
     tensor(0.5000)
@@ -54,7 +54,7 @@ def constant(values: Tensor, loss_mask: Tensor, num_rows: int, length: int) -> T
 def reduce(
     values: Tensor, loss_mask: Tensor, reduction: Reduction, denominators: Denominators, constant_length: int | None
 ) -> Tensor:
-    """The named reduction of a loss per token [B, T]. `constant_length` is that of "constant", None for the longest allowed."""
+    """Reduces a loss per token [B, T]. `constant_length` is the length of "constant"; None is the longest completion allowed."""
     match reduction:
         case "token_mean":
             return token_mean(values, loss_mask, denominators.num_tokens)

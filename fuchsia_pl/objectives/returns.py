@@ -25,7 +25,7 @@ def rewards_to_go(rewards: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation over the sampled tokens; what the environment wrote in between is no step.
+    """Generalised advantage estimation over the sampled tokens; tokens of the environment are skipped.
 
     d_t = r_t + gamma V_t' - V_t and A_t = d_t + gamma lam A_t', where t' is the next sampled position, and V = A = 0 after
     the last. Source: GAE, arXiv:1506.02438, section 3.
@@ -59,12 +59,12 @@ def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, gamma: float, lam: f
 def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, clip: float) -> Tensor:
     """max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2 per token.
 
-    The larger of the two takes the gradient away once V has moved by c towards its target. Source: the value clipping of
+    The larger of the two has no gradient once V has moved by c towards its target. Source: the value clipping of
     PPO's reference implementation, as described in "Implementation Matters", arXiv:2005.12729, section 3.
 
     Args:
         values: [B, T], gradient flows through them.
-        old_values: [B, T], those of the critic before the update.
+        old_values: [B, T], the critic's values before the update.
         targets: [B, T], R.
         clip: c.
 

@@ -1,10 +1,10 @@
-"""What is done to rewards before they become advantages."""
+"""Penalties that are added to rewards before credit assignment."""
 
 from torch import Tensor
 
 
 def overlong_penalty(num_tokens: Tensor, max_tokens: int, buffer_tokens: int) -> Tensor:
-    """Soft punishment of length: 0 up to max - buffer, then a straight line down to -1 at max.
+    """Soft length penalty: 0 up to max - buffer, then linear down to -1 at max.
 
     Source: DAPO, arXiv:2503.14476, equation 13.
 

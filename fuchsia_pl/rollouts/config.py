@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES
+from fuchsia_pl.objectives.credit import GROUP_ADVANTAGES
 from fuchsia_pl.types import ConfigError
 
 

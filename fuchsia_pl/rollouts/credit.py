@@ -1,54 +1,39 @@
-"""From scored rollouts to trainable rows: who is trained on, and with which advantage at each token.
+"""From scored rollouts to trainable rows: the tensors of credit assignment, and the samples made of its advantages.
 
-Shape letters: N groups, G siblings, R = N x G rollouts, A sampled tokens of the longest rollout.
+Shape letters: N groups, G siblings, R = N x G rollouts, T sampled tokens of the longest rollout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fuchsia_pl.batch import Batch, TrainerSignals
-from fuchsia_pl.objectives.advantages import (
-    batch_norm_advantages,
-    group_mean_advantages,
-    group_norm_advantages,
-    has_spread,
-    leave_one_out_advantages,
-    moments,
-)
+from fuchsia_pl.objectives.advantages import has_spread
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.objectives.presets import GROUP_ADVANTAGES, Advantage
-from fuchsia_pl.objectives.returns import gae, rewards_to_go
+from fuchsia_pl.objectives.credit import CreditInputs, OverRanks, assign_credit
 from fuchsia_pl.objectives.rewards import overlong_penalty
 from fuchsia_pl.rollouts.scoring import LARGEST, RewardError
 from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus, Sample
 
 OVERLONG = "overlong"
-OverRanks = Callable[[Tensor], Tensor]
 
 
 def group_rewards(groups: Sequence[Sequence[Rollout]]) -> Tensor:
     """Total rewards, float64 [N, G], NaN where a rollout was not scored."""
-    if not groups:
-        return torch.zeros(0, 2, dtype=torch.float64)
-    return torch.tensor(
-        [[torch.nan if rollout.reward is None else rollout.reward for rollout in group] for group in groups],
-        dtype=torch.float64,
-    )
+    return _per_rollout([[rollout.reward for rollout in group] for group in groups])
 
 
 def make_groups(siblings: Sequence[Sequence[Rollout]]) -> list[RolloutGroup]:
-    """Says of every group whether its rewards differ."""
+    """Groups with the flag whether their rewards differ."""
     spread = has_spread(group_rewards(siblings)).tolist()
     return [RolloutGroup(tuple(group), differs) for group, differs in zip(siblings, spread, strict=True)]
 
 
 def penalise_overlong(config: LossConfig, groups: Sequence[RolloutGroup], max_completion_tokens: int) -> None:
-    """Adds the soft punishment of length to the rewards, where the objective has it, as a reward function `overlong`.
+    """Adds the soft length penalty to the rewards, where the objective has it, as a reward function `overlong`.
 
-    It comes after the check for spread, as in DAPO: siblings that are all wrong do not differ by their length.
+    It is added after the check for spread, as in DAPO: siblings that are all wrong do not differ by their length.
     """
     if config.parts.truncated != "penalise":
         return
@@ -63,187 +48,137 @@ def penalise_overlong(config: LossConfig, groups: Sequence[RolloutGroup], max_co
 
 
 def is_trained_on(config: LossConfig, rollout: Rollout) -> bool:
-    """Whether a rollout becomes a row: it was scored, something was sampled, and it is not masked for being truncated."""
+    """Whether a rollout becomes a row: it was scored, has a sampled token, and is not masked for being truncated."""
     masked = config.parts.truncated == "mask" and rollout.status is RolloutStatus.TRUNCATED
     return rollout.reward is not None and rollout.num_sampled_tokens > 0 and not masked
 
 
 def changes_nothing(config: LossConfig, sample: Sample) -> bool:
-    """Whether no weight would move by a row: its advantages are 0, and nothing else is asked of its tokens."""
-    asked = config.kl_in_loss or config.entropy_weight > 0.0 or config.parts.advantage == "gae"
-    return not asked and not any(sample.advantages)
+    """Whether a row has no gradient: its advantages are 0, and no other term of the loss uses its tokens."""
+    is_used = config.kl_in_loss or config.entropy_weight > 0.0 or config.parts.advantage == "gae"
+    return not is_used and not any(sample.advantages)
 
 
 def make_samples(
     config: LossConfig,
     groups: Sequence[RolloutGroup],
     weights: dict[str, float],
-    signals: dict[int, TrainerSignals],
+    signals: TrainerSignals,
     over_ranks: OverRanks,
 ) -> list[Sample]:
-    """Gives every sampled token its advantage, and leaves out the rollouts that are not trained on.
+    """Assigns an advantage to every sampled token, and omits the rollouts that are not trained on.
 
-    A rollout that is masked for being truncated still counts in its siblings' mean and spread.
+    A rollout that is masked for being truncated still counts in the mean and spread of its siblings.
 
     Args:
         config: The objective.
         groups: This rank's groups.
         weights: Weight of each reward function by name, 1.0 where not given; needed for "normalize_then_sum".
-        signals: Where `config.needs_signals`, what the trainer says of each rollout's sampled tokens, by `id(rollout)`.
-        over_ranks: Adds a tensor up over all ranks. Every rank calls it equally often.
+        signals: Signals of the rollouts in order, [R, T], see `signals_of`; each None where the objective does not need it.
+        over_ranks: Sums a tensor over all ranks. Every rank calls it equally often.
 
     Raises:
-        RewardError: An advantage, or the target of a value, is no number that a batch can hold.
+        RewardError: An advantage, or the target of a value, is not finite or too large for a batch.
     """
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    advantages, targets = _token_advantages(config, groups, weights, signals, over_ranks)
+    inputs = credit_inputs(config, groups, weights, signals)
+    advantages, targets = assign_credit(config.parts.advantage, inputs, over_ranks)
     samples = []
-    for row, rollout in enumerate(rollouts):
+    for row, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         if not is_trained_on(config, rollout):
             continue
         length = rollout.num_sampled_tokens
-        own = advantages[row, :length].tolist()
-        _check_bounds(rollout, own, signals.get(id(rollout)))
+        own = TrainerSignals(*(None if of is None else of[row, :length] for of in (signals.kl, signals.values)))
+        credit = tuple(advantages[row, :length].tolist())
+        _check_bounds(rollout, credit, own)
         if targets is None:
-            samples.append(Sample(rollout, tuple(own)))
+            samples.append(Sample(rollout, credit))
         else:
-            values = signals[id(rollout)].values
-            assert values is not None
-            _check_bounds(rollout, targets[row, :length].tolist(), signals[id(rollout)])
-            samples.append(Sample(rollout, tuple(own), tuple(values.tolist()), tuple(targets[row, :length].tolist())))
+            assert own.values is not None
+            wanted = tuple(targets[row, :length].tolist())
+            _check_bounds(rollout, wanted, own)
+            samples.append(Sample(rollout, credit, tuple(own.values.tolist()), wanted))
     return samples
 
 
-def _check_bounds(rollout: Rollout, values: Sequence[float], signals: TrainerSignals | None) -> None:
-    """Refuses what is made of finite rewards and is not finite itself, or not in a batch's float32."""
+def credit_inputs(
+    config: LossConfig, groups: Sequence[RolloutGroup], weights: dict[str, float], signals: TrainerSignals
+) -> CreditInputs:
+    """The tensors of credit assignment; the arguments are those of `make_samples`."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [rollout.num_sampled_tokens for rollout in rollouts]
+    rewards = group_rewards([group.rollouts for group in groups])
+    names = [name for name in rollouts[0].rewards if name != OVERLONG] if rollouts else []
+    by_name = {name: _per_rollout([[r.rewards[name] for r in group.rollouts] for group in groups]) for name in names}
+    penalties = _per_rollout([[r.rewards.get(OVERLONG, 0.0) for r in group.rollouts] for group in groups])
+    turn_ends = torch.zeros(len(rollouts), max(lengths, default=0), dtype=torch.bool)
+    for row, rollout in enumerate(rollouts):
+        ends = torch.tensor([len(turn.completion.token_ids) for turn in rollout.turns]).cumsum(dim=0) - 1
+        turn_ends[row, ends[ends >= 0]] = True
+    return CreditInputs(
+        rewards=rewards,
+        rewards_by_name=by_name,
+        reward_weights=weights,
+        penalties=penalties.masked_fill(rewards.isnan(), torch.nan),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        turn_ends=turn_ends,
+        trained=torch.tensor([is_trained_on(config, rollout) for rollout in rollouts], dtype=torch.bool),
+        signals=signals,
+        settings=config.credit_settings,
+    )
+
+
+def signals_of(
+    groups: Sequence[RolloutGroup], batches: Sequence[Batch], signals: Sequence[TrainerSignals]
+) -> TrainerSignals:
+    """Collects the trainer's signals of whole batches by rollout: those of the sampled tokens, [R, T], 0 behind them.
+
+    Args:
+        groups: The groups whose rollouts are the rows of the batches.
+        batches: The batches.
+        signals: The signals of each batch.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rows = {id(rollout): row for row, rollout in enumerate(rollouts)}  # batches have an order of their own
+    shape = len(rollouts), max((rollout.num_sampled_tokens for rollout in rollouts), default=0)
+    has_kl, has_values = (
+        all(of is not None for of in each) for each in ([s.kl for s in signals], [s.values for s in signals])
+    )
+    kl, values = torch.zeros(shape), torch.zeros(shape)
+    for batch, of_batch in zip(batches, signals, strict=True):
+        for index, sample in enumerate(batch.samples):
+            row, mask = rows[id(sample.rollout)], batch.loss_mask[index].cpu()
+            for found, given in ((kl, of_batch.kl), (values, of_batch.values)):
+                if given is not None:
+                    found[row, : int(mask.sum())] = given[index].cpu()[mask]
+    return TrainerSignals(kl if has_kl else None, values if has_values else None)
+
+
+def kl_fraction(groups: Sequence[RolloutGroup], signals: TrainerSignals) -> tuple[float, float] | None:
+    """Sum of the KL over the sampled tokens of some groups, and their number; None where there is no KL in the reward."""
+    if signals.kl is None:
+        return None
+    return float(signals.kl.sum()), float(sum(r.num_sampled_tokens for group in groups for r in group.rollouts))
+
+
+def _per_rollout(values: Sequence[Sequence[float | None]]) -> Tensor:
+    """float64 [N, G], NaN for None. Without groups it is [0, 2]."""
+    if not values:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    return torch.tensor([[torch.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
+
+
+def _check_bounds(rollout: Rollout, values: Sequence[float], signals: TrainerSignals) -> None:
+    """Refuses advantages or targets that are not finite in a batch's float32, although all rewards are."""
     endless = next((value for value in values if not abs(value) <= LARGEST), None)
     if endless is None:
         return
     parts = [f"{name} {value:g}" for name, value in rollout.rewards.items() if value is not None]
-    if signals is not None and signals.kl is not None:
+    if signals.kl is not None:
         parts.append(f"KL {float(signals.kl.sum()):g}")
-    if signals is not None and signals.values is not None:
+    if signals.values is not None:
         parts.append(f"largest value of the critic {float(signals.values.abs().max()):g}")
     raise RewardError(
         f"an advantage of sibling {rollout.sibling} of item {rollout.item_index} is {endless:g}, from a total reward of "
         f"{rollout.reward:g} with the parts {', '.join(parts)}. Advantages must be finite and at most {LARGEST:g}: lower the "
         "rewards, their weights or model.loss.beta"
     )
-
-
-def signals_by_rollout(batches: Sequence[Batch], signals: Sequence[TrainerSignals]) -> dict[int, TrainerSignals]:
-    """Takes the trainer's signals of whole batches apart: those of the sampled tokens, by `id(rollout)`."""
-    found = {}
-    for batch, of_batch in zip(batches, signals, strict=True):
-        for row, sample in enumerate(batch.samples):
-            mask = batch.loss_mask[row].cpu()
-            kl = None if of_batch.kl is None else of_batch.kl[row].cpu()[mask]
-            values = None if of_batch.values is None else of_batch.values[row].cpu()[mask]
-            found[id(sample.rollout)] = TrainerSignals(kl, values)
-    return found
-
-
-def _token_advantages(
-    config: LossConfig,
-    groups: Sequence[RolloutGroup],
-    weights: dict[str, float],
-    signals: dict[int, TrainerSignals],
-    over_ranks: OverRanks,
-) -> tuple[Tensor, Tensor | None]:
-    """Advantages [R, A] and, with a critic, the targets of its values [R, A]."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    lengths = torch.tensor([rollout.num_sampled_tokens for rollout in rollouts], dtype=torch.int64)
-    mask = torch.arange(int(lengths.max()) if rollouts else 0) < lengths.unsqueeze(1)
-    trained = torch.tensor([is_trained_on(config, rollout) for rollout in rollouts], dtype=torch.bool)
-    kept = mask & trained.unsqueeze(1)
-    kl_cost = torch.zeros(mask.shape, dtype=torch.float64)
-    if config.kl_in_reward:
-        kl_cost = config.beta * _padded([signals[id(rollout)].kl for rollout in rollouts], mask)
-    rewards = group_rewards([group.rollouts for group in groups])
-    if config.parts.advantage in GROUP_ADVANTAGES:
-        per_rollout = _sibling_advantages(config, groups, weights, rewards, kl_cost.sum(dim=1)).reshape(-1, 1)
-        if config.parts.reward_aggregation == "normalize_then_sum":  # GDPO
-            # Over all that were scored, whose mean is 0: a group without spread keeps its advantage of 0.
-            per_rollout = _normalised(per_rollout, ~rewards.reshape(-1, 1).isnan(), over_ranks)
-        per_token = per_rollout * mask
-        return (
-            _normalised(per_token, kept, over_ranks) if config.parts.advantage == "group_mean_batch_norm" else per_token
-        ), None
-    is_last = torch.arange(mask.shape[1]) == (lengths - 1).unsqueeze(1)
-    token_rewards = torch.where(is_last, rewards.reshape(-1, 1).nan_to_num(nan=0.0), 0.0) - kl_cost
-    if config.parts.advantage == "gae":
-        values = _padded([signals[id(rollout)].values for rollout in rollouts], mask)
-        return _gae_advantages(config, token_rewards, values, kept, over_ranks)
-    returns = rewards_to_go(token_rewards, mask)
-    return _normalised(returns, kept, over_ranks) if config.parts.advantage == "batch_norm" else returns, None
-
-
-def _gae_advantages(
-    config: LossConfig, token_rewards: Tensor, values: Tensor, kept: Tensor, over_ranks: OverRanks
-) -> tuple[Tensor, Tensor]:
-    """Advantages and targets of the kept tokens, [R, A]. A rollout that is not kept has no token here, so none is mixed in."""
-    estimates = gae(token_rewards, values, kept, config.critic.gamma, config.critic.lam)
-    targets = torch.where(kept, estimates + values, 0.0)
-    return (_normalised(estimates, kept, over_ranks) if config.critic.whiten else estimates), targets
-
-
-def _sibling_advantages(
-    config: LossConfig,
-    groups: Sequence[RolloutGroup],
-    weights: dict[str, float],
-    rewards: Tensor,
-    kl_cost: Tensor,
-) -> Tensor:
-    """Advantages of whole rollouts, [N, G]."""
-    if not groups:
-        return rewards
-    if config.parts.reward_aggregation == "normalize_then_sum":
-        return _sum_of_normalised(groups, weights)
-    rewards = rewards - torch.tensor(_penalties_of_alike(groups), dtype=torch.float64)
-    return _compared(config.parts.advantage, rewards - kl_cost.reshape(rewards.shape))
-
-
-def _penalties_of_alike(groups: Sequence[RolloutGroup]) -> list[list[float]]:
-    """What length took from siblings that are otherwise alike and are not to be told apart by it; 0 for all others."""
-    return [
-        [0.0 if group.has_spread else rollout.rewards.get(OVERLONG) or 0.0 for rollout in group.rollouts]
-        for group in groups
-    ]
-
-
-def _compared(advantage: Advantage, rewards: Tensor) -> Tensor:
-    match advantage:
-        case "group_norm":
-            return group_norm_advantages(rewards)
-        case "leave_one_out":
-            return leave_one_out_advantages(rewards)
-        case _:
-            return group_mean_advantages(rewards)
-
-
-def _sum_of_normalised(groups: Sequence[RolloutGroup], weights: dict[str, float]) -> Tensor:
-    """Each reward function normalised in its group, then the weighted sum: GDPO, arXiv:2601.05242."""
-    total = torch.zeros(len(groups), len(groups[0].rollouts), dtype=torch.float64)
-    for name in groups[0].rollouts[0].rewards:
-        values = [[rollout.rewards[name] for rollout in group.rollouts] for group in groups]
-        own = torch.tensor([[torch.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
-        if name == OVERLONG:
-            own -= torch.tensor(_penalties_of_alike(groups), dtype=torch.float64)
-        total += weights.get(name, 1.0) * group_norm_advantages(own)
-    return total
-
-
-def _normalised(values: Tensor, kept: Tensor, over_ranks: OverRanks) -> Tensor:
-    """Normalised over the kept values of the step and all ranks; 0 elsewhere."""
-    selected = values[kept]
-    normalised = batch_norm_advantages(selected, over_ranks(moments(selected)))
-    return torch.zeros_like(values, dtype=torch.float64).masked_scatter(kept, normalised)
-
-
-def _padded(rows: Sequence[Tensor | None], mask: Tensor) -> Tensor:
-    """Rows of different lengths as float64 [R, A], 0 where the mask is False."""
-    if not rows:
-        return torch.zeros(mask.shape, dtype=torch.float64)
-    given = [row.double() for row in rows if row is not None]
-    assert len(given) == len(rows), "the trainer scored every rollout"
-    return pad_sequence(given, batch_first=True)[:, : mask.shape[1]]

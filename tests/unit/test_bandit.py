@@ -12,8 +12,8 @@ from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_by_rollout
-from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Sample, Turn
+from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_of
+from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Sample, Turn
 
 PROMPT, LENGTH, GROUPS, SIBLINGS, MAX_STEPS = [5, 6], 2, 8, 8, 200
 VARIANTS = {
@@ -22,7 +22,10 @@ VARIANTS = {
     "reinforce_pp with baseline": {"loss_type": "reinforce_pp", "advantage": "group_mean_batch_norm"},
     "gspo per token": {"loss_type": "gspo", "ratio_level": "sequence_token"},
     # with ratios other than 1, so that bounds and gates act
-    **{f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3} for name in ("grpo", "cispo", "sapo", "ppo")},
+    **{
+        f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3}
+        for name in ("grpo", "cispo", "sapo", "ppo", "gmpo")
+    },
 }
 
 
@@ -49,13 +52,11 @@ def sample_step(policy: Policy, target: int, generator: torch.Generator) -> list
     return [rollouts[start : start + SIBLINGS] for start in range(0, len(rollouts), SIBLINGS)]
 
 
-def values_of(policy: Policy, rollouts: list[Rollout]) -> dict[int, TrainerSignals]:
-    batches = make_batches(
-        split_balanced([Sample(r, (0.0,) * LENGTH) for r in rollouts], 1), Denominators(1, 1, 1, 1), 0, {}
-    )
-    return signals_by_rollout(
-        batches, [TrainerSignals(None, policy.evaluated_output(batch).values) for batch in batches]
-    )
+def values_of(policy: Policy, groups: list[RolloutGroup]) -> TrainerSignals:
+    samples = [Sample(rollout, (0.0,) * LENGTH) for group in groups for rollout in group.rollouts]
+    batches = make_batches(split_balanced(samples, 1), Denominators(1, 1, 1, 1), 0, {})
+    signals = [TrainerSignals(None, policy.evaluated_output(batch).values) for batch in batches]
+    return signals_of(groups, batches, signals)
 
 
 @cache
@@ -79,7 +80,7 @@ def test_the_token_is_learned_within_200_steps(tiny_model, variant):
     for _ in range(MAX_STEPS):
         groups = make_groups(sample_step(policy, target, generator))
         penalise_overlong(config, groups, max_completion_tokens=2 * LENGTH)
-        signals = values_of(policy, [r for group in groups for r in group.rollouts]) if with_critic else {}
+        signals = values_of(policy, groups) if with_critic else TrainerSignals(None, None)
         samples = make_samples(config, groups, {}, signals, lambda values: values)
         if not any(any(sample.advantages) for sample in samples):
             continue  # as the module skips such a step

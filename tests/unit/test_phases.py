@@ -9,8 +9,9 @@ import torch
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
-from fuchsia_pl.objectives.config import CriticSettings, LossConfig
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
+from fuchsia_pl.objectives.credit import CriticSettings
 from fuchsia_pl.rollouts.phases import num_phases
 from tests.doubles import Constant, Spread, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 

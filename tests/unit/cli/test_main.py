@@ -48,6 +48,16 @@ def test_a_refused_setting_is_one_line_and_debug_adds_the_traceback(command, cap
     assert not list((tmp_path / "runs").glob("*"))
 
 
+def test_a_surrogate_in_the_working_directory_is_found_and_refused_in_one_line(command, capsys, tmp_path):
+    (tmp_path / "my_losses.py").write_text("def two(one, other): ...")
+    for name, words in {
+        "my_losses.two": 'error: model.loss.surrogate "my_losses.two" takes (one, other): it must take (inputs)',
+        "my_losses.none": 'error: model.loss.surrogate "my_losses.none" cannot be imported: AttributeError',
+    }.items():
+        assert command("fit", "--config", "tiny.yaml", "--model.loss.surrogate", name) == 2
+        assert capsys.readouterr().err.startswith(words)
+
+
 @pytest.mark.parametrize(
     "error", [EngineError("vLLM is gone"), ToolServerError("the tool is gone"), NonFiniteError("step 3")]
 )

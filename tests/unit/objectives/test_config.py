@@ -2,9 +2,11 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from fuchsia_pl.objectives.config import CriticSettings, LossConfig
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
+from fuchsia_pl.objectives.credit import CriticSettings
 from fuchsia_pl.objectives.presets import PRESETS, Parts
+from fuchsia_pl.objectives.surrogates import SAPOSettings
 
 # As the papers state them, written down by hand: advantage, surrogate, level of the ratio, bounds, reduction.
 PUBLISHED = {
@@ -18,6 +20,8 @@ PUBLISHED = {
     "gspo": ("group_norm", "clip", "sequence", (3e-4, 4e-4), "sequence_mean"),
     "cispo": ("group_norm", "cispo", "token", (1.0, 4.0), "token_mean"),
     "sapo": ("group_norm", "sapo", "token", None, "sequence_mean"),
+    # e^-0.4 = 0.67032 and e^0.4 = 1.491825
+    "gmpo": ("group_norm", "gmpo", None, (0.32968, 0.491825), "sequence_mean"),
 }
 
 
@@ -65,8 +69,8 @@ def test_every_part_can_be_overridden_by_itself():
 def test_the_resolved_settings_taken_as_a_config_give_the_same_objective(loss_type):
     config = LossConfig(loss_type, beta=0.1)
     resolved = config.resolved()
-    correction, critic = SamplerCorrection(**resolved.pop("sampler_correction")), resolved.pop("critic")
-    again = LossConfig(**resolved, sampler_correction=correction, critic=CriticSettings(**critic))
+    nested = {"sampler_correction": SamplerCorrection, "critic": CriticSettings, "sapo": SAPOSettings}
+    again = LossConfig(**resolved | {name: kind(**resolved[name]) for name, kind in nested.items()})
     assert again.parts == config.parts
     assert again.correction_mode == config.correction_mode
     # every part is pinned, so another preset changes none of those that have an effect
@@ -102,29 +106,37 @@ def test_where_the_kl_goes():
         ({"num_policy_updates": 0}, "num_policy_updates must be 1 or more, got 0"),
         ({"max_refills": -1}, "max_refills must be 0 or more, got -1"),
         ({"overlong_buffer": 0.0}, "overlong_buffer must be above 0 and at most 1, got 0"),
-        ({"sapo_temperature_positive": 0.0}, "sapo_temperature_positive must be above 0, got 0"),
-        ({"sapo_temperature_negative": -1.0}, "sapo_temperature_negative must be above 0, got -1"),
         ({"reduction": "constant", "constant_length": 0}, "constant_length must be 1 or more, got 0"),
-        ({"constant_length": 3}, 'constant_length does nothing with reduction "sequence_mean"'),
-        ({"surrogate": "reinforce", "clip_low": 0.1}, 'clip_low does nothing with surrogate "reinforce"'),
-        ({"surrogate": "reinforce", "ratio_level": "token"}, 'ratio_level does nothing with surrogate "reinforce"'),
-        ({"surrogate": "sapo", "clip_high": 0.1}, 'clip_high does nothing with surrogate "sapo"'),
-        ({"surrogate": "cispo", "dual_clip": 3.0}, 'dual_clip does nothing with surrogate "cispo"'),
-        ({"surrogate": "reinforce", "old_logprobs": "sampler"}, "old_logprobs does nothing with surrogate"),
-        ({"surrogate": "reinforce", "num_policy_updates": 2}, "num_policy_updates=2 needs a surrogate with a ratio"),
+        ({"constant_length": 3}, 'constant_length has no effect with reduction "sequence_mean"'),
+        ({"surrogate": "reinforce", "clip_low": 0.1}, 'clip_low has no effect with surrogate "reinforce"'),
+        ({"surrogate": "reinforce", "ratio_level": "token"}, 'ratio_level has no effect with surrogate "reinforce"'),
+        ({"surrogate": "sapo", "clip_high": 0.1}, 'clip_high has no effect with surrogate "sapo"'),
+        ({"surrogate": "gmpo", "ratio_level": "sequence"}, 'ratio_level has no effect with surrogate "gmpo"'),
+        ({"surrogate": "cispo", "dual_clip": 3.0}, 'dual_clip has no effect with surrogate "cispo"'),
+        ({"surrogate": "clip", "sapo": SAPOSettings(2.0)}, 'sapo has no effect with surrogate "clip"'),
+        (
+            {"surrogate": "tanh"},
+            'surrogate must be one of reinforce, clip, cispo, sapo.*, or the dotted path .* got "tanh"',
+        ),
+        ({"advantage": "group_nrom"}, 'advantage must be one of reward, group_mean, .* got "group_nrom"'),
+        ({"surrogate": "reinforce", "old_logprobs": "sampler"}, "old_logprobs has no effect with surrogate"),
+        (
+            {"surrogate": "reinforce", "num_policy_updates": 2},
+            '=2 needs a surrogate with a ratio: "reinforce" has',
+        ),
         (
             {"old_logprobs": "sampler", "sampler_correction": SamplerCorrection(mode="truncate")},
             "it would be corrected twice",
         ),
-        ({"kl_estimator": "k3_unbiased", "kl_in": "reward"}, "is about a gradient"),
-        ({"advantage": "batch_norm", "max_refills": 1}, 'with advantage "batch_norm" these teach as well as others'),
+        ({"kl_estimator": "k3_unbiased", "kl_in": "reward"}, "corrects a gradient"),
+        ({"advantage": "batch_norm", "max_refills": 1}, 'like all others with advantage "batch_norm"'),
         (
             {"reward_aggregation": "normalize_then_sum", "advantage": "group_mean"},
             'needs advantage "group_norm", got "group_mean"',
         ),
         ({"reward_aggregation": "normalize_then_sum", "kl_in": "reward", "beta": 0.1}, "set kl_in: loss"),
-        ({"beta": float("nan")}, "has beta=nan, which is no finite number"),
-        ({"clip_high": float("inf")}, "has clip_high=inf, which is no finite number"),
+        ({"beta": float("nan")}, "has beta=nan: it must be finite"),
+        ({"clip_high": float("inf")}, "has clip_high=inf: it must be finite"),
     ],
 )
 def test_settings_that_turn_the_objective_around_or_do_nothing_are_refused(settings, words):
@@ -144,6 +156,12 @@ def test_settings_that_turn_the_objective_around_or_do_nothing_are_refused(setti
 def test_what_is_no_critic_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         CriticSettings(**settings)
+
+
+def test_a_temperature_of_sapo_that_is_not_positive_is_refused():
+    for settings in ({"temperature_positive": 0.0}, {"temperature_negative": -1.0}):
+        with pytest.raises(ValueError, match=rf"sapo\.{next(iter(settings))} must be above 0, got"):
+            SAPOSettings(**settings)
 
 
 def test_a_config_can_be_changed_by_its_preset_alone():

@@ -125,7 +125,7 @@ FACTORS = {
     "dr_grpo": lambda r, n: (r - r.mean()) / (len(r) * LONGEST),
     "reinforce_pp": lambda r, n: normalised(r, np.repeat(r, n)) / n.sum(),
     **dict.fromkeys(["ppo", "dapo", "cispo"], lambda r, n: normalised(r, r) / n.sum()),
-    **dict.fromkeys(["grpo", "gspo", "sapo"], lambda r, n: normalised(r, r) / (len(r) * n)),
+    **dict.fromkeys(["grpo", "gspo", "sapo", "gmpo"], lambda r, n: normalised(r, r) / (len(r) * n)),
     "grpo constant": lambda r, n: normalised(r, r) / (len(r) * LONGEST),
     "reinforce sequence_mean": lambda r, n: r / (len(r) * n),
     "reinforce token_mean": lambda r, n: r / n.sum(),
@@ -174,7 +174,9 @@ def test_the_mean_of_sampled_gradients_is_the_documented_one_within_its_error_ba
     assert ((sampled.mean(dim=0) - EXACT).abs() < bar).all() == (factor == 1)
 
 
-@pytest.mark.parametrize(("surrogate", "level"), list(product(("clip", "cispo", "sapo"), LEVELS)))
+@pytest.mark.parametrize(
+    ("surrogate", "level"), [*product(("clip", "cispo", "sapo"), LEVELS), ("gmpo", None), ("reinforce", None)]
+)
 def test_on_the_policy_that_sampled_every_surrogate_is_reinforce_in_each_group(surrogate, level):
     groups, config = torch.combinations(torch.arange(15)), LossConfig("rloo", surrogate=surrogate, ratio_level=level)
     assert same(estimates(config, groups), estimates(LossConfig("rloo"), groups))
@@ -187,7 +189,7 @@ def one_new_token_at_a_time(logits):
     return sum(logprobs.sum(dim=1).exp() @ TREE.rewards for logprobs in mixed)
 
 
-@pytest.mark.parametrize(("surrogate", "level"), list(product(("clip", "cispo"), LEVELS)))
+@pytest.mark.parametrize(("surrogate", "level"), [*product(("clip", "cispo"), LEVELS), ("gmpo", None)])
 def test_off_the_policy_ratios_without_bounds_are_unbiased_for_one_token_alone(surrogate, level):
     # E_old[w R score] = E_pi[w old / pi R score]. One token: w = pi / old. More: token ratios change one token at a time, and
     # the sequence's is w = (pi / old)^(1/n), its gradient at each of n tokens w / n score.

@@ -8,6 +8,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
+from fuchsia_pl.objectives.surrogates import SAPOSettings
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from tests.doubles import denominators, make_sample
 
@@ -91,6 +92,22 @@ def test_gspo_by_hand():
     assert output.loss.item() == pytest.approx(-0.5235275, abs=1e-6)
     expected = torch.tensor([[0.0, -0.27629273, -0.27629273, -0.27629273], [0.0, 0.30535069, 0.0, 0.0]])
     torch.testing.assert_close(gradient, expected)
+
+
+def test_gmpo_by_hand():
+    # Bounds -0.4 and 0.4. Row 0, A > 0: log ratios 0.3, 0.6, -0.9 become 0.3, 0.4, -0.9, mean -0.2 / 3, s = 0.93550699, loss
+    # -1.5 s = -1.40326048 at each token. Row 1, A < 0: -0.6 becomes -0.4, s = 0.67032005, loss 0.5 s = 0.33516002.
+    # sequence_mean: (-1.40326048 + 0.33516002) / 2. Gradient: -1.5 s / 3 / 2 at the two tokens of row 0 within bounds.
+    policy = POLICY + torch.tensor([[0.0, 0.3, 0.6, -0.9], [0.0, -0.6, 0.0, 0.0]])
+    output, gradient = loss_and_gradient(LossConfig("gmpo"), BATCH, policy, old=POLICY)
+    assert output.loss.item() == pytest.approx(-0.53405023, abs=1e-6)
+    expected = torch.tensor([[0.0, -0.23387675, 0.0, -0.23387675], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    assert output.metrics["train/clip_fraction"].item() == 0.5
+    # The preset of GSPO has a ratio of the sequence, which GMPO does not use.
+    bounds = {"clip_low": 0.32968, "clip_high": 0.491825}
+    again, _ = loss_and_gradient(LossConfig("gspo", surrogate="gmpo", **bounds), BATCH, policy, old=POLICY)
+    assert again.loss.item() == output.loss.item()
 
 
 @pytest.mark.parametrize(
@@ -336,6 +353,8 @@ def test_every_setting_changes_the_loss(change):
 def test_the_temperatures_of_sapo_change_the_loss():
     policy, old = torch.tensor([[0.0, -0.5, -0.4, -1.2], [0.0, -0.7, 0.0, 0.0]]), POLICY
     before = loss_and_gradient(LossConfig("sapo"), BATCH, policy, old=old)[0].loss.item()
-    for change in ({"sapo_temperature_positive": 2.0}, {"sapo_temperature_negative": 2.0}):
-        after = loss_and_gradient(LossConfig("sapo", **change), BATCH, policy, old=old)[0].loss.item()
+    for change in ({"temperature_positive": 2.0}, {"temperature_negative": 2.0}):
+        after = loss_and_gradient(LossConfig("sapo", sapo=SAPOSettings(**change)), BATCH, policy, old=old)[
+            0
+        ].loss.item()
         assert before != pytest.approx(after, abs=1e-6)

@@ -3,15 +3,34 @@ import math
 import pytest
 import torch
 
-from fuchsia_pl.objectives.surrogates import cispo, clipped_surrogate, ratio_log, reinforce, row_mean, sapo
+from fuchsia_pl.objectives.surrogates import (
+    SAPOSettings,
+    SurrogateInputs,
+    SurrogateSettings,
+    cispo,
+    clip,
+    gmpo,
+    ratio_log,
+    reinforce,
+    row_mean,
+    sapo,
+)
 
 LOW, HIGH = 0.2, 0.28
+SETTINGS = SurrogateSettings()
+
+
+def inputs(log_ratio, advantages, logprobs=None, settings=SETTINGS) -> SurrogateInputs:
+    """Inputs whose tokens are all sampled."""
+    logprobs = torch.zeros_like(log_ratio) if logprobs is None else logprobs
+    return SurrogateInputs(logprobs, log_ratio, advantages, torch.ones_like(log_ratio, dtype=torch.bool), settings)
 
 
 def surrogate(ratio: float, advantage: float, dual_clip: float | None = None) -> tuple[float, float, bool]:
     """Loss, its derivative by the logprob, and whether a bound took that away, of one token."""
     log_ratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    loss, clipped = clipped_surrogate(log_ratio, torch.tensor([[advantage]], dtype=torch.float64), LOW, HIGH, dual_clip)
+    advantages, settings = torch.tensor([[advantage]], dtype=torch.float64), SurrogateSettings(LOW, HIGH, dual_clip)
+    loss, clipped = clip(inputs(log_ratio, advantages, settings=settings))
     loss.sum().backward()
     return loss.item(), log_ratio.grad.item(), clipped.item()
 
@@ -47,7 +66,7 @@ def test_both_sides_of_each_bound_by_hand(ratio, advantage, loss, gradient, clip
 
 def test_a_huge_ratio_stays_finite():
     log_ratio = torch.tensor([[500.0]], requires_grad=True)
-    loss, _ = clipped_surrogate(log_ratio, torch.tensor([[-1.0]]), LOW, HIGH)
+    loss, _ = clip(inputs(log_ratio, torch.tensor([[-1.0]]), settings=SurrogateSettings(LOW, HIGH)))
     loss.sum().backward()
     assert loss.isfinite().all()
     assert log_ratio.grad.isfinite().all()
@@ -83,7 +102,7 @@ def test_a_dual_clip_out_of_reach_is_the_clip():
 def test_reinforce_by_hand():
     # L = -1.5 * -0.7 and dL/dlogp = -1.5; L = 0.5 * -0.2 and +0.5
     logprobs = torch.tensor([-0.7, -0.2], requires_grad=True)
-    loss = reinforce(logprobs, torch.tensor([1.5, -0.5]))
+    loss, _ = reinforce(inputs(torch.zeros(2), torch.tensor([1.5, -0.5]), logprobs))
     loss.sum().backward()
     torch.testing.assert_close(loss.detach(), torch.tensor([1.05, -0.1]))
     assert logprobs.grad.tolist() == [-1.5, 0.5]
@@ -98,7 +117,8 @@ def test_reinforce_by_hand():
 def test_cispo_by_hand_bounds_the_weight_and_never_loses_the_gradient(ratio, weight, bounded, advantage):
     log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     logprobs = torch.tensor([-0.3], dtype=torch.float64, requires_grad=True)
-    loss, outside = cispo(log_ratio, logprobs, torch.tensor([advantage], dtype=torch.float64), 0.5, 1.0)
+    advantages = torch.tensor([advantage], dtype=torch.float64)
+    loss, outside = cispo(inputs(log_ratio, advantages, logprobs, SurrogateSettings(0.5, 1.0)))
     loss.sum().backward()
     assert loss.item() == pytest.approx(0.3 * weight * advantage)
     assert logprobs.grad.item() == pytest.approx(-weight * advantage)
@@ -122,18 +142,54 @@ def test_cispo_by_hand_bounds_the_weight_and_never_loses_the_gradient(ratio, wei
 )
 def test_sapo_by_hand(ratio, advantage, loss, gradient):
     log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    value = sapo(log_ratio, torch.tensor([advantage], dtype=torch.float64), 1.0, 2.0)
+    settings = SurrogateSettings(sapo=SAPOSettings(1.0, 2.0))
+    value, _ = sapo(inputs(log_ratio, torch.tensor([advantage], dtype=torch.float64), settings=settings))
     value.sum().backward()
     assert value.item() == pytest.approx(loss, abs=1e-8)
     assert log_ratio.grad.item() == pytest.approx(gradient, abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("ratios", "advantages", "mean", "gradients", "clipped"),
+    [
+        # bounds 0.8 and 1.28. A > 0 is bounded above only: sqrt(0.5 * 1.28) = 0.8; gradient -A s / 2 within the bound
+        ([0.5, 2.0], [2.0, 2.0], 0.8, [-1.6, 0.0], [False, True]),
+        # A < 0 is bounded below only: sqrt(0.8 * 2) = 1.26491106; gradient 2 s, as the losses of both tokens depend on it
+        ([0.5, 2.0], [-2.0, -2.0], 1.26491106, [0.0, 2.52982213], [True, False]),
+        # the sign of each token's own advantage: nothing is bounded, and the two losses cancel
+        ([0.5, 2.0], [2.0, -2.0], 1.0, [0.0, 0.0], [False, False]),
+        # no advantage: nothing is lost, and nothing counts as clipped
+        ([0.5, 2.0], [0.0, 0.0], 1.26491106, [0.0, 0.0], [False, False]),
+    ],
+)
+def test_gmpo_by_hand(ratios, advantages, mean, gradients, clipped):
+    log_ratio = torch.tensor([ratios], dtype=torch.float64).log().requires_grad_()
+    advantages = torch.tensor([advantages], dtype=torch.float64)
+    loss, bounded = gmpo(inputs(log_ratio, advantages, settings=SurrogateSettings(LOW, HIGH)))
+    loss.sum().backward()
+    torch.testing.assert_close(loss, -mean * advantages, rtol=1e-7, atol=1e-7)
+    # each loss has the gradient -A s / 2 by each of the two tokens within their bounds, summed over both losses
+    torch.testing.assert_close(log_ratio.grad, torch.tensor([gradients], dtype=torch.float64), rtol=1e-7, atol=1e-7)
+    assert bounded.tolist() == [clipped]
+
+
+def test_gmpo_without_a_lower_bound_keeps_every_ratio():
+    log_ratio = torch.tensor([[-5.0, -3.0]])
+    loss, bounded = gmpo(inputs(log_ratio, torch.tensor([[-1.0, -1.0]]), settings=SurrogateSettings(1.0, HIGH)))
+    torch.testing.assert_close(loss, torch.full((1, 2), math.exp(-4.0)))
+    assert not bounded.any()
+
+
 def test_huge_ratios_stay_finite():
     huge, logprobs, advantage = torch.tensor([500.0]), torch.tensor([-1.0]), torch.tensor([-1.0])
-    for loss in (cispo(huge, logprobs, advantage, 1.0, 4.0)[0], sapo(huge, advantage, 1.0, 1.05)):
+    bounds = SurrogateSettings(1.0, 4.0)
+    for loss in (cispo(inputs(huge, advantage, logprobs, bounds))[0], sapo(inputs(huge, advantage))[0]):
         assert loss.isfinite().all()
+    rows = torch.tensor([[500.0]], requires_grad=True)
+    gmpo(inputs(rows, torch.tensor([[-1.0]])))[0].sum().backward()
+    assert rows.grad.isfinite().all()
     gate = torch.tensor([500.0], requires_grad=True)
-    sapo(gate, advantage, 1.0, 1.05).sum().backward()
+    sapo(inputs(gate, advantage))[0].sum().backward()
     assert gate.grad.item() == 0.0
 
 

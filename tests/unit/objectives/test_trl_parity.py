@@ -24,7 +24,7 @@ from fuchsia_pl.objectives.advantages import group_mean_advantages, group_norm_a
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.loss import LossOutput, policy_loss
-from fuchsia_pl.objectives.surrogates import ratio_log
+from fuchsia_pl.objectives.surrogates import SAPOSettings, ratio_log
 
 LENGTHS = (5, 2, 7, 3, 6, 4, 7, 7)
 MAX_COMPLETION = 16
@@ -165,7 +165,7 @@ def test_ratios_lie_within_and_beyond_both_bounds_under_advantages_of_both_signs
 
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
 DAPO = {"loss_type": "dapo", "epsilon_high": 0.28}
-SAPO = {"loss_type": "sapo", "sapo_temperature_positive": 0.6, "sapo_temperature_negative": 2.0}
+SAPO = {"loss_type": "sapo", "sapo": SAPOSettings(0.6, 2.0)}
 UNBIASED, BIAS_CORRECTED = {"beta": 0.3, "kl_estimator": "k3_unbiased"}, {"use_bias_correction_kl": True}
 # Ours, then TRL's attributes and arguments.
 SAME = {

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from fuchsia_pl.batch import TrainerSignals
-from fuchsia_pl.objectives.config import CriticSettings, LossConfig
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.objectives.credit import CriticSettings
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_by_rollout
+from fuchsia_pl.rollouts.credit import kl_fraction, make_groups, make_samples, penalise_overlong, signals_of
 from fuchsia_pl.rollouts.scoring import RewardError
 from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
+
+NO_SIGNALS = TrainerSignals(None, None)
 
 
 def rollout(length: int, reward: float | None, truncated: bool = False, **rewards) -> Rollout:
@@ -21,7 +24,7 @@ def rollout(length: int, reward: float | None, truncated: bool = False, **reward
 
 def credit(config: LossConfig, *siblings, signals=None, weights=None) -> list[tuple[float, ...]]:
     """Advantages per token of each row, rounded to 6 places."""
-    samples = make_samples(config, make_groups(siblings), weights or {}, signals or {}, lambda values: values)
+    samples = make_samples(config, make_groups(siblings), weights or {}, signals or NO_SIGNALS, lambda values: values)
     return [tuple(round(value, 6) for value in sample.advantages) for sample in samples]
 
 
@@ -91,7 +94,7 @@ def test_a_length_alone_is_no_spread(aggregation):
     groups = make_groups([alike, differing])
     penalise_overlong(config, groups, max_completion_tokens=10)
     assert [sibling.reward for sibling in alike] == [0.0, -1.0]
-    samples = make_samples(config, groups, {"right": 2.0}, {}, lambda values: values)
+    samples = make_samples(config, groups, {"right": 2.0}, NO_SIGNALS, lambda values: values)
     assert [set(sample.advantages) for sample in samples[:2]] == [{0.0}, {0.0}]
     # Summed first, 0 and 1 - 1 = 0 are alike and so 0 as well. Each for itself, the right one has 2 * 0.707 - 0.707 and the
     # wrong one the opposite; over the step's 0, 0, -0.707, 0.707 the deviation is sqrt(1 / 3), and 0.707 / 0.577 = 1.225.
@@ -106,7 +109,7 @@ def test_what_else_tells_siblings_apart_is_still_learned_beside_a_length_penalty
         alike = [rollout(6, 1.0), rollout(10, 1.0)]
         groups, config = make_groups([alike]), LossConfig("rloo", beta=0.1, truncated=truncated)
         penalise_overlong(config, groups, max_completion_tokens=10)
-        signals = of(alike, kl=[[0.5] * 6, [0.0] * 10])
+        signals = of(kl=[[0.5] * 6, [0.0] * 10])
         samples = make_samples(config, groups, {}, signals, lambda values: values)
         # 1 - 0.1 * 3 against 1
         assert [sample.advantages[0] for sample in samples] == pytest.approx([-0.3, 0.3])
@@ -114,22 +117,25 @@ def test_what_else_tells_siblings_apart_is_still_learned_beside_a_length_penalty
         groups = make_groups([trade])
         config = LossConfig("dapo", reward_aggregation="normalize_then_sum", truncated=truncated)
         penalise_overlong(config, groups, max_completion_tokens=10)
-        samples = make_samples(config, groups, {"b": 2.0}, {}, lambda values: values)
+        samples = make_samples(config, groups, {"b": 2.0}, NO_SIGNALS, lambda values: values)
         # a is 2/3, -1/3, -1/3 and b the opposite, both over 0.577: with b twice, the first has -1.155 and the others 0.577.
         # Over the step the deviation is 1, but for the 1e-4 in each division.
         assert [s.advantages[0] for s in samples] == pytest.approx([-1.1547, 0.5774, 0.5774], abs=2e-3)
 
 
-def of(group, **rows) -> dict[int, TrainerSignals]:
-    def row(name, index):
-        return torch.tensor(rows[name][index]) if name in rows else None
+def of(**rows) -> TrainerSignals:
+    """Signals of rollouts in order, padded with a number that must not count."""
 
-    return {id(sibling): TrainerSignals(row("kl", i), row("values", i)) for i, sibling in enumerate(group)}
+    def padded(name):
+        longest = max(len(row) for row in rows[name])
+        return torch.tensor([row + [0.0] * (longest - len(row)) for row in rows[name]])
+
+    return TrainerSignals(*(padded(name) if name in rows else None for name in ("kl", "values")))
 
 
 def test_a_kl_in_the_reward_by_hand():
     group = pair()
-    signals = of(group, kl=[[0.5], [0.2, 0.4]])
+    signals = of(kl=[[0.5], [0.2, 0.4]])
     # whole rollouts: 0 - 0.1 * 0.5 = -0.05 and 1 - 0.1 * 0.6 = 0.94; leave-one-out: the difference 0.99
     assert credit(LossConfig("rloo", beta=0.1), group, signals=signals) == [(-0.99,), (0.99, 0.99)]
     # per token: what is still to come, 1 - 0.02 - 0.04 and 1 - 0.04
@@ -141,7 +147,7 @@ def test_gae_by_hand_with_the_values_its_targets_and_the_kl():
     # values 0.5 and (0.2, 0.6), gamma 1, lambda 0.5, rewards -0.1 kl and the total at the last token.
     # row 0: d = 0 - 0.05 - 0.5 = -0.55.   row 1: last 1 - 0.04 - 0.6 = 0.36; first -0.02 + 0.6 - 0.2 + 0.5 * 0.36 = 0.56
     group = pair()
-    signals = of(group, kl=[[0.5], [0.2, 0.4]], values=[[0.5], [0.2, 0.6]])
+    signals = of(kl=[[0.5], [0.2, 0.4]], values=[[0.5], [0.2, 0.6]])
     critic = CriticSettings(lam=0.5, whiten=False)
     config = LossConfig("ppo", advantage="gae", kl_in="reward", kl_estimator="k1", beta=0.1, critic=critic)
     assert credit(config, group, signals=signals) == [(-0.55,), (0.56, 0.36)]
@@ -185,22 +191,24 @@ def test_the_moments_of_other_ranks_enter():
         return values + torch.tensor([3.0, 8.0, 22.0], dtype=torch.float64)
 
     config = LossConfig("reinforce_pp")
-    samples = make_samples(config, make_groups([pair()]), {}, {}, over_two_ranks)
+    samples = make_samples(config, make_groups([pair()]), {}, NO_SIGNALS, over_two_ranks)
     # mean 10/6, variance (24 - 6 * 25/9) / 5 = 1.46666667, std 1.21106014: (0 - 1.66666667) / 1.21116014
     assert samples[0].advantages[0] == pytest.approx(-1.37609, abs=1e-5)
 
 
-def test_the_trainers_scores_are_taken_apart_by_rollout():
+def test_signals_of_batches_are_collected_by_rollout():
     group = pair()
     config = LossConfig("dr_grpo")
-    samples = make_samples(config, make_groups([group]), {}, {}, lambda values: values)
+    groups = make_groups([group])
+    samples = make_samples(config, groups, {}, NO_SIGNALS, lambda values: values)
     batches = make_batches(split_balanced(samples, 1), count_denominators(samples, 8), 0, {})
     # rows are ordered by length: row 0 is the rollout of two tokens
     kl = torch.tensor([[0.1, 0.2], [0.3, 9.0]])
-    found = signals_by_rollout(batches, [TrainerSignals(kl, None)])
-    assert found[id(group[0])].kl.tolist() == pytest.approx([0.3])
-    assert found[id(group[1])].kl.tolist() == pytest.approx([0.1, 0.2])
-    assert found[id(group[1])].values is None
+    found = signals_of(groups, batches, [TrainerSignals(kl, None)])
+    torch.testing.assert_close(found.kl, torch.tensor([[0.3, 0.0], [0.1, 0.2]]))
+    assert found.values is None
+    assert kl_fraction(groups, found) == (pytest.approx(0.6), 3.0)
+    assert kl_fraction(groups, TrainerSignals(None, None)) is None
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "reinforce", "reinforce_pp"])
@@ -228,7 +236,7 @@ def test_a_step_on_which_only_the_critic_learns():
     # all rewards 1 and values 0: whitened advantages 0, targets 1
     group = [rollout(1, 1.0), rollout(1, 1.0)]
     config = LossConfig("ppo", advantage="gae", critic=CriticSettings(lam=1.0))
-    rows = make_samples(config, make_groups([group]), {}, of(group, values=[[0.0], [0.0]]), lambda values: values)
+    rows = make_samples(config, make_groups([group]), {}, of(values=[[0.0], [0.0]]), lambda values: values)
     assert [row.advantages for row in rows] == [(0.0,), (0.0,)]
     assert [row.value_targets for row in rows] == [(1.0,), (1.0,)]
 
@@ -248,16 +256,16 @@ def test_a_step_on_which_only_the_critic_learns():
 def test_advantages_that_are_not_finite_are_refused_with_their_parts(config, rewards, word):
     group = RolloutGroup(tuple(rollout(1, reward, right=reward) for reward in rewards), has_spread=True)
     with pytest.raises(RewardError) as caught:
-        make_samples(config, [group], {}, {}, lambda values: values)
+        make_samples(config, [group], {}, NO_SIGNALS, lambda values: values)
     assert word in str(caught.value)
 
 
 def test_a_kl_or_a_value_that_is_not_finite_is_named():
     config = LossConfig("ppo", advantage="reward", beta=0.1, kl_in="reward")
     group = [rollout(1, 0.0, right=0.0), rollout(1, 1.0, right=1.0)]
-    signals = {id(r): TrainerSignals(torch.tensor([math.inf]), None) for r in group}
+    signals = of(kl=[[math.inf], [math.inf]])
     with pytest.raises(RewardError, match="is -inf, from a total reward of 0 with the parts right 0, KL inf"):
         make_samples(config, make_groups([group]), {}, signals, lambda values: values)
-    signals = {id(r): TrainerSignals(None, torch.tensor([math.nan])) for r in group}
+    signals = of(values=[[math.nan], [math.nan]])
     with pytest.raises(RewardError, match=r"is nan, .* largest value of the critic nan"):
         make_samples(LossConfig("ppo", advantage="gae"), make_groups([group]), {}, signals, lambda values: values)
