@@ -107,6 +107,13 @@ class TinyEngine(Engine):
             tuple(ids[len(prompt_ids) :]), tuple(logprobs), "stop" if ended else "length", None, self._version
         )
 
+    @torch.no_grad()
+    async def score(self, token_ids) -> tuple[float, ...]:
+        assert not self._is_asleep
+        ids = torch.tensor([list(token_ids)])
+        logprobs = torch.log_softmax(self._model(ids).logits[0, :-1].float(), dim=-1)
+        return tuple(logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+
     async def load_weights(self, path: Path, version: int) -> None:
         assert not self._is_asleep
         self.calls.append(("load", version))
@@ -281,6 +288,9 @@ class RecordedEngine(Engine):
         numbers = random.Random(f"{list(prompt_ids)} {sampling.seed}")
         ids = tuple(numbers.randrange(4, 40) for _ in range(numbers.randrange(1, sampling.max_tokens)))
         return Completion((*ids, EOS), (-1.5,) * (len(ids) + 1), "stop", None, version)
+
+    async def score(self, token_ids) -> tuple[float, ...]:
+        return (-1.5,) * (len(token_ids) - 1)
 
 
 def written(text: str) -> Turn:

@@ -55,6 +55,9 @@ class ProcessEngine(Engine):
         ids = (*reply["ids"], EOS)
         return Completion(ids, (-1.5,) * len(ids), "stop", None, reply["version"])
 
+    async def score(self, token_ids) -> tuple[float, ...]:
+        return (-1.5,) * (len(token_ids) - 1)
+
     async def load_weights(self, path: Path, version: int) -> None:
         while True:
             try:

@@ -132,12 +132,18 @@ class FakeServer:
         key = (body["model"], path, tuple(body["prompt"]))
         if key not in self.cache:
             self.cache[key] = sum(float(t.sum()) for t in load_file(file).values())
+        value = self.cache[key]
         choice = {
             "token_ids": IDS,
-            "logprobs": {"token_logprobs": [self.cache[key]] * len(IDS)},
+            "logprobs": {"token_logprobs": [value] * len(IDS)},
             "finish_reason": "stop",
             "stop_reason": None,
         }
+        if "prompt_logprobs" in body:  # a wrong id has another logprob
+            entries = [None, *({str(token): {"logprob": value, "rank": 1}} for token in body["prompt"][1:])]
+            top = {"token_id:3": value - 1.0, **{f"token_id:{token}": value for token in body["logprob_token_ids"]}}
+            of_sampled = {"token_logprobs": [value - 1.0], "top_logprobs": [top]}
+            choice |= {"token_ids": [3], "logprobs": of_sampled, "prompt_logprobs": entries, "finish_reason": "length"}
         return {"model": body["model"], "choices": [{**choice, **self.change}], **self.answers}
 
 

@@ -109,6 +109,10 @@ class PlayedEngine(Engine):
         ids = ids if stopped else ids[:-1]
         return Completion(tuple(ids), (-1.0,) * len(ids), "stop" if stopped else "length", None, 0)
 
+    async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """The constant logprob of every id."""
+        return (-1.0,) * (len(token_ids) - 1)
+
 
 @dataclass(frozen=True)
 class Played:

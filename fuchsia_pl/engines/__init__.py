@@ -1,1 +1,1 @@
-"""Who samples: the protocol, and vLLM behind it."""
+"""Engines that generate completions: the interface, and vLLM in this process or in servers."""

@@ -1,4 +1,4 @@
-"""Checkpoint-format weights with an adapter merged in, always from the pristine files, never merged onto merged."""
+"""Checkpoint-format weights with an adapter merged in, always computed from the pristine files."""
 
 import json
 import math
@@ -17,7 +17,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter; else it holds whole weights."""
+    """Whether a folder contains a PEFT adapter; else it contains whole weights."""
     return (folder / ADAPTER_CONFIG).exists()
 
 
@@ -27,10 +27,10 @@ def adapter_rank(folder: Path) -> int:
 
 
 def adapter_scale(folder: Path) -> float:
-    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """Factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA.
 
     Raises:
-        ValueError: The adapted layers keep their weights transposed (GPT-2's Conv1D).
+        ValueError: The adapted layers store their weights transposed (GPT-2's Conv1D).
     """
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     if config.get("fan_in_fan_out"):
@@ -42,14 +42,14 @@ def adapter_scale(folder: Path) -> float:
 
 
 def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a model folder's safetensors files, by its checkpoint name.
+    """Iterates over the tensors of a model folder's safetensors files, with their checkpoint names.
 
     Raises:
-        FileNotFoundError: The folder has none.
+        FileNotFoundError: The folder has no such files.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.exists():
-        # Some repositories keep a second copy of the weights under other names beside those that the index lists.
+        # Some repositories contain a second copy of the weights in files that the index does not list.
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     elif (folder / SAFE_WEIGHTS_NAME).exists():
         files = [folder / SAFE_WEIGHTS_NAME]
@@ -64,7 +64,7 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def block_of(name: str) -> str:
-    """The block that a weight belongs to, up to the first number in its name; a weight outside of them is its own.
+    """The block of a weight: its name up to the first number. A weight outside all blocks is a block of its own.
 
     >>> block_of("model.layers.3.self_attn.q_proj.weight"), block_of("model.norm.weight")
     ('model.layers.3', 'model.norm.weight')
@@ -76,15 +76,15 @@ def block_of(name: str) -> str:
 def merged_weights(
     model_folder: Path, trained_folder: Path, only_reached: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """W + scale * B A for every adapted weight, W for the others; whole weights pass as they are.
+    """W + scale * B A for every adapted weight, W for the others. Whole weights are returned unchanged.
 
-    The sum is in float32, and whoever loads it rounds it once, to the type that is served: the checkpoint's may be a coarser one.
+    The sum is in float32. The engine rounds it once, to the served type; the checkpoint's type may be coarser.
 
     Args:
         model_folder: The base model.
         trained_folder: A PEFT adapter folder, or a whole model folder.
-        only_reached: Whether blocks without an adapted weight are left out, as are the embeddings. Engines keep several
-            weights of a block in one tensor, so a block is whole or absent.
+        only_reached: Leave out blocks without an adapted weight, and the embeddings. Engines store several weights of a
+            block in one tensor, so a block is whole or absent.
 
     Yields:
         Checkpoint name and tensor.
@@ -108,7 +108,7 @@ def merged_weights(
             yield name, weight
             continue
         unused -= {a, b}
-        # Not in place: a float32 weight is the file's own memory.
+        # Not in place: a float32 weight shares its memory with the file.
         merged = torch.addmm(weight.float(), factors[b].float(), factors[a].float(), alpha=scale)
         yield name, merged
     if unused:

@@ -1,4 +1,4 @@
-"""Where an engine's own output goes while it starts and afterwards."""
+"""Redirection of an engine's own output to a file, during its start and afterwards."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 def output_to(file: Path) -> Iterator[None]:
     """Sends standard output and error to a file. Processes started inside inherit it and keep it afterwards.
 
-    It works on file descriptors, since what an engine's processes and C++ parts print passes no Python stream.
+    It redirects file descriptors, since the output of an engine's processes and C++ parts bypasses Python's streams.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -31,7 +31,7 @@ def output_to(file: Path) -> Iterator[None]:
 
 
 def tail(file: Path, num_lines: int = 15) -> str:
-    """The last lines of a log, or a word that there is none."""
+    """The last lines of a log, or a note that there is no output."""
     if not file.exists():
         return "(no output)"
     return "\n".join(file.read_text(errors="replace").splitlines()[-num_lines:]) or "(no output)"

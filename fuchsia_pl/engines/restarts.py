@@ -1,4 +1,4 @@
-"""An engine whose processes end is started again, with the weights it loaded last."""
+"""Restarts of an engine whose processes have ended, with the weights that it loaded last."""
 
 import logging
 import os
@@ -11,18 +11,18 @@ from fuchsia_pl.engines.base import EngineLostError, EngineSpec
 from fuchsia_pl.stopping import stopping
 
 CLOSE_TIMEOUT_S = 60.0
-NO_START = 0  # the number of a start that never was: whoever is given it waits for the restart in progress
+NO_START = 0  # number of no start: a request that fails with it waits for the restart in progress
 
 logger = logging.getLogger(__name__)
 
 
 class Restarts:
-    """Counts the starts of an engine, and keeps what the next one has to load.
+    """Counts the starts of an engine, and keeps the weights that the next start has to load.
 
     Args:
         start: Starts the engine.
-        load: Loads a folder as a version; raises `EngineLostError` where the engine ends meanwhile.
-        end: Ends what is left of the engine.
+        load: Loads a folder as a version; raises `EngineLostError` if the engine ends meanwhile.
+        end: Ends the remaining parts of the engine.
         abort: Makes a start that is in progress fail soon.
     """
 
@@ -38,7 +38,7 @@ class Restarts:
         self._spec: EngineSpec | None = None  # None before the start and after the end
         self._kept: tuple[Path, int] | None = None
         self.num_starts = 0
-        # While a restart is in progress, what is asked for would get other weights, or no answer.
+        # While a restart is in progress, a request would get other weights or no answer.
         self.is_busy = False
 
     def start(self, spec: EngineSpec) -> None:
@@ -59,11 +59,11 @@ class Restarts:
                 self._lock.release()
 
     def loaded(self, folder: Path, version: int) -> None:
-        """Keeps the files of a folder under another name beside it, as hard links where the file system has them.
+        """Keeps a copy of a folder beside it, as hard links if the file system has them.
 
         Args:
-            folder: What was loaded. Its owner removes it, and its parent at the end of the run.
-            version: Of its weights.
+            folder: The loaded folder. Its owner removes it, and its parent at the end of the run.
+            version: Version of its weights.
         """
         with self._lock:
             if self._spec is None or self.num_starts > self._spec.max_restarts:
@@ -74,10 +74,10 @@ class Restarts:
             self._kept = kept, version
 
     def restart(self, lost: EngineLostError) -> None:
-        """Starts the engine again, unless another request that failed has done so, or the run is told to end.
+        """Starts the engine again, unless another failed request has done so or the run is ending.
 
         Raises:
-            EngineLostError: It was restarted as often as it may.
+            EngineLostError: All restarts are used, or the run is ending.
             EngineError: The start failed.
         """
         with self._lock:
@@ -86,18 +86,18 @@ class Restarts:
             self.is_busy = True
             try:
                 while self._spec is not None and not self._started_again(self._spec, lost):
-                    pass  # it ended while it loaded, which counts
+                    pass  # the engine ended during the load; this counts as a start
             finally:
                 self.is_busy = False
                 if self._spec is None:
                     self._end()
 
     def _started_again(self, spec: EngineSpec, lost: EngineLostError) -> bool:
-        """Starts the engine once; returns whether it has the newest weights."""
+        """Starts the engine once. Returns whether it has the newest weights."""
         if self.num_starts > spec.max_restarts or stopping.signum is not None:
             raise lost
         logger.warning(
-            "the engine has ended: restart %d of %d, and what was being sampled is sampled again. %s",
+            "the engine has ended: restart %d of %d, then its requests are sampled again. %s",
             self.num_starts,
             spec.max_restarts,
             str(lost).splitlines()[0],
@@ -116,5 +116,5 @@ class Restarts:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # not every file system has links
+    except OSError:  # the file system has no hard links
         shutil.copy2(source, target)

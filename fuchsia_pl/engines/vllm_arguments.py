@@ -1,4 +1,4 @@
-"""What vLLM is told at its start, beside the trainer as well as in a server of its own."""
+"""Arguments and environment variables of vLLM, for an engine beside the trainer and for a server."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,23 +13,23 @@ from fuchsia_pl.types import ConfigError, ServedModel
 
 Quantization = Literal["int8", "fp8"]
 
-# The ranks for which vLLM has buffers; others are rounded up (vllm.config.lora.MaxLoRARanks).
+# The LoRA ranks for which vLLM has buffers. Other ranks are rounded up (vllm.config.lora.MaxLoRARanks).
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_QUANTIZATION: dict[Quantization, str] = {"int8": "int8_per_channel_weight_only", "fp8": "fp8_per_tensor"}
-# Siblings share whole blocks of their prompt, and with vLLM's 128 tokens on a CPU most prompts have none.
+# Siblings share whole blocks of their prompt. With vLLM's default of 128 tokens on a CPU most prompts have no whole block.
 CPU_BLOCK_SIZE = 32
-# Without chunked prefill a prompt must fit into one batch; shorter ones share it.
+# Without chunked prefill a prompt must fit into one batch. Shorter prompts share a batch.
 MIN_BATCHED_TOKENS = 2048
 GIB = 2**30
-# With the cache's size given, the share of a GPU's memory decides nothing but whether vLLM starts: so much must be free. By its
-# default nothing else could be on the GPU.
+# The size of the cache is given, so this share of a GPU's memory only has to be free at the start. vLLM's default would leave
+# no room for the trainer.
 FREE_SHARE = 0.05
-# What a server holds: the newest adapter and the one before it, whose requests may still run.
+# A server keeps the newest adapter and the one before it, whose requests may still run.
 NUM_SERVED_ADAPTERS = 2
 
-# vLLM leaves a core to the process that asks it, which has nothing to do until the answers come.
+# By default vLLM reserves a core for its client process, which is idle until the answers arrive.
 VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-# Where it is set, kv_cache_gb would do nothing.
+# If it is set, vLLM ignores kv_cache_gb.
 OVERRIDING_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
@@ -37,13 +37,13 @@ CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
 @dataclass(frozen=True)
 class VLLMSettings:
-    """What a user sets of vLLM; see `VLLMColocatedEngine`.
+    """vLLM settings of the user; see `VLLMColocatedEngine`.
 
     Attributes:
         kv_cache_gb: Memory for keys and values, in GiB.
         max_num_seqs: Requests that are decoded at the same time.
         enforce_eager: Whether compilation is skipped.
-        quantization: Of the served weights.
+        quantization: Type of the served weights, None for the checkpoint's.
         tensor_parallel_size: Devices that share a copy of the weights.
 
     Raises:
@@ -68,11 +68,11 @@ class VLLMSettings:
 
 
 def vllm_arguments(settings: VLLMSettings, model: ServedModel, max_length: int, seed: int) -> dict[str, Any]:
-    """The arguments that a colocated and a served vLLM have in common, under the names of `vllm.EngineArgs`.
+    """The common arguments of a colocated and a served vLLM, with the names of `vllm.EngineArgs`.
 
     Args:
-        settings: What the user sets.
-        model: What trainer and vLLM share.
+        settings: The user's settings.
+        model: The model that trainer and vLLM share.
         max_length: Longest prompt plus completion, in tokens.
         seed: The run's seed.
 
@@ -90,7 +90,7 @@ def vllm_arguments(settings: VLLMSettings, model: ServedModel, max_length: int, 
         "dtype": model.dtype,
         "max_model_len": max_length,
         "max_num_seqs": settings.max_num_seqs,
-        # A seeded request kills the CPU worker when its prefill is chunked, so every prompt must fit into one batch.
+        # A seeded request kills the CPU worker if its prefill is chunked, so every prompt must fit into one batch.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(max_length, MIN_BATCHED_TOKENS),
         "enable_prefix_caching": True,
@@ -101,7 +101,7 @@ def vllm_arguments(settings: VLLMSettings, model: ServedModel, max_length: int, 
         "tensor_parallel_size": settings.tensor_parallel_size,
         "quantization": None if quantization is None else VLLM_QUANTIZATION[quantization],
         "max_lora_rank": min((r for r in VLLM_LORA_RANKS if r >= rank), default=rank),
-        # Nothing of the model's own generation config, and logprobs at the temperature that was sampled with.
+        # Ignore the model's own generation config. Return logprobs at the sampling temperature.
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
         "seed": seed,
@@ -110,16 +110,16 @@ def vllm_arguments(settings: VLLMSettings, model: ServedModel, max_length: int, 
 
 
 def worker_environment(local_rank: int, num_local_ranks: int, device_index: int | None) -> dict[str, str | None]:
-    """The variables with which vLLM's processes beside one of several ranks start; None removes one.
+    """Environment variables of vLLM's processes beside one of several ranks; None removes a variable.
 
-    Each gets its rank's GPU, which it would otherwise take to be the first (untested on a GPU), or its rank's share of the cores.
+    Each engine gets the GPU of its rank, in place of the first one (untested on a GPU), or its rank's share of the cores.
 
     Args:
-        local_rank: The rank among those on this machine.
-        num_local_ranks: Number of those.
-        device_index: Which of the visible GPUs the trainer has, None on a CPU.
+        local_rank: Number of the rank among those on this machine.
+        num_local_ranks: Number of ranks on this machine.
+        device_index: Index of the trainer's GPU among the visible ones, None on a CPU.
     """
-    # torchrun says with it that its own store is to be used, and vLLM's workers, who make theirs, would wait for it.
+    # torchrun sets it to make its processes use its own store. vLLM's workers create another one and would wait for it.
     changes: dict[str, str | None] = {"TORCHELASTIC_USE_AGENT_STORE": None}
     if device_index is not None:
         visible = os.environ.get(VISIBLE_GPUS)
@@ -134,7 +134,7 @@ def worker_environment(local_rank: int, num_local_ranks: int, device_index: int 
 
 @contextmanager
 def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Sets variables, or removes those with None, for the processes that are started inside the `with` block."""
+    """Sets variables, or removes those with None, for processes that are started inside the `with` block."""
     before = {name: os.environ.get(name) for name in changes}
     try:
         _set_environment(changes)
@@ -152,7 +152,7 @@ def _set_environment(variables: Mapping[str, str | None]) -> None:
 
 
 def as_options(arguments: dict[str, Any]) -> list[str]:
-    """The same arguments as a command line of vLLM's; what is None is left to vLLM.
+    """The same arguments as command-line options of vLLM. Arguments that are None are left out.
 
     >>> as_options({"max_model_len": 64, "enforce_eager": True, "enable_chunked_prefill": False, "block_size": None})
     ['--max-model-len', '64', '--enforce-eager', '--no-enable-chunked-prefill']
@@ -168,17 +168,17 @@ def as_options(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_mode(settings: VLLMSettings, sync_mode: str, serves_lora: bool, spec: EngineSpec) -> None:
-    """Refuses what vLLM beside a trainer cannot do.
+    """Checks the settings of a vLLM beside the trainer.
 
     Args:
-        settings: How vLLM is started.
-        sync_mode: As configured.
+        settings: The settings of vLLM.
+        sync_mode: The configured mode, for the message.
         serves_lora: Whether vLLM applies the adapter itself.
-        spec: The run's.
+        spec: Settings of the run.
 
     Raises:
-        ConfigError: Mode "lora" without an adapter, quantized weights that would have to be merged into, or several ranks that
-            would each need several devices.
+        ConfigError: Mode "lora" without an adapter, mode "merge" with quantized weights, or tensor parallelism with several
+            ranks.
     """
     if settings.quantization is not None and not serves_lora:
         raise ConfigError(

@@ -1,7 +1,6 @@
-"""vLLM in this process: its `AsyncLLM` on an event loop in a thread of its own."""
+"""vLLM beside the trainer: an `AsyncLLM` on an event loop in its own thread of this process."""
 
 import asyncio
-import contextlib
 import gc
 import itertools
 import logging
@@ -16,6 +15,7 @@ import torch
 
 from fuchsia_pl import orphans
 from fuchsia_pl.engines.base import Engine, EngineError, EngineLostError, EngineSpec, SamplingParams, check_version_file
+from fuchsia_pl.engines.burst import BurstGate
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
 from fuchsia_pl.engines.restarts import NO_START, Restarts
@@ -29,12 +29,10 @@ from fuchsia_pl.engines.vllm_arguments import (
     vllm_arguments,
     worker_environment,
 )
-from fuchsia_pl.engines.vllm_convert import to_completion, to_vllm
+from fuchsia_pl.engines.vllm_convert import logprobs_of_output, to_completion, to_vllm, to_vllm_scoring
 from fuchsia_pl.engines.vllm_processes import (
-    MAX_SETTLE_S,
     end_engine_processes,
     has_ended,
-    hold,
     log_to,
     shut_down,
     shut_down_late,
@@ -50,28 +48,27 @@ T = TypeVar("T")
 
 ADAPTER_ID = 1
 CLOSE_TIMEOUT_S = 60.0
-# A burst of requests is complete once none came for this long. It is not waited for longer than the second number, and
-# neither are vLLM's answers to pause and resume: those of an engine that died never come, and a request then says so.
-SETTLE_S = 0.02
+PAUSE: dict[str, Any] = {"mode": "keep", "clear_cache": False}  # requests in flight keep their state
+WORKER_EXTENSION = "fuchsia_pl.engines.vllm_worker.WorkerExtension"
 
 logger = logging.getLogger(__name__)
-WORKER_EXTENSION = "fuchsia_pl.engines.vllm_worker.WorkerExtension"
 
 
 class VLLMColocatedEngine(Engine):
     """vLLM beside the trainer. Untested on a GPU.
 
     Args:
-        sync_mode: How trained weights reach vLLM. "lora": it serves the adapter, reloaded in place. "merge": its worker
-            rebuilds W + scale B A from the pristine weights; served LoRA costs most of the speed on a CPU. "auto": merge on
+        sync_mode: How trained weights reach vLLM. "lora": vLLM serves the adapter, reloaded in place. "merge": its worker
+            rebuilds W + scale B A from the pristine weights; on a CPU a served LoRA costs most of the speed. "auto": merge on
             a CPU or without LoRA, lora on a GPU.
         kv_cache_gb: Memory for keys and values, in GiB.
         max_num_seqs: Requests that are decoded at the same time.
         enforce_eager: Skip compilation: starts faster, samples slower.
-        quantization: "int8" (weights) or "fp8" (weights and activations), made of the checkpoint's weights while they load.
-            What is sampled then differs a little from what is trained, which the sampler's correction is for. Untested on a GPU.
-        tensor_parallel_size: Devices that share a copy of the weights. Above 1 only where the trainer has one rank.
-        timeout_s: Bound of the start (download of nothing included), of each request and of each load of an adapter.
+        quantization: "int8" (weights) or "fp8" (weights and activations), applied to the checkpoint's weights while they load.
+            The sampled distribution then differs slightly from the trained one, as the sampler correction expects. Untested on
+            a GPU.
+        tensor_parallel_size: Devices that share a copy of the weights. Above 1 only if the trainer has one rank.
+        timeout_s: Bound of the start (which downloads nothing), of each request and of each load of an adapter.
 
     Raises:
         ConfigError: A bound or a size is not above 0.
@@ -97,23 +94,19 @@ class VLLMColocatedEngine(Engine):
         self._spec: EngineSpec | None = None
         self._llm: Any = None
         self._lora_request: Any = None
+        self._gate: BurstGate | None = None
         self._request_ids = itertools.count()
-        self._in_flight: set[str] = set()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._loading = asyncio.Lock()
-        self._pause: asyncio.Future[None] | None = None
-        self._resume: asyncio.Task[None] | None = None
-        self._is_asleep = False
         self._restarts = Restarts(self._launch, self._load_again, self._end, end_engine_processes)
 
     @property
     def policy_version(self) -> int:
-        """The optimizer step whose weights it samples from; see `Engine.policy_version`."""
+        """The optimizer step of its weights; see `Engine.policy_version`."""
         return self._version
 
     @property
     def can_sleep(self) -> bool:
-        """Always; on a CPU vLLM goes through the motions and keeps its memory."""
+        """Always. On a CPU vLLM accepts the calls and keeps its memory."""
         return True
 
     @property
@@ -123,22 +116,22 @@ class VLLMColocatedEngine(Engine):
 
     @property
     def weights_share(self) -> float:
-        """What one device holds of the weights; on a CPU all parts are in one memory."""
+        """Share of the weights on one device. On a CPU all shares are in one memory."""
         return 1 / self.settings.tensor_parallel_size if torch.cuda.is_available() else 1.0
 
     @property
     def serves_lora(self) -> bool:
-        """Whether vLLM itself applies the adapter, in place of merged weights."""
+        """Whether vLLM applies the adapter itself; else it gets merged weights."""
         assert self._spec is not None, "start comes first"
         if self.sync_mode == "auto":
             return self._spec.model.lora_rank > 0 and torch.cuda.is_available()
         return self.sync_mode == "lora"
 
     def start(self, spec: EngineSpec) -> None:
-        """Starts vLLM and waits until it answers.
+        """Starts vLLM and waits until it is ready.
 
         Raises:
-            EngineError: It failed or took longer than `timeout_s`.
+            EngineError: The start failed or took longer than `timeout_s`.
             ConfigError: Mode "lora" without an adapter, quantized weights where they cannot work, or several ranks that would
                 each need several devices.
         """
@@ -163,16 +156,16 @@ class VLLMColocatedEngine(Engine):
                 self._thread.run(llm.update_weight_version(str(self._version)), self.timeout_s)
                 log_to(spec.log_file)
                 record_segments(Path(self._scratch.name), orphans.descendants(os.getpid()))
-                self._llm = llm
+                self._llm, self._gate = llm, BurstGate(partial(llm.pause_generation, **PAUSE), llm.resume_generation)
             except TimeoutError:
-                raise EngineError(self._words(f"vLLM did not start within {self.timeout_s:g} s")) from None
-            except Exception as error:  # whatever vLLM raises at its start is passed on with the end of its log
-                raise EngineError(self._words(f"vLLM did not start ({type(error).__name__}: {error})")) from error
+                raise EngineError(self._with_log(f"vLLM did not start within {self.timeout_s:g} s")) from None
+            except Exception as error:  # vLLM raises many types at its start; each is reported with the end of its log
+                raise EngineError(self._with_log(f"vLLM did not start ({type(error).__name__}: {error})")) from error
             finally:
                 if self._llm is None:
-                    # A start cannot be interrupted, but for what it waits for: vLLM's processes, which note a SIGTERM that
-                    # comes before they are ready and wait on, and for which this one would wait at its end. An engine that
-                    # comes up nevertheless is shut down as it arrives.
+                    # A start cannot be interrupted, but it waits for vLLM's processes, and these can be killed. They ignore a
+                    # SIGTERM until they are ready, and this process would wait for them at its end. An engine that becomes
+                    # ready nevertheless is shut down then.
                     future.add_done_callback(shut_down_late)
                     end_engine_processes()
                     self._stop_loop(CLOSE_TIMEOUT_S if future.done() else 0.0)
@@ -181,18 +174,22 @@ class VLLMColocatedEngine(Engine):
         """Samples one completion; see `Engine.generate`."""
         return await self._call(self._generate(list(prompt_ids), sampling), "a completion")
 
+    async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Computes the logprobs of given ids from vLLM's prompt logprobs; see `Engine.score`."""
+        return await self._call(self._score(list(token_ids)), "the logprobs of a row")
+
     async def load_weights(self, path: Path, version: int) -> None:
-        """Serves what was trained; see `Engine.load_weights`."""
-        await self._surviving(partial(self._load, path, version), "the load of an adapter")
+        """Serves trained weights; see `Engine.load_weights`."""
+        await self._with_restarts(partial(self._load, path, version), "the load of an adapter")
         self._restarts.loaded(path, version)
 
     async def sleep(self) -> None:
-        """Leaves the device to the trainer; see `Engine.sleep`. Merged weights are not kept, since a load rebuilds them."""
-        await self._surviving(self._sleep, "the order to sleep")
+        """Frees the device for the trainer; see `Engine.sleep`. Merged weights are not kept, since a load rebuilds them."""
+        await self._with_restarts(self._sleep, "the order to sleep")
 
     async def wake(self) -> None:
-        """Takes the device back; see `Engine.wake`."""
-        await self._surviving(self._wake, "the order to wake")
+        """Allocates its memory again; see `Engine.wake`."""
+        await self._with_restarts(self._wake, "the order to wake")
 
     async def restart(self, lost: EngineLostError) -> None:
         """Starts vLLM again; see `Engine.restart`."""
@@ -214,13 +211,13 @@ class VLLMColocatedEngine(Engine):
             if self._llm is not None:
                 self._thread.run(shut_down(self._llm, CLOSE_TIMEOUT_S), CLOSE_TIMEOUT_S)
         except Exception:  # closing must not hide what ended the run
-            logger.exception("vLLM did not shut down in order")
+            logger.exception("the shutdown of vLLM failed")
         finally:
             self._stop_loop(CLOSE_TIMEOUT_S)
-        # AsyncLLM is part of reference cycles, and its finaliser fails once the interpreter is being taken down.
+        # AsyncLLM is part of reference cycles, and its finaliser fails during the shutdown of the interpreter.
         gc.collect()
 
-    async def _surviving(self, order: Callable[[], Coroutine[Any, Any, None]], what: str) -> None:
+    async def _with_restarts(self, order: Callable[[], Coroutine[Any, Any, None]], what: str) -> None:
         while True:
             try:
                 return await self._call(while_alive(self._llm, order), what)
@@ -230,27 +227,27 @@ class VLLMColocatedEngine(Engine):
     async def _call(self, coroutine: Coroutine[Any, Any, T], what: str) -> T:
         if self._restarts.is_busy:
             coroutine.close()
-            raise EngineLostError(f"{what} was asked for while the engine starts again", NO_START)
+            raise EngineLostError(f"{what} was requested while the engine restarts", NO_START)
         return await self._order(coroutine, what)
 
     async def _order(self, coroutine: Coroutine[Any, Any, T], what: str) -> T:
         if self._llm is None or self._thread is None:
             coroutine.close()
-            raise EngineError(f"{what} was asked of an engine that does not run: call start first")
+            raise EngineError(f"{what} was requested from an engine that does not run: call start first")
         number = self._restarts.num_starts
         try:
             return await self._thread.call(coroutine, self.timeout_s)
         except TimeoutError:
-            raise EngineError(self._words(f"{what} took longer than {self.timeout_s:g} s")) from None
+            raise EngineError(self._with_log(f"{what} took longer than {self.timeout_s:g} s")) from None
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # a coroutine runs in a task
                 raise
-            raise EngineLostError(self._words(f"{what} was cut off by a restart"), number) from None
+            raise EngineLostError(self._with_log(f"{what} was interrupted by a restart"), number) from None
         except EngineError:
             raise
-        except Exception as error:  # vLLM's errors have many types; each ends the run with the end of its log
-            words = self._words(f"vLLM failed at {what} ({type(error).__name__}: {error})")
-            raise (EngineLostError(words, number) if has_ended(error) else EngineError(words)) from error
+        except Exception as error:  # vLLM's errors have many types; each is reported with the end of its log
+            message = self._with_log(f"vLLM failed at {what} ({type(error).__name__}: {error})")
+            raise (EngineLostError(message, number) if has_ended(error) else EngineError(message)) from error
 
     async def _start(self, arguments: dict[str, Any]) -> Any:
         assert self._spec is not None
@@ -267,8 +264,8 @@ class VLLMColocatedEngine(Engine):
             worker_extension_cls=WORKER_EXTENSION,
             enable_sleep_mode=self._spec.sleeps and torch.cuda.is_available(),  # refused on a CPU
         )
-        # In no local variable: a library imported above keeps this frame alive, and with it what it names.
-        # Tensor parallelism takes GPUs beside the trainer's, so all stay visible then.
+        # The engine is in no local variable: a library imported above keeps this frame alive, and with it its variables.
+        # Tensor parallelism uses GPUs beside the trainer's, so all of them stay visible.
         spec, shares = self._spec, self.settings.tensor_parallel_size > 1
         environment = worker_environment(spec.local_rank, spec.num_local_ranks, None if shares else spec.device_index)
         environment |= socket_environment(self._scratch)
@@ -276,80 +273,58 @@ class VLLMColocatedEngine(Engine):
             return AsyncLLM.from_engine_args(args)
 
     async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Completion:
+        output = await self._output(prompt_ids, to_vllm(sampling))
+        return to_completion(output.outputs[0])
+
+    async def _score(self, token_ids: list[int]) -> tuple[float, ...]:
+        if len(token_ids) < 2:
+            return ()
+        while True:
+            output = await self._output(token_ids[:-1], to_vllm_scoring(token_ids))
+            logprobs, version = logprobs_of_output(output, token_ids)
+            if version == self._version:  # else newer weights were loaded meanwhile
+                return logprobs
+
+    async def _output(self, prompt_ids: list[int], params: Any) -> Any:
+        """The final `vllm.RequestOutput` of one request."""
         from vllm import TokensPrompt
 
-        self._check_awake()
-        assert self._spec is not None
-        params, request_id = to_vllm(sampling), str(next(self._request_ids))
-        async with self._loading:  # what would resume the engine must not do so while weights are being loaded
-            pass
-        if not self._in_flight:
-            self._pause = asyncio.ensure_future(hold(self._llm))
-            self._resume = asyncio.ensure_future(self._resume_when_settled(self._pause))
-            self._resume.add_done_callback(lambda task: task.cancelled() or task.exception())  # the requests say it
-        self._in_flight.add(request_id)
-        try:
-            assert self._pause is not None
-            await asyncio.shield(self._pause)
+        assert self._gate is not None
+        request_id = str(next(self._request_ids))
+        async with self._gate.request():
             stream = self._llm.generate(
                 TokensPrompt(prompt_token_ids=prompt_ids), params, request_id, lora_request=self._lora_request
             )
             async for output in stream:
-                final = output.outputs[0]
-        finally:
-            self._in_flight.remove(request_id)
-        return to_completion(final)
-
-    async def _resume_when_settled(self, pause: "asyncio.Future[None]") -> None:
-        await asyncio.shield(pause)
-        for _ in range(round(MAX_SETTLE_S / SETTLE_S)):
-            num_in_flight = len(self._in_flight)
-            await asyncio.sleep(SETTLE_S)
-            if len(self._in_flight) == num_in_flight:
-                break
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._llm.resume_generation(), MAX_SETTLE_S)
+                final = output
+        return final
 
     async def _load(self, path: Path, version: int) -> None:
         assert self._spec is not None
+        assert self._gate is not None
         check_version_file(path, version)
-        self._check_awake()
-        if not self._spec.loads_in_flight:
-            if self._in_flight:
-                raise EngineError(
-                    f"{len(self._in_flight)} requests are in flight: weights change only between requests"
-                )
+        async with self._gate.load(in_flight=self._spec.loads_in_flight):
             await self._replace_weights(path, version)
-            return
-        async with self._loading:
-            if self._resume is not None:
-                await asyncio.wait([self._resume])
-            await self._llm.pause_generation(mode="keep", clear_cache=False)  # what is in flight stays where it is
-            await self._replace_weights(path, version)
-            await self._llm.resume_generation()
 
     async def _replace_weights(self, path: Path, version: int) -> None:
         assert self._spec is not None
         if self.serves_lora:
             await self._serve_adapter(path)
         else:
-            # A run trains the same layers at every step, so what they do not reach stays as the first load left it.
+            # A run trains the same layers at every step, so all other layers stay as the first load left them.
             arguments = (self._spec.model.folder, str(path), self._version >= 0)
             await self._llm.collective_rpc("load_trained_weights", args=arguments)
-        # Cached keys and values are those of the old weights; requests in flight compute theirs again.
+        # Cached keys and values are those of the old weights. Requests in flight recompute theirs.
         if not await self._llm.reset_prefix_cache(reset_running_requests=self._spec.loads_in_flight):
             raise EngineError(
-                "vLLM did not reset its prefix cache: it would go on with the old weights' keys and values"
+                "vLLM did not reset its prefix cache: it would continue with the keys and values of the old weights"
             )
-        await self._llm.update_weight_version(str(version))  # which it says of every token from now on
+        await self._llm.update_weight_version(str(version))  # vLLM reports it with every token from now on
         self._version = version
 
     async def _sleep(self) -> None:
-        if self._in_flight:
-            raise EngineError(f"{len(self._in_flight)} requests are in flight: vLLM sleeps only between requests")
-        if self._resume is not None:
-            await asyncio.wait([self._resume])  # it would start vLLM's scheduler without its memory
-        self._is_asleep = True
+        assert self._gate is not None
+        await self._gate.fall_asleep()
         if self.serves_lora:
             await self._llm.sleep(level=1)
         else:
@@ -358,13 +333,10 @@ class VLLMColocatedEngine(Engine):
             await self._llm.sleep(level=2)
 
     async def _wake(self) -> None:
+        assert self._gate is not None
         if not await self._llm.wake_up():
-            raise EngineError(self._words("vLLM did not take all of its memory back"))
-        self._is_asleep = False
-
-    def _check_awake(self) -> None:
-        if self._is_asleep:
-            raise EngineError("the engine is asleep: call wake first")
+            raise EngineError(self._with_log("vLLM did not allocate all of its memory again"))
+        self._gate.wake_up()
 
     async def _serve_adapter(self, path: Path) -> None:
         from vllm.lora.request import LoRARequest
@@ -379,20 +351,18 @@ class VLLMColocatedEngine(Engine):
             )
         request = LoRARequest("policy", ADAPTER_ID, str(path), load_inplace=True)
         if not await self._llm.add_lora(request):
-            raise EngineError(self._words(f"vLLM did not load the adapter in {path}"))
-        # Requests name the loaded adapter and must not load it once more.
+            raise EngineError(self._with_log(f"vLLM did not load the adapter in {path}"))
+        # Requests name the loaded adapter and must not load it again.
         self._lora_request = LoRARequest("policy", ADAPTER_ID, str(path))
 
     def _stop_loop(self, wait_s: float) -> None:
         assert self._thread is not None
         self._thread.stop(wait_s)
-        self._llm, self._thread, self._lora_request, self._version = None, None, None, -1
-        self._pause, self._resume, self._is_asleep = None, None, False
-        self._in_flight, self._loading = set(), asyncio.Lock()
+        self._llm, self._gate, self._thread, self._lora_request, self._version = None, None, None, None, -1
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
 
-    def _words(self, what: str) -> str:
+    def _with_log(self, problem: str) -> str:
         assert self._spec is not None
-        return f"{what}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"
+        return f"{problem}. The end of {self._spec.log_file}:\n{tail(self._spec.log_file)}"

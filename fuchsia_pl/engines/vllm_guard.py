@@ -1,6 +1,6 @@
-"""The API key for every path of a vLLM server. vLLM itself asks for it under `/v1` and a few other paths only.
+"""The API key for every path of a vLLM server. vLLM itself requires it under `/v1` and a few other paths only.
 
-`fuchsia serve` names this class to vLLM (`--middleware`), which puts it in front of all routes. It needs nothing of vLLM.
+`fuchsia serve` passes this class to vLLM (`--middleware`), which applies it to all routes. It imports nothing of vLLM.
 """
 
 import hashlib
@@ -16,35 +16,37 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
-# What whoever watches over a server may ask without the key: whether it is well, and nothing else.
+# Health checks work without the key.
 OPEN_PATHS = ("/health", "/ping")
 OPEN_METHODS = ("GET", "HEAD")
 UNAUTHORIZED = 401
-POLICY_VIOLATION = 1008  # the code with which a web socket is refused; before it is accepted, it becomes the status 403
+POLICY_VIOLATION = 1008  # closes a web socket; before the socket is accepted, it becomes the status 403
 
 
 class KeyGuard:
     """ASGI middleware: a request without the key of the environment variable VLLM_API_KEY reaches no route.
 
-    It is refused whatever its path and method are, before its body is read. Only `GET` and `HEAD` of `/health` and `/ping` are
-    open. Web sockets need the key too.
+    It is refused for every path and method, before its body is read. Only `GET` and `HEAD` of `/health` and `/ping` are open.
+    Web sockets need the key too.
 
     Args:
-        app: What is guarded.
+        app: The guarded application.
 
     Raises:
-        ValueError: There is no key.
+        ValueError: The environment variable is not set.
     """
 
     def __init__(self, app: App) -> None:
         key = os.environ.get(API_KEY_VARIABLE)
         if not key:
-            raise ValueError(f"the environment variable {API_KEY_VARIABLE} is not set: there is no key to ask for")
+            raise ValueError(
+                f"the environment variable {API_KEY_VARIABLE} is not set: requests cannot be checked without a key"
+            )
         self._app = app
         self._digest = _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
+        """Passes a request with the key to the application, and refuses every other."""
         kind = scope["type"]
         if kind == "lifespan" or _is_open(scope) or self._has_key(scope):
             await self._app(scope, receive, send)
@@ -61,7 +63,7 @@ class KeyGuard:
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
 
     def _has_key(self, scope: Scope) -> bool:
-        """Whether exactly one header `Authorization: Bearer <key>` is there. Takes as long for any wrong key."""
+        """Whether there is exactly one header `Authorization: Bearer <key>`. Takes the same time for every wrong key."""
         given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         if len(given) != 1:
             return False

@@ -1,35 +1,34 @@
-"""One vLLM server over HTTP: what is asked of it, and what its answers mean."""
+"""One vLLM server over HTTP, with adapters loaded by name."""
 
 import asyncio
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 
-from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.engines.base import EngineError, SamplingParams
 from fuchsia_pl.engines.published import PublishedWeights
-from fuchsia_pl.types import ConfigError
+from fuchsia_pl.engines.server_client import HostedModel, ServerClient, ServerGoneError, UnknownWeightsError
+from fuchsia_pl.engines.vllm_convert import (
+    from_response,
+    logprobs_from_response,
+    to_request,
+    to_scoring_request,
+)
+from fuchsia_pl.types import Completion, ConfigError
 
-# vLLM's server closes an idle connection after 5 s; one that is taken up again just then would fail.
+# vLLM's server closes an idle connection after 5 s. A request on a connection that is just being closed would fail.
 KEEP_ALIVE_S = 2.0
 QUICK_TIMEOUT_S = 20.0
-MAX_WORDS = 500
+MAX_EXCERPT = 500
 
 
-class ServerGoneError(Exception):
-    """The server cannot be asked for now: it does not answer, or says itself that it is broken."""
-
-
-class UnknownWeightsError(Exception):
-    """The server has no weights of the name that was asked."""
-
-
-class VLLMClient:
-    """What we ask of a vLLM server. All coroutines are of one event loop and end within their bounds.
+class VLLMClient(ServerClient):
+    """Client of one vLLM server; see `ServerClient`. Trained weights are adapters.
 
     Args:
         url: Of the server, without `/v1`.
-        api_key: What the server was started with, None where it asks for none.
+        api_key: Key that the server was started with, None if it requires none.
     """
 
     def __init__(self, url: str, api_key: str | None) -> None:
@@ -39,110 +38,87 @@ class VLLMClient:
             headers=key_headers(api_key),
             timeout=None,  # each request has its own
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
-            trust_env=False,  # no proxy stands between a trainer and its servers
+            trust_env=False,  # no proxy between a trainer and its servers
         )
 
-    async def check_health(self) -> None:
-        """Returns where the server and its engine run.
-
-        Raises:
-            ServerGoneError: They do not.
-        """
+    async def health(self) -> None:
+        """Returns if the server and its engine run; see `ServerClient.health`."""
         response = await self._request("GET", "/health", QUICK_TIMEOUT_S)
         if response.status_code != httpx.codes.OK:
-            raise ServerGoneError(f"/health answered {_words(response)}")
+            raise ServerGoneError(f"/health answered {_excerpt(response)}")
 
-    async def base_model(self) -> dict[str, Any]:
-        """The model that the server was started with: `id`, `root`, `max_model_len`."""
-        return next(card for card in await self._models() if card.get("parent") is None)
+    async def model(self) -> HostedModel:
+        """The model that the server was started with."""
+        card = next(card for card in await self._models() if card.get("parent") is None)
+        return HostedModel(str(card.get("id")), str(card.get("root")), card.get("max_model_len") or 0)
 
-    async def adapters(self) -> set[str]:
-        """The names of the adapters that the server has."""
-        return {card["id"] for card in await self._models() if card.get("parent") is not None}
-
-    async def serve(self, weights: PublishedWeights, timeout_s: float) -> None:
-        """Makes the server answer to the name of some weights, or returns at once where it does.
-
-        Args:
-            weights: An adapter.
-            timeout_s: Bound in seconds.
-
-        Raises:
-            ServerGoneError: The server does not answer or is broken.
-            EngineError: It runs and refuses.
-        """
-        if weights.name in await self.adapters():
+    async def load(self, weights: PublishedWeights, timeout_s: float) -> None:
+        """Makes the server load an adapter; see `ServerClient.load`."""
+        if weights.name in await self._adapters():
             return
-        await self.load_adapter(weights.name, weights.folder, timeout_s)
-        if weights.name not in await self.adapters():
+        await self._load_adapter(weights, timeout_s)
+        if weights.name not in await self._adapters():
             raise EngineError(f"the vLLM server {self.url} does not list {weights.name} after its load")
 
     async def forget(self, names: set[str]) -> None:
-        """Frees what the server keeps of weights that no request asks for any more."""
-        for name in names & await self.adapters():
-            await self.unload_adapter(name)
+        """Unloads those of the adapters that the server has."""
+        for name in names & await self._adapters():
+            await self._request("POST", "/v1/unload_lora_adapter", QUICK_TIMEOUT_S, {"lora_name": name})
 
-    async def load_adapter(self, name: str, folder: Path, timeout_s: float) -> None:
-        """Makes the server load an adapter, or returns where it has one of that name.
+    async def complete(
+        self, weights: PublishedWeights, prompt_ids: Sequence[int], sampling: SamplingParams, timeout_s: float
+    ) -> Completion:
+        """Generates one completion; see `ServerClient.complete`."""
+        answer = await self._answer(to_request(weights.name, prompt_ids, sampling), timeout_s)
+        return from_response(answer, weights.name, weights.version)
 
-        Args:
-            name: Of the adapter.
-            folder: As the server sees it.
-            timeout_s: Bound in seconds.
-
-        Raises:
-            ServerGoneError: The server does not answer or is broken.
-            EngineError: It runs and refuses.
-        """
-        body = {"lora_name": name, "lora_path": str(folder)}
-        response = await self._request("POST", "/v1/load_lora_adapter", timeout_s, body)
-        if response.status_code == httpx.codes.OK:
-            return
-        words = _words(response)
-        if response.is_server_error:
-            await self.check_health()  # of an engine that died, this is what is said
-        if "already been loaded" in words:
-            return
-        advice = "start it with `fuchsia serve`, which lets adapters of the policy's rank be loaded"
-        if name in words:
-            advice = (
-                "data.engine.init_args.adapter_folder must be a folder that trainer and servers see under the same path"
-            )
-        raise EngineError(f"the vLLM server {self.url} did not load the adapter in {folder}: {words}: {advice}")
-
-    async def unload_adapter(self, name: str) -> None:
-        """Makes the server forget an adapter, if it has it."""
-        await self._request("POST", "/v1/unload_lora_adapter", QUICK_TIMEOUT_S, {"lora_name": name})
-
-    async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Asks for a completion.
-
-        Args:
-            body: As `vllm_convert.to_request` makes it.
-            timeout_s: Bound in seconds.
-
-        Raises:
-            ServerGoneError: The server does not answer or is broken: another may be asked the same.
-            UnknownWeightsError: It has no weights of that name.
-            EngineError: It runs and refuses the request, as any other would.
-        """
-        response = await self._request("POST", "/v1/completions", timeout_s, body)
-        if response.is_server_error:
-            raise ServerGoneError(f"/v1/completions answered {_words(response)}")
-        if response.status_code == httpx.codes.NOT_FOUND:
-            raise UnknownWeightsError(_words(response))
-        if response.status_code != httpx.codes.OK:
-            raise EngineError(f"the vLLM server {self.url} refused a completion: {_words(response)}")
-        return _json(response)
+    async def score(self, weights: PublishedWeights, token_ids: Sequence[int], timeout_s: float) -> tuple[float, ...]:
+        """Computes the logprobs of given ids; see `ServerClient.score`."""
+        answer = await self._answer(to_scoring_request(weights.name, token_ids), timeout_s)
+        return logprobs_from_response(answer, weights.name, token_ids)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._http.aclose()
 
+    async def _answer(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The decoded answer of `/v1/completions`; for the errors see `ServerClient.complete`."""
+        response = await self._request("POST", "/v1/completions", timeout_s, body)
+        if response.is_server_error:
+            raise ServerGoneError(f"/v1/completions answered {_excerpt(response)}")
+        if response.status_code == httpx.codes.NOT_FOUND:
+            raise UnknownWeightsError(_excerpt(response))
+        if response.status_code != httpx.codes.OK:
+            raise EngineError(f"the vLLM server {self.url} refused a request: {_excerpt(response)}")
+        return _json(response)
+
+    async def _load_adapter(self, weights: PublishedWeights, timeout_s: float) -> None:
+        body = {"lora_name": weights.name, "lora_path": str(weights.folder)}
+        response = await self._request("POST", "/v1/load_lora_adapter", timeout_s, body)
+        if response.status_code == httpx.codes.OK:
+            return
+        reason = _excerpt(response)
+        if response.is_server_error:
+            await self.health()  # a dead engine answers with a server error too
+        if "already been loaded" in reason:
+            return
+        advice = "start it with `fuchsia serve`, which lets adapters of the policy's rank be loaded"
+        if weights.name in reason:
+            advice = (
+                "data.engine.init_args.adapter_folder must be a folder that trainer and servers see under the same path"
+            )
+        raise EngineError(
+            f"the vLLM server {self.url} did not load the adapter in {weights.folder}: {reason}: {advice}"
+        )
+
+    async def _adapters(self) -> set[str]:
+        """Names of the adapters that the server has."""
+        return {card["id"] for card in await self._models() if card.get("parent") is not None}
+
     async def _models(self) -> list[dict[str, Any]]:
         response = await self._request("GET", "/v1/models", QUICK_TIMEOUT_S)
         if response.status_code != httpx.codes.OK:
-            raise ServerGoneError(f"/v1/models answered {_words(response)}")
+            raise ServerGoneError(f"/v1/models answered {_excerpt(response)}")
         return _json(response)["data"]
 
     async def _request(
@@ -164,7 +140,7 @@ class VLLMClient:
 
 
 def key_headers(api_key: str | None) -> dict[str, str]:
-    """What every request to a server brings.
+    """Headers of every request to a server.
 
     >>> key_headers("secret"), key_headers(None)
     ({'Authorization': 'Bearer secret'}, {})
@@ -176,8 +152,8 @@ def _json(response: httpx.Response) -> dict[str, Any]:
     try:
         return response.json()
     except ValueError:
-        raise ServerGoneError(f"{response.url} answered what is no JSON: {_words(response)}") from None
+        raise ServerGoneError(f"the answer of {response.url} is not JSON: {_excerpt(response)}") from None
 
 
-def _words(response: httpx.Response) -> str:
-    return f"{response.status_code} {response.text[:MAX_WORDS]}"
+def _excerpt(response: httpx.Response) -> str:
+    return f"{response.status_code} {response.text[:MAX_EXCERPT]}"

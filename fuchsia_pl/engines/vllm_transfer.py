@@ -1,6 +1,6 @@
 """Whole weights for a vLLM server through vLLM's own weight transfer, from the trainer's GPU to those of the server.
 
-Nothing of this was run on a GPU. See https://docs.vllm.ai/en/v0.32.0/training/weight_transfer/ for what it relies on.
+Untested on a GPU. The protocol is described at https://docs.vllm.ai/en/v0.32.0/training/weight_transfer/.
 """
 
 import asyncio
@@ -19,9 +19,10 @@ from torch import Tensor
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.engines.merge import checkpoint_weights
 from fuchsia_pl.engines.published import PublishedWeights
-from fuchsia_pl.engines.vllm_http import QUICK_TIMEOUT_S, ServerGoneError, UnknownWeightsError, VLLMClient, key_headers
+from fuchsia_pl.engines.server_client import ServerGoneError, UnknownWeightsError
+from fuchsia_pl.engines.vllm_http import QUICK_TIMEOUT_S, VLLMClient, key_headers
 
-# What a server says it serves while its weights are being replaced, and where that failed half-way.
+# The weight version of a server while its weights are replaced, and after a replacement failed half-way.
 CHANGING = "changing"
 POLL_S = 0.5
 
@@ -30,8 +31,8 @@ class WeightSender:
     """Sends weights from one GPU, to one server at a time.
 
     Args:
-        device_index: Which GPU.
-        api_key: What the servers were started with, None where they ask for none.
+        device_index: Index of the GPU.
+        api_key: Key of the servers, None if they require none.
     """
 
     def __init__(self, device_index: int, api_key: str | None) -> None:
@@ -44,18 +45,18 @@ class WeightSender:
         """Sends a model folder to a server's GPUs.
 
         Raises:
-            EngineError: It failed.
+            EngineError: The transfer failed.
         """
         async with self._lock:
-            if self._sending is not None:  # one that its caller gave up; NCCL lets none pass by it
+            if self._sending is not None:  # its caller gave up, but NCCL allows no second transfer beside it
                 await asyncio.wait([asyncio.wrap_future(self._sending)])
             self._sending = in_thread(
                 lambda: send_over_nccl(url, self._api_key, folder, num_workers, self._device_index, timeout_s)
             )
             try:
-                # Shielded: what is no longer waited for still has the GPU.
+                # Shielded: a transfer whose caller gives up still occupies the GPU.
                 await asyncio.shield(asyncio.wrap_future(self._sending))
-            except Exception as error:  # of NCCL, of vLLM or of its server: none says what a user can do
+            except Exception as error:  # of NCCL, of vLLM or of its server: none tells the user what to do
                 raise EngineError(
                     f"vLLM's weight transfer to {url} failed ({type(error).__name__}: {error}): the server needs a GPU and has "
                     "to reach this machine at any port. Start it anew before the next run"
@@ -63,15 +64,15 @@ class WeightSender:
 
 
 class WeightTransferClient(VLLMClient):
-    """A vLLM server whose own weights are replaced. It says which ones it has, and only answers with those count.
+    """Client of a vLLM server whose own weights are replaced. It checks the server's weight version around each request.
 
-    The endpoints are those of vLLM's development mode, which `fuchsia serve` opens where all weights are trained, behind the
-    same key as every other.
+    The endpoints are those of vLLM's development mode. `fuchsia serve` opens them if all weights are trained, behind the same
+    key as every other endpoint.
 
     Args:
         url: Of the server, without `/v1`.
-        api_key: What the server was started with, None where it asks for none.
-        sender: Who sends; None on a rank that waits until another has sent.
+        api_key: Key that the server was started with, None if it requires none.
+        sender: Sends the weights; None on a rank that waits for another rank to send them.
     """
 
     def __init__(self, url: str, api_key: str | None, sender: WeightSender | None) -> None:
@@ -79,16 +80,16 @@ class WeightTransferClient(VLLMClient):
         self._sender = sender
         self._base: str | None = None
 
-    async def serve(self, weights: PublishedWeights, timeout_s: float) -> None:
-        """Sends weights to the server, or waits until they were sent, or returns at once where it has them.
+    async def load(self, weights: PublishedWeights, timeout_s: float) -> None:
+        """Sends weights to the server, or waits until another rank has sent them. Returns at once if the server has them.
 
         Args:
             weights: A whole model.
             timeout_s: Bound in seconds.
 
         Raises:
-            ServerGoneError: The server does not answer, is broken, or is not sent to by the rank that sends.
-            EngineError: It runs and refuses, or the transfer did not end in time.
+            ServerGoneError: The server does not answer, is broken, or got no weights from the sending rank in time.
+            EngineError: The server refuses them, or the transfer did not end in time.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -99,32 +100,32 @@ class WeightTransferClient(VLLMClient):
                 while await self._served(timeout_s) != weights.name:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
-            words = (
+            message = (
                 f"the vLLM server {self.url} did not have {weights.name} within {timeout_s:g} s: resume the run from its last "
                 "checkpoint, with a server that was started anew"
             )
-            raise (ServerGoneError if self._sender is None else EngineError)(words) from None
+            raise (ServerGoneError if self._sender is None else EngineError)(message) from None
 
     async def forget(self, names: set[str]) -> None:
-        """Nothing is to be freed: new weights take the place of the old ones."""
+        """Does nothing: new weights replace the old ones."""
 
-    async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Asks for a completion by the weights of the body's name; see `VLLMClient.complete`."""
+    async def _answer(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The answer of the weights that the body names, though the server lists its base model only."""
         if self._base is None:
-            self._base = (await self.base_model())["id"]
+            self._base = (await self.model()).id
         await self._check_served(body["model"], timeout_s)
-        answer = await super().complete({**body, "model": self._base}, timeout_s)
-        # They change only where nothing runs, and never back to what they were: those of before and after are what answered.
+        answer = await super()._answer({**body, "model": self._base}, timeout_s)
+        # Weights never change back, so weights that are the same before and after the request have answered it.
         await self._check_served(body["model"], timeout_s)
         return {**answer, "model": body["model"]}
 
     async def _check_served(self, name: str, timeout_s: float) -> None:
         served = await self._served(timeout_s)
         if served != name:
-            raise UnknownWeightsError(f"it has {served}")
+            raise UnknownWeightsError(f"the server has {served}")
 
     async def _replace(self, sender: WeightSender, weights: PublishedWeights, timeout_s: float) -> None:
-        """Leaves a server whose weights are half there paused and without a name: nobody is answered by it."""
+        """Replaces the server's weights. If this fails, the server stays paused, with a weight version that no request names."""
         num_workers = (await self._control("GET", "/get_world_size", timeout_s))["world_size"]
         await self._control("POST", "/update_weight_version", timeout_s, {"new_version": CHANGING})
         await self._control("POST", "/pause?mode=wait", timeout_s)
@@ -152,11 +153,11 @@ class WeightTransferClient(VLLMClient):
 
 
 class FolderSource:
-    """The weights of a model folder, as vLLM's `WeightSource` has them.
+    """The weights of a model folder, with the interface of vLLM's `WeightSource`.
 
     Args:
-        folder: What `Policy.save_trained` wrote.
-        device: Where a tensor is put before it is sent.
+        folder: A folder that `Policy.save_trained` wrote.
+        device: Device to which a tensor is copied before it is sent.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -169,17 +170,17 @@ class FolderSource:
         return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in checkpoint_weights(self.folder)]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor, one at a time on the device."""
+        """Yields name and tensor. One tensor at a time is on the device."""
         for name, tensor in checkpoint_weights(self.folder):
             yield name, tensor.to(self.device)
 
 
 class ControlPlane:
-    """What vLLM's sender asks of a server (its `VLLMWeightSyncClient`; vLLM's own would go through a proxy).
+    """Requests of vLLM's sender to a server (a `VLLMWeightSyncClient`; vLLM's own one would use a proxy).
 
     Args:
         url: Of the server.
-        api_key: Of the server, None where it asks for none.
+        api_key: Of the server, None if it requires none.
         timeout_s: Bound of each request in seconds.
     """
 
@@ -191,15 +192,15 @@ class ControlPlane:
         self._post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Before the weights."""
+        """Called before the weights."""
         self._post("/start_weight_update", {})
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Returns when the server has received what is announced here."""
+        """Returns when the server has received the announced weights."""
         self._post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """After the weights."""
+        """Called after the weights."""
         self._post("/finish_weight_update", {"weight_version": weight_version})
 
     def shutdown_weight_transfer_engine(self) -> None:
@@ -219,15 +220,15 @@ class ControlPlane:
 def send_over_nccl(
     url: str, api_key: str | None, folder: Path, num_workers: int, device_index: int, timeout_s: float
 ) -> None:
-    """Sends a model folder to a server. A group of its own each time: a server that was started anew knows nothing of an earlier.
+    """Sends a model folder to a server. Each transfer creates a group, since a restarted server is in no earlier one.
 
     Args:
         url: Of the server.
-        api_key: Of the server, None where it asks for none.
+        api_key: Of the server, None if it requires none.
         folder: The weights.
-        num_workers: GPUs of the server.
-        device_index: The GPU to send from.
-        timeout_s: Bound of each request to the server; NCCL has none.
+        num_workers: Number of GPUs of the server.
+        device_index: Index of the GPU that sends.
+        timeout_s: Bound of each request to the server. NCCL has no bound.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -249,7 +250,7 @@ def send_over_nccl(
 
 
 def own_address(url: str) -> tuple[str, int]:
-    """This machine's address as a server sees it, and a free port."""
+    """The address of this machine for a server, and a free port."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     with socket.create_connection((parts.hostname, port), QUICK_TIMEOUT_S) as connection:
@@ -260,13 +261,13 @@ def own_address(url: str) -> tuple[str, int]:
 
 
 def in_thread(function: Callable[[], None]) -> "Future[None]":
-    """Starts a function that may never return; unlike those of an executor, its thread keeps no process from ending."""
+    """Runs a function that may never return. Unlike a thread of an executor, its thread does not delay the end of the process."""
     done: Future[None] = Future()
 
     def run() -> None:
         try:
             function()
-        except BaseException as error:  # whoever waits gets it
+        except BaseException as error:  # raised where the future is awaited
             done.set_exception(error)
         else:
             done.set_result(None)

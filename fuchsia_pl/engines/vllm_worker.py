@@ -1,4 +1,4 @@
-"""What vLLM's worker process runs for us."""
+"""Methods that run in vLLM's worker process."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ NICENESS = 19
 class WorkerExtension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`).
 
-    Loaded linear weights are repacked for the device, so they cannot be written in place; vLLM's own `reload_weights`
-    takes them in checkpoint format and repacks them again.
+    vLLM repacks loaded linear weights for the device, so they cannot be written in place. Its `reload_weights` takes weights
+    in checkpoint format and repacks them.
     """
 
     if TYPE_CHECKING:
@@ -23,16 +23,16 @@ class WorkerExtension:
             """The worker's own method."""
 
     def give_way(self) -> None:
-        """Lets the trainer go first where both want a core.
+        """Gives the trainer priority on shared cores.
 
-        For a second after each request vLLM's worker asks its queue for the next without a pause, on a core that by then
-        the trainer needs. While it samples, the trainer waits.
+        For a second after each request vLLM's worker polls its queue without a pause, on a core that the trainer needs by
+        then. This costs no sampling speed, since the trainer waits while vLLM samples.
         """
         os.nice(NICENESS)
 
     def load_trained_weights(self, model_folder: str, trained_folder: str, only_reached: bool) -> None:
-        """Rebuilds the served weights from the pristine checkpoint and what was trained; see `merged_weights`."""
-        if only_reached:  # vLLM warns of every layer that is not loaded again
+        """Rebuilds the served weights from the pristine checkpoint and the trained weights; see `merged_weights`."""
+        if only_reached:  # vLLM warns about every layer that is not reloaded
             logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
         weights = merged_weights(Path(model_folder), Path(trained_folder), only_reached)
         self.reload_weights(weights_iterator=weights)

@@ -123,6 +123,12 @@ def test_libraries_stay_in_their_rooms(file):
         assert outside <= THIRD_PARTIES[room]
 
 
+def test_only_engine_files_named_after_vllm_import_ours_for_it():
+    for file in ROOT.glob("fuchsia_pl/engines/*.py"):
+        if not file.name.startswith("vllm_"):
+            assert not {name for name in imports_of(file) if name.startswith("fuchsia_pl.engines.vllm_")}, file
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=module_name)
 def test_files_and_functions_stay_small(file):
     text = file.read_text()

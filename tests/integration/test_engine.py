@@ -61,6 +61,16 @@ class Pair:
     def reset_prefix_cache(self) -> None:
         asyncio.run(self.engine._call(self.engine._llm.reset_prefix_cache(), "a reset"))
 
+    def scored(self, batch) -> torch.Tensor:
+        """The engine's scores of the sampled ids, in the order of `batch.logprobs[batch.loss_mask]`."""
+
+        async def gather():
+            return await asyncio.gather(*(self.engine.score(sample.rollout.token_ids) for sample in batch.samples))
+
+        rows = zip(batch.samples, asyncio.run(gather()), strict=True)
+        pairs = [zip(logprobs, sample.rollout.loss_mask[1:], strict=True) for sample, logprobs in rows]
+        return torch.tensor([logprob for row in pairs for logprob, is_sampled in row if is_sampled])
+
     def batch_of(self, completions, temperature: float = 1.0):
         samples = []
         for ids, completion in zip(self.prompts, completions, strict=True):
@@ -148,8 +158,10 @@ def test_logprobs_move_with_each_sync_and_match_the_trainers(pair, tmp_path):
         agreement = adapter_agreement(policy, reference, batch.sampling_logprobs[mask])
         assert agreement.error < 0.1  # standard errors from 0, where no adapter would be: more than ten
         assert agreement.holds
+        assert (pair.scored(batch) - policy).abs().mean() < 0.1
         assert logprob_gap(pair.policy, batch) < 0.1 < (policy - reference).abs().mean()
     assert len(seen) == 3
+    assert len(asyncio.run(pair.engine.score(([*pair.prompts[0]] * 30)[:320]))) == 319  # the longest row
 
 
 def test_keys_and_values_of_older_weights_are_not_used_again(pair, tmp_path, monkeypatch):
@@ -222,7 +234,7 @@ def test_weights_change_only_between_requests(pair, tmp_path):
         await asyncio.sleep(0.3)
         with pytest.raises(EngineError, match="1 requests are in flight: weights change"):
             await pair.engine.load_weights(folder, 7)
-        with pytest.raises(EngineError, match="1 requests are in flight: vLLM sleeps"):
+        with pytest.raises(EngineError, match="1 requests are in flight: the engine sleeps"):
             await pair.engine.sleep()
         return await request
 

@@ -19,7 +19,6 @@ import pytest
 
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from fuchsia_pl.engines.base import EngineSpec, SamplingParams
-from fuchsia_pl.engines.vllm_convert import from_response, to_request
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.types import ServedModel
@@ -205,7 +204,10 @@ def test_logprobs_follow_each_load_and_no_older_keys_and_values_are_used(servers
         for _ in range(2):  # the second finds its own keys and values
             (completion,) = pair.sample(temperature=1.0, max_tokens=24)
             assert completion.policy_version == version
-            assert logprob_gap(pair.policy, pair.batch_of([completion])) < 0.1
+            batch = pair.batch_of([completion])
+            assert logprob_gap(pair.policy, batch) < 0.1
+            trainer = pair.policy.evaluated_output(batch).logprobs[batch.loss_mask]
+            assert (pair.scored(batch) - trainer).abs().mean() < 0.1
         seen.add(completion.logprobs)
     assert len(seen) == 3
     perturb(pair.policy, seed=2, scale=0.1)
@@ -238,11 +240,11 @@ def test_a_server_that_comes_back_has_the_newest_adapter(servers, tmp_path, mode
         assert time.monotonic() < end
         time.sleep(0.1)
     adapter = pair.engine._serving
-    body = to_request(adapter.name, pair.prompts[0], SamplingParams(0.0, 24, seed=0))
-    completions = []
-    for server in pool.servers:
-        answer = pair.engine._thread.run(server.client.complete(body, 60), 60)
-        completions.append(from_response(answer, adapter.name, adapter.version))
+    sampling = SamplingParams(0.0, 24, seed=0)
+    completions = [
+        pair.engine._thread.run(server.client.complete(adapter, pair.prompts[0], sampling, 60), 60)
+        for server in pool.servers
+    ]
     assert adapter.version == 4
     for completion in completions:
         assert logprob_gap(pair.policy, pair.batch_of([completion])) < 0.1
@@ -271,7 +273,7 @@ def test_when_both_die_all_ranks_end_within_their_bound_and_say_what_to_do(serve
     assert time.monotonic() - begin < 40
     printed = run.log.read_text()
     for words in (
-        "no vLLM server was left for 5 s",
+        "no server was left for 5 s",
         *(server.url for server in servers),
         "Start one with `fuchsia serve`",
     ):

@@ -49,7 +49,7 @@ def test_every_rank_ends_within_a_bound_where_one_has_no_server_left(tiny_model,
     assert not running, printed()[-3000:]
     for words in (
         f"[rank{loser}]",
-        "no vLLM server was left for 1 s",
+        "no server was left for 1 s",
         servers[loser].url,
         "Start one with `fuchsia serve`",
     ):

@@ -9,8 +9,8 @@ from tests.server_double import FakeServer, make_spec, wait_until
 @pytest.fixture
 def short_waits(monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.setattr("fuchsia_pl.engines.vllm_pool.POLL_S", 0.05)
-    monkeypatch.setattr("fuchsia_pl.engines.vllm_pool.BACKOFF_S", 0.01)
+    monkeypatch.setattr("fuchsia_pl.engines.pool.POLL_S", 0.05)
+    monkeypatch.setattr("fuchsia_pl.engines.pool.BACKOFF_S", 0.01)
     monkeypatch.setattr("fuchsia_pl.engines.vllm_http.QUICK_TIMEOUT_S", 0.5)
 
 

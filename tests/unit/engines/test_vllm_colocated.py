@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm.outputs import WeightVersionSpan
 
 from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
@@ -142,8 +143,94 @@ def test_an_engine_that_was_not_started_says_so():
 
 
 def test_an_adapter_folder_of_another_version_is_refused(tmp_path):
-    with pytest.raises(EngineError, match="holds version none, version 3 was asked for"):
+    with pytest.raises(EngineError, match="contains version none, and version 3 is required"):
         check_version_file(tmp_path, 3)
     (tmp_path / VERSION_FILE).write_text("2")
-    with pytest.raises(EngineError, match="holds version 2, version 3 was asked for"):
+    with pytest.raises(EngineError, match="contains version 2, and version 3 is required"):
         check_version_file(tmp_path, 3)
+
+
+class FakeLLM:
+    """The calls of `AsyncLLM` that the engine uses. The logprob of an id is -id / 10, and `versions` overrides the newest."""
+
+    errored = False
+
+    def __init__(self) -> None:
+        self.calls: list = []
+        self.version = "-1"
+        self.versions: list[str] = []
+
+    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        assert (mode, clear_cache) == ("keep", False)
+        self.calls.append("pause")
+
+    async def resume_generation(self) -> None:
+        self.calls.append("resume")
+
+    async def update_weight_version(self, version: str) -> None:
+        self.version = version
+
+    async def collective_rpc(self, method: str, args=()) -> None:
+        self.calls.append(method)
+
+    async def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
+        return True
+
+    async def add_lora(self, request) -> bool:
+        self.calls.append(("add_lora", request.lora_name))
+        return True
+
+    async def generate(self, prompt, params, request_id, lora_request=None):
+        self.calls.append((prompt["prompt_token_ids"], params, lora_request and lora_request.lora_name))
+        version = self.versions.pop(0) if self.versions else self.version
+        ids = [*prompt["prompt_token_ids"][1:], *params.logprob_token_ids]
+        *entries, last = ({token: SimpleNamespace(logprob=-token / 10)} for token in ids)
+        sampled = SimpleNamespace(logprobs=[last], finish_reason="length")
+        sampled.weight_versions = [WeightVersionSpan(version, 0, 1)]
+        yield SimpleNamespace(prompt_logprobs=[None, *entries], outputs=[sampled])
+
+    def shutdown(self) -> None: ...
+
+
+@pytest.fixture(params=["merge", "lora"])
+def faked(request, monkeypatch, tmp_path):
+    """An engine on `FakeLLM` that has loaded version 7."""
+    llm = FakeLLM()
+    monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", lambda args: llm)
+    engine = VLLMColocatedEngine(sync_mode=request.param, timeout_s=20)
+    engine.start(make_spec(tmp_path))
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / VERSION_FILE).write_text("7")
+    (folder / "adapter_config.json").write_text('{"r": 4}')
+    asyncio.run(engine.load_weights(folder, 7))
+    llm.calls.clear()
+    yield engine, llm
+    engine.close()
+
+
+def test_a_score_is_of_the_served_adapter_and_has_a_logprob_for_each_id_after_the_first(faked):
+    engine, llm = faked
+    assert asyncio.run(engine.score([4, 5, 6])) == (-0.5, -0.6)
+    ((prompt, params, adapter),) = [call for call in llm.calls if isinstance(call, tuple)]
+    assert (prompt, params.logprob_token_ids) == ([4, 5], [6])
+    assert adapter == ("policy" if engine.serves_lora else None)
+    assert asyncio.run(engine.score([4])) == ()
+
+
+def test_a_row_is_scored_again_if_older_weights_answered(faked):
+    engine, llm = faked
+    llm.versions = ["6"]
+    assert asyncio.run(engine.score([4, 5])) == (-0.5,)
+    assert len([call for call in llm.calls if isinstance(call, tuple)]) == 2
+
+
+def test_requests_that_arrive_together_are_scheduled_together(faked):
+    engine, llm = faked
+
+    async def gather():
+        return await asyncio.gather(*(engine.score([4, token]) for token in (5, 6, 7)))
+
+    assert asyncio.run(gather()) == [(-0.5,), (-0.6,), (-0.7,)]
+    assert llm.calls[0] == "pause"
+    assert llm.calls.count("pause") == 1

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fuchsia_pl.engines.base import VERSION_FILE, EngineError
+from fuchsia_pl.engines.published import named
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.types import ConfigError
 from tests.server_double import FakeServer, ask, load, make_spec, wait_until
@@ -36,7 +37,7 @@ def test_the_double_would_show_keys_and_values_of_older_weights(servers, start, 
     assert ask(engine)[0].logprobs == (-0.25, -0.25)
 
 
-def test_every_sampling_value_is_said(servers, start, tmp_path):
+def test_every_sampling_parameter_is_sent(servers, start, tmp_path):
     engine = start(servers[:1])
     load(engine, tmp_path, 3)
     ask(engine)
@@ -50,15 +51,73 @@ def test_every_sampling_value_is_said(servers, start, tmp_path):
     assert servers[0].bodies == [ours | support | penalties | text | wanted]
 
 
+def test_a_score_has_a_logprob_for_each_id_after_the_first_and_follows_each_load(servers, start, tmp_path):
+    engine = start(servers[:1])
+    for version, weight in enumerate([-0.25, -0.5]):
+        load(engine, tmp_path, version, weight)
+        assert asyncio.run(engine.score([4, 5, 6, 7])) == (weight,) * 3
+    assert asyncio.run(engine.score([4, 5])) == (-0.5,)
+    assert asyncio.run(engine.score([4])) == ()
+    assert len(servers[0].bodies) == 3
+
+
+def test_a_scoring_request_keeps_the_last_id_out_of_the_prompt(servers, start, tmp_path):
+    engine = start(servers[:1])
+    load(engine, tmp_path, 3)
+    asyncio.run(engine.score([4, 5, 6]))
+    (body,) = servers[0].bodies
+    wanted = {"prompt": [4, 5], "logprob_token_ids": [6], "prompt_logprobs": 0, "max_tokens": 1, "temperature": 1.0}
+    assert body.items() >= (wanted | {"model": next(iter(servers[0].adapters)), "logprobs": 1}).items()
+    assert body["return_tokens_as_token_ids"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt_logprobs": None}, "does not have the expected shape"),
+        ({"prompt_logprobs": [None, {"9": {"logprob": -0.1}}]}, "does not have the expected shape"),
+        ({"prompt_logprobs": [None, {"5": {"logprob": -9999.0}}]}, "logprobs for given ids that are not finite"),
+        ({"logprobs": {"top_logprobs": [{"token_id:3": -0.1}]}}, "does not have the expected shape"),
+        ({"finish_reason": "abort"}, "ended a request with 'abort'"),
+    ],
+)
+def test_an_invalid_answer_to_a_scoring_request_is_an_error(servers, start, tmp_path, change, words):
+    engine = start(servers[:1])
+    load(engine, tmp_path, 0)
+    servers[0].change = change
+    with pytest.raises(EngineError, match=words):
+        asyncio.run(engine.score([4, 5, 6]))
+
+
+def test_a_row_is_scored_again_if_newer_weights_were_loaded_meanwhile(servers, start, tmp_path, monkeypatch):
+    engine = start(servers[:1])
+    load(engine, tmp_path, 0, -0.25)
+    score, publish = engine._pool.score, engine._publisher.publish
+
+    async def overtaken(weights, token_ids):
+        logprobs = await score(weights, token_ids)
+        if weights.version == 0:
+            await engine._load(*newer)
+        return logprobs
+
+    monkeypatch.setattr(engine._pool, "score", overtaken)
+    newer = []
+    monkeypatch.setattr(engine._publisher, "publish", lambda *given: newer.extend(given) or publish(*given))
+    load(engine, tmp_path, 1, -0.5)
+    engine._serving = named(tmp_path / "adapter-0--0.25", 0, tmp_path / "run/adapters")
+    assert asyncio.run(engine.score([4, 5, 6])) == (-0.5, -0.5)
+    assert engine.policy_version == 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"logprobs": {"token_logprobs": [-0.1]}}, "1 logprobs for 2 sampled ids"),
         ({"logprobs": None}, "0 logprobs for 2 sampled ids"),
-        ({"logprobs": {"token_logprobs": [-0.1, None]}}, "logprobs that are no numbers"),
-        ({"logprobs": {"token_logprobs": [-0.1, -9999.0]}}, "logprobs that are no numbers"),
+        ({"logprobs": {"token_logprobs": [-0.1, None]}}, "logprobs for sampled ids that are not finite"),
+        ({"logprobs": {"token_logprobs": [-0.1, -9999.0]}}, "logprobs for sampled ids that are not finite"),
         ({"token_ids": None}, "no token ids"),
-        ({"finish_reason": "abort"}, "ended a completion with 'abort'"),
+        ({"finish_reason": "abort"}, "ended a request with 'abort'"),
     ],
 )
 def test_an_answer_that_must_not_train_is_an_error(servers, start, tmp_path, change, words):
@@ -73,7 +132,7 @@ def test_an_answer_of_another_model_is_an_error(servers, start, tmp_path):
     engine = start(servers[:1])
     load(engine, tmp_path, 0)
     servers[0].answers = {"model": "policy-9-0123456789ab"}
-    with pytest.raises(EngineError, match=r"was asked for 'policy-0-.*', and 'policy-9-0123456789ab' answered"):
+    with pytest.raises(EngineError, match=r"request to vLLM named 'policy-0-.*', and 'policy-9-0123456789ab' answered"):
         ask(engine)
 
 
@@ -124,7 +183,7 @@ def test_an_adapter_of_another_version_is_refused(servers, start, tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / VERSION_FILE).write_text("3")
-    with pytest.raises(EngineError, match="holds version 3, version 4 was asked for"):
+    with pytest.raises(EngineError, match="contains version 3, and version 4 is required"):
         asyncio.run(engine.load_weights(folder, 4))
 
 
@@ -179,7 +238,7 @@ def test_a_start_without_servers_ends_within_its_bound_and_says_what_to_do(start
         pytest.raises(EngineError, match=r"(?s)was ready within 0\.3 s.*fuchsia serve"),
     ):
         start(servers[:1], timeout_s=0.3)
-    assert [message for message in caplog.messages if f"{servers[0].url} cannot be asked" in message]
+    assert [message for message in caplog.messages if f"{servers[0].url} cannot be used" in message]
 
 
 def test_a_server_that_starts_later_joins(servers, start, tmp_path):
@@ -217,5 +276,6 @@ def test_bad_settings_are_refused(settings, words):
 def test_an_engine_that_was_not_started_or_has_no_adapter_says_so(servers, start):
     with pytest.raises(EngineError, match="does not run: call start first"):
         ask(VLLMServerEngine(["http://x:1"]))
-    with pytest.raises(EngineError, match="before the first weights were loaded"):
-        ask(start(servers[:1]))
+    for request in (ask, lambda engine: asyncio.run(engine.score([4, 5]))):
+        with pytest.raises(EngineError, match="before the first weights were loaded"):
+            request(start(servers[:1]))

@@ -20,8 +20,8 @@ from tests.server_double import FakeServer
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr("fuchsia_pl.engines.vllm_pool.POLL_S", 0.05)
-    monkeypatch.setattr("fuchsia_pl.engines.vllm_pool.BACKOFF_S", 0.01)
+    monkeypatch.setattr("fuchsia_pl.engines.pool.POLL_S", 0.05)
+    monkeypatch.setattr("fuchsia_pl.engines.pool.BACKOFF_S", 0.01)
     monkeypatch.setattr("fuchsia_pl.engines.vllm_transfer.POLL_S", 0.02)
 
 
@@ -90,6 +90,7 @@ def test_weights_are_sent_and_answered_with(server, sent, start, tmp_path):
         load(engine, tmp_path, version, weight)
         completion = ask(engine)  # the same prompt: keys and values of older weights are gone
         assert (completion.policy_version, completion.logprobs) == (version, (weight, weight))
+        assert asyncio.run(engine.score([1, 10, 11])) == (weight, weight)
     assert [call[1:] for call in sent] == [(2, 3), (2, 3)]
     assert server.controls[-3:] == ["POST /reset_prefix_cache", "POST /update_weight_version", "POST /resume"]
     assert {body["model"] for body in server.bodies} == {server.model}

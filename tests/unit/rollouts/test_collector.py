@@ -1,5 +1,6 @@
 import asyncio
 import time
+from typing import ClassVar
 
 import pytest
 
@@ -17,9 +18,10 @@ from tests.doubles import EOS, TinyEnvironment
 
 
 class ScriptedEngine(Engine):
-    """Sibling 0 answers "7" and stops, the others run into the length limit."""
+    """Sibling 0 answers "7" and stops, the others run into the length limit. Each id has the same logprob everywhere."""
 
     policy_version = 4
+    logprobs: ClassVar[dict[int, float]] = {11: -0.5, EOS: -0.25, 12: -1.0, 13: -2.0, 14: -3.0}
 
     def __init__(self) -> None:
         self.requests = []
@@ -37,6 +39,9 @@ class ScriptedEngine(Engine):
             return Completion((11, EOS), (-0.5, -0.25), "stop", None, self.policy_version)
         await asyncio.sleep(0.001)
         return Completion((12, 13, 14), (-1.0, -2.0, -3.0), "length", None, self.policy_version)
+
+    async def score(self, token_ids):
+        return tuple(self.logprobs.get(token, -4.0) for token in token_ids[1:])
 
 
 def collect(tiny_model, max_length=40, environment=None):

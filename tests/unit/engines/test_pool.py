@@ -1,4 +1,4 @@
-"""Several servers as one: who is asked, who is dropped and taken back, and what becomes of the requests meanwhile."""
+"""Several servers as one: which server gets a request, which is dropped and readmitted, and where its requests run then."""
 
 import asyncio
 import logging
@@ -32,6 +32,18 @@ def test_a_server_that_fails_is_dropped_and_its_requests_run_on_another(servers,
     wait_until(lambda: not engine._pool.servers[0].is_healthy)
     ask(engine, 4)
     assert (len(servers[0].bodies), len(servers[1].bodies)) == (before, 4)
+
+
+def test_a_score_runs_on_another_server_if_one_fails(servers, start, tmp_path):
+    engine = start(servers)
+    load(engine, tmp_path, 0)
+    servers[0].mode = 500
+
+    async def gather():
+        return await asyncio.gather(*(engine.score([1, 10 + n]) for n in range(4)))
+
+    assert asyncio.run(gather()) == [(-0.25,)] * 4
+    assert engine._pool.num_drops >= 1
 
 
 def test_a_server_whose_health_fails_gives_up_what_is_in_flight_there(servers, start, tmp_path):
@@ -101,7 +113,7 @@ def test_a_request_that_is_refused_is_not_asked_again(servers, start, tmp_path):
     load(engine, tmp_path, 0)
     for server in servers:
         server.mode = 400
-    with pytest.raises(EngineError, match=r"refused a completion: 400 .*as it was told to"):
+    with pytest.raises(EngineError, match=r"refused a request: 400 .*as it was told to"):
         ask(engine)
     assert sum(len(server.bodies) for server in servers) == 1
     assert engine._pool.num_drops == 0
@@ -112,7 +124,7 @@ def test_a_request_that_breaks_every_server_ends(servers, start, tmp_path):
     load(engine, tmp_path, 0)
     for server in servers:
         server.mode = 500
-    with pytest.raises(EngineError, match=r"(?s)a completion failed on 5 vLLM servers in turn.*answered 500"):
+    with pytest.raises(EngineError, match=r"(?s)a completion failed on servers 5 times in a row.*answered 500"):
         ask(engine)
     assert sum(len(server.bodies) for server in servers) == 5
 
@@ -126,22 +138,22 @@ def test_when_no_server_is_left_the_run_ends_within_its_bound_and_says_what_to_d
         if how == "kill":
             server.kill()
     begin = time.perf_counter()
-    with pytest.raises(EngineError, match=r"(?s)no vLLM server was left for 0\.5 s") as caught:
+    with pytest.raises(EngineError, match=r"(?s)no server was left for 0\.5 s") as caught:
         ask(engine, 3)
     assert time.perf_counter() - begin < 4
     for words in (*(server.url for server in servers), "fuchsia serve", "data.engine.init_args.urls"):
         assert words in str(caught.value)
-    with pytest.raises(EngineError, match="no vLLM server was left"):
+    with pytest.raises(EngineError, match="no server was left"):
         load(engine, tmp_path, 1)
 
 
 def test_servers_that_never_answer_completions_are_an_error_within_a_bound(servers, start, tmp_path):
-    """Their health is well, so they are taken back again and again."""
+    """Their health is well, so they are readmitted again and again."""
     engine = start(servers, timeout_s=0.3, recovery_timeout_s=0.3)
     load(engine, tmp_path, 0)
     for server in servers:
         server.mode = "hang"
     begin = time.perf_counter()
-    with pytest.raises(EngineError, match=r"a completion (took longer than 0\.9 s|failed on 5)"):
+    with pytest.raises(EngineError, match=r"a completion (took longer than 0\.9 s|failed on servers 5 times)"):
         ask(engine)
     assert time.perf_counter() - begin < 3
