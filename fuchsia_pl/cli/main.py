@@ -21,12 +21,14 @@ from fuchsia_pl.stopping import stopping
 
 
 def main() -> None:
-    """Runs the command. Environments are found in the current folder too, as with `python -m`.
+    """Runs the command. The working directory is first on the module search path, as with `python -m`.
+
+    Processes that this one starts with `multiprocessing` (vLLM's workers) get the same path; ranks run this function.
 
     The exit code is 2 where a setting is refused, 143 or 130 after SIGTERM or SIGINT, and 1 where anything else fails.
     `--debug`, which every command takes, adds the traceback to an error that is otherwise one line.
     """
-    sys.path.append(os.getcwd())
+    put_working_directory_first()
     show_warnings()
     words, is_debugging = [word for word in sys.argv[1:] if word != DEBUG_OPTION], DEBUG_OPTION in sys.argv
     with stopping.handled(), ends_by_itself():
@@ -42,6 +44,12 @@ def main() -> None:
             raise
         if stopping.signum is not None:
             leave_stopped(words, None)
+
+
+def put_working_directory_first() -> None:
+    """Makes modules in the working directory importable before installed ones of the same name."""
+    folder = os.getcwd()
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry not in ("", folder))]
 
 
 def _report(end: BaseException, is_debugging: bool) -> None:
