@@ -18,7 +18,7 @@ from fuchsia_pl.library.function_calling.environment import FunctionCalling, Int
 from fuchsia_pl.library.function_calling.items import KINDS
 from fuchsia_pl.types import Rollout
 from tests.doubles import written
-from tests.interpreters import COMMAND, MARKER, Interpreter, descendants, marked, runs
+from tests.interpreters import COMMAND, MARKER, ROOT, Interpreter, descendants, marked, runs
 
 CAN_LEAVE = sandbox.find_offer().is_apart
 IS_ROOT = os.getuid() == 0
@@ -301,8 +301,9 @@ def test_the_questions_and_the_settings():
         "What",
         "How",
     }
-    command = FunctionCalling(num_train=1, limits=InterpreterLimits(time_s=9.0, memory_mb=300)).servers[0].command
-    assert command[-4:] == ["--time-limit-s", "9.0", "--memory-mb", "300"]
+    config = FunctionCalling(num_train=1, limits=InterpreterLimits(time_s=9.0, memory_mb=300)).servers[0]
+    assert config.command[-4:] == ["--time-limit-s", "9.0", "--memory-mb", "300"]
+    assert config.env == {"PYTHONPATH": str(ROOT)}  # a checkout's server also starts if the package is not installed
     for wrong in ({"time_s": 0.0}, {"memory_mb": 10}):
         with pytest.raises(ConfigError, match="an interpreter takes"):
             InterpreterLimits(**wrong)
