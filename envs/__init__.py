@@ -1,1 +1,1 @@
-"""Environments that come with Fuchsia-PL; a config names them by class path."""
+"""Environments that come with Fuchsia-PL, imported as `fuchsia_pl.library`. A config names them by class path."""

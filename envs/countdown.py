@@ -1,4 +1,4 @@
-"""Numbers and a target: find an expression of the numbers that equals it.
+"""The numbers game: find an expression of the given numbers that equals the target.
 
 item    {"numbers": [3, 25, 7, 4], "target": 96, "solution": "(25 - 4 + 3) * 4"}   (of 3, 25, 4 and so on)
 prompt  Using the numbers 3, 25, 7, 4, make 96. …
@@ -16,7 +16,7 @@ from typing import Any
 from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, SingleTurnEnvironment
 from fuchsia_pl.envs.rewards import checks_gold, format_tags, last_answer, last_turn, parse_number, unwrapped
 
-# An expression of a handful of small numbers is short. Parsing and evaluating anything of this size takes microseconds.
+# Enough for an expression of 8 small numbers. Parsing and evaluating a text of this size takes microseconds.
 MAX_CHARS = 200
 MAX_NUMBER = 10_000
 MAX_TRIES = 5
@@ -26,7 +26,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = 
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-# What a policy may write in place of the signs that Python reads.
+# Signs that a policy may write, and the operators of Python that they mean.
 SIGNS = {"\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\\times": "*", "\\cdot": "*", "\\div": "/"}
 SYSTEM = (
     "Think inside <thinking> and </thinking>, then give one expression inside <answer> and </answer>, with + - * / and "
@@ -35,11 +35,11 @@ SYSTEM = (
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-    """The exact value of an expression of whole numbers, and the numbers in it; None for anything else.
+    """The exact value of an expression of integers, and the numbers in it; None for any other text.
 
-    Only + - * / and parentheses count, and the signs that people write for them. The expression may stand in a box, between
-    dollar signs or in bold, and one result that is right may follow it: "(25 + 7) * 3 = 96". The tree is walked on rationals,
-    nothing is executed, and there are no powers, so a result is never much larger than its expression.
+    Allowed are + - * / with the signs that people write for them, and parentheses. The expression may be in a LaTeX box,
+    between dollar signs or in bold, and a correct result may follow it: "(25 + 7) * 3 = 96". The syntax tree is evaluated with
+    rationals and nothing is executed. Powers are not allowed, so the size of a result is bounded by that of its expression.
 
     >>> evaluate("(1 + 2) / 4")
     (Fraction(3, 4), [1, 2, 4])
@@ -61,7 +61,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
 
 def gold_problem(item: Item) -> str | None:
-    """What is wrong with the numbers and the target of an item.
+    """Describes the first invalid field of an item; None if all are valid.
 
     >>> gold_problem({"numbers": [1, "2"], "target": 3, "use_all": False})
     "'numbers' is no list of whole numbers: [1, '2']"
@@ -76,23 +76,23 @@ def gold_problem(item: Item) -> str | None:
 
 @checks_gold(gold_problem)
 def correct(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1.0 where the last `<answer>` equals the target with each number used at most once (or exactly, if the item says so)."""
+    """1.0 if the last `<answer>` equals the target and uses each number at most once (exactly once with `use_all`)."""
     return [float(_is_right(r)) for r in rollouts]
 
 
 class Countdown(SingleTurnEnvironment):
-    """The numbers game. Items are made from an expression that solves them, so each has a solution.
+    """The numbers game. Each item is generated from an expression, so each has a solution.
 
     Args:
-        num_numbers: Numbers of an item.
-        largest: They go from 1 to this.
-        use_all: Whether each number must be used; else each may be used once.
-        num_train: Items to train on.
-        num_validation: Held-out items.
-        format_weight: Weight of the form, beside 1.0 for being right.
+        num_numbers: Numbers per item.
+        largest: The numbers are 1 to `largest`.
+        use_all: Whether an answer must use every number. Otherwise it uses each at most once.
+        num_train: Number of training items.
+        num_validation: Number of held-out items.
+        format_weight: Weight of the reward `format`. The weight of `correct` is 1.0.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is out of range, or there are fewer distinct items than requested.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Countdown(SingleTurnEnvironment):
             )
         self.reward_functions = [correct, format_tags("thinking", "answer")]
         self.reward_weights = {"format": format_weight}
-        rng = random.Random(0)  # the items are the same in every run, whatever its seed
+        rng = random.Random(0)  # the items do not depend on the seed of the run
         made: dict[tuple[Any, ...], Item] = {}
         for _ in range(100 * (num_train + num_validation)):
             item = _make_item(rng, num_numbers, largest, use_all)
@@ -129,7 +129,7 @@ class Countdown(SingleTurnEnvironment):
         self._validation, self._train = items[:num_validation], items[num_validation:]
 
     def train_items(self) -> list[Item]:
-        """Items that are not held out."""
+        """The items that are not held out."""
         return self._train
 
     def validation_items(self) -> list[Item]:
@@ -143,7 +143,7 @@ class Countdown(SingleTurnEnvironment):
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
 
     def gold_turns(self, item: Item) -> list[str]:
-        """The expression that the item was made from."""
+        """The expression from which the item was generated."""
         thought = f"{item['solution']} is {item['target']}."
         return [f"<thinking>{thought}</thinking>\n<answer>{item['solution']}</answer>"]
 
@@ -152,9 +152,9 @@ def _parsed(expression: str) -> ast.Expression | None:
     for _ in range(MAX_TRIES):
         try:
             return ast.parse(expression, mode="eval")
-        except (SyntaxError, ValueError, MemoryError, RecursionError):  # what the parser raises on malformed text
+        except (SyntaxError, ValueError, MemoryError, RecursionError):  # errors of the parser on malformed text
             return None
-        except SystemError:  # Python 3.11 counts recursion wrongly where another thread parses at the same moment
+        except SystemError:  # Python 3.11 miscounts recursion if another thread parses at the same time
             continue
     return None
 
@@ -186,7 +186,7 @@ def _is_right(rollout: Rollout) -> bool:
 
 
 def _make_item(rng: random.Random, num_numbers: int, largest: int, use_all: bool) -> Item | None:
-    """Numbers and an expression of them with a whole, positive, not too large value; None where it came out otherwise."""
+    """Random numbers and an expression of them. None if its value is not an integer from 1 to MAX_NUMBER, or is one of them."""
     numbers = [rng.randint(1, largest) for _ in range(num_numbers)]
     used = rng.sample(numbers, num_numbers if use_all else rng.randint(2, num_numbers))
     solution = str(used[0])

@@ -1,8 +1,8 @@
-r"""Grade school mathematics (arXiv:2110.14168), answered after thinking.
+r"""Grade school mathematics (GSM8K, arXiv:2110.14168) with visible thinking before the answer.
 
 item    {"question": "Natalia sold clips to 48 of her friends in April, …", "answer": "… 48/2 = <<48/2=24>>24 …\n#### 72"}
-prompt  a system message that asks for <thinking>…</thinking> and <answer>…</answer>, and the question
-gold    72: what stands behind "####" in the item's answer, without the commas, as in the official evaluation
+prompt  a system message that requests <thinking>…</thinking> and <answer>…</answer>, and the question
+gold    72: the text after "####" in the item's answer, without commas, as in the official evaluation
 """
 
 import re
@@ -22,10 +22,10 @@ SYSTEM = (
 
 
 def official_answer(solution: str) -> str:
-    r"""The number behind "####", commas left out.
+    r"""The number after "####", without commas.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The solution has no such number.
 
     >>> official_answer("48 + 24 = 72 and so on.\n#### 1,072")
     '1072'
@@ -37,11 +37,11 @@ def official_answer(solution: str) -> str:
 
 
 def correct_by(scorer: Scorer) -> RewardFunction:
-    """The reward `correct`: 1.0 where the last `<answer>` outside of the thinking is the gold number.
+    """The reward `correct`: 1.0 if the last `<answer>` outside the thinking is the gold number.
 
     Args:
-        scorer: "lenient" takes the number however a person would write it ("1,072", "$1072", "**1072**", "1072 dollars"),
-            "strict" a bare number alone ("1,072", "$1072"). Neither takes "1072 clips" or "x = 1072".
+        scorer: "lenient" accepts the usual spellings of a number ("1,072", "$1072", "**1072**", "1072 dollars"). "strict"
+            accepts a bare number only ("1,072", "$1072"). Neither accepts "1072 clips" or "x = 1072".
     """
     return number_match("answer", last_answer, scorer=scorer, read_gold=official_answer)
 
@@ -50,7 +50,7 @@ correct = correct_by("lenient")
 
 
 def number(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1.0 where the last `<answer>` outside of the thinking is a bare number, right or wrong: the strict scorer's form."""
+    """1.0 if the last `<answer>` outside the thinking is a bare number, correct or not. The strict scorer requires one."""
     answers = (last_answer(last_turn(r)) for r in rollouts)
     return [float(answer is not None and parse_number(answer) is not None) for answer in answers]
 
@@ -58,18 +58,18 @@ def number(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
 class GSM8K(SingleTurnEnvironment):
     """GSM8K with rewards for the form and for the answer.
 
-    The form is easy and the answer is hard, so the form's rewards fade: from `initial_form_weight` each to `form_weight` over the
-    first `ramp_steps` steps, while the answer's stays at 1. Without that, a policy that has the form wrong learns nothing at
-    first, and one that has it right keeps being paid for it.
+    The weights of the form's rewards, `format` and `number`, change linearly from `initial_form_weight` to `form_weight` over
+    the first `ramp_steps` steps. The weight of `correct` is always 1. The form is easy and the answer is hard: with small
+    weights from the start, a policy without the form gets almost no reward; with large ones to the end, the form dominates.
 
     Args:
-        train_file: A local file with "question" and "answer", or several, in place of "openai/gsm8k" on the hub.
+        train_file: One or more local files with the fields "question" and "answer", instead of "openai/gsm8k" on the hub.
         validation_file: The same for the held-out split.
-        form_weight: Weight of `format` and of `number` in the end.
+        form_weight: Weight of `format` and of `number` after the ramp.
         initial_form_weight: Their weight at the first step.
-        ramp_steps: Steps until then; 0 has the last weight from the start.
-        num_validation: Held-out problems, from the start of the split; None takes all 1,319.
-        scorer: What `correct` takes as the gold number: "lenient" the value, "strict" a bare number alone.
+        ramp_steps: Length of the ramp in steps. With 0, the weight is `form_weight` from the start.
+        num_validation: Number of held-out problems, from the start of the split. None: all 1,319.
+        scorer: Spellings of the gold number that `correct` accepts, see `correct_by`.
 
     Raises:
         ConfigError: A number is out of range, or there is no such scorer.
@@ -109,10 +109,10 @@ class GSM8K(SingleTurnEnvironment):
         return rows if self.num_validation is None else first_rows(rows, self.num_validation)
 
     def messages(self, item: Item) -> list[Message]:
-        """The request and the problem."""
+        """The instructions and the problem."""
         return [{"role": "system", "content": SYSTEM}, *super().messages(item)]
 
     def gold_turns(self, item: Item) -> list[str]:
-        """The dataset's own solution, without its calculator notes."""
+        """The solution of the dataset without its calculator annotations."""
         solution = re.sub(r"<<[^>]*>>", "", item["answer"].partition("####")[0]).strip()
         return [f"<thinking>{solution}</thinking>\n<answer>{official_answer(item['answer'])}</answer>"]

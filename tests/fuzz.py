@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from envs.gsm8k import GSM8K
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.recorded_step import read_step
 from fuchsia_pl.cli import FuchsiaCLI
+from fuchsia_pl.library.gsm8k import GSM8K
 from fuchsia_pl.policy.adapter import check_adapter
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.config import LoRASettings

@@ -11,13 +11,13 @@ from fuchsia_pl.envs import MCPServer
 from fuchsia_pl.envs.tools.mcp import ToolServer
 
 ROOT = Path(__file__).parents[1]
-SERVER = "envs.function_calling.server"
+SERVER = "fuchsia_pl.library.function_calling.server"
 COMMAND = [sys.executable, "-P", "-m", SERVER, "--time-limit-s", "1.5", "--memory-mb", "512"]
 MARKER = "fuchsia-left-behind"
 # Runs the rest of the command as a user without rights, who can enter the folders of this Python (needs root).
 _AS_USER = """
 import os, sys
-from envs.function_calling import mounts
+from fuchsia_pl.library.function_calling import mounts
 assert mounts.LIBC.unshare(mounts.CLONE_NEWNS) == 0
 mounts.mount(None, "/", None, mounts.MS_REC | mounts.MS_PRIVATE)
 closed = [str(mounts.closed_ancestor(mounts.Path(folder))) for folder in mounts.closed_folders()]
@@ -25,7 +25,7 @@ mounts.cover(closed, {}, mounts.python_folders())
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 """
 # Runs it where the system allows no namespaces.
-_APART_FROM_NOTHING = "from envs.function_calling import syscalls; syscalls.deny()\n"
+_APART_FROM_NOTHING = "from fuchsia_pl.library.function_calling import syscalls; syscalls.deny()\n"
 _EXEC = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
 AS_USER = [sys.executable, "-P", "-c", _AS_USER + _EXEC]
 AS_WEAK_USER = [sys.executable, "-P", "-c", _AS_USER + _APART_FROM_NOTHING + _EXEC]

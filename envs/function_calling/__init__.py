@@ -1,1 +1,1 @@
-"""Questions that want a computation, and an IPython interpreter to make it with."""
+"""Questions that require a computation, and an IPython interpreter as a tool."""

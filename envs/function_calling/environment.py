@@ -1,4 +1,4 @@
-"""A question, calls of an interpreter, an answer.
+"""An environment with a question, calls of an IPython interpreter, and an answer.
 
 item    {"question": "What is 48210 times 973?", "answer": "46908330", "code": "48210 * 973"}
 turns   <tool_call>{"name": "python", "arguments": {"code": "48210 * 973"}}</tool_call>  ->  46908330
@@ -9,24 +9,25 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from envs.function_calling.items import KINDS, Kind, make_items
 from fuchsia_pl.envs import ConfigError, Item, MCPServer, Message, Rollout, ToolEnvironment
 from fuchsia_pl.envs.rewards import last_answer, last_turn, number_match, parse_number
+from fuchsia_pl.library.function_calling import mounts
+from fuchsia_pl.library.function_calling.items import KINDS, Kind, make_items
 
 SYSTEM = (
     "Answer the question. Use the tool for every computation, never your head. When you have its result, give the answer as a "
     "bare number inside <answer> and </answer>."
 )
-# Items of another seed than the environment's, so that no example is ever asked.
+# Examples are generated from a seed of their own, so that none is also a question.
 EXAMPLE_SEED = 1
 
 
-# 1.0 where the last `<answer>` of the last turn is the gold number, however a person would write it.
+# 1.0 if the last `<answer>` of the last turn is the gold number, in any usual spelling.
 correct = number_match("answer", last_answer)
 
 
 def well_formed(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """1/2 for at least one call of the tool and none that is malformed, 1/2 for a bare number in `<answer>` in the last turn."""
+    """1/2 for one or more tool calls without a malformed one, plus 1/2 for a bare number in `<answer>` in the last turn."""
     called = (r.counts["tool_calls"] > 0 and r.counts["tool_invalid_call"] == 0 for r in rollouts)
     answers = (last_answer(last_turn(r)) for r in rollouts)
     is_number = (answer is not None and parse_number(answer) is not None for answer in answers)
@@ -35,11 +36,11 @@ def well_formed(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[floa
 
 @dataclass(frozen=True)
 class InterpreterLimits:
-    """Of each rollout's interpreter.
+    """Limits of the interpreter of one rollout.
 
     Attributes:
-        time_s: Of each cell.
-        memory_mb: Of all its processes together, in MiB.
+        time_s: Time per cell, in seconds.
+        memory_mb: Memory of all its processes together, in MiB.
 
     Raises:
         ConfigError: A number is out of range.
@@ -58,19 +59,19 @@ class InterpreterLimits:
 
 
 class FunctionCalling(ToolEnvironment):
-    """Questions that want a computation, and an IPython interpreter over MCP; what it is kept from is told in `sandbox.py`.
+    """Questions that require a computation, and an IPython interpreter over MCP. `sandbox.py` describes its sandbox.
 
     Args:
-        num_train: Questions to train on.
-        num_validation: Held-out questions.
-        kinds: Kinds of questions, in turn.
-        num_examples: Worked examples before the question, for models that do not call tools by themselves.
-        format_weight: Weight of the form, beside 1.0 for being right.
-        limits: Of each interpreter, None for the defaults.
-        allow_weak_sandbox: Whether to run where the system offers less than all that `sandbox.py` tells; the server names what.
+        num_train: Number of training questions.
+        num_validation: Number of held-out questions.
+        kinds: Kinds of questions, in rotation. None: all.
+        num_examples: Number of worked examples before the question, for models that do not call tools without them.
+        format_weight: Weight of the reward `well_formed`. The weight of `correct` is 1.0.
+        limits: Limits of each interpreter. None: the defaults.
+        allow_weak_sandbox: Whether to run if the system does not support the full sandbox. The server lists the missing parts.
 
     Raises:
-        ConfigError: A number is out of range, or no kind is named.
+        ConfigError: A number is out of range, or `kinds` is empty.
     """
 
     def __init__(
@@ -96,11 +97,14 @@ class FunctionCalling(ToolEnvironment):
         limits = InterpreterLimits() if limits is None else limits
         flags = ["--time-limit-s", str(limits.time_s), "--memory-mb", str(limits.memory_mb)]
         flags += ["--allow-weak-sandbox"] if allow_weak_sandbox else []
+        source = mounts.checkout()
         self.servers = [
             MCPServer(
-                command=[sys.executable, "-P", "-m", "envs.function_calling.server", *flags],
+                command=[sys.executable, "-P", "-m", "fuchsia_pl.library.function_calling.server", *flags],
+                # A server inherits no PYTHONPATH, and -P leaves out the working directory.
+                env=None if source is None else {"PYTHONPATH": str(source)},
                 end_session_tool="end_session",
-                call_timeout_s=limits.time_s + 60.0,  # the server keeps the limit; behind it, a queue of forks
+                call_timeout_s=limits.time_s + 60.0,  # the server enforces the limit; the rest is for a queue of forks
             )
         ]
         items = make_items(0, num_train + num_validation, chosen)
@@ -108,7 +112,7 @@ class FunctionCalling(ToolEnvironment):
         self._examples = make_items(EXAMPLE_SEED, num_examples, chosen)
 
     def train_items(self) -> list[Item]:
-        """Questions that are not held out."""
+        """The questions that are not held out."""
         return self._train
 
     def validation_items(self) -> list[Item]:
@@ -116,7 +120,7 @@ class FunctionCalling(ToolEnvironment):
         return self._validation
 
     def messages(self, item: Item) -> list[Message]:
-        """The request, worked examples, and the question."""
+        """The instructions, the worked examples and the question."""
         messages = [{"role": "system", "content": SYSTEM}]
         for example in self._examples:
             call, answer = self.gold_turns(example)
@@ -130,5 +134,5 @@ class FunctionCalling(ToolEnvironment):
         return [*messages, {"role": "user", "content": item["question"]}]
 
     def gold_turns(self, item: Item) -> list[str]:
-        """The call of the item's code, then its answer."""
+        """A call with the item's code, then a turn with its answer."""
         return [self.tool_convention.call("python", {"code": item["code"]}), f"<answer>{item['answer']}</answer>"]

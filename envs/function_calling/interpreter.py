@@ -1,4 +1,4 @@
-"""The process that holds a rollout's interpreter. It is forked from one that has loaded IPython already."""
+"""The process that runs the interpreter of one rollout. It is forked from a process that has loaded IPython."""
 
 import contextlib
 import os
@@ -13,31 +13,31 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets import Type
 from traitlets.config import Config
 
-from envs.function_calling import wire
+from fuchsia_pl.library.function_calling import wire
 
 
 class OutputLimitReached(BaseException):
-    """A cell printed more than it may."""
+    """A cell printed more than the limit."""
 
 
 class PlainDisplayHook(DisplayHook):
-    """Shows the value of a cell's last expression without `Out[1]:` before it."""
+    """Prints the value of a cell's last expression without the prefix `Out[1]:`."""
 
     def write_output_prompt(self) -> None:
         """Writes nothing."""
 
 
 class PlainShell(InteractiveShell):
-    """IPython without colours, history and files of its own."""
+    """IPython without colours, history and its own files."""
 
     displayhook_class = Type(PlainDisplayHook)
 
     def ask_exit(self) -> None:
-        """What `exit()` calls. The interpreter ends with the rollout."""
+        """Does nothing when a cell calls `exit()`. The interpreter ends with the rollout."""
 
 
 class BoundedOutput:
-    """Collects what a cell prints and ends the cell once that is too much."""
+    """Collects the output of a cell and ends the cell at a limit."""
 
     encoding = "utf-8"
 
@@ -47,7 +47,7 @@ class BoundedOutput:
         self.num_chars = 0
 
     def write(self, text: str) -> int:
-        """Keeps the text as far as there is room."""
+        """Keeps the text up to the limit."""
         room = self.max_chars - self.num_chars
         self.parts.append(text[:room])
         self.num_chars += min(len(text), room)
@@ -56,19 +56,19 @@ class BoundedOutput:
         return len(text)
 
     def flush(self) -> None:
-        """There is nothing to flush to."""
+        """Does nothing: there is no underlying stream."""
 
     def isatty(self) -> bool:
-        """It is not."""
+        """False."""
         return False
 
     def text(self) -> str:
-        """All that was kept."""
+        """The collected output."""
         return "".join(self.parts)
 
 
 def make_shell() -> InteractiveShell:
-    """An interpreter, before anything ran in it."""
+    """A new interpreter."""
     config = Config()
     config.HistoryManager.enabled = False
     config.InteractiveShell.xmode = "Minimal"
@@ -79,17 +79,17 @@ def make_shell() -> InteractiveShell:
 
 
 def serve(shell: InteractiveShell, channel: socket.socket, max_output_chars: int) -> None:
-    """Runs cells until the other side closes the channel."""
+    """Runs cells until the server closes the channel."""
     own_pid = os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel.sendall(wire.READY)
     while (request := wire.read_request(channel)) is not None:
         nonce, code = request
-        _bury_children()
+        _reap_children()
         failed, output = run_cell(shell, code, max_output_chars)
-        if os.getpid() != own_pid:  # the cell forked, and this is the child, which has come to its end
+        if os.getpid() != own_pid:  # the cell forked, and this is the child at its end
             os._exit(0)
-        _bury_children()
+        _reap_children()
         channel.sendall(wire.reply(nonce, failed, output))
 
 
@@ -97,7 +97,7 @@ def run_cell(shell: InteractiveShell, code: str, max_output_chars: int) -> tuple
     """Runs a cell.
 
     Returns:
-        Whether it failed, and what it printed, with the value of its last expression.
+        Whether it failed, and its output, including the value of its last expression.
     """
     output: Any = BoundedOutput(max_output_chars)
     failed = True
@@ -107,15 +107,15 @@ def run_cell(shell: InteractiveShell, code: str, max_output_chars: int) -> tuple
         failed = not shell.run_cell(code, store_history=False).success
     except OutputLimitReached:
         pass
-    except BaseException as error:  # whatever leaves a cell is what the cell did
+    except BaseException as error:  # any exception that leaves the cell was raised by its code
         output.parts.append(f"{type(error).__name__}: {error}"[:max_output_chars])
     finally:
         sys.stdout, sys.stderr = streams
     return failed, output.text()[:max_output_chars]
 
 
-def _bury_children() -> None:
-    """Children that have ended count against the number of processes until somebody asks for them."""
+def _reap_children() -> None:
+    """Reaps children that have ended. Until then they count towards the limit of processes."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

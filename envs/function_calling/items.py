@@ -1,4 +1,4 @@
-"""Questions whose answers nobody works out in their head, each with the code that does."""
+"""Generated questions that require a computation, each with code that computes the answer."""
 
 import math
 import random
@@ -11,7 +11,7 @@ KINDS: tuple[Kind, ...] = ("product", "digit_sum", "remainder", "primes", "gcd")
 
 
 def make_item(rng: random.Random, kind: Kind) -> Item:
-    """A question with its gold answer and the code of a perfect policy.
+    """A question with its gold answer and code that computes it.
 
     >>> item = make_item(random.Random(0), "product")
     >>> sorted(item)
@@ -45,7 +45,7 @@ def make_item(rng: random.Random, kind: Kind) -> Item:
 
 
 def make_items(seed: int, number: int, kinds: tuple[Kind, ...]) -> list[Item]:
-    """Different items, the kinds in turn."""
+    """Distinct items, with the kinds in rotation."""
     rng = random.Random(seed)
     found: dict[str, Item] = {}
     while len(found) < number:

@@ -1,31 +1,31 @@
-"""What all processes of an interpreter use together, for a supervisor that ends them above a limit. Standard library only."""
+"""Memory of all processes of an interpreter, for the supervisor that enforces a limit. Standard library only."""
 
 import contextlib
 import os
 import re
 
-# A process gets memory no faster than this, so that what is left tells how long nobody need look.
+# Upper bound of the rate at which a process gets memory. It turns the memory that is left into a time until the next check.
 MB_PER_S = 4096
 PAUSES_S = (0.02, 0.25)
-# Hundreds of interpreters wait for their next cell at a time: one whose memory stays as it is is looked at ever less often.
+# Hundreds of interpreters may be idle at a time. The checks of one whose memory does not change become less frequent.
 IDLE_PAUSE_S = 1.0
 UNCHANGED_MB = 0.5
-# Private and nameless memory, pages of the scratch folder, and what was swapped out.
+# Private anonymous memory, pages of the scratch folder, and swapped pages.
 RESIDENT = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB", re.M)
-# The same, where a page that n processes share counts 1/n for each.
+# The same, but a page that n processes share counts 1/n for each.
 PROPORTIONAL = re.compile(r"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s+(\d+) kB", re.M)
 SOCKETS = re.compile(r"^sockets: used (\d+)", re.M)
-# A full socket takes the size of its buffer and one message of at most half of that.
+# A full socket holds its buffer and one more message of at most half that size.
 FULL_BUFFER = 1.5
 
 
 def used_mb(proc: int, pids: list[int], limit_mb: int) -> float:
-    """Memory of processes in MiB. What forks share is counted once, but only where the cheaper sum is above the limit.
+    """Memory of processes in MiB. Pages that forks share are counted once, but only if the cheaper sum exceeds the limit.
 
     Args:
-        proc: A descriptor of the /proc that has their numbers.
+        proc: A descriptor of the /proc of their namespace.
         pids: The processes.
-        limit_mb: Below it the cheaper sum is good enough.
+        limit_mb: Up to this value the cheaper sum, which is an upper bound, is returned.
     """
     resident = {pid: _of_process(proc, pid, "status", RESIDENT) or 0.0 for pid in pids}
     if sum(resident.values()) <= limit_mb:
@@ -35,12 +35,12 @@ def used_mb(proc: int, pids: list[int], limit_mb: int) -> float:
 
 
 def socket_mb(proc: int, pids: list[int], buffer_bytes: int) -> float:
-    """The most that all sockets in the network namespace of some processes can hold, also those in flight, in MiB.
+    """Upper bound in MiB of the data in all sockets of the processes' network namespace, including sockets in flight.
 
     Args:
-        proc: A descriptor of the /proc that has their numbers.
+        proc: A descriptor of the /proc of their namespace.
         pids: The processes.
-        buffer_bytes: Size of a socket's buffer.
+        buffer_bytes: Buffer size of a socket.
     """
     found = (SOCKETS.search(_text(proc, f"{pid}/net/sockstat")) for pid in pids)
     count = next((int(match[1]) for match in found if match is not None), 0)
@@ -48,12 +48,12 @@ def socket_mb(proc: int, pids: list[int], buffer_bytes: int) -> float:
 
 
 def pause_s(left_mb: float, last_left_mb: float, last_pause_s: float) -> float:
-    """How long nobody need look.
+    """Seconds until the next check.
 
     Args:
-        left_mb: Memory that is left now.
-        last_left_mb: And at the last look.
-        last_pause_s: The pause before this look.
+        left_mb: Memory left below the limit.
+        last_left_mb: The same at the last check.
+        last_pause_s: Pause before this check.
 
     >>> pause_s(1.0, 9.0, 0.0), pause_s(512.0, 9.0, 0.0), pause_s(1e6, 9.0, 0.0)
     (0.02, 0.125, 0.25)
@@ -67,12 +67,12 @@ def pause_s(left_mb: float, last_left_mb: float, last_pause_s: float) -> float:
 
 
 def processes(proc: int) -> list[int]:
-    """All processes in a /proc."""
+    """All processes of a /proc."""
     return [int(name) for name in os.listdir(proc) if name.isdigit()]
 
 
 def _of_process(proc: int, pid: int, name: str, pattern: re.Pattern[str]) -> float | None:
-    """MiB of a process. Where its first thread has ended, /proc shows its memory only under the numbers of the others."""
+    """MiB of a process. If its first thread has ended, /proc shows the memory only under the ids of the other threads."""
     found = _sum(proc, f"{pid}/{name}", pattern)
     if found is None:
         sums = (_sum(proc, f"{thread}/{name}", pattern) for thread in _threads(proc, pid) if thread != pid)
@@ -91,7 +91,7 @@ def _threads(proc: int, pid: int) -> list[int]:
 
 
 def _sum(proc: int, name: str, pattern: re.Pattern[str]) -> float | None:
-    """MiB of a file's lines, None where it has none or cannot be read: the thread has ended, or hides it."""
+    """Sum of the matching lines of a file, in MiB. None if no line matches or the file cannot be read."""
     found = pattern.findall(_text(proc, name))
     return sum(map(int, found)) / 1024 if found else None
 

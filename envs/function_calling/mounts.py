@@ -1,4 +1,4 @@
-"""The files that an interpreter sees: the system and Python, read-only, and a folder of its own. Standard library only."""
+"""The files visible to an interpreter: the system and Python, read-only, and a scratch folder. Standard library only."""
 
 import ctypes
 import os
@@ -11,21 +11,20 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 442, -100, 0x8000, 1, 2
 CLONE_NEWNS = 0x00020000
-# What stays of the top of the file tree; every other folder there is hidden, but for the Python in it.
+# Visible folders at the top of the file tree. Every other folder there is hidden, except for the Python modules in it.
 SYSTEM = ("bin", "etc", "lib", "lib32", "lib64", "libx32", "nix", "opt", "proc", "sbin", "sys", "usr")
-DEVICES = ("full", "null", "random", "urandom")  # not /dev/zero, of which shared memory is made that nobody counts
+DEVICES = ("full", "null", "random", "urandom")  # not /dev/zero: a mapping of it is shared memory that is not counted
 SCRATCH = "/tmp"
 ALSO_SCRATCH = ("/dev/shm", "/var/tmp")
-MAX_TERMINALS = 32  # each takes one of the few that the host has
-PROJECT = Path(__file__).parents[2]
+MAX_TERMINALS = 32  # the host has a limited number
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def hide_files(scratch_mb: int) -> None:
-    """Gives this process, which must be root in its namespaces, mounts of its own, all read-only but for a private /tmp.
+    """Gives this process a mount namespace in which all is read-only except a private /tmp. It must be root in its namespaces.
 
-    /dev/shm and /var/tmp are the same folder as /tmp, so that one size bounds all that can be written. Its /proc holds the
-    numbers of its own namespace, by which its supervisor would end strangers.
+    /dev/shm and /var/tmp are the same folder as /tmp, so that one size limits all written files. /proc shows the process ids
+    of the own namespace. They differ from those of the host: a supervisor that used them would kill unrelated processes.
 
     Args:
         scratch_mb: Size of /tmp, in MiB.
@@ -45,14 +44,12 @@ def hide_files(scratch_mb: int) -> None:
     devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     scratch = f"mode=1777,size={scratch_mb}m,nr_inodes={scratch_mb * 256}"
     closed = {str(closed_ancestor(Path(folder))) for folder in closed_folders()}
-    cover(
-        [*hidden, *closed], {SCRATCH: scratch}, python_folders(left_out=[] if _holds_libraries(PROJECT) else [PROJECT])
-    )
+    cover([*hidden, *closed], {SCRATCH: scratch}, python_folders(left_out=[] if (own := checkout()) is None else [own]))
     for name, handle in devices.items():
         Path("/dev", name).touch()
         _show(handle, f"/dev/{name}")
     Path("/dev/fd").symlink_to("/proc/self/fd")
-    Path("/dev/ptmx").symlink_to("pts/ptmx")  # a cell's `!command` runs in a terminal
+    Path("/dev/ptmx").symlink_to("pts/ptmx")  # `!command` in a cell runs in a terminal
     Path("/dev/pts").mkdir()
     mount(
         "devpts",
@@ -70,12 +67,12 @@ def hide_files(scratch_mb: int) -> None:
 
 
 def cover(places: list[str], options: dict[str, str], needed: list[str]) -> None:
-    """Mounts an empty folder over each place, and shows those folders again that are needed and lie in one.
+    """Mounts an empty folder over each place and makes the needed folders inside them visible again.
 
     Args:
-        places: The folders to hide.
-        options: Of the mounts at some of them.
-        needed: The folders to show.
+        places: Folders to hide.
+        options: Mount options by folder.
+        needed: Folders that stay visible.
     """
     outermost = sorted(place for place in set(places) if not any(_is_inside(place, other) for other in places))
     shown = [folder for folder in needed if any(folder == place or _is_inside(folder, place) for place in outermost)]
@@ -88,19 +85,28 @@ def cover(places: list[str], options: dict[str, str], needed: list[str]) -> None
 
 
 def closed_folders() -> list[str]:
-    """Folders with this interpreter's modules that a user without rights could not enter."""
+    """Folders with modules of this Python that an unprivileged user cannot enter."""
     return [folder for folder in python_folders() if closed_ancestor(Path(folder)) is not None]
 
 
 def python_folders(left_out: Sequence[Path] = ()) -> list[str]:
-    """Where this interpreter's modules lie.
+    """Folders with the modules of this Python.
 
     Args:
-        left_out: Folders in its search path that nobody needs once these modules are loaded.
+        left_out: Folders of the search path that are not needed once the modules of this package are loaded.
     """
     modules = [os.path.abspath(path) for path in sys.path if os.path.isdir(path) and Path(path) not in left_out]
     places = [sys.base_prefix, sys.prefix, *modules]
     return [place for place in dict.fromkeys(places) if not any(_is_inside(place, other) for other in places)]
+
+
+def checkout() -> Path | None:
+    """The checkout that contains this module; None if the package is installed next to the other libraries.
+
+    A checkout also contains data, runs and gold answers, which an interpreter must not see.
+    """
+    folder = Path(__file__).parents[3]
+    return None if (folder / "IPython").is_dir() else folder
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int = 0, data: str | None = None) -> None:
@@ -126,19 +132,12 @@ def _make_read_only() -> None:
         raise OSError(ctypes.get_errno(), "the kernel cannot make all mounts read-only (Linux 5.12 can)")
 
 
-def _holds_libraries(folder: Path) -> bool:
-    """Whether others than this project's modules lie there; a checkout holds data, runs and gold answers instead."""
-    return (folder / "IPython").is_dir()
-
-
 def _is_inside(place: str, other: str) -> bool:
-    return place.startswith(
-        other.rstrip("/") + "/"
-    )  # a Path would take most of the time that an interpreter's start takes
+    return place.startswith(other.rstrip("/") + "/")  # with Path, this would dominate the start time of an interpreter
 
 
 def closed_ancestor(folder: Path) -> Path | None:
-    """The outermost folder above this one, or itself, that only its owner may enter."""
+    """The outermost folder among this one and its parents that other users may not enter. None if there is none."""
     for ancestor in [*reversed(folder.parents), folder]:
         if not ancestor.stat().st_mode & 0o001:
             return ancestor

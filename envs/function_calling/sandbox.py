@@ -1,33 +1,33 @@
-"""What an interpreter may not do. Linux only; standard library only, since it runs in a process that forks.
+"""Restrictions of an interpreter. Linux only. Standard library only, because this code runs in a process that forks.
 
-Covered, everywhere:
-- Time: the server ends an interpreter whose cell takes too long; CPU seconds are limited as a backstop.
-- Memory: address space of each process, and what all of them use together: a supervisor looks every 0.02 to 0.25 s and ends them
-  above the limit. Core dumps are off. Size of each file. Open files.
-- Output: what a cell prints is cut at a limit, and the cell ended there.
-- Processes: all that a cell starts end with the interpreter, and the interpreter with the server, however that ends.
-- Results: a cell may write to its own channel; that is text like what it prints, and gives no status but ok and error (wire.py).
+Covered on every system:
+- Time: the server ends an interpreter whose cell exceeds the time limit. A limit on CPU seconds is the backstop.
+- Memory: the address space of each process, and the memory of all of them together. A supervisor checks it every 0.02 to 0.25 s
+  (less often while it does not change) and ends the processes above the limit. Size of each file. Open files. No core dumps.
+- Output: the output of a cell is cut at a limit, and the cell ends there.
+- Processes: all processes that a cell starts end with the interpreter. The interpreter ends with the server, for any reason.
+- Results: a cell may write to its own channel. The server reads this as output, with no status except ok and error (wire.py).
 
-Covered where the system lets this process make namespaces and mounts (as root, or as a user where user namespaces are allowed):
-- Network: there is none, loopback included.
-- Other processes: none of them can be seen or signalled.
-- Files: all is read-only but /tmp (also seen as /dev/shm and /var/tmp), which is empty at first, bounded as a whole, and gone
-  afterwards. Of the rest it sees the system's folders and Python's; no home, no data, no checkout of this project, no device but
-  null, full, random and a bounded number of terminals.
-- Number of processes. Memory of sockets, as if all were full.
-- Rights: it has none, and gets none by programs that run as root. As root, it runs as a user of its own.
+Covered if the system allows namespaces and mounts (as root, or as a user with user namespaces):
+- Network: none, not even loopback.
+- Other processes: the interpreter can neither see nor signal them.
+- Files: all is read-only except /tmp (the same folder as /dev/shm and /var/tmp). It is empty at first, limited in total size, and
+  removed afterwards. Other visible folders are those of the system and of Python: no home, no data, no checkout of this project.
+  Devices are null, full, random, urandom and a limited number of terminals.
+- Number of processes. Memory of sockets, counted as if all were full.
+- Privileges: none, also not through set-user-ID programs. If the server is root, each interpreter has its own user.
 
-Covered where the kernel takes a filter of system calls, see syscalls.py:
-- New namespaces and mounts cannot be made inside.
-- Memory that no process maps (memfd, shared memory, queues, pages in pipes) cannot be had, nor large buffers of sockets.
-- Sockets of a host (Unix) and of its hypervisor cannot be reached.
+Covered if the kernel supports seccomp filters, see syscalls.py:
+- New namespaces and mounts inside the sandbox are refused.
+- Memory that no process maps (memfd, shared memory, queues, pages in pipes) and large socket buffers are refused.
+- Unix sockets of the host and sockets of its hypervisor are not reachable.
 
-Where any of this is missing, the server names it and does not start, unless it is run with --allow-weak-sandbox.
+If any of this is missing, the server lists it and does not start, unless it has the option --allow-weak-sandbox.
 
-Not covered: reading files in the system's and Python's folders that everyone may read (as a user: that this user may read);
-memory that a burst takes between two looks of the supervisor; what the kernel keeps of pipes, maps and file locks; CPU time of
-other cores; bugs in the kernel. It stops accidents and a policy's clumsy experiments. It is no place for code of somebody who
-wants to break out: for that, run the server in a virtual machine and name it by URL.
+Not covered: reading world-readable files in the folders of the system and of Python (as a user: all that this user may read);
+memory that a burst takes between two checks of the supervisor; kernel memory of pipes, maps and file locks; CPU time of other
+cores; bugs in the kernel. The sandbox stops accidents and clumsy experiments of a policy. It is not made for code that is written
+to break out of it: for that, run the server in a virtual machine and give its URL.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.function_calling import mounts, syscalls
+from fuchsia_pl.library.function_calling import mounts, syscalls
 
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x08000000,
@@ -51,8 +51,8 @@ CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 CAPABILITY_VERSION = 0x20080522
 TRIAL_MB = 8
-STATE, PARENT, NUM_THREADS = 0, 1, 17  # fields of /proc/PID/stat after the name
-# As root, interpreters get users of their own from here on, so that none may touch another's files or processes.
+STATE, PARENT, NUM_THREADS = 0, 1, 17  # indices of fields of /proc/PID/stat after the name
+# If the server is root, each interpreter gets a user id from here on: none has access to the files or processes of another.
 LOWEST_UID = 600_000
 UIDS_PER_SERVER = 1000
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -60,13 +60,13 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one interpreter.
+    """Limits of one interpreter.
 
     Attributes:
-        memory_mb: Address space of each of its processes, and memory of all of them, in MiB.
-        file_mb: Size of each file and of all that it writes, in MiB.
-        cpu_s: CPU seconds of each process over its whole life.
-        num_processes: Processes at a time, where they can be told from those of others.
+        memory_mb: Address space of each of its processes, and memory of all of them together, in MiB.
+        file_mb: Size of each file, and of all written files together, in MiB.
+        cpu_s: CPU seconds of each process over its lifetime.
+        num_processes: Number of concurrent processes, if they have a user or a namespace of their own.
         num_files: Open files of each process.
     """
 
@@ -77,24 +77,24 @@ class Limits:
     num_files: int = 128
 
     def apply(self) -> None:
-        """Sets them for this process and all that it starts."""
+        """Sets the limits of this process and of all that it starts."""
         megabyte = 2**20
         for kind, value in {
             resource.RLIMIT_AS: self.memory_mb * megabyte,
             resource.RLIMIT_FSIZE: self.file_mb * megabyte,
             resource.RLIMIT_CPU: self.cpu_s,
             resource.RLIMIT_NOFILE: self.num_files,
-            resource.RLIMIT_CORE: 1,  # too little for a file, as 0 is; with 0 a handler of the host's would run
+            resource.RLIMIT_CORE: 1,  # too little for a file, like 0; with 0 the host's core dump handler would run
         }.items():
             resource.setrlimit(kind, (value, value))
 
     def apply_to_user(self) -> None:
-        """Limits the number of processes of the user that this process is about to become, who must be nobody else's."""
+        """Limits the number of processes of the user that this process will become. No other process may have that user."""
         resource.setrlimit(resource.RLIMIT_NPROC, (self.num_processes, self.num_processes))
 
 
 def die_with_parent(how: signal.Signals) -> None:
-    """Has the kernel send this process a signal when its parent ends."""
+    """Requests a signal from the kernel when the parent of this process ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, how)
 
 
@@ -105,13 +105,13 @@ def adopt_orphans() -> None:
 
 @dataclass(frozen=True)
 class Offer:
-    """What the system lets this process do for a sandbox.
+    """Parts of the sandbox that the system supports.
 
     Attributes:
         is_apart: Namespaces of its own.
         hides_files: Mounts of its own.
         is_filtered: A filter of system calls.
-        gives_up_rights: The end of its rights; as root, by becoming another user.
+        gives_up_rights: Dropping of all privileges; as root, by a change of the user.
     """
 
     is_apart: bool
@@ -120,7 +120,7 @@ class Offer:
     gives_up_rights: bool
 
     def missing(self) -> list[str]:
-        """What is not covered.
+        """The parts that are not covered.
 
         >>> Offer(is_apart=True, hides_files=True, is_filtered=False, gives_up_rights=True).missing()
         ['new namespaces, memory that no process maps']
@@ -135,7 +135,7 @@ class Offer:
 
 
 def find_offer() -> Offer:
-    """Tries everything, in processes that end at once."""
+    """Tries each part in a short-lived process."""
     is_apart = _works(leave_namespaces)
     hides_files = is_apart and _works(leave_namespaces, lambda: _works(lambda: mounts.hide_files(TRIAL_MB)))
     gives_up_rights = _works(lambda: become(first_uid(os.getpid())))
@@ -143,12 +143,12 @@ def find_offer() -> Offer:
 
 
 def first_uid(server_pid: int) -> int:
-    """The first of the users that a server's interpreters become."""
+    """The first user id of a server's interpreters."""
     return LOWEST_UID + server_pid * UIDS_PER_SERVER
 
 
 def leave_namespaces() -> None:
-    """Takes network and the sight of other processes away from the processes that this one will start.
+    """Puts the processes that this one will start into new namespaces of network, processes and IPC.
 
     Raises:
         OSError: The system does not allow it.
@@ -157,14 +157,14 @@ def leave_namespaces() -> None:
     flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC
     if LIBC.unshare(flags if uid == 0 else flags | CLONE_NEWUSER) != 0:
         raise OSError(ctypes.get_errno(), "the system allows no namespaces of one's own")
-    if uid != 0:  # it keeps its numbers; without them it could not own a file
+    if uid != 0:  # its ids stay the same; without a mapping it could not own a file
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
 
 
 def become(uid: int) -> None:
-    """Gives up all rights for good; as root, becomes this user."""
+    """Drops all privileges permanently; as root, by a change to this user."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(uid)
@@ -177,7 +177,7 @@ def become(uid: int) -> None:
 
 
 def end_descendants() -> None:
-    """Ends all descendants of this process, which must have adopted its orphans, in a bounded number of rounds."""
+    """Kills all descendants of this process, in a bounded number of rounds. `adopt_orphans` must have been called before."""
     for _ in range(1000):
         found = descendants(os.getpid())
         if not found:
@@ -194,7 +194,7 @@ def end_descendants() -> None:
 
 
 def _works(*steps: Callable[[], object]) -> bool:
-    """Whether steps raise nothing in a process that ends after them."""
+    """Whether the steps succeed in a forked process."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -205,7 +205,7 @@ def _works(*steps: Callable[[], object]) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one that have not ended."""
+    """All running processes below one."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -214,7 +214,7 @@ def descendants(pid: int) -> list[int]:
             except OSError:  # it has ended
                 continue
             fields = stat.rpartition(")")[2].split()
-            if fields[STATE] != "Z" or int(fields[NUM_THREADS]) > 1:  # its first thread may end before the others
+            if fields[STATE] != "Z" or int(fields[NUM_THREADS]) > 1:  # the first thread may end before the others
                 parents[int(entry)] = int(fields[PARENT])
     found, fresh = set[int](), {pid}
     while fresh:

@@ -1,7 +1,7 @@
-"""An MCP server whose tool is an IPython interpreter, one for each rollout: `python -m envs.function_calling.server`.
+"""An MCP server whose tool is an IPython interpreter, one for each rollout.
 
-State lasts from call to call within a rollout and never reaches another. What it protects from, and what not, is told in
-`sandbox.py`. It speaks over stdin and stdout, and ends with whoever started it.
+It is started with `python -m fuchsia_pl.library.function_calling.server`, serves over stdin and stdout, and ends with its client.
+The state of an interpreter lasts for one rollout and is not visible to others. `sandbox.py` describes the protection.
 """
 
 import argparse
@@ -20,16 +20,16 @@ from typing import Any
 from fastmcp import Context, FastMCP
 from fastmcp.tools import ToolResult
 
-from envs.function_calling import mounts, sandbox, wire
-from envs.function_calling.sandbox import Limits, Offer
+from fuchsia_pl.library.function_calling import mounts, sandbox, wire
+from fuchsia_pl.library.function_calling.sandbox import Limits, Offer
 
-# `_meta` keys of Fuchsia-PL, whose package this process does not load: it would take seconds.
+# `_meta` keys of `fuchsia_pl.envs.tools.mcp`. This process does not import it: that would take seconds.
 ROLLOUT_KEY, STATUS_KEY = "fuchsia/rollout", "fuchsia/status"
 OK, ERROR, TIMEOUT, KILLED, OUTPUT_LIMIT = "ok", "error", "timeout", "killed", "output_limit"
-SERVER_DIED = "server_died"  # ends the rollout, which is not scored: what happened is not the policy's doing
+SERVER_DIED = "server_died"  # ends the rollout without a score: the policy did not cause the failure
 START_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 5.0
-MAX_SESSIONS = 500  # fewer than there are users to run them as
+MAX_SESSIONS = 500  # below UIDS_PER_SERVER: each has a user id
 FORKS_AT_A_TIME = 16
 
 
@@ -38,9 +38,9 @@ class NotStartedError(RuntimeError):
 
 
 class Session:
-    """A rollout's interpreter, forked when the first cell arrives and again after it was lost.
+    """The interpreter of a rollout. It is forked at the first cell, and again after it was lost.
 
-    Whatever a cell does to its own channel yields text, "ok" or "error", never one of the statuses that this process decides on.
+    A cell can write to its own channel. The result is text with the status "ok" or "error", never another status.
     """
 
     def __init__(self, interpreters: "Interpreters") -> None:
@@ -52,7 +52,7 @@ class Session:
         self._number = -1
 
     async def run(self, code: str) -> tuple[str, str]:
-        """Runs a cell; returns what the policy reads, and the status."""
+        """Runs a cell. Returns the text for the policy and the status."""
         limit, max_chars = self._interpreters.time_limit_s, self._interpreters.max_output_chars
         async with self._lock:
             if self._reader is None:
@@ -77,7 +77,7 @@ class Session:
                 if await self._kill():
                     return "The code used too much memory and was stopped. Its variables are lost.", KILLED
                 return "The interpreter died (memory, or the code ended it). Its variables are lost.", KILLED
-            except asyncio.CancelledError:  # the cell still runs, and its reply would answer the next one
+            except asyncio.CancelledError:  # the cell still runs; its reply would be read as that of the next cell
                 await self._kill()
                 raise
         if len(output) >= max_chars:
@@ -85,7 +85,7 @@ class Session:
         return output.strip() or "(no output)", ERROR if failed else OK
 
     async def close(self) -> None:
-        """Ends the interpreter and all that it started."""
+        """Ends the interpreter and all processes that it started."""
         async with self._lock:
             await self._kill()
 
@@ -96,12 +96,12 @@ class Session:
             try:
                 self._reader, self._writer = await asyncio.open_connection(sock=channel)
                 await asyncio.wait_for(_ready(self._reader), START_TIMEOUT_S)
-            except BaseException:  # whatever ends the start, also a cancelled one, leaves no process behind
+            except BaseException:  # a start that fails or is cancelled leaves no process behind
                 await self._kill()
                 raise
 
     async def _kill(self) -> bool:
-        """Ends the supervisor, which ends the rest first, and waits for that; returns whether it did so for their memory."""
+        """Ends the supervisor and its processes, and waits for it. Returns whether they exceeded the memory limit."""
         writer, self._reader, self._writer = self._writer, None, None
         lifeline, self._lifeline = self._lifeline, None
         if writer is not None:
@@ -124,8 +124,8 @@ async def _ready(reader: asyncio.StreamReader) -> None:
     """Waits until an interpreter is in its sandbox.
 
     Raises:
-        NotStartedError: It wrote in place of that why it is not.
-        IncompleteReadError: It ended without a word.
+        NotStartedError: It failed; the message has its traceback.
+        IncompleteReadError: It ended without a message.
     """
     first = await reader.readexactly(len(wire.READY))
     if first != wire.READY:
@@ -133,20 +133,20 @@ async def _ready(reader: asyncio.StreamReader) -> None:
 
 
 class Interpreters:
-    """The sessions of all rollouts, and the process that forks them.
+    """The sessions of all rollouts, and the process that forks their interpreters.
 
     Args:
-        limits: Of each interpreter.
-        time_limit_s: Of each cell.
-        max_output_chars: Of each cell.
-        offer: What the system lets an interpreter's sandbox have.
+        limits: Limits of each interpreter.
+        time_limit_s: Time limit of each cell.
+        max_output_chars: Output limit of each cell.
+        offer: Parts of the sandbox that the system supports.
     """
 
     def __init__(self, limits: Limits, time_limit_s: float, max_output_chars: int, offer: Offer) -> None:
         self.time_limit_s = time_limit_s
         self.max_output_chars = max_output_chars
-        self.numbers = list(range(sandbox.UIDS_PER_SERVER))  # of users who run no interpreter
-        self.forks = asyncio.Semaphore(FORKS_AT_A_TIME)  # more would not fit into the socket
+        self.numbers = list(range(sandbox.UIDS_PER_SERVER))  # free user numbers
+        self.forks = asyncio.Semaphore(FORKS_AT_A_TIME)  # the socket has no room for more
         self._arguments = [json.dumps(asdict(limits)), str(max_output_chars), json.dumps(asdict(offer))]
         self._sessions: dict[str, Session] = {}
         self._control: socket.socket | None = None
@@ -154,10 +154,11 @@ class Interpreters:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts the process that forks, and waits until it can."""
+        """Starts the process that forks interpreters, and waits until it is ready."""
         self._control, theirs = socket.socketpair()
-        # -P: the folder that the run was started in is nothing that an interpreter needs to see.
-        command = [sys.executable, "-P", "-m", "envs.function_calling.zygote", str(theirs.fileno()), *self._arguments]
+        # -P: the working directory of the run must not be visible to interpreters.
+        module = "fuchsia_pl.library.function_calling.zygote"
+        command = [sys.executable, "-P", "-m", module, str(theirs.fileno()), *self._arguments]
         self._process = await asyncio.create_subprocess_exec(
             *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr
         )
@@ -165,20 +166,20 @@ class Interpreters:
         self._control.setblocking(False)
         ready = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self._control, 1), START_TIMEOUT_S)
         if not ready:
-            raise RuntimeError("the process that forks interpreters did not start; what it said stands above")
+            raise RuntimeError("the process that forks interpreters did not start; its output is above")
         self._watch = asyncio.create_task(self._end_with(self._process))
 
     async def _end_with(self, process: asyncio.subprocess.Process) -> None:
-        """Without the process that forks this one is of no use; once it has ended too, its client starts another."""
+        """Ends this process after the one that forks interpreters. The client then starts a new server."""
         code = await process.wait()
         sys.stderr.write(f"the process that forks interpreters ended with {code}, and so does the server\n")
         os._exit(1)
 
     def fork(self, number: int) -> tuple[socket.socket, socket.socket]:
-        """A channel to a new interpreter, and a lifeline to its supervisor, who ends both when it is shut down.
+        """Forks an interpreter. Returns a channel to it and a lifeline to its supervisor, which ends both at a shutdown of it.
 
         Args:
-            number: Of the user that it becomes, as root.
+            number: Number of its user, if the server is root.
         """
         assert self._control is not None
         channel, its_channel = socket.socketpair()
@@ -196,13 +197,13 @@ class Interpreters:
         return await self._sessions.setdefault(key, Session(self)).run(code)
 
     async def end(self, key: str) -> None:
-        """Forgets a rollout."""
+        """Ends the session of a rollout."""
         session = self._sessions.pop(key, None)
         if session is not None:
             await session.close()
 
     async def stop(self) -> None:
-        """Ends everything."""
+        """Ends all sessions and the process that forks them."""
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
         if self._watch is not None:
             self._watch.cancel()
@@ -245,7 +246,7 @@ def _rollout(context: Context) -> str:
 
 
 def refusal_of(offer: Offer, allows_weak: bool) -> str | None:
-    """Why the server does not start, None where it does. What is not covered here is written to stderr."""
+    """The reason why the server must not start, None if it may. Parts that are not covered are written to stderr."""
     if os.getuid() == 0 and not offer.hides_files and mounts.closed_folders():
         return (
             f"the interpreter must not run as root, and here no other user can load Python from {mounts.closed_folders()}, "
@@ -280,7 +281,7 @@ def main() -> None:
     if refusal is not None:
         sys.exit(refusal)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a session takes two
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a session has two
     limits = Limits(memory_mb=given.memory_mb, file_mb=given.file_mb)
     make_server(Interpreters(limits, given.time_limit_s, given.max_output_chars, offer)).run(show_banner=False)
 

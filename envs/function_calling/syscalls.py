@@ -1,13 +1,13 @@
-"""A seccomp filter: the calls of the kernel that an interpreter may not make. Linux on x86-64 and arm64; standard library only.
+"""A seccomp filter of system calls that an interpreter may not make. Linux on x86-64 and arm64; standard library only.
 
-What the filter keeps from an interpreter:
-- Memory that nobody counts: files without a name (memfd), shared memory without a name, System V and POSIX queues, pages that
-  only a pipe holds (vmsplice), huge pages, which the host has few of, as it has of contexts for asynchronous files (io_setup).
-- Namespaces and mounts of its own.
-- Sockets other than IP: a host's Unix sockets and its hypervisor's are reached from any network namespace. A pair of connected
-  sockets is allowed where neither can connect to another.
-- Larger buffers of a socket than the supervisor counts.
-- Calls that go around a filter or a signal: io_uring, bpf, and giving up the signal that ends it with its parent.
+The filter refuses:
+- Memory that is not counted: anonymous files (memfd), anonymous shared memory, System V and POSIX queues, pages that only a pipe
+  holds (vmsplice). Scarce resources of the host: huge pages, contexts of asynchronous I/O (io_setup).
+- New namespaces and mounts.
+- Sockets other than IP: Unix sockets of the host and sockets of its hypervisor are reachable from any network namespace. A pair
+  of connected sockets is allowed if neither can connect to another.
+- Socket buffers larger than the supervisor counts.
+- Calls that bypass a filter or a signal: io_uring, bpf, and a change of the signal that ends the process with its parent.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ CLONE_NEW = 0x7E020000
 SHARED_ANONYMOUS, HUGE = 0x21, 0x40000
 SOCK_STREAM, SOCK_SEQPACKET, SOCK_TYPES = 1, 5, 0xF
 SO_SNDBUF, SO_SNDBUFFORCE = 7, 32
-# Name -> its number on x86-64 and on arm64.
+# Name -> number on x86-64 and on arm64.
 DENIED = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
     "mq_open": (240, 180), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
@@ -41,7 +41,7 @@ Step = tuple[int, int, int, int]  # code, steps to skip if true, steps to skip i
 
 
 def program() -> list[Step]:
-    """The filter for this machine.
+    """The filter of this machine.
 
     Raises:
         OSError: There is none for its processor.
@@ -57,11 +57,11 @@ def program() -> list[Step]:
         (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, NUMBER),
     ]
-    if machine == "x86_64":  # numbers of its second, 32-bit ABI have this bit
+    if machine == "x86_64":  # call numbers of the 32-bit ABI (x32) have this bit
         steps += [(ANY_BIT, 0, 1, 0x40000000), refuse]
     for numbers in DENIED.values():
         steps += [(EQUAL, 0, 1, numbers[column]), refuse]
-    # Its flags lie in memory, where a filter does not see them; libraries fall back to `clone`.
+    # The flags of clone3 are in memory, which a filter cannot read. Libraries fall back to `clone`.
     steps += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERRNO | errno.ENOSYS)]
     checks: dict[int, list[Step]] = {
         CLONE[column]: [_argument(0), (ANY_BIT, 0, 1, CLONE_NEW), refuse],
@@ -89,10 +89,10 @@ def program() -> list[Step]:
 
 
 def deny() -> None:
-    """Applies the filter to this thread and all that it starts, for good.
+    """Applies the filter permanently to this thread and all that it starts.
 
     Raises:
-        OSError: The system knows no such filters.
+        OSError: The system does not support such filters.
     """
     steps = program()
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))

@@ -1,29 +1,28 @@
-"""The bytes between the server and an interpreter. Standard library only.
+"""The protocol between the server and an interpreter. Standard library only.
 
-A cell runs in the interpreter's process, so it can read and write all that the interpreter can. The server therefore reads a
-reply as no more than text that the cell wrote: it holds no status but "failed", it has a bounded size, and it must carry the
-nonce of the request that it answers. A cell finds the nonce of its own request, and may as well print; it cannot know the next
-one.
+A cell runs in the process of the interpreter and has access to its channel. The server therefore treats a reply as text written
+by the cell: it contains no status except "failed", its size is bounded, and it must contain the nonce of the request. A cell can
+find the nonce of its own request, with the same effect as printing; it cannot predict the next one.
 """
 
 import socket
 import struct
 from asyncio import StreamReader
 
-FORK = struct.Struct(">H")  # to the process that forks: which of the server's users; channel and lifeline come with it
+FORK = struct.Struct(">H")  # to the process that forks: number of the user, sent with channel and lifeline
 NONCE_BYTES = 16
 READY = b"r"
 REQUEST = struct.Struct(f">{NONCE_BYTES}sI")  # nonce, length of the code in bytes
 REPLY = struct.Struct(f">{NONCE_BYTES}s?I")  # nonce, whether the cell failed, length of the output in bytes
-BYTES_PER_CHAR = 6  # a character that UTF-8 does not know is written as \\ud800
+BYTES_PER_CHAR = 6  # a character that UTF-8 cannot encode is written as \\ud800
 
 
 class ForgedReply(Exception):
-    """Bytes that are no reply to the request that is open."""
+    """The bytes are not a reply to the current request."""
 
 
 def encoded(text: str) -> bytes:
-    r"""UTF-8 of any text. Half a surrogate pair, which UTF-8 does not know, is written out.
+    r"""UTF-8 of any text. Half a surrogate pair, which UTF-8 cannot encode, is written as an escape.
 
     >>> encoded("a\ud800").decode()
     'a\\ud800'
@@ -44,7 +43,7 @@ def reply(nonce: bytes, failed: bool, output: str) -> bytes:
 
 
 def read_request(channel: socket.socket) -> tuple[bytes, str] | None:
-    """The next request's nonce and code, None once the server has closed the channel."""
+    """Nonce and code of the next request. None after the server has closed the channel."""
     header = _exactly(channel, REQUEST.size)
     if header is None:
         return None
@@ -54,10 +53,10 @@ def read_request(channel: socket.socket) -> tuple[bytes, str] | None:
 
 
 async def read_reply(reader: StreamReader, nonce: bytes, max_chars: int) -> tuple[bool, str]:
-    """Whether the cell failed, and its output, cut to `max_chars` characters and always encodable.
+    """Whether the cell failed, and its output: at most `max_chars` characters, always encodable.
 
     Raises:
-        ForgedReply: The bytes are no reply to the request with this nonce.
+        ForgedReply: The bytes are not a reply to the request with this nonce.
         IncompleteReadError: The channel was closed.
     """
     found, failed, size = REPLY.unpack(await reader.readexactly(REPLY.size))

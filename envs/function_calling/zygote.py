@@ -1,7 +1,6 @@
 """Loads IPython once and forks an interpreter for each rollout: a fork takes milliseconds, a start most of a second.
 
-Three processes for each: this one forks a supervisor, which enters namespaces and forks the interpreter. Whichever ends, the ones
-below it end too.
+This process forks a supervisor, which creates namespaces and forks the interpreter. If one of the three ends, those below it end.
 """
 
 import contextlib
@@ -19,22 +18,22 @@ from typing import NoReturn
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from envs.function_calling import memory, mounts, sandbox, syscalls, wire
-from envs.function_calling.interpreter import make_shell, serve
-from envs.function_calling.sandbox import Limits, Offer
+from fuchsia_pl.library.function_calling import memory, mounts, sandbox, syscalls, wire
+from fuchsia_pl.library.function_calling.interpreter import make_shell, serve
+from fuchsia_pl.library.function_calling.sandbox import Limits, Offer
 
-OUT_OF_MEMORY = b"m"  # what a supervisor writes to the server before it ends
+OUT_OF_MEMORY = b"m"  # written by a supervisor to the server before it ends
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Where an interpreter lives.
+    """Surroundings of an interpreter.
 
     Attributes:
-        limits: Of its processes.
-        max_output_chars: Of a cell.
-        uid: As root, the user that it becomes.
-        offer: What the system lets it have.
+        limits: Limits of its processes.
+        max_output_chars: Output limit of a cell.
+        uid: Its user, if the server is root.
+        offer: Parts of the sandbox that the system supports.
     """
 
     limits: Limits
@@ -44,7 +43,7 @@ class Cell:
 
 
 def main() -> None:
-    """Forks a session for each channel that arrives, until the server closes its end."""
+    """Forks a session for each received channel, until the server closes its end."""
     control = socket.socket(fileno=int(sys.argv[1]))
     limits, max_output_chars, offer = (
         Limits(**json.loads(sys.argv[2])),
@@ -52,8 +51,8 @@ def main() -> None:
         Offer(**json.loads(sys.argv[4])),
     )
     sandbox.die_with_parent(signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the supervisors
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the supervisors
     shell = make_shell()
     control.send(b"r")
     first_uid = sandbox.first_uid(os.getppid())
@@ -70,13 +69,13 @@ def main() -> None:
 
 
 def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.socket, cell: Cell) -> NoReturn:
-    """Starts the interpreter in a sandbox, and ends all that it started once it or the server has ended.
+    """Starts the interpreter in a sandbox. Ends all its processes after it or the server has ended.
 
     Args:
         shell: The interpreter.
-        channel: Where it finds cells. This process keeps no end of it.
-        lifeline: The server shuts it down, or dies, where the interpreter shall end. The interpreter has no end of it.
-        cell: Where it lives.
+        channel: Channel of its cells. This process keeps no end of it.
+        lifeline: The interpreter ends when the server shuts this down or dies. The interpreter has no end of it.
+        cell: Surroundings of the interpreter.
     """
     folder = "" if cell.offer.hides_files else tempfile.mkdtemp(prefix="fuchsia-ipython-")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -89,7 +88,7 @@ def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.
     ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
-        os.setsid()  # a signal to its group, which no namespace bounds, must not reach the supervisor
+        os.setsid()  # a signal to its process group, which crosses namespaces, must not reach the supervisor
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             enter_or_report(cell, folder, channel, theirs)
@@ -99,7 +98,7 @@ def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.
     channel.close()
     theirs.close()
     word = watch(child, lifeline, ours, cell)
-    if cell.offer.is_apart:  # the first process of a namespace has ended once the kernel has ended all others there
+    if cell.offer.is_apart:  # the kernel ends all processes of a namespace before its first
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     else:
@@ -110,16 +109,16 @@ def supervise(shell: InteractiveShell, channel: socket.socket, lifeline: socket.
 
 
 def watch(child: int, lifeline: socket.socket, entered: socket.socket, cell: Cell) -> bytes:
-    """Waits until the interpreter or the server has ended, or the memory is used up.
+    """Waits until the interpreter or the server has ended, or the memory limit is exceeded.
 
     Args:
-        child: The interpreter.
-        lifeline: To the server.
-        entered: Where the interpreter sends a descriptor of the /proc with its processes, once it is in its sandbox.
-        cell: Where it lives.
+        child: Process id of the interpreter.
+        lifeline: Connection to the server.
+        entered: Receives a descriptor of the interpreter's /proc when it is in its sandbox.
+        cell: Surroundings of the interpreter.
 
     Returns:
-        `OUT_OF_MEMORY`, or nothing.
+        `OUT_OF_MEMORY`, or an empty word.
     """
     ended, limit = os.pidfd_open(child), cell.limits.memory_mb
     buffer_bytes = entered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
@@ -130,7 +129,7 @@ def watch(child: int, lifeline: socket.socket, entered: socket.socket, cell: Cel
         _, handles, _, _ = socket.recv_fds(entered, 1, 1)
     pause, last = 0.0, 0.0
     while not select.select([lifeline.fileno(), ended], [], [], pause)[0] and handles:
-        _bury_orphans(child)
+        _reap_orphans(child)
         left = limit - _used_mb(handles[0], cell.offer, buffer_bytes, limit)
         if left < 0:
             return OUT_OF_MEMORY
@@ -146,7 +145,7 @@ def _used_mb(proc: int, offer: Offer, buffer_bytes: int, limit: int) -> float:
 
 
 def enter_or_report(cell: Cell, folder: str, channel: socket.socket, entered: socket.socket) -> None:
-    """Enters the sandbox. Where that fails, the server finds the traceback in the channel: stderr may lead nowhere by then."""
+    """Enters the sandbox. On a failure, sends the traceback through the channel: stderr may be closed by then."""
     try:
         enter(cell, folder, channel, entered)
     except BaseException:
@@ -155,7 +154,7 @@ def enter_or_report(cell: Cell, folder: str, channel: socket.socket, entered: so
 
 
 def enter(cell: Cell, folder: str, channel: socket.socket, entered: socket.socket) -> None:
-    """Gives up all that an interpreter does not need."""
+    """Drops all files, rights and descriptors that an interpreter does not need."""
     if cell.offer.hides_files:
         mounts.hide_files(cell.limits.file_mb)
         folder = tempfile.mkdtemp(dir=mounts.SCRATCH)
@@ -169,14 +168,14 @@ def enter(cell: Cell, folder: str, channel: socket.socket, entered: socket.socke
     socket.send_fds(entered, [b"p"], [os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)])
     keep_only(channel)
     cell.limits.apply()
-    # Changing the user clears it, so it comes after that, and the filter refuses it.
+    # A change of the user clears this setting, and the filter refuses it: it is set between the two.
     sandbox.die_with_parent(signal.SIGKILL)
     if cell.offer.is_filtered:
         syscalls.deny()
 
 
 def _is_fork() -> bool:
-    """Forks; whether this is the new process. Where the system allows no more of them, the server finds a closed channel."""
+    """Forks. Returns whether this is the new process. If the system refuses the fork, the server sees a closed channel."""
     try:
         return os.fork() == 0
     except OSError as error:
@@ -185,7 +184,7 @@ def _is_fork() -> bool:
 
 
 def keep_only(channel: socket.socket) -> None:
-    """Closes every descriptor but the channel; the standard ones lead nowhere."""
+    """Closes every descriptor except the channel. The standard ones become /dev/null."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -193,8 +192,8 @@ def keep_only(channel: socket.socket) -> None:
     os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
 
 
-def _bury_orphans(child: int) -> None:
-    """Adopted orphans that have ended count as processes until somebody waits for them."""
+def _reap_orphans(child: int) -> None:
+    """Reaps adopted orphans that have ended. Until then they count as processes."""
     while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if found.si_pid == child:
             return

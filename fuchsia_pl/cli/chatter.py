@@ -18,7 +18,7 @@ LOGGERS = (
     "py.warnings",
     "transformers",
 )
-OWN_LOGGERS = ("fuchsia_pl", "envs")
+OWN_LOGGER = "fuchsia_pl"
 PROFILER_LOGGER = "lightning.pytorch.profilers.profiler"
 
 
@@ -93,8 +93,7 @@ def chatter_to(run_folder: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler, errors]
         logger.propagate = False
-    for name in OWN_LOGGERS:
-        logging.getLogger(name).handlers = [handler]
+    logging.getLogger(OWN_LOGGER).handlers = [handler]
     # A user who sets trainer.profiler wants to see its table.
     logging.getLogger(PROFILER_LOGGER).handlers = [logging.StreamHandler(sys.stdout)]
     transformers_logging.disable_progress_bar()

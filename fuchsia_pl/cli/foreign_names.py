@@ -138,7 +138,7 @@ TRAINING = (
 SAMPLING = (
     Setting(
         "data.environment.class_path",
-        "envs.arithmetic.Arithmetic",
+        "fuchsia_pl.library.arithmetic.Arithmetic",
         ("dataset_name", "reward_funcs"),
         ("train_files", "custom_reward_function", "reward_model"),
         ("dataset.name",),

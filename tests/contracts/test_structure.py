@@ -13,6 +13,7 @@ from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.run_folder import CONFIG_FOLDER
 
 ROOT = Path(__file__).parents[2]
+LIBRARY = "fuchsia_pl.library"  # the name under which the modules of `envs/` are imported
 SOURCES = sorted([*ROOT.glob("fuchsia_pl/**/*.py"), *ROOT.glob("envs/**/*.py")])
 
 # DESIGN: a room may import rooms of a lower rank and itself. `engines.base` and `engines.vllm_*` are rooms of their own.
@@ -92,15 +93,15 @@ def module_name(file: Path) -> str:
 @pytest.mark.parametrize("file", SOURCES, ids=module_name)
 def test_imports_go_one_way(file):
     name = module_name(file)
-    ours = {module for module in imports_of(file) if module.split(".")[0] in ("fuchsia_pl", "envs")}
+    ours = {module for module in imports_of(file) if module.split(".")[0] == "fuchsia_pl"}
     if name.startswith("envs"):
-        room = ".".join(name.split(".")[:2]) + "."  # an environment of several files may import its own
-        assert all(
-            module.startswith(("fuchsia_pl.envs", "fuchsia_pl.types")) or f"{module}.".startswith(room)
-            for module in ours
-        )
+        own = ".".join([LIBRARY, *name.split(".")[1:2]])  # an environment of several files imports its own
+        allowed = ("fuchsia_pl.envs.", "fuchsia_pl.types.", f"{own}.")
+        assert all(f"{module}.".startswith(allowed) for module in ours)
         return
-    assert not {module for module in ours if module.split(".")[0] == "envs"}, "environments arrive by class path"
+    assert not {module for module in ours if f"{module}.".startswith(f"{LIBRARY}.")}, (
+        "environments arrive by class path"
+    )
     room = room_of(name)
     for module in ours - {"fuchsia_pl"}:
         other = room_of(module)
@@ -108,6 +109,18 @@ def test_imports_go_one_way(file):
             assert RANKS[other] < RANKS[room], f"{name} (rank {RANKS[room]}) imports {module} (rank {RANKS[other]})"
             assert not (room == "rollouts" and other == "engines"), "rollouts see the protocol only"
             assert other in ONLY_FROM.get(room, RANKS), f"{name} imports {module}"
+
+
+def test_environments_and_configs_have_one_name():
+    """A module imported as `envs.x` and as `fuchsia_pl.library.x` would have each of its classes twice."""
+    assert {link: (ROOT / "fuchsia_pl" / link).readlink() for link in ("library", "configs")} == {
+        "library": Path("../envs"),
+        "configs": Path("../configs"),
+    }
+    for file in [*SOURCES, *ROOT.glob("tests/**/*.py")]:
+        assert not {module for module in imports_of(file) if module.split(".")[0] == "envs"}, file
+    for file in ROOT.glob("configs/**/*.yaml"):
+        assert not re.search(r"class_path: envs\b", file.read_text()), file
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=module_name)

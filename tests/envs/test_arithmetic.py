@@ -1,8 +1,8 @@
 import pytest
 
-from envs.arithmetic import Arithmetic, correct, ended, last_integer
 from fuchsia_pl.envs import Rollout, RolloutStatus
 from fuchsia_pl.envs.golds import bad_golds
+from fuchsia_pl.library.arithmetic import Arithmetic, correct, ended, last_integer
 from tests.doubles import written
 
 

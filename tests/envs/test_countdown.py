@@ -3,9 +3,9 @@ from fractions import Fraction
 
 import pytest
 
-from envs.countdown import Countdown, correct, evaluate
 from fuchsia_pl.envs import ConfigError
 from fuchsia_pl.envs.golds import bad_golds
+from fuchsia_pl.library.countdown import Countdown, correct, evaluate
 from tests.doubles import said
 
 ITEM = {"numbers": [3, 25, 7, 4], "target": 96, "solution": "(25 - 4 + 3) * 4", "use_all": False}

@@ -9,16 +9,16 @@ import time
 import psutil
 import pytest
 
-from envs.function_calling import sandbox, server
-from envs.function_calling.environment import FunctionCalling, InterpreterLimits, correct, well_formed
-from envs.function_calling.items import KINDS
 from fuchsia_pl.envs import ConfigError
 from fuchsia_pl.envs.golds import bad_golds
 from fuchsia_pl.envs.tools.convention import PLAIN
 from fuchsia_pl.envs.tools.mcp import ROLLOUT_KEY, STATUS_KEY
+from fuchsia_pl.library.function_calling import sandbox, server
+from fuchsia_pl.library.function_calling.environment import FunctionCalling, InterpreterLimits, correct, well_formed
+from fuchsia_pl.library.function_calling.items import KINDS
 from fuchsia_pl.types import Rollout
 from tests.doubles import written
-from tests.interpreters import COMMAND, MARKER, Interpreter, descendants, marked, runs
+from tests.interpreters import COMMAND, MARKER, ROOT, Interpreter, descendants, marked, runs
 
 CAN_LEAVE = sandbox.find_offer().is_apart
 IS_ROOT = os.getuid() == 0
@@ -61,7 +61,7 @@ def test_what_a_cell_shows(interpreter, key):
 
 
 def test_the_server_stays_as_it_is_over_300_sessions(interpreter):
-    modules = (COMMAND[3], "envs.function_calling.zygote")
+    modules = (COMMAND[3], "fuchsia_pl.library.function_calling.zygote")
     mine = [psutil.Process(), *(p for p in descendants() if any(runs(p, module) for module in modules))]
     assert len(mine) == 3
 
@@ -172,7 +172,7 @@ def test_when_the_server_is_killed_its_interpreters_end_too(how):
 def test_when_the_process_that_forks_is_killed_the_server_ends_and_is_started_again():
     before = descendants()
     made = Interpreter()
-    (zygote,) = [p for p in descendants() - before if runs(p, "envs.function_calling.zygote")]
+    (zygote,) = [p for p in descendants() - before if runs(p, "fuchsia_pl.library.function_calling.zygote")]
     zygote.kill()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and any(runs(p, COMMAND[3]) for p in descendants() - before):
@@ -215,7 +215,7 @@ def test_files_of_others_are_neither_written_nor_seen(interpreter, key, tmp_path
 def test_descendants_are_ended_without_namespaces_too():
     """What a supervisor does where the system allows no namespaces, in a process of its own."""
     code = (
-        "import os, subprocess, sys, time\nfrom envs.function_calling import sandbox\nsandbox.adopt_orphans()\n"
+        "import os, subprocess, sys, time\nfrom fuchsia_pl.library.function_calling import sandbox\nsandbox.adopt_orphans()\n"
         f"sleeper = [sys.executable, '-c', 'import time; time.sleep(600)  # {MARKER}']\n"
         "if os.fork() == 0:\n  os.setsid()\n  subprocess.Popen(sleeper, start_new_session=True)\n  os._exit(0)\n"
         "subprocess.Popen(sleeper)\ntime.sleep(0.5)\nsandbox.end_descendants()\n"
@@ -301,8 +301,9 @@ def test_the_questions_and_the_settings():
         "What",
         "How",
     }
-    command = FunctionCalling(num_train=1, limits=InterpreterLimits(time_s=9.0, memory_mb=300)).servers[0].command
-    assert command[-4:] == ["--time-limit-s", "9.0", "--memory-mb", "300"]
+    config = FunctionCalling(num_train=1, limits=InterpreterLimits(time_s=9.0, memory_mb=300)).servers[0]
+    assert config.command[-4:] == ["--time-limit-s", "9.0", "--memory-mb", "300"]
+    assert config.env == {"PYTHONPATH": str(ROOT)}  # a checkout's server also starts if the package is not installed
     for wrong in ({"time_s": 0.0}, {"memory_mb": 10}):
         with pytest.raises(ConfigError, match="an interpreter takes"):
             InterpreterLimits(**wrong)

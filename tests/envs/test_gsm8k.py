@@ -4,11 +4,11 @@ from fractions import Fraction
 
 import pytest
 
-from envs.gsm8k import GSM8K, correct, number, official_answer
 from fuchsia_pl.envs import ConfigError
 from fuchsia_pl.envs.base import check_environment, weights_at
 from fuchsia_pl.envs.golds import bad_golds
 from fuchsia_pl.envs.rewards import read_number, same_number
+from fuchsia_pl.library.gsm8k import GSM8K, correct, number, official_answer
 from tests.contracts.test_structure import ROOT
 from tests.doubles import said
 

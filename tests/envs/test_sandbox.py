@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.function_calling import sandbox, server, syscalls, wire
-from envs.function_calling.environment import FunctionCalling
 from fuchsia_pl.envs import ToolServerError
+from fuchsia_pl.library.function_calling import sandbox, server, syscalls, wire
+from fuchsia_pl.library.function_calling.environment import FunctionCalling
 from tests.interpreters import AS_USER, AS_WEAK_USER, COMMAND, ROOT, Interpreter
 
 IS_ROOT = os.getuid() == 0
@@ -393,7 +393,7 @@ def test_an_interpreter_that_cannot_enter_its_sandbox_is_told_to_the_log_and_not
 
 
 ROOT_ALONE = """
-from envs.function_calling import sandbox
+from fuchsia_pl.library.function_calling import sandbox
 assert sandbox.LIBC.unshare(sandbox.CLONE_NEWUSER) == 0
 open('/proc/self/setgroups', 'w').write('deny')
 for name in ('uid_map', 'gid_map'): open(f'/proc/self/{name}', 'w').write('0 0 1')

@@ -6,7 +6,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from envs.arithmetic import Arithmetic
+from fuchsia_pl.library.arithmetic import Arithmetic
 from fuchsia_pl.policy.sources import resolve_model
 from tests.machine import DTYPE
 

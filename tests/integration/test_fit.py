@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from envs.arithmetic import Arithmetic
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.hotswap import HotSwap
@@ -16,6 +15,7 @@ from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.library.arithmetic import Arithmetic
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig

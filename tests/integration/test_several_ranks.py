@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from envs.arithmetic import Arithmetic, last_integer
+from fuchsia_pl.library.arithmetic import Arithmetic, last_integer
 from tests.integration.held_out import greedy_answers
 from tests.machine import OVERLAY
 

@@ -364,7 +364,7 @@ def test_sizes_that_a_run_would_refuse_are_refused(run):
 def test_gold_answers_that_the_rewards_cannot_use_are_told(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "what is 3 plus 4?"}\n' * 20)
-    more = ["--data.environment.class_path", "envs.gsm8k.GSM8K", "--data.sampling.max_length", "400"]
+    more = ["--data.environment.class_path", "fuchsia_pl.library.gsm8k.GSM8K", "--data.sampling.max_length", "400"]
     more += ["--data.environment.init_args.train_file", str(rows)]
     more += ["--data.environment.init_args.validation_file", str(rows)]
     code, out, err = run("Right", *more)

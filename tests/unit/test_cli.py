@@ -247,7 +247,7 @@ def test_print_config_shows_a_config_that_can_be_used(config, capsys):
         (["--model.policy.quantization", "nf4"], ['quantization="nf4" needs a CUDA device, and torch sees none']),
         (["--model.loss.reduction", "sum"], ["model.loss.reduction", "token_mean"]),
         (["--seed_everything", "true"], ["seed_everything must be a number, got True"]),
-        (["--data.environment.class_path", "envs.arithmetic.Arithmetik"], ["Arithmetik"]),
+        (["--data.environment.class_path", "fuchsia_pl.library.arithmetic.Arithmetik"], ["Arithmetik"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -306,7 +306,7 @@ def test_a_missing_config_is_told_with_those_that_exist(config, capsys):
     assert "quickstart.yaml" in refused(capsys, "fit", "--config=quikstart.yaml")
 
 
-def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     packaged = str(CONFIG_FOLDER / "quickstart.yaml")
     assert find_configs(["fit", "--config", "quickstart.yaml", "-c=quickstart"]) == [
@@ -332,7 +332,12 @@ def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     ):
         find_configs(["fit", "--config", "neither"])
     Path("configs/quickstart.yaml").touch()
-    assert find_configs(["fit", "--config", "quickstart.yaml"])[2] == "configs/quickstart.yaml"
+    assert not caplog.messages
+    assert find_configs(["fit", "--config", "quickstart.yaml"])[2] == packaged
+    assert caplog.messages == [
+        "--config quickstart.yaml is the packaged config; for your own, write --config configs/quickstart.yaml"
+    ]
+    assert find_configs(["fit", "--config=configs/quickstart.yaml"])[1] == "--config=configs/quickstart.yaml"
     Path("quickstart.yaml").touch()
     assert find_configs(["fit", "--config", "quickstart.yaml"]) == ["fit", "--config", "quickstart.yaml"]
 
@@ -353,7 +358,7 @@ def test_what_libraries_say_goes_to_a_file(tmp_path):
         "import lightning.pytorch, transformers; chatter_to(Path('.')); warnings.warn('careful');"
         "logging.getLogger('lightning.pytorch.x').warning('loud'); logging.getLogger('transformers').warning('also');"
         "log = logging.getLogger; log('transformers.x').error('broken'); log('fuchsia_pl.a').info('quiet');"
-        "names = 'fuchsia_pl.a', 'envs.b', 'my_envs', 'fuchsia_pl.a';"
+        "names = 'fuchsia_pl.a', 'fuchsia_pl.library.b', 'my_envs', 'fuchsia_pl.a';"
         "from lightning.pytorch.profilers import SimpleProfiler; p = SimpleProfiler(); p.start('a'); p.stop('a'); p.describe();"
         "[log(name).warning('two\\nlines of %s', name) for name in names]"
     )
@@ -362,7 +367,7 @@ def test_what_libraries_say_goes_to_a_file(tmp_path):
     assert done.stdout.startswith("Profiler Report")
     assert "Percentage %" in done.stdout
     # Our own warnings and those of an environment's author once, in a line; of libraries only what failed.
-    ours = [f"warning: two lines of {name}" for name in ("fuchsia_pl.a", "envs.b", "my_envs")]
+    ours = [f"warning: two lines of {name}" for name in ("fuchsia_pl.a", "fuchsia_pl.library.b", "my_envs")]
     assert done.stderr.splitlines() == ["error: broken", *ours]
     logged = (tmp_path / "run.log").read_text()
     assert all(

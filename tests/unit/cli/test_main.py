@@ -1,6 +1,7 @@
 """The console script: what ends in one line, what in a traceback, and with which code."""
 
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -100,3 +101,15 @@ def test_no_code_of_a_command_ends_it_with_success(command, capsys, monkeypatch)
     monkeypatch.setattr(run_module, "FuchsiaCLI", lambda words: os._exit(0))
     assert command("fit") == "really ended with 1"
     assert "called os._exit(0) before the run ended" in capsys.readouterr().err
+
+
+def test_modules_of_the_working_directory_precede_installed_ones(tmp_path, monkeypatch):
+    for folder in ("installed", "own"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a_name_of_both.py").touch()
+    monkeypatch.chdir(tmp_path / "own")
+    own = str(tmp_path / "own")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), "", own, *sys.path])
+    main_module.put_working_directory_first()
+    assert (sys.path[0], sys.path.count(own), "" in sys.path) == (own, 1, False)
+    assert importlib.util.find_spec("a_name_of_both").origin == f"{own}/a_name_of_both.py"

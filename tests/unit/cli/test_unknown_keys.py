@@ -101,7 +101,12 @@ def test_names_from_elsewhere_are_answered_with_ours(told, key, ours):
 
 def test_an_argument_of_the_class_before_the_last_is_no_mistake(told):
     """The engine of the first config has `seconds`; only what is unknown where it stands is told."""
-    words = ["--data.environment.init_args.num_items", "3", "--data.environment", "envs.arithmetic.Arithmetic"]
+    words = [
+        "--data.environment.init_args.num_items",
+        "3",
+        "--data.environment",
+        "fuchsia_pl.library.arithmetic.Arithmetic",
+    ]
     assert told(*words, "--data.environment.num_items", "3", "--a", "b") == [
         "unknown key data.environment.init_args.num_items",
         "unknown key a",
