@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -91,6 +91,12 @@ class GRPOModule(LightningModule):
         self.ref_logprobs: Tensor | None = None
         # A checkpoint holds what was trained and never the base weights.
         self.strict_loading = False
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that every run needs and the trainer does not have."""
+        from fuchsia_pl.callbacks.defaults import missing_callbacks  # callbacks import this file
+
+        return missing_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Loads the model, once per process, where Lightning's strategies want it loaded.
