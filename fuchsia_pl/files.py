@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full: what lay there stays whole, and the error is one line."""
+"""Writing to a disk that may be full: existing files stay intact, and the error is one line."""
 
 import contextlib
 import errno
@@ -16,50 +16,50 @@ from pathlib import Path
 from fuchsia_pl.types import ConfigError
 
 RAM_BACKED = Path("/dev/shm")
-# Libraries in Rust and C++ put the system's number into the text of their own errors.
+# Libraries in Rust and C++ put the system's error number into the text of their errors.
 SYSTEM_NUMBER = re.compile(r"\(os error (\d+)\)")
-TORCH_WRITER = "iostream error"  # all that torch tells of a file that it opened itself
+TORCH_WRITER = "iostream error"  # the whole message of torch for a file that it opened itself
 BLOCK_BYTES = 1 << 16
 RUN_ADVICE = "Make room there, or set another folder, and continue from the newest checkpoint with --ckpt_path last"
 
 
 class DiskError(RuntimeError):
-    """A file could not be written: which, why, and what to do."""
+    """A file could not be written. The message contains the path, the reason and what to do."""
 
 
 @contextlib.contextmanager
 def writing(path: Path, advice: str = RUN_ADVICE) -> Iterator[None]:
-    """Inside the `with` block, the system's refusal to write is raised as DiskError, whichever library met it.
+    """Inside the `with` block, raises every failed write as DiskError, whichever library raised it.
 
     Args:
         path: The file or folder that is written, for the message.
-        advice: What to do, for the message.
+        advice: What the user can do, for the message.
 
     Raises:
-        DiskError: There is no room, no right, or no such folder.
-        ConfigError: Raised in the block, and of more use as it is.
+        DiskError: The disk is full, access is denied, or the folder does not exist.
+        ConfigError: Raised in the block; it is passed on unchanged.
     """
-    handled = sys.exception()  # that of a caller, such as one that saves what it can: no error of this disk
+    handled = sys.exception()  # an error that the caller is handling, which is not an error of this disk
     try:
         yield
     except (DiskError, ConfigError):
         raise
-    except Exception as error:  # torch raises RuntimeError, safetensors an Exception of its own
+    except Exception as error:  # torch raises RuntimeError, safetensors its own subclass of Exception
         reason = _systems_reason(error, handled)
         if reason is None:
             raise
         raise DiskError(
-            f"{path} cannot be written: {reason} ({free_bytes(path) / 1e6:.1f} MB are free there). What was written before is "
-            f"whole. {advice}"
+            f"{path} cannot be written: {reason} ({free_bytes(path) / 1e6:.1f} MB are free there). Files written "
+            f"before are intact. {advice}"
         ) from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a new file beside `path`, which takes its place when the `with` block ends without an error.
+    """Yields the path of a new file, which replaces `path` when the `with` block ends without an error.
 
     Raises:
-        DiskError: It could not be written. The older file is as it was, and nothing is left of the new one.
+        DiskError: The new file could not be written. It is removed, and the older file is unchanged.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with replacing(Path(folder, "a.txt")) as partial:
@@ -82,14 +82,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def append_lines(path: Path, text: str) -> None:
-    r"""Appends whole lines to a file of lines, or nothing. A torn line that a kill left at its end is removed first.
+    r"""Appends all of some lines to a file, or none. First removes an incomplete last line, which a killed process left.
 
     Args:
-        path: The file. It is made where there is none.
-        text: Lines, the last with its end too. Half a surrogate pair, which has no UTF-8, is written as JSON's own escape.
+        path: The file, which is created if it does not exist.
+        text: Lines, each with its line end. A lone surrogate, which UTF-8 cannot encode, is written as a JSON escape.
 
     Raises:
-        DiskError: They could not be written. The file has the lines that it had.
+        DiskError: The lines could not be written. The file has the same lines as before.
 
     >>> with tempfile.NamedTemporaryFile() as file:
     ...     _ = Path(file.name).write_text('{"n": 1}\n{"n"')
@@ -112,9 +112,9 @@ def append_lines(path: Path, text: str) -> None:
 
 
 def mend_lines(paths: Iterable[Path]) -> None:
-    """Removes the torn last line of files that `append_lines` wrote to in a run that was killed.
+    """Removes the incomplete last line of files that `append_lines` wrote in a run that was killed.
 
-    Files that a running process writes to at this moment, or that cannot be written, are left alone.
+    Files that another process is writing, or that cannot be written, are not changed.
     """
     for path in paths:
         with contextlib.suppress(OSError), path.open("r+b", buffering=0) as stream:
@@ -123,20 +123,20 @@ def mend_lines(paths: Iterable[Path]) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """The room on the file system of a path, or of the nearest folder above it that exists."""
+    """Free bytes on the file system of a path, or of its nearest parent folder that exists."""
     folder = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(folder).free
 
 
 def roomy_folder(needed: int, setting: str) -> Path:
-    """The folder for short-lived files: the RAM-backed one if they fit there, else the one for temporary files.
+    """The folder for short-lived files: the RAM-backed one if they fit in it, else the one for temporary files.
 
     Args:
-        needed: Their bytes.
-        setting: What makes them larger or smaller, for the message.
+        needed: Size of the files in bytes.
+        setting: The setting that determines the size, for the message.
 
     Raises:
-        ConfigError: They fit in neither.
+        ConfigError: The files fit in neither folder.
     """
     folders = [RAM_BACKED] if RAM_BACKED.is_dir() and os.access(RAM_BACKED, os.W_OK) else []
     folders.append(Path(tempfile.gettempdir()))
@@ -151,7 +151,7 @@ def roomy_folder(needed: int, setting: str) -> Path:
 
 
 def _lock(stream: FileIO) -> None:
-    """Waits, a second at most, until `mend_lines` of another process is done with a file."""
+    """Locks a file against `mend_lines` of another process; waits for at most one second."""
     for _ in range(100):
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,7 +164,7 @@ def _lock(stream: FileIO) -> None:
 
 
 def _cut_torn_line(stream: FileIO) -> int:
-    """Cuts a file after its last line end; returns its length then, in bytes."""
+    """Truncates a file after its last line end, and returns the new length in bytes."""
     length = end = stream.seek(0, os.SEEK_END)
     while end > 0:
         start = max(end - BLOCK_BYTES, 0)
@@ -179,11 +179,11 @@ def _cut_torn_line(stream: FileIO) -> int:
 
 
 def _systems_reason(error: BaseException, handled: BaseException | None) -> str | None:
-    """Why the system refused, in its words; None where it did not.
+    """The operating system's message for a failed write, or None for an error with another cause.
 
     Args:
-        error: What was raised.
-        handled: What was being handled before, so that it may be the context of `error`, but not its cause.
+        error: The error that was raised.
+        handled: The error that the caller was already handling. It may be the context of `error`, but not its cause.
     """
     cause: BaseException | None = error
     while cause is not None and cause is not handled:

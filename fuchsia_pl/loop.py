@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for what lives longer than the loops that ask it, or runs beside training."""
+"""An event loop in its own thread, for coroutines that outlive the caller's loop or run during training."""
 
 import asyncio
 import signal
@@ -14,10 +14,10 @@ STOP_TIMEOUT_S = 30.0
 
 
 class LoopThread:
-    """Runs coroutines on one event loop, whoever asks and from whatever loop.
+    """Runs coroutines of any thread or event loop on one event loop.
 
     Args:
-        name: Of the thread.
+        name: Name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,50 +27,50 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Starts a coroutine. A SystemExit or KeyboardInterrupt in it is code's own and becomes a RuntimeError."""
+        """Starts a coroutine. A SystemExit or KeyboardInterrupt that it raises becomes a RuntimeError."""
         return asyncio.run_coroutine_threadsafe(_contained(coroutine), self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
-        """Runs a coroutine to its end and blocks until then; it is cancelled where it takes too long or the wait is interrupted.
+        """Runs a coroutine and blocks until it ends. A timeout or an interrupted wait cancels it.
 
         Args:
-            coroutine: What to run.
-            timeout_s: Bound in seconds; None where everything that it awaits has one of its own.
+            coroutine: The coroutine.
+            timeout_s: Limit in seconds. None is for coroutines whose awaits all have limits.
 
         Raises:
-            TimeoutError: It took longer.
+            TimeoutError: The coroutine took longer.
         """
         future = self.submit(coroutine)
         try:
             return future.result(timeout_s)
-        except BaseException:  # whatever ends the wait, nothing is to go on behind it
+        except BaseException:  # after any error, the coroutine must not continue in the background
             future.cancel()
             raise
 
     async def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """Awaits a coroutine from another loop; one that takes too long, or whose caller is cancelled, is cancelled.
+        """Awaits a coroutine from another event loop. A timeout or the caller's cancellation cancels it.
 
         Args:
-            coroutine: What to run.
-            timeout_s: Bound in seconds.
+            coroutine: The coroutine.
+            timeout_s: Limit in seconds.
 
         Raises:
-            TimeoutError: It took longer.
+            TimeoutError: The coroutine took longer.
         """
         return await asyncio.wait_for(asyncio.wrap_future(self.submit(coroutine)), timeout_s)
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the loop and the thread. A loop that does not come to its end in time is left to the daemon thread."""
+        """Stops the loop and the thread. A loop that does not stop in time remains in its daemon thread."""
         self._loop.call_soon_threadsafe(self._end)
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
             self._loop.close()
 
     def _serve(self) -> None:
-        # Inherited by what is started from here: Ctrl-C goes to all processes of a terminal, and those of a run are ended by it.
+        # Child processes inherit the mask: Ctrl-C signals all processes of a terminal, and the run ends its children itself.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while not self._ended:
-            # A task of user code that raises one of these ends `run_forever`, and whoever waits for another would wait forever.
+            # A task of user code that raises one of these ends `run_forever`; the other tasks would then never finish.
             with suppress(SystemExit, KeyboardInterrupt):
                 self._loop.run_forever()
 
@@ -87,10 +87,10 @@ async def _contained(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 async def cancel_others(timeout_s: float) -> None:
-    """Cancels every other task of the running loop and waits for them.
+    """Cancels every other task of the running loop and waits until they end.
 
     Args:
-        timeout_s: Bound in seconds.
+        timeout_s: Limit in seconds.
     """
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
@@ -100,12 +100,12 @@ async def cancel_others(timeout_s: float) -> None:
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end on a loop of its own, in a thread of its own.
+    """Runs a coroutine on a new event loop in a new thread, and blocks until it ends.
 
-    `asyncio.run` fails where the caller's thread runs an event loop, as in a notebook cell.
+    `asyncio.run` fails if the caller's thread runs an event loop, as in a notebook.
 
     Args:
-        coroutine: What to run. Whatever it awaits has a time limit of its own.
+        coroutine: The coroutine. Everything that it awaits must have a time limit.
 
     >>> async def caller():
     ...     return run_blocking(asyncio.sleep(0, "slept"))

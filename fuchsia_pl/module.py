@@ -1,4 +1,4 @@
-"""The LightningModule: a micro-batch becomes logprobs, logprobs a loss, and losses the metrics of an optimizer step."""
+"""The LightningModule: computes log-probabilities, the loss of a micro-batch and the metrics of an optimizer step."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -45,21 +45,21 @@ logger = logging.getLogger(__name__)
 
 
 class StaleBatchError(RuntimeError):
-    """A batch was sampled with other weights than those about to be trained."""
+    """A batch was sampled with weights other than those that it would train."""
 
 
 class GRPOModule(LightningModule):
-    """Trains a policy on batches of rollouts, by GRPO or one of its relatives.
+    """Trains a policy on batches of rollouts, by GRPO or a related algorithm.
 
-    Optimisation is Lightning's own: gradient clipping, accumulation, precision and schedulers are set on the trainer and
-    mean what they always mean.
+    Lightning runs the optimization: gradient clipping, accumulation and precision are settings of the trainer, with
+    their usual meaning.
 
     Args:
-        policy: The model that learns.
-        loss: What is optimised.
-        optimizer: Made from the trained weights.
-        lr_scheduler: Made from the optimizer, stepped once per optimizer step (one that watches a held-out figure, once per
-            validation); None keeps the learning rate.
+        policy: The model that is trained.
+        loss: The objective.
+        optimizer: Constructs the optimizer from the trained weights.
+        lr_scheduler: Constructs the schedule from the optimizer. It is stepped once per optimizer step, or once per
+            validation if it monitors a held-out metric. None keeps the learning rate constant.
 
     """
 
@@ -86,17 +86,23 @@ class GRPOModule(LightningModule):
         self.resume_choice = ResumeChoice()
         self.resumed: Resumed | None = None
         self.skip_reason: str | None = None
-        # Of each micro-batch, the trainer's logprobs before the first update of a phase; of the newest, the reference's.
+        # Trainer logprobs of each micro-batch before the first update of a phase; reference logprobs of the newest one.
         self.trainer_logprobs: list[Tensor] = []
         self.ref_logprobs: Tensor | None = None
-        # A checkpoint holds what was trained and never the base weights.
+        # A checkpoint contains the trained weights and never the base weights.
         self.strict_loading = False
 
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that every run needs and the trainer does not have."""
+        from fuchsia_pl.callbacks.defaults import missing_callbacks  # callbacks import this file
+
+        return missing_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+
     def configure_model(self) -> None:
-        """Loads the model, once per process, where Lightning's strategies want it loaded.
+        """Loads the model once per process, in the hook where Lightning's strategies expect it.
 
         Raises:
-            ConfigError: The model cannot be trained as the config says, or the strategy does not average over all ranks.
+            ConfigError: The config does not suit the model, or the strategy does not average gradients over all ranks.
         """
         if self.policy is None:
             self.policy = Policy(
@@ -111,28 +117,28 @@ class GRPOModule(LightningModule):
         mesh = self.device_mesh["data_parallel"]
         if mesh.size() != self.trainer.world_size:
             raise ConfigError(
-                f"trainer.strategy averages over {mesh.size()} of {self.trainer.world_size} ranks, which would train "
-                "apart: use fuchsia_pl.policy.sharding.FSDP2Strategy (--config overlays/fsdp.yaml), or ddp"
+                f"trainer.strategy averages over {mesh.size()} of {self.trainer.world_size} ranks, whose "
+                "weights would diverge: use fuchsia_pl.policy.sharding.FSDP2Strategy (--config overlays/fsdp.yaml), or ddp"
             )
         self.policy.shard(mesh)
 
     def setup(self, stage: str) -> None:
-        """Forgets the checkpoint of an earlier run of this module; that of this run is loaded after this."""
+        """Resets what an earlier run loaded from its checkpoint. Lightning loads the checkpoint of this run later."""
         if stage == "fit":
             self.loaded_step, self.loaded_micro_batches, self.resumed = 0, None, None
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the trained weights, with the scheduler if there is one."""
+        """The optimizer of the trained weights, with the scheduler if there is one."""
         optimizer = self.optimizer(self._policy.trainable_parameters())
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": lightning_config(self.lr_scheduler(optimizer), self.trainer)}
 
     def check_run(self, trainer: Trainer) -> None:
-        """Refuses, before the engine starts, settings of optimizer and scheduler that cannot be.
+        """Checks the settings of optimizer and scheduler before the engine starts.
 
         Raises:
-            ConfigError: There is one.
+            ConfigError: A setting is invalid.
         """
         if trainer.is_global_zero:
             warn_of_slow_bfloat16(trainer.strategy.root_device, self.policy_config.dtype, trainer.precision)
@@ -140,7 +146,7 @@ class GRPOModule(LightningModule):
             check_optimization(self.optimizer, self.lr_scheduler, trainer)
 
     def on_fit_start(self) -> None:
-        """Refuses a precision that would round the trained weights.
+        """Checks that the trainer's precision keeps the trained weights in float32.
 
         Raises:
             ConfigError: The trained weights are not float32.
@@ -153,31 +159,31 @@ class GRPOModule(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Refuses to go on with another number of micro-batches: Lightning counts how far a run is in these.
+        """Checks the number of micro-batches per step: Lightning counts the progress of a run in micro-batches.
 
         Raises:
-            ConfigError: The checkpoint's number is another one.
+            ConfigError: The checkpoint was saved with another number.
         """
         number = self.trainer.accumulate_grad_batches
         if self.loaded_micro_batches not in (None, number):
             raise ConfigError(
-                f"the checkpoint counts {self.loaded_micro_batches} micro-batches a step, and this run has {number}: "
-                f"set trainer.accumulate_grad_batches to {self.loaded_micro_batches}, or start anew from the adapter of that "
-                "run with model.policy.lora.init_from"
+                f"the checkpoint has {self.loaded_micro_batches} micro-batches per step, and this run has {number}: set "
+                f"trainer.accumulate_grad_batches to {self.loaded_micro_batches}, or start a new run from the adapter of the "
+                "checkpoint's run with model.policy.lora.init_from"
             )
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether what siblings have in common is computed once."""
+        """Whether the forward pass computes the common prefix of siblings only once."""
         return self._policy.shares_prefix
 
     @property
     def max_tokens_per_micro_batch(self) -> int | None:
-        """The budget that decides the number of micro-batches, if there is one."""
+        """Token budget that determines the number of micro-batches, or None."""
         return self.policy_config.max_tokens_per_micro_batch
 
     def rehearse(self, batch: Batch) -> None:
-        """Runs a micro-batch forward and backward and leaves nothing behind: no gradient, no metric, no number drawn."""
+        """Runs forward and backward on a micro-batch without side effects on gradients, metrics or random state."""
         with self._own_randomness(batch.dropout_seed):
             with self.trainer.precision_plugin.forward_context():
                 reference = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
@@ -189,8 +195,8 @@ class GRPOModule(LightningModule):
 
     @torch.no_grad()
     def trainer_signals(self, batches: list[Batch]) -> list[TrainerSignals]:
-        """KL and values of the tokens of some micro-batches, where advantages need them; without dropout."""
-        # The data loader calls this outside of a step, where Lightning's precision is not in force.
+        """KL and critic values of all tokens of micro-batches, for objectives that need them; without dropout."""
+        # The data loader calls this outside of a step, where Lightning does not apply the precision.
         with self.trainer.precision_plugin.forward_context():
             return [self._signals(batch) for batch in batches]
 
@@ -203,16 +209,16 @@ class GRPOModule(LightningModule):
         return TrainerSignals(kl, policy_output.values)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one micro-batch, scaled so that Lightning's and DDP's averages make it the whole step's.
+        """The loss of one micro-batch, scaled so that the averages of Lightning and DDP sum to the loss of the step.
 
         Raises:
-            StaleBatchError: The batch was sampled with other weights.
+            StaleBatchError: The batch was sampled with weights that are too old.
         """
         if not 0 <= self.global_step - batch.policy_update - batch.policy_version <= batch.max_staleness:
             raise StaleBatchError(
-                f"step {self.global_step} got rollouts of policy version {batch.policy_version} for update "
-                f"{batch.policy_update} of their phase, and {batch.max_staleness} steps are the most that they may lie apart: "
-                "the data loader ran ahead of the trainer, or the engine was not synced"
+                f"step {self.global_step} received rollouts of policy version {batch.policy_version} for update "
+                f"{batch.policy_update} of their phase, and the largest allowed lag is {batch.max_staleness} steps: the data "
+                "loader sampled before the sync, or the engine was not synced"
             )
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         self._policy.end_accumulation(micro_batch + 1 == self.trainer.accumulate_grad_batches)
@@ -220,11 +226,11 @@ class GRPOModule(LightningModule):
         with self._own_randomness(batch.dropout_seed):
             policy_output = self._policy.output(batch)
         if batch.policy_update == 0:
-            # What sampled drops nothing out, so what is compared with it must not either.
+            # The engine samples without dropout, so the logprobs compared with its own must have none.
             evaluated = self._policy.evaluated_output(batch) if self._policy.has_dropout else policy_output
             self.trainer_logprobs = [*self.trainer_logprobs[:micro_batch], evaluated.logprobs.detach()]
         trainer_logprobs = self.trainer_logprobs[micro_batch]
-        # At the first update both sides of the ratio are one forward: it is exactly 1, and dropout clips no token.
+        # At the first update both logprobs come from one forward: the ratio is exactly 1, and dropout clips no token.
         old_logprobs = policy_output.logprobs.detach() if batch.policy_update == 0 else trainer_logprobs
         output = policy_loss(self.loss_config, batch, policy_output, old_logprobs, trainer_logprobs, self.ref_logprobs)
         gap = logprob_gap(batch, trainer_logprobs)
@@ -232,8 +238,8 @@ class GRPOModule(LightningModule):
             combine = torch.maximum if name.endswith("_max") else torch.add
             self.step_metrics[name] = combine(self.step_metrics.get(name, torch.zeros_like(value)), value)
         self.rollout_metrics, self.skip_reason = batch.metrics, batch.skip_reason
-        # The loss is divided by the whole step's counts already; Lightning divides by the number of micro-batches once
-        # more, and DDP and FSDP by the number of ranks.
+        # The loss is already divided by the counts of the whole step. Lightning divides again by the number of
+        # micro-batches, and DDP and FSDP divide by the number of ranks.
         return output.loss * (self.trainer.accumulate_grad_batches * self.num_ranks)
 
     def ends_phase(self, batch_idx: int) -> bool:
@@ -247,9 +253,9 @@ class GRPOModule(LightningModule):
         return self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the step's metrics: sums of the micro-batches' shares, and the gradient's norm before clipping.
+        """Logs the metrics of the step: sums over micro-batches, and the gradient norm before clipping.
 
-        A step to be skipped loses its gradients: without one, an optimizer leaves a weight and its own state as they are.
+        A skipped step gets no gradients: an optimizer changes neither a weight without a gradient nor its state.
         """
         reduce = self.trainer.strategy.reduce  # in place on some strategies, hence the copies
         shares = {
@@ -269,22 +275,22 @@ class GRPOModule(LightningModule):
         self.step_metrics.clear()
 
     def validation_step(self, batch: Evaluation, batch_idx: int) -> None:
-        """Logs the held-out figures under `validation/`."""
+        """Logs held-out metrics under `validation/`."""
         self._log_evaluation("validation", batch)
 
     def test_step(self, batch: Evaluation, batch_idx: int) -> None:
-        """Logs the held-out figures under `test/`."""
+        """Logs held-out metrics under `test/`."""
         self._log_evaluation("test", batch)
 
     def predict_step(self, batch: Evaluation, batch_idx: int) -> list[str]:
-        """The completions of the held-out items, in order; `rollouts-predict.jsonl` has all about them."""
+        """The completions of the held-out items, in order; `rollouts-predict.jsonl` contains the whole rollouts."""
         return [rollout.completion for rollout in batch.rollouts]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trained weights only."""
+        """Removes all but the trained weights, and adds what a resumed run is checked against."""
         trained = self._trained_shapes()
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
-        # Sharded weights are loaded before this module is asked, and are no longer in the checkpoint then.
+        # Lightning loads sharded weights before it calls `on_load_checkpoint`, and removes them from the checkpoint.
         checkpoint[SHAPES_KEY] = trained
         checkpoint[OPTIMIZER_SHAPES_KEY] = optimizer_shapes(checkpoint)
         checkpoint[MICRO_BATCHES_KEY] = self.trainer.accumulate_grad_batches
@@ -292,15 +298,14 @@ class GRPOModule(LightningModule):
         checkpoint[SETTINGS_KEY] = {"policy": asdict(self.policy_config), "loss": asdict(self.loss_config)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses what cannot be continued from, and puts the config's optimizer and schedule in where that was chosen.
+        """Checks that the run can resume from a checkpoint, and applies the choice between its optimizer and the config's.
 
         Raises:
-            ConfigError: The checkpoint's weights are not those that this config trains, it was saved within a step or a phase,
-                or nothing decides between its optimizer and the config's.
+            ConfigError: The config trains other weights, the checkpoint was saved within a step or a phase, or its optimizer
+                differs from the config's and `resume` chooses neither.
         """
-        if "state_dict" in checkpoint or any(
-            key not in checkpoint for key in OWN_KEYS
-        ):  # a folder's weights are loaded by now
+        # Without a state_dict it is a sharded checkpoint, whose weights are already loaded.
+        if "state_dict" in checkpoint or any(key not in checkpoint for key in OWN_KEYS):
             check_contents(checkpoint, "that was given")
         check_trained(self._trained_shapes(), checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
@@ -310,7 +315,7 @@ class GRPOModule(LightningModule):
                 for optimizer in self._trainer.optimizers:
                     self.resumed.apply(optimizer)
         elif AVERAGED_WEIGHTS in checkpoint:
-            if self.device_mesh is not None:  # whose weights were loaded before this module is asked
+            if self.device_mesh is not None:  # the sharded weights are already loaded
                 raise ConfigError(
                     "the checkpoint holds averaged weights (WeightAverage), which sharded weights cannot take: leave out "
                     "FSDP2Strategy, or export the run's adapter/ and start from it with model.policy.lora.init_from"
@@ -319,10 +324,10 @@ class GRPOModule(LightningModule):
         self.loaded_step, self.loaded_micro_batches = checkpoint["global_step"], checkpoint[MICRO_BATCHES_KEY]
 
     def check_resume(self, checkpoint: Mapping[str, Any]) -> Resumed:
-        """What a run would continue with.
+        """The optimizer and schedule settings that a resumed run uses.
 
         Raises:
-            ConfigError: It cannot continue from there, see `on_load_checkpoint`.
+            ConfigError: The run cannot resume from the checkpoint, see `on_load_checkpoint`.
         """
         check_between_phases(checkpoint, self.loss_config.num_policy_updates)
         return resumed(checkpoint, self.recipe, self.resume_choice)
@@ -331,17 +336,17 @@ class GRPOModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes any keyword
         cls, checkpoint_path: str | Path, policy: PolicyConfig | None = None, loss: LossConfig | None = None
     ) -> Self:
-        """The module with the trained weights of a checkpoint, on the CPU, with its model loaded.
+        """Loads the model and the trained weights of a checkpoint, on the CPU.
 
-        Optimizer and schedule are the defaults: to train on, make a module and give `Trainer.fit` the `ckpt_path`.
+        Optimizer and schedule are the defaults. To continue training, construct a module and pass `ckpt_path` to `Trainer.fit`.
 
         Args:
-            checkpoint_path: A file that a run wrote.
-            policy: The model, by default that of the checkpoint's run. The trained weights must be the same.
-            loss: The objective, by default that of the checkpoint's run.
+            checkpoint_path: A checkpoint file.
+            policy: The model, by default that of the checkpoint. Its trained weights must have the same names and shapes.
+            loss: The objective, by default that of the checkpoint.
 
         Raises:
-            ConfigError: It is no such file, or of other weights.
+            ConfigError: The file is not a checkpoint, or its weights are not those of the policy.
         """
         path = Path(checkpoint_path)
         checkpoint = read_checkpoint(path)
@@ -358,12 +363,12 @@ class GRPOModule(LightningModule):
 
     @property
     def recipe(self) -> Recipe:
-        """What makes optimizer and schedule."""
+        """The constructors of optimizer and schedule."""
         return Recipe(self.optimizer, self.lr_scheduler)
 
     @contextmanager
     def _own_randomness(self, seed: int) -> Iterator[None]:
-        """Dropout by the address of a micro-batch: a resumed run drops what the run that it resumes would have."""
+        """Seeds dropout by the address of a micro-batch, so that a resumed run repeats the dropout of an uninterrupted one."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
@@ -382,7 +387,7 @@ class GRPOModule(LightningModule):
 
 
 def parsed_settings(settings: Mapping[str, Any]) -> Any:
-    """The configs that a checkpoint holds as plain data."""
+    """Constructs the configs that a checkpoint contains as plain data."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=PolicyConfig)
     parser.add_argument("--loss", type=LossConfig)

@@ -1,7 +1,8 @@
-"""No process outlives the run that started it, however that ended.
+"""Ends all processes that a run started, however the run ended.
 
-A small process watches the run's. A parent-death signal would come when the *thread* that started a child ends, and a pipe
-stays open in every process that inherits it; both need code in each child, which vLLM's have only seconds after their start.
+A small watcher process waits for the end of the run's process. A parent-death signal is sent when the *thread* that started a
+child ends, and a pipe stays open in every process that inherits it. Both need code in each child, and vLLM's children run such
+code only seconds after their start.
 """
 
 import contextlib
@@ -26,16 +27,16 @@ from fuchsia_pl.scratch import (
 )
 
 POLL_S = 0.5
-# Asking, then forcing. The helpers of Python's `multiprocessing`, which remove what the others left, are let alone at first.
+# SIGTERM, then SIGKILL. The resource trackers of `multiprocessing`, which clean up after other processes, get none at first.
 ROUNDS = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
 TRACKER_S = 2.0
 LAST_ROUND_S = 2.0
-NOTHING = 0  # a signal that no process gets
+NO_SIGNAL = 0  # the system delivers nothing for this number
 TRACKER = b"multiprocessing.resource_tracker"
-# torchrun's ranks have it. Without their agent nothing starts them again, or tells them that another is gone.
+# Set in the ranks of torchrun. Without its agent, no process restarts them or detects the end of another rank.
 LAUNCHED_VARIABLE = "TORCHELASTIC_RUN_ID"
 LAUNCHER_ROUNDS = ((signal.SIGTERM, 4.0), (signal.SIGKILL, 1.0))
-# Without it, processes that change their title (vLLM's do) overwrite the environment that others see.
+# Without this variable, processes that change their title, like vLLM's, overwrite the environment in /proc.
 KEEP_ENVIRONMENT = "SPT_NOENV"
 CODE = "import sys; sys.path.append(sys.argv[1]); from fuchsia_pl.orphans import main; main(*sys.argv[2:])"
 
@@ -43,7 +44,7 @@ _watchers: list["subprocess.Popen[bytes]"] = []
 
 
 def watch() -> None:
-    """From now on, whatever this process starts ends within seconds after it, by whatever it ended. Once is enough."""
+    """Starts the watcher: every process that this one starts ends within seconds after it. Later calls do nothing."""
     owner = owner_name()
     if os.environ.get(OWNER_VARIABLE) == owner or not PROC.is_dir():
         return
@@ -54,7 +55,7 @@ def watch() -> None:
     names = [f"{pid}:{started_at(pid)}" for pid in watched]
     _watchers.append(
         subprocess.Popen(
-            # Isolated and without site-packages: it starts at once, takes little memory and imports nothing of a user's.
+            # Isolated and without site-packages: the watcher starts fast, needs little memory and imports no user code.
             [sys.executable, "-I", "-S", "-c", CODE, root, owner, *names],
             stdin=nowhere,
             stdout=nowhere,
@@ -67,7 +68,7 @@ def watch() -> None:
 
 
 def parent_in_run() -> int | None:
-    """The process of the same run that started this one: the first rank, of those that Lightning starts. None elsewhere."""
+    """Id of the parent process if it belongs to the same run (the first rank, for ranks that Lightning starts), else None."""
     parent = os.getppid()
     with contextlib.suppress(OSError):
         return parent if _carries(os.getpid(), owner_name(parent)) else None
@@ -75,14 +76,14 @@ def parent_in_run() -> int | None:
 
 
 def main(owner: str, process: str, launcher: str = "") -> None:
-    """Waits for the end of a process, ends what carries its name and removes what it left.
+    """Waits for the end of a process, then ends the processes that it owned and removes its files.
 
     Args:
-        owner: That name.
-        process: Its id and start.
-        launcher: Those of a process that it must not outlive; nobody else would end it then.
+        owner: Owner name of the process.
+        process: Id and start of the process.
+        launcher: Id and start of a launcher. If the launcher ends first, the watcher ends the process.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # those are for the run
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # signals to the terminal's processes are for the run
         signal.signal(number, signal.SIG_IGN)
     pid = int(process.partition(":")[0])
     while _lives(process):
@@ -95,17 +96,17 @@ def main(owner: str, process: str, launcher: str = "") -> None:
 
 
 def end_owned(owner: str) -> None:
-    """Ends every process that carries a name in its environment, and removes the shared memory that they had."""
+    """Ends every process with an owner in its environment, and removes the shared memory of these processes."""
     segments = mapped_segments(owned(owner))
     for number, seconds in ROUNDS:
         _end(lambda: [pid for pid in owned(owner) if not _is_tracker(pid)], number, seconds)
-    _end(lambda: owned(owner), NOTHING, TRACKER_S)
+    _end(lambda: owned(owner), NO_SIGNAL, TRACKER_S)
     _end(lambda: owned(owner), signal.SIGKILL, LAST_ROUND_S)
     remove_segments(segments)
 
 
 def owned(owner: str) -> list[int]:
-    """The processes, other than this one, that carry a name in their environment."""
+    """Ids of the processes, other than this one, with an owner in their environment."""
     found = []
     for pid in running():
         with contextlib.suppress(OSError):
@@ -115,17 +116,17 @@ def owned(owner: str) -> list[int]:
 
 
 def end_tree(pid: int) -> None:
-    """Kills a process and all that it started."""
+    """Kills a process and its descendants."""
     for child in [*descendants(pid), pid]:
         with contextlib.suppress(OSError):
             os.kill(child, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
-    """What a process started, what those started, and so on."""
+    """Ids of the children of a process, of their children, and so on."""
     parents = {child: _parent(child) for child in running()}
     found = [pid]
-    for known in found:  # which grows meanwhile
+    for known in found:  # the loop appends to it
         found += [child for child, parent in parents.items() if parent == known and child not in found]
     return found[1:]
 
@@ -142,7 +143,7 @@ def _end(remaining: Callable[[], list[int]], number: int, seconds: float) -> Non
 
 
 def _carries(pid: int, owner: str) -> bool:
-    """Whether a process was started with a name in its environment, whatever it has put there since."""
+    """Whether a process was started with an owner in its environment."""
     return f"{OWNER_VARIABLE}={owner}".encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
 
 

@@ -1,4 +1,4 @@
-"""Temporary files and folders that carry their owner's name, so that those of dead processes can be told and removed."""
+"""Temporary files and folders with their owner in the name, so that those of ended processes are found and removed."""
 
 import contextlib
 import hashlib
@@ -12,17 +12,17 @@ from pathlib import Path
 
 PROC = Path("/proc")
 RAM_BACKED = Path("/dev/shm")
-# In the environment of every process that a run starts: whose it is.
+# In the environment of every process that a run starts: the owner.
 OWNER_VARIABLE = "FUCHSIA_OWNER"
-# A file in a scratch folder that names segments of shared memory, which go with the folder.
+# A file in a scratch folder that lists segments of shared memory, which are removed with the folder.
 SEGMENTS_FILE = "segments"
 SEGMENT = re.compile(r"/dev/shm/((?:psm_|sem\.)[\w.-]+)")
-# A process may be between making its folder and writing a name that another can read; user, machine, process and its start.
+# User, machine, process and its start. They are in the name, since a process may end before it writes a file.
 NAME = re.compile(r"fuchsia-(?P<uid>\d+)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-")
 
 
 def started_at(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks since boot; None where it has ended, waited for by its parent or not.
+    """Start of a process in kernel ticks since boot; None if it has ended, even if its parent has not waited for it.
 
     >>> started_at(os.getpid()) is None, started_at(2**30)
     (False, None)
@@ -35,36 +35,36 @@ def started_at(pid: int) -> str | None:
 
 
 def owner_name(pid: int | None = None) -> str:
-    """Of a process, this one where none is given: its user, its machine, its id and its start, since ids are used again."""
+    """Name of a process (default: this one): user, machine, id, and start, since the system reuses ids."""
     pid = pid or os.getpid()
     return f"fuchsia-{os.getuid()}-{_machine()}-{pid}-{started_at(pid) or 0}"
 
 
 def scratch_folder(kind: str, place: Path | None = None) -> "tempfile.TemporaryDirectory[str]":
-    """A folder that nobody else can read, removed with the object, or by the next run where this process was killed.
+    """A folder that only this user can read. It is removed with the object, or by the next run if this process was killed.
 
     Args:
-        kind: What it is for, a part of its name.
-        place: Where it is made; None: the folder for temporary files.
+        kind: Purpose of the folder, a part of its name.
+        place: Parent folder; None is the folder for temporary files.
     """
     return tempfile.TemporaryDirectory(prefix=f"{owner_name()}-{kind}-", dir=place)
 
 
 def scratch_file(kind: str, suffix: str) -> Path:
-    """A file like `scratch_folder`'s, which its user removes."""
+    """Path of a new file with such a name, which the caller removes."""
     handle, name = tempfile.mkstemp(prefix=f"{owner_name()}-{kind}-", suffix=suffix)
     os.close(handle)
     return Path(name)
 
 
 def record_segments(folder: Path, pids: Iterable[int]) -> None:
-    """Notes in a scratch folder which segments of shared memory processes have: their names do not say whose they are."""
+    """Lists in a scratch folder the segments of shared memory of processes: the names of segments contain no owner."""
     lines = [f"{name} {inode}\n" for name, inode in mapped_segments(pids).items()]
     (folder / SEGMENTS_FILE).write_text("".join(lines))
 
 
 def mapped_segments(pids: Iterable[int]) -> dict[str, int]:
-    """Names and inodes of the segments of Python's shared memory that processes have mapped and that still have a name."""
+    """Names and inodes of the segments of Python's shared memory that processes have mapped and that still exist."""
     found: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -82,13 +82,13 @@ def running() -> list[int]:
 
 
 def remove_left_behind() -> list[Path]:
-    """Removes what dead processes of this user on this machine left behind; returns what that was.
+    """Removes files and folders of this user's ended processes on this machine, and returns their paths.
 
-    What another user, a process that lives, or one of another machine or container owns is left alone.
+    Files of other users, of running processes, and of other machines or containers are kept.
     """
     removed: list[Path] = []
     if started_at(os.getpid()) is None:
-        return removed  # nothing tells here who lives
+        return removed  # without /proc, running processes cannot be recognized
     for place in {RAM_BACKED, Path(tempfile.gettempdir())}:
         for entry in place.iterdir() if place.is_dir() else ():
             match = NAME.match(entry.name)
@@ -99,7 +99,7 @@ def remove_left_behind() -> list[Path]:
 
 
 def _remove(entry: Path) -> bool:
-    """Removes a file or folder that this user owns, and the segments that it names."""
+    """Removes a file or folder that this user owns, and the segments that it lists."""
     with contextlib.suppress(OSError):
         state = entry.lstat()
         if state.st_uid != os.getuid() or stat.S_ISLNK(state.st_mode):
@@ -110,19 +110,21 @@ def _remove(entry: Path) -> bool:
         segments = entry / SEGMENTS_FILE
         lines = segments.read_text().splitlines() if segments.is_file() else []
         named = [line.partition(" ") for line in lines]
-        remove_segments({name: int(inode) for name, _, inode in named if inode.isdecimal()})  # the last may be cut off
+        remove_segments(
+            {name: int(inode) for name, _, inode in named if inode.isdecimal()}
+        )  # the last line may be incomplete
         shutil.rmtree(entry, ignore_errors=True)
         return True
     return False
 
 
 def remove_segments(inodes: Mapping[str, int]) -> None:
-    """Removes segments of shared memory which were mapped, and possibly made, by processes that have ended.
+    """Removes segments of shared memory that were mapped by processes that have ended.
 
-    One that a living process has mapped too may be that process's own, and stays; so does another user's.
+    Segments that a running process has mapped may belong to it and are kept, and so are those of other users.
 
     Args:
-        inodes: The names, and which file each was then.
+        inodes: Names, with the inode that each had when it was mapped.
     """
     in_use = mapped_segments(running()) if inodes else {}
     for name, inode in inodes.items():
@@ -135,7 +137,7 @@ def remove_segments(inodes: Mapping[str, int]) -> None:
 
 
 def _machine() -> str:
-    """Of machines and containers that may share a folder: one name for those that count the same processes."""
+    """Id of this machine or container: equal only where process ids mean the same processes."""
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text()
         words = boot + os.readlink(PROC / "self/ns/pid")

@@ -1,4 +1,4 @@
-"""How a process ends that was told to: the first signal asks for an orderly end, the second ends it at once."""
+"""How signals end a process: the first requests an orderly end, the second ends it at once."""
 
 import contextlib
 import os
@@ -16,19 +16,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 GRACE_S = 30.0
-# Between the ranks of a run, which all pass it on to each other. It never counts as a second signal.
-TOLD = signal.SIGUSR2
-# What comes this soon after the first signal is the same one: a terminal and what sends it to a whole family may both do so.
+# The signal that ranks of a run send each other. It never counts as a second signal.
+RANK_SIGNAL = signal.SIGUSR2
+# A signal this soon after the first counts as the same one: a terminal and a launcher may both send it.
 SECOND_AFTER_S = 1.0
-# For saving and closing, all waits of which have bounds of their own.
+# Limit for saving and closing, where each wait has its own limit.
 CLOSING_S = 300.0
-# For what the interpreter does at its end.
+# Limit for the exit of the interpreter.
 LEAVING_S = 30.0
 POLL_S = 0.5
 
 
 class Stopped(SystemExit):
-    """The process was told to end. Nothing but its main thread raises this.
+    """The process received a signal to end. Only the main thread raises this.
 
     Args:
         signum: The signal.
@@ -42,16 +42,16 @@ class Stopped(SystemExit):
 
 
 class Stopping:
-    """What the signals of this process have asked for, and what of it has been done.
+    """The signals that this process received, and the state of its orderly end.
 
-    A signal's handler raises `Stopped` in the main thread where that may be interrupted: until training begins, and where
-    `interruptible` says so. Elsewhere it only leaves a note, which the next interruptible place finds. A thread hears of each
-    signal too, since the main thread may be deep in a call that no handler interrupts; it ends the process where the main
-    thread takes too long, and on the second signal.
+    The signal handler raises `Stopped` in the main thread where an interruption is safe: before training begins, and inside
+    `interruptible`. Elsewhere it stores the signal, and the next `interruptible` block raises. A second thread receives each
+    signal too, because the main thread may be in a call that no handler interrupts. That thread ends the process if the main
+    thread exceeds its time limit, and on the second signal.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held where the thread acts on a signal, and where all is forgotten
+        self._lock = threading.Lock()  # held while the thread handles a signal, and while the state is reset
         self._forget()
         self._aliases: dict[int, int] = {}
         self._before: dict[int, Any] = {}
@@ -63,10 +63,12 @@ class Stopping:
     def _forget(self) -> None:
         self.grace_s = GRACE_S
         self.signum: int | None = None
-        self.is_agreed = False  # all ranks end, and each knows it
-        self.checkpoint: Path | None = None  # where to go on from
-        self.step: int | None = None  # the newest that is in it
-        self.forward: Callable[[int], None] | None = None  # sends a signal to other ranks, or to one that does
+        self.is_agreed = False  # all ranks have agreed to end
+        self.checkpoint: Path | None = None  # the checkpoint to resume from
+        self.step: int | None = None  # the step of that checkpoint
+        self.forward: Callable[[int], None] | None = (
+            None  # sends a signal to other ranks, or to a rank that forwards it
+        )
         self._raises = True
         self._has_raised = False
         self._first_at: float | None = None
@@ -74,7 +76,7 @@ class Stopping:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside the `with` block, in the main thread, SIGTERM and SIGINT are handled here. A process that got one ends."""
+        """Inside the `with` block, in the main thread, handles SIGTERM and SIGINT. After a signal the process ends."""
         is_first = self.install()
         try:
             yield
@@ -86,7 +88,7 @@ class Stopping:
                 self.allow(LEAVING_S)
 
     def install(self) -> bool:
-        """Handles SIGTERM and SIGINT here, if this is the main thread and nobody did so before; returns whether it did."""
+        """Installs handlers for SIGTERM and SIGINT in the main thread, once; returns whether this call installed them."""
         if threading.current_thread() is not threading.main_thread() or self._before:
             return False
         if self._wake is None:
@@ -98,11 +100,11 @@ class Stopping:
         self._wakeup_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self.listen(signal.SIGTERM, signal.SIGTERM)
         self.listen(signal.SIGINT, signal.SIGINT)
-        self.listen(TOLD, signal.SIGTERM)
+        self.listen(RANK_SIGNAL, signal.SIGTERM)
         return True
 
     def restore(self) -> None:
-        """Leaves all signals to whom they belonged before, and forgets those that came: the process goes on."""
+        """Restores the earlier handlers and resets the state: the process continues."""
         with self._lock:
             self._raises = False
             self._give_back()
@@ -115,11 +117,11 @@ class Stopping:
         self._before, self._aliases = {}, {}
 
     def listen(self, number: int, meaning: int) -> None:
-        """Handles a signal, unless it is one that this process was started to ignore, as in the background of a shell.
+        """Installs the handler for a signal, unless the process was started to ignore it, as in the background of a shell.
 
         Args:
             number: The signal.
-            meaning: The signal that it counts as.
+            meaning: The signal as which it is treated.
         """
         if self._wake is None or number in self._aliases or signal.getsignal(number) is signal.SIG_IGN:
             return
@@ -127,12 +129,12 @@ class Stopping:
         self._before[number] = signal.signal(number, self._handle)
 
     def protect(self) -> None:
-        """From now on a signal interrupts nothing outside of `interruptible`."""
+        """From this call on, signals raise only inside `interruptible`."""
         self._raises = False
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside the `with` block a signal raises `Stopped`, also one that came before."""
+        """Inside the `with` block a signal raises `Stopped`, and so does one that was received before."""
         before, self._raises = self._raises, True
         try:
             if self.signum is not None:
@@ -143,20 +145,20 @@ class Stopping:
             self._raises = before
 
     def on_all_ranks(self, wait: Callable[[], T], highest: Callable[[int], int]) -> T:
-        """What a wait gives, on all ranks or, where one of them was told to end, on none.
+        """Returns the result of a wait on all ranks; raises on all ranks if one of them received a signal.
 
         Args:
-            wait: What may be interrupted, on each rank for itself.
-            highest: Exchanges numbers between the ranks and gives the highest on all of them.
+            wait: The wait of this rank, which a signal interrupts.
+            highest: Exchanges a number between the ranks, and returns the maximum on each of them.
 
         Raises:
-            Stopped: Some rank was told to end.
+            Stopped: A rank received a signal.
         """
         result: Any = None
         try:
             with self.interruptible():
                 result = wait()
-        except BaseException:  # whatever it is: an engine may have got the signal too, and have died first
+        except BaseException:  # any error: the engine may have received the signal too, and ended first
             if self.signum is None:
                 raise
         if self.agree(highest):
@@ -165,7 +167,7 @@ class Stopping:
         return result
 
     def agree(self, highest: Callable[[int], int]) -> bool:
-        """Whether some rank was told to end. All ranks have to call it at the same time; for the argument see `on_all_ranks`."""
+        """Whether a rank received a signal. All ranks must call this together; see `on_all_ranks` for `highest`."""
         signum = highest(self.signum or 0)
         if signum:
             self._note(signum)
@@ -173,19 +175,19 @@ class Stopping:
         return self.is_agreed
 
     def allow(self, seconds: float) -> None:
-        """Bounds what is left to do anew, from now."""
+        """Sets a new time limit, counted from now."""
         self._deadline = time.monotonic() + seconds
         if self._wake is not None:
-            with contextlib.suppress(OSError):  # full of what wakes the thread as well
+            with contextlib.suppress(OSError):  # the buffer is full, and its content wakes the thread as well
                 self._wake.send(b"\0")
 
     def close(self) -> None:
-        """From now on only saving and closing is left to do, which has its own time, also after a signal that is yet to come."""
+        """Sets the time limit of saving and closing, for a signal that was received or will be."""
         self._bound(CLOSING_S)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Inside the `with` block there is the time of saving, whether a signal came before or comes meanwhile."""
+        """Inside the `with` block, applies the time limit of saving, for a signal before or during the block."""
         before = self.grace_s
         self._bound(CLOSING_S)
         try:
@@ -198,10 +200,10 @@ class Stopping:
         if self.signum is not None:
             self.allow(seconds)
 
-    def say(self, words: str) -> None:
-        """Writes a line to the console, also where standard error goes to a file meanwhile."""
+    def write_line(self, text: str) -> None:
+        """Writes a line to the console, even while standard error is redirected to a file."""
         with contextlib.suppress(OSError):
-            os.write(self._console, f"{words}\n".encode())
+            os.write(self._console, f"{text}\n".encode())
 
     def _note(self, signum: int) -> None:
         if self.signum is None:
@@ -211,7 +213,7 @@ class Stopping:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._note(self._aliases[number])
         if self._raises and not self._has_raised:
-            self._has_raised = True  # once: what cleans up behind it is not to be disturbed
+            self._has_raised = True  # only once: a second exception would interrupt the cleanup
             raise Stopped(self._aliases[number])
 
     def _watch(self, reader: socket.socket) -> None:
@@ -228,31 +230,31 @@ class Stopping:
             if self._first_at is None:
                 self._first_at = now
                 self._begin(number)
-            elif number != TOLD and now - self._first_at > SECOND_AFTER_S:
+            elif number != RANK_SIGNAL and now - self._first_at > SECOND_AFTER_S:
                 self._end_now("a second signal: the process ends at once, without saving")
         if self._deadline is not None and now > self._deadline:
-            self._end_now("what was going on did not end in time: the process ends without waiting for it")
+            self._end_now("the current work did not end in time: the process ends without waiting for it")
 
     def _begin(self, number: int) -> None:
         self._note(self._aliases[number])
-        name = "another rank was told to end" if number == TOLD else signal.Signals(number).name
+        name = "another rank received a signal" if number == RANK_SIGNAL else signal.Signals(number).name
         if self.forward is not None:
-            with contextlib.suppress(OSError):  # it has ended
-                self.forward(TOLD)
+            with contextlib.suppress(OSError):  # the other rank has ended
+                self.forward(RANK_SIGNAL)
         if is_first_local():
-            self.say(
-                f"{name}: the run ends in order, within {self.grace_s:g} s for what is going on and the time of saving; a second "
-                "signal ends it at once"
+            self.write_line(
+                f"{name}: the run ends in order, with {self.grace_s:g} s for the current work and additional time for saving; a "
+                "second signal ends it at once"
             )
 
     def _end_now(self, words: str) -> None:
         assert self.signum is not None
-        self.say(words)
+        self.write_line(words)
         os._exit(128 + self.signum)
 
     def _leave_to_parent(self) -> None:
-        """A forked child is not the process that was told to end, and shares its sockets."""
-        self._lock = threading.Lock()  # the thread that may hold it is not here
+        """Removes the handlers in a forked child, which shares the sockets of its parent but not its end."""
+        self._lock = threading.Lock()  # the thread that may hold it does not exist in the child
         if self._before and os.getpid() != self._pid:
             signal.set_wakeup_fd(-1)
             for number in self._aliases:
@@ -260,7 +262,7 @@ class Stopping:
 
 
 def is_first_local() -> bool:
-    """Whether this is the only rank on its machine, or the first."""
+    """Whether this is the first rank on its machine."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -17,25 +17,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from fuchsia_pl import orphans
-from fuchsia_pl.callbacks.adapter_export import AdapterExport
-from fuchsia_pl.callbacks.adapter_sync import AdapterSync
-from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
-from fuchsia_pl.callbacks.finite import FiniteGuard
-from fuchsia_pl.callbacks.hotswap import HotSwap
-from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
-from fuchsia_pl.callbacks.last_row import LastRow
-from fuchsia_pl.callbacks.lost_rank import LostRank
-from fuchsia_pl.callbacks.memory import MemoryReport
-from fuchsia_pl.callbacks.outcome import Outcome
-from fuchsia_pl.callbacks.owed_validation import OwedValidation
-from fuchsia_pl.callbacks.preflight import Preflight
-from fuchsia_pl.callbacks.resume import Resume
-from fuchsia_pl.callbacks.rollout_log import RolloutLog
+from fuchsia_pl.callbacks.defaults import DEFAULT_CALLBACKS, default_callbacks
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.run_metrics import Row, RunMetrics
-from fuchsia_pl.callbacks.step_timer import StepTimer
-from fuchsia_pl.callbacks.stop_signals import StopSignals, await_ranks
+from fuchsia_pl.callbacks.stop_signals import await_ranks
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint, read_given
 from fuchsia_pl.cli.class_change import fresh_arguments
@@ -110,26 +96,9 @@ class FuchsiaCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callbacks that every run has, in the order in which Lightning calls them, and links what two parts share."""
-        parser.add_lightning_class_args(FiniteGuard, "finite_guard")
-        parser.add_lightning_class_args(StepTimer, "step_timer")
-        parser.add_lightning_class_args(MemoryReport, "memory")
-        # The longest rows are rehearsed while the trainer has the device, which it then leaves to the engine that syncs.
-        parser.add_lightning_class_args(Preflight, "preflight")
-        parser.add_lightning_class_args(StopSignals, "stop_signals")
-        parser.add_lightning_class_args(HotSwap, "hotswap")
-        parser.add_lightning_class_args(AdapterSync, "adapter_sync")
-        parser.add_lightning_class_args(BaselineValidation, "baseline_validation")
-        parser.add_lightning_class_args(RolloutLog, "rollout_log")
-        parser.add_lightning_class_args(LostRank, "lost_rank")
-        parser.add_lightning_class_args(HyperparameterLog, "hyperparameter_log")
-        parser.add_lightning_class_args(Outcome, "outcome")
-        parser.add_lightning_class_args(ConsoleReport, "console")
-        parser.add_lightning_class_args(AdapterExport, "adapter_export")
-        parser.add_lightning_class_args(LastRow, "last_row")
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Resume, "resume")
-        parser.add_lightning_class_args(OwedValidation, "owed_validation")
+        """Adds a section for each default callback, and links what two parts share."""
+        for section, callback in DEFAULT_CALLBACKS.items():
+            parser.add_lightning_class_args(callback, section)
         # Item order and sampling seeds come from the run's one seed.
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_run_seed)
         # Model folder, dtype, adapter rank and objective: the engine serves what the trainer trains, and how.
@@ -245,12 +214,6 @@ class FuchsiaCLI(LightningCLI):
         Callbacks that every run has are left out if flags of the trainer disable them.
         """
         trainer = self._get(self.config_init, "trainer")
-        needless = {
-            "console": trainer.enable_progress_bar is False,
-            "checkpoint": trainer.enable_checkpointing is False,
-        }
-        keys = self._parser(self.subcommand).callback_keys
-        keys[:] = [key for key in keys if not needless.get(key)]
         given = trainer.logger
         loggers: list[Logger] = [] if given is False else [RunMetrics(self.run_folder, self._earlier)]
         if isinstance(given, Logger):
@@ -261,12 +224,45 @@ class FuchsiaCLI(LightningCLI):
         strategy_writes = isinstance(trainer.strategy, Strategy) and trainer.strategy._checkpoint_io is not None
         if not strategy_writes and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
-        made = super().instantiate_trainer(
-            default_root_dir=str(self.run_folder), logger=loggers, plugins=plugins, **kwargs
-        )
-        # Lightning calls callbacks of the config first. Weights have to be checked before any callback writes them.
-        made.callbacks.sort(key=lambda callback: not isinstance(callback, FiniteGuard))  # type: ignore[attr-defined]
-        return made
+        own = {
+            "default_root_dir": str(self.run_folder),
+            "logger": loggers,
+            "plugins": plugins,
+            "callbacks": self._callbacks(),
+        }
+        return self._instantiate_trainer({**trainer, **own, **kwargs}, [])
+
+    def _callbacks(self) -> list[Callback]:
+        """The default callbacks as their sections configure them, with those of `trainer.callbacks`."""
+        trainer = self._get(self.config_init, "trainer")
+        given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        given = [callback for callback in given if callback is not None]
+        without: set[type[Callback]] = set()
+        if trainer.enable_progress_bar is False:
+            without.add(ConsoleReport)
+        if trainer.enable_checkpointing is False:
+            without.add(RunCheckpoint)
+        for section, kind in DEFAULT_CALLBACKS.items():
+            if kind not in without and not self._is_replaced(section, given):
+                given.append(self._get(self.config_init, section))
+        return default_callbacks(*given, without=without)
+
+    def _is_replaced(self, section: str, given: list[Callback]) -> bool:
+        """Whether a callback of `trainer.callbacks` replaces that of a section.
+
+        Raises:
+            ConfigError: The section has settings, which would have no effect.
+        """
+        kind = DEFAULT_CALLBACKS[section]
+        replacement = next((callback for callback in given if isinstance(callback, kind)), None)
+        if replacement is None:
+            return False
+        if self._get(self.config, section) != self._parser(self.subcommand).get_defaults().get(section):
+            raise ConfigError(
+                f"{section} has settings, and trainer.callbacks has {type(replacement).__name__}, which replaces that callback: "
+                f"set init_args there and leave {section} out"
+            )
+        return True
 
 
 def _run_seed(seed_everything: bool | int) -> int:

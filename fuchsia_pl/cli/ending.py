@@ -23,7 +23,7 @@ def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:
     assert stopping.signum is not None
     lines = last_words(words, end) if is_first_rank() else error_words(end)
     if lines:
-        stopping.say("\n".join(lines))
+        stopping.write_line("\n".join(lines))
     # Lightning kills the first rank, which may be saving, when a rank that it started ends with anything but 0.
     sys.exit(0 if is_launched() else 128 + stopping.signum)
 

@@ -65,6 +65,9 @@ class _ReplayModule(GRPOModule):
 
     recorded_ranks = 1
 
+    def configure_callbacks(self) -> list[Callback]:
+        return []  # no engine to sync, no rollouts to log
+
     @property
     def num_ranks(self) -> int:
         return self.recorded_ranks

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO
 from fuchsia_pl.cli import FuchsiaCLI
@@ -166,6 +167,21 @@ def test_the_trainers_own_switches_leave_the_commands_callbacks_out(config):
     assert (type(first), type(second)) == (FiniteGuard, EarlyStopping)
     assert not list(cli.run_folder.glob("checkpoints/*"))
     assert cli.trainer.progress_bar_callback is None
+
+
+def test_a_callback_of_the_config_replaces_the_default_of_its_class(config, capsys):
+    own = [
+        "--trainer.callbacks",
+        "fuchsia_pl.callbacks.adapter_sync.AdapterSync",
+        "--trainer.callbacks.tolerance",
+        "0.5",
+    ]
+    words = ["fit", "--config", str(config), *own]
+    cli = FuchsiaCLI(words)
+    assert [c.tolerance for c in cli.trainer.callbacks if isinstance(c, AdapterSync)] == [0.5]
+    # Settings of the section would have no effect.
+    printed = refused(capsys, *words, "--adapter_sync.tolerance", "0.3")
+    assert "adapter_sync has settings, and trainer.callbacks has AdapterSync, which replaces that callback" in printed
 
 
 def test_checkpoints_are_written_in_place_unless_the_trainer_has_a_writer_of_its_own(config):

@@ -254,7 +254,7 @@ def test_the_kl_grows_from_zero_once_the_policy_moves(tiny_model, tmp_path):
 def test_rollouts_of_other_weights_are_refused(tiny_model):
     module = make_module(tiny_model)
     batch = make_batches(split_balanced(SAMPLES, 1), count_denominators(SAMPLES, 8), policy_version=3, metrics={})[0]
-    with pytest.raises(StaleBatchError, match="step 0 got rollouts of policy version 3"):
+    with pytest.raises(StaleBatchError, match="step 0 received rollouts of policy version 3"):
         module.training_step(batch, 0)
 
 
@@ -275,7 +275,9 @@ def test_a_strategy_that_does_not_average_over_all_ranks_is_refused(tiny_model, 
     module = make_module(tiny_model)
     module._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: 1)}
     module._trainer = SimpleNamespace(world_size=2)
-    with pytest.raises(ConfigError, match=r"averages over 1 of 2 ranks, which would train apart: use .*FSDP2Strategy"):
+    with pytest.raises(
+        ConfigError, match=r"averages over 1 of 2 ranks, whose weights would diverge: use .*FSDP2Strategy"
+    ):
         module.configure_model()
 
 

@@ -83,7 +83,7 @@ def test_a_run_does_not_go_on_with_another_number_of_micro_batches(tiny_model, t
     save_one_step(tiny_model, tmp_path, accumulate_grad_batches=2)
     module = make_module(tiny_model)
     again = make_trainer(tmp_path, max_epochs=-1, max_steps=2, accumulate_grad_batches=4)
-    with pytest.raises(ConfigError, match=r"counts 2 micro-batches a step, and this run has 4: set trainer.accumulate"):
+    with pytest.raises(ConfigError, match=r"has 2 micro-batches per step, and this run has 4: set trainer.accumulate"):
         again.fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
 
 
