@@ -52,7 +52,7 @@ class Outcome(Callback):
             self._last_step = trainer.global_step
             self._num_steps += 1
             self._num_skipped += cast(ConfiguredModule, pl_module).skip_reason is not None
-            self._num_without_advantage += batch.skip_reason is not None
+            self._num_without_advantage += batch.step.skip_reason is not None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says why nothing was trained, if so."""

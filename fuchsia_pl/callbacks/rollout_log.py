@@ -30,11 +30,14 @@ class RolloutLog(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Writes the rows of a micro-batch before they are trained, so that those a run stops at can be read too."""
-        if batch.policy_update > 0:
+        if batch.step.policy_update > 0:
             return
-        samples = [*batch.samples, *batch.zero_advantage]
+        samples, unused = list(batch.samples), ()
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            samples += batch.step.zero_advantage
+            unused = batch.step.unused
         lines = [rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage) for sample in samples]
-        lines += [rollout_line(rollout, trainer.global_step, None) for rollout in batch.unused]
+        lines += [rollout_line(rollout, trainer.global_step, None) for rollout in unused]
         self._append(trainer, TRAIN_FILE, lines)
 
     def on_validation_batch_end(

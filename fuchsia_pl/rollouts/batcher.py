@@ -5,12 +5,12 @@ Shape letters: B rows of a micro-batch, T label positions.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.batch import Batch, Denominators, PrefixGroup, StepInfo
 from fuchsia_pl.types import Rollout, Sample
 
 # Masks come from lengths, so the padding id is never compared with anything, not even where it is the end-of-turn id.
@@ -112,28 +112,19 @@ def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_pre
     return micro_batches
 
 
-def make_batches(
-    micro_batches: Sequence[Sequence[Unit]],
-    denominators: Denominators,
-    policy_version: int,
-    metrics: Mapping[str, float],
-) -> list[Batch]:
+def make_batches(micro_batches: Sequence[Sequence[Unit]], step: StepInfo) -> list[Batch]:
     """Makes the tensors of each micro-batch.
 
-    A micro-batch without rows becomes a row of padding, which trains nothing but lets every rank take the same steps.
+    A micro-batch without rows becomes a row of padding. It trains nothing, and every rank takes the same number of steps.
 
     Args:
         micro_batches: This rank's rows, see `split_balanced`.
-        denominators: Of the whole step and all ranks.
-        policy_version: The step whose weights sampled the rows.
-        metrics: The step's rollout figures.
+        step: Facts of the optimizer step.
     """
-    return [_collate(micro_batch, denominators, policy_version, metrics) for micro_batch in micro_batches]
+    return [_collate(micro_batch, step) for micro_batch in micro_batches]
 
 
-def _collate(
-    units: Sequence[Unit], denominators: Denominators, policy_version: int, metrics: Mapping[str, float]
-) -> Batch:
+def _collate(units: Sequence[Unit], step: StepInfo) -> Batch:
     samples = [sample for unit in units for sample in unit]
     rollouts = [sample.rollout for sample in samples]
     used = [num_used_tokens(rollout) for rollout in rollouts]
@@ -165,10 +156,8 @@ def _collate(
         temperatures=torch.tensor([rollout.temperature for rollout in rollouts] or [1.0], dtype=torch.float32),
         lengths=tuple(size - 1 for size in used) or (1,),
         groups=tuple(PrefixGroup(len(unit), prefix_length(unit)) for unit in units) or (PrefixGroup(1, 1),),
-        denominators=denominators,
-        policy_version=policy_version,
+        step=step,
         samples=tuple(samples),
-        metrics=metrics,
         old_values=per_sampled_token(lambda sample: sample.old_values) if has_values else None,
         value_targets=per_sampled_token(lambda sample: sample.value_targets) if has_values else None,
     )

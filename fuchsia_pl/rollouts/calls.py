@@ -7,6 +7,8 @@ from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.bounded import LeftThreadsError, await_bounded, call_bounded
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason
+from fuchsia_pl.loop import cancel_others
+from fuchsia_pl.rollouts.ahead import PhasesAhead
 from fuchsia_pl.types import Rollout
 
 
@@ -47,6 +49,24 @@ async def close(environment: Environment, timeout_s: float) -> None:
         raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s") from error
     except StrayError as error:
         raise EnvironmentStepError(f"{where} raised {error}") from error
+
+
+async def end_rollouts(environment: Environment, phases: PhasesAhead[Any] | None, timeout_s: float) -> None:
+    """Cancels rollouts first and closes connections to tool servers last: tasks of their own hold these.
+
+    Args:
+        environment: The environment.
+        phases: Phases that may be in progress.
+        timeout_s: Bound of each part in seconds.
+    """
+    try:
+        if phases is not None:
+            await phases.cancel()
+    finally:
+        try:
+            await close(environment, timeout_s)
+        finally:
+            await cancel_others(timeout_s)
 
 
 async def call_method(

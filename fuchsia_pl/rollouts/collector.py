@@ -122,8 +122,7 @@ class Collector:
         """
         await self.prepare()
         prompts = [self.prompt(draw.items, index) for index in draw.indices]
-        groups = (self._group(draw, index, prompt) for index, prompt in zip(draw.indices, prompts, strict=True))
-        return await gather_or_cancel(groups)
+        return await gather_or_cancel(self._group(draw, prompt) for prompt in prompts)
 
     def fitting(self, items: Sequence[Item], split: str) -> dict[int, int]:
         """Renders the prompts of a whole split, so that one that is missing or too long is found before anything is sampled.
@@ -142,24 +141,28 @@ class Collector:
         found = {}
         for index in range(len(items)):
             try:
-                found[index] = len(self.prompt(items, index, f"{split} ").token_ids)
+                found[index] = len(self._render(items, index, f"{split} ")[1])
             except PromptTooLongError:
                 if self.config.long_prompts == "refuse":
                     raise
         return found
 
-    def prompt(self, items: Sequence[Item], index: int, split: str = "") -> Prompt:
-        """What an item asks.
+    def prompt(self, items: Sequence[Item], index: int) -> Prompt:
+        """Makes the prompt of an item. Calls the environment's `messages` once.
 
         Args:
             items: The split's rows.
             index: Position of the row.
-            split: What messages put before the item's position.
 
         Raises:
             PromptTooLongError: It leaves no room for a completion of the configured length.
-            ConfigError: The item has no prompt, or none that the template can render.
+            ConfigError: The item has no prompt, or the template cannot render it.
         """
+        messages, ids = self._render(items, index, "")
+        return Prompt(items[index], index, tuple(messages), tuple(ids), self.chat.raw_text(ids))
+
+    def _render(self, items: Sequence[Item], index: int, split: str) -> tuple[list[Message], list[int]]:
+        """Messages and token ids of an item's prompt. `split` precedes the item's position in error messages."""
         environment, item, where = self.environment, items[index], f"{split}{place_of(items, index)}"
         messages = self._messages(item, where)
         try:
@@ -174,7 +177,7 @@ class Collector:
                 f"max_completion_tokens={self.config.max_completion_tokens}: raise max_length, lower "
                 'max_completion_tokens, or set data.sampling.long_prompts to "drop"'
             )
-        return Prompt(item, tuple(messages), tuple(ids))
+        return messages, ids
 
     def _messages(self, item: Item, where: str) -> list[Message]:
         try:
@@ -186,19 +189,13 @@ class Collector:
     def _template_tools(self) -> Sequence[Any]:
         return self.environment.tools if self.environment.tool_convention.is_native else ()
 
-    async def _group(self, draw: Draw, index: int, prompt: Prompt) -> list[Rollout]:
-        text, ids = self.chat.raw_text(prompt.token_ids), list(prompt.token_ids)
-        rollouts = [
-            # Messages of its own for each: what user code does to one must not reach its siblings.
-            Rollout(prompt.item, index, sibling, draw.temperature, text, draw.step, [dict(m) for m in prompt.messages])
-            for sibling in range(draw.siblings)
-        ]
-        await gather_or_cancel(self._run(draw, rollout, ids) for rollout in rollouts)
+    async def _group(self, draw: Draw, prompt: Prompt) -> list[Rollout]:
+        rollouts = [prompt.rollout(sibling, draw.temperature, draw.step) for sibling in range(draw.siblings)]
+        await gather_or_cancel(self._run(draw, rollout) for rollout in rollouts)
         await score_group(self.environment, rollouts)
         return rollouts
 
-    async def _run(self, draw: Draw, rollout: Rollout, prompt_ids: list[int]) -> None:
-        rollout.start(prompt_ids)
+    async def _run(self, draw: Draw, rollout: Rollout) -> None:
         environment = self.environment
         try:
             try:

@@ -12,34 +12,32 @@ from torch import Tensor
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.tools.spec import TOOL_CALLS
 from fuchsia_pl.envs.user_code import user_code
+from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.scoring import REWARD_ERRORS
-from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus
+from fuchsia_pl.types import Rollout, RolloutStatus
 
 Fractions = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """What a training step made of its rollouts on this rank.
+class PhaseCounts:
+    """Sampled groups of a phase on this rank, and what they were used for.
 
     Attributes:
-        kept: The groups that are trained on.
-        dropped: Those without spread that dynamic sampling replaced, or found nothing to replace with.
-        num_refills: Groups sampled to replace others.
+        sampled: The groups.
         num_trained: Rollouts that became trainable rows.
-        num_zero_advantage: Those of them that no weight would move by, which the forward leaves out.
-        seconds: Of sampling and scoring.
-        num_dropped_prompts: Training items that are never drawn since their prompts are too long.
-        kl: With the KL in the reward, its sum over the sampled tokens of the kept groups, and their number.
-        num_stale: Trainable rows that were dropped since weights older than allowed sampled them.
+        num_zero_advantage: Trainable rows that cannot change any weight and do not enter the forward.
+        num_dropped_prompts: Training items that are never drawn because their prompts are too long.
+        kl: With the KL in the reward: its sum over the sampled tokens of the kept groups, and the number of these tokens.
+        num_stale: Rows that were dropped because the weights that sampled them are older than allowed.
+
+    >>> PhaseCounts(Sampled(kept=[], dropped=[], num_refills=0), num_trained=0, num_zero_advantage=0).num_stale
+    0
     """
 
-    kept: Sequence[RolloutGroup]
-    dropped: Sequence[RolloutGroup]
-    num_refills: int
+    sampled: Sampled
     num_trained: int
     num_zero_advantage: int
-    seconds: float
     num_dropped_prompts: int = 0
     kl: tuple[float, float] | None = None
     num_stale: int = 0
@@ -89,29 +87,28 @@ def _counts(rollouts: Sequence[Rollout], environment: Environment, world_size: i
     return found
 
 
-def step_fractions(step: StepRecord, environment: Environment, world_size: int) -> Fractions:
-    """The figures of a training step. Counts have the denominator 1 / world_size, so that over ranks they add up."""
-    groups = [*step.kept, *step.dropped]
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+def step_fractions(counts: PhaseCounts, environment: Environment, world_size: int) -> Fractions:
+    """Metrics of a phase's rollouts. Counts have the denominator 1 / world_size, so that their value is the sum over ranks."""
+    sampled, rollouts = counts.sampled, counts.sampled.rollouts
     share = 1.0 / world_size
-    num_kept_rollouts = sum(len(group.rollouts) for group in step.kept)
+    num_kept_rollouts = sum(len(group.rollouts) for group in sampled.kept)
     found = {
         **reward_fractions(rollouts, environment, world_size),
-        "rollout/zero_variance_groups": (float(sum(not group.has_spread for group in groups)), share),
-        "rollout/refilled_groups": (float(step.num_refills), share),
-        "rollout/dropped_groups": (float(len(step.dropped)), share),
-        "rollout/dropped_prompts": (float(step.num_dropped_prompts), 1.0),
-        "rollout/untrained": (float(num_kept_rollouts - step.num_trained), share),
-        "rollout/zero_advantage": (float(step.num_zero_advantage), share),
-        "rollout/stale": (float(step.num_stale), share),
+        "rollout/zero_variance_groups": (float(sum(not group.has_spread for group in sampled.groups)), share),
+        "rollout/refilled_groups": (float(sampled.num_refills), share),
+        "rollout/dropped_groups": (float(len(sampled.dropped)), share),
+        "rollout/dropped_prompts": (float(counts.num_dropped_prompts), 1.0),
+        "rollout/untrained": (float(num_kept_rollouts - counts.num_trained), share),
+        "rollout/zero_advantage": (float(counts.num_zero_advantage), share),
+        "rollout/stale": (float(counts.num_stale), share),
         "rollout/staleness": _staleness(rollouts),
         "perf/rollout_tokens_per_s": (
             float(sum(rollout.num_sampled_tokens for rollout in rollouts)),
-            step.seconds / world_size,
+            sampled.seconds / world_size,
         ),
     }
-    if step.kl is not None:
-        found["train/kl"] = step.kl
+    if counts.kl is not None:
+        found["train/kl"] = counts.kl
     return found
 
 

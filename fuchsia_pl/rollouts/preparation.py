@@ -5,13 +5,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.base import Environment, reward_name
 from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason, user_code
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.calls import EnvironmentStepError
 from fuchsia_pl.rollouts.collector import Collector
+from fuchsia_pl.rollouts.credit import OVERLONG
 from fuchsia_pl.types import ConfigError, Item
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,18 @@ def check_shares(batch_size: int, num_ranks: int) -> None:
     if batch_size % num_ranks:
         raise ConfigError(
             f"data.batch_size={batch_size} is no multiple of the {num_ranks} ranks, which each sample their share of the items"
+        )
+
+
+def check_reward_names(environment: Environment) -> None:
+    """Refuses a reward function with the name of the overlong penalty, which is listed beside the rewards.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if OVERLONG in [reward_name(function) for function in environment.reward_functions]:
+        raise ConfigError(
+            f"{type(environment).__name__} has a reward function {OVERLONG!r}: the name is taken, rename the function"
         )
 
 

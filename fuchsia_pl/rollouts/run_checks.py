@@ -1,11 +1,14 @@
-"""What the data module knows of the module and of the callbacks beside it."""
+"""Interfaces of the module and the callbacks that the data module uses, checks of a run, and the engine's settings."""
 
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch, TrainerSignals
-from fuchsia_pl.types import ConfigError
+from fuchsia_pl.engines.base import EngineSpec, engine_log
+from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.types import ConfigError, ServedModel
 
 
 class SignalSource(Protocol):
@@ -66,3 +69,29 @@ def check_run_setup(trainer: Trainer) -> bool:
         if isinstance(part, RunChecker):
             part.check_run(trainer)
     return any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, SharesDevice))
+
+
+def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, seed: int, sleeps: bool) -> EngineSpec:
+    """Settings with which this rank's engine starts.
+
+    Args:
+        trainer: Lightning's.
+        model: The model.
+        sampling: Settings of sampling.
+        seed: The run's seed.
+        sleeps: Whether a callback puts the engine to sleep.
+    """
+    return EngineSpec(
+        model,
+        sampling.max_length,
+        seed,
+        Path(trainer.default_root_dir) / engine_log(trainer.global_rank),
+        trainer.world_size,
+        trainer.global_rank,
+        trainer.local_rank,
+        trainer.num_devices,
+        trainer.strategy.root_device.index,
+        loads_in_flight=sampling.in_flight == "continue",
+        sleeps=sleeps,
+        max_restarts=sampling.engine_restarts,
+    )

@@ -27,8 +27,9 @@ from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.types import ConfigError, Rollout
-from tests.doubles import TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
+from tests.doubles import Spread, TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
 from tests.small_disk import FILLER, fill, mounted
 
 EXPECTED_METRICS = {
@@ -220,7 +221,7 @@ def test_tokens_per_second_are_those_of_all_ranks(tiny_model, tmp_path, monkeypa
         module, timer = make_module(tiny_model), StepTimer()
         data = make_data(module)
         trainer = make_trainer(tmp_path, timer, sync=AdapterSync(tolerance=100.0), max_steps=1)
-        monkeypatch.setattr(data, "_add_up", lambda values: values)
+        monkeypatch.setattr(Ranks, "add_up", lambda self, values: values)
         trainer.fit(module, datamodule=data)
         found.append(float(trainer.callback_metrics["perf/train_tokens_per_s"]))
     assert found[1] == 2 * found[0] > 0
@@ -315,3 +316,24 @@ def test_items_that_json_or_utf8_cannot_hold_end_no_run_and_every_line_stays_jso
     assert len(lines) == 20
     assert {line["item_index"] % 2 for line in lines} == {0, 1}
     assert all(line["item"] == expected[line["item_index"]] for line in lines)
+
+
+def test_facts_of_a_step_are_logged_once_whatever_the_number_of_micro_batches(tiny_model, tmp_path):
+    """Of five items, those with an odd number have no spread: their rows are no part of any micro-batch."""
+    shown = []
+    for number in (1, 2):
+        root, module = tmp_path / str(number), make_module(tiny_model)
+        report = ConsoleReport(every_n_steps=1)
+        report.console = Console(file=io.StringIO(), width=200)
+        trainer = make_trainer(
+            root, RolloutLog(), report, max_steps=1, accumulate_grad_batches=number, enable_progress_bar=True
+        )
+        trainer.fit(module, datamodule=make_data(module, environment=Spread()))
+        lines = [json.loads(line) for line in (root / "rollouts.jsonl").read_text().splitlines()]
+        rows = sorted((line["item_index"], line["sibling"], line["advantage"]) for line in lines)
+        shown.append((rows, report.console.file.getvalue().count("sibling ")))
+    assert shown[0] == shown[1]
+    rows, num_panels = shown[0]
+    assert len(rows) == len({row[:2] for row in rows}) == 5 * 4
+    assert sum(row[2] == 0.0 for row in rows) > 0
+    assert num_panels == 1

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fuchsia_pl.batch import TrainerSignals
+from fuchsia_pl.batch import StepInfo, TrainerSignals
 from fuchsia_pl.objectives.config import CriticSettings, LossConfig
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_by_rollout
@@ -194,7 +194,7 @@ def test_the_trainers_scores_are_taken_apart_by_rollout():
     group = pair()
     config = LossConfig("dr_grpo")
     samples = make_samples(config, make_groups([group]), {}, {}, lambda values: values)
-    batches = make_batches(split_balanced(samples, 1), count_denominators(samples, 8), 0, {})
+    batches = make_batches(split_balanced(samples, 1), StepInfo(0, count_denominators(samples, 8), 0))
     # rows are ordered by length: row 0 is the rollout of two tokens
     kl = torch.tensor([[0.1, 0.2], [0.3, 9.0]])
     found = signals_by_rollout(batches, [TrainerSignals(kl, None)])
