@@ -111,7 +111,7 @@ class RolloutDataModule(LightningDataModule):
         self._limits = take_limits(trainer, stage, self.steps_per_epoch, num_updates, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
         self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
-        with preparation.told_as_config_error(f"{type(self.environment).__name__}.prepare"):
+        with preparation.as_config_error(f"{type(self.environment).__name__}.prepare"):
             self._run(self._collector.prepare())
         call_apart(self._check_prompts)
         self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps))

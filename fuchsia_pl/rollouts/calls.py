@@ -1,4 +1,4 @@
-"""Calls of an environment's own methods: whatever they raise is an error with their name in it."""
+"""Calls of an environment's methods. Their errors are raised again with the name of the method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +13,17 @@ from fuchsia_pl.types import Rollout
 
 
 class EnvironmentStepError(RuntimeError):
-    """One of an environment's methods raised or hung, or `step_rollout` neither answered nor ended the interaction."""
+    """An environment's method raised or timed out, or `step_rollout` neither responded nor finished the rollout."""
 
 
 async def prepare(environment: Environment) -> None:
-    """Calls `prepare`. Its plain errors pass: they have a meaning for the start of a run.
+    """Calls `prepare`. An `Exception` from it is not wrapped, because it describes why the run cannot start.
 
     Raises:
-        EnvironmentStepError: It raised what is no plain error, or took longer than `prepare_timeout_s`.
+        EnvironmentStepError: It raised another `BaseException`, or took longer than `prepare_timeout_s`.
     """
     where, timeout_s = f"{type(environment).__name__}.prepare", environment.prepare_timeout_s
-    # A plain TimeoutError of its own arrives as a StrayError.
+    # A TimeoutError raised by the method itself arrives as a StrayError.
     try:
         await await_bounded(environment.prepare(), where, timeout_s)
     except TimeoutError as error:
@@ -33,14 +33,14 @@ async def prepare(environment: Environment) -> None:
 
 
 async def close(environment: Environment, timeout_s: float) -> None:
-    """Calls `close`. Its plain errors pass.
+    """Calls `close`. An `Exception` from it is not wrapped.
 
     Args:
         environment: The environment.
         timeout_s: Bound in seconds.
 
     Raises:
-        EnvironmentStepError: It raised what is no plain error, or took longer.
+        EnvironmentStepError: It raised another `BaseException`, or took longer.
     """
     where = f"{type(environment).__name__}.close"
     try:
@@ -72,18 +72,18 @@ async def end_rollouts(environment: Environment, phases: PhasesAhead[Any] | None
 async def call_method(
     environment: Environment, method: Callable[[Rollout], Any], rollout: Rollout, timeout_s: float
 ) -> None:
-    """Calls a method that takes a rollout.
+    """Calls a method with a rollout.
 
     Args:
         environment: The environment.
-        method: One of its methods, sync or async.
+        method: A method of the environment, sync or async.
         rollout: The rollout.
         timeout_s: Bound in seconds.
 
     Raises:
-        EnvironmentStepError: It raised or took longer. The item is named.
+        EnvironmentStepError: It raised or took longer. The message names the item.
         ToolServerError: A tool server cannot be started again.
-        LeftThreadsError: User code leaves threads behind without end.
+        LeftThreadsError: User code leaves too many threads behind.
     """
     where = f"{type(environment).__name__}.{method.__name__} on item {rollout.item_index}"
     try:
@@ -92,5 +92,5 @@ async def call_method(
         raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s") from error
     except (ToolServerError, LeftThreadsError):
         raise
-    except Exception as error:  # whatever an environment raises is passed on with its item
+    except Exception as error:  # user code may raise anything
         raise EnvironmentStepError(f"{where} raised {reason(error)}") from error

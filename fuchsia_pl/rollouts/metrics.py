@@ -1,6 +1,6 @@
-"""Figures of a step's rollouts. README lists each with its formula.
+"""Metrics of a phase's rollouts. README lists each with its formula.
 
-A figure is kept as numerator and denominator, so that over ranks with different numbers of rollouts it is the mean over all.
+A metric is stored as numerator and denominator. So its value over ranks with different numbers of rollouts is the mean over all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,10 +44,10 @@ class PhaseCounts:
 
 
 def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
-    """Of the total, of each reward by name, of being right, of lengths, of how rollouts ended, and of what was counted.
+    """Metrics of rewards, accuracy, lengths, ends of rollouts, and counters.
 
     Raises:
-        ValueError: A rollout counts under a name that the environment does not declare: ranks must agree on the names.
+        ValueError: A rollout has a counter that the environment does not declare. Ranks need the same names.
     """
     number, kind = float(len(rollouts)), type(environment).__name__
     with user_code(f"{kind}.is_correct"):
@@ -70,7 +70,7 @@ def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, worl
 
 
 def _counts(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
-    """What was counted, added up over ranks, and the share of the rollouts that called a tool."""
+    """Counters, summed over ranks, and the share of the rollouts that called a tool."""
     with user_code(f"{type(environment).__name__}.counter_names"):
         names = [REWARD_ERRORS, *environment.counter_names()]
     undeclared = sorted({name for rollout in rollouts for name in rollout.counts} - set(names))
@@ -113,17 +113,17 @@ def step_fractions(counts: PhaseCounts, environment: Environment, world_size: in
 
 
 def _staleness(rollouts: Sequence[Rollout]) -> tuple[float, float]:
-    """Steps from the weights that sampled a token to those that were to be trained with it, and number of tokens."""
+    """Optimizer steps between the weights that sampled a token and the step it is for, summed over tokens; number of tokens."""
     lags = [r.step - version for r in rollouts if r.step is not None for version in r.policy_versions if version >= 0]
     return float(sum(lags)), float(len(lags))
 
 
 def over_ranks(fractions: Mapping[str, tuple[float, float]], add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """The figures themselves; one without anything to be a mean of is NaN.
+    """Values of metrics over all ranks. A metric with the denominator 0 is NaN.
 
     Args:
-        fractions: This rank's.
-        add_up: Adds a tensor up over all ranks.
+        fractions: Numerators and denominators of this rank.
+        add_up: Sums a tensor over all ranks.
 
     >>> over_ranks({"reward/mean": (3.0, 4), "reward/judge": (0.0, 0)}, add_up=lambda values: values)
     {'reward/mean': 0.75, 'reward/judge': nan}

@@ -12,34 +12,34 @@ from fuchsia_pl.types import ConfigError, ServedModel
 
 
 class SignalSource(Protocol):
-    """What the data module knows of the module: it computes of rollouts what only the model can."""
+    """Interface of the module: quantities that require the model."""
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether what siblings have in common is computed once."""
+        """Whether the common prefix of siblings is computed once."""
 
     @property
     def max_tokens_per_micro_batch(self) -> int | None:
-        """The budget that decides the number of micro-batches, if there is one."""
+        """Budget of tokens that sets the number of micro-batches, None without one."""
 
     def trainer_signals(self, batches: list[Batch]) -> list[TrainerSignals]:
-        """KL and values of the tokens of some micro-batches."""
+        """KL and critic values of the tokens of micro-batches."""
 
 
 @runtime_checkable
 class SharesDevice(Protocol):
-    """A callback that lets engine and trainer take turns on one device."""
+    """A callback with which engine and trainer alternate on one device."""
 
     def engine_sleeps(self, trainer: Trainer) -> bool:
-        """Whether the engine will be asked to sleep; refuses what that does not work with."""
+        """Whether the engine will sleep. Raises ConfigError for settings that do not allow it."""
 
 
 @runtime_checkable
 class Syncer(Protocol):
-    """A callback that gives the engine the trained weights."""
+    """A callback that loads the trained weights into the engine."""
 
     def sync(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        """Loads the current weights into the engine unless it has them; returns the seconds that took."""
+        """Loads the current weights into the engine unless it has them; returns the duration in seconds."""
 
 
 @runtime_checkable
@@ -47,17 +47,17 @@ class RunChecker(Protocol):
     """A module or a callback with requirements on the rest of a run."""
 
     def check_run(self, trainer: Trainer) -> None:
-        """Refuses, before the engine starts, a run that it does not work with."""
+        """Raises ConfigError, before the engine starts, if the run does not meet the requirements."""
 
 
 def check_run_setup(trainer: Trainer) -> bool:
-    """Lets the module and every callback check the run, before the engine starts.
+    """Calls the checks of the module and of every callback, before the engine starts.
 
     Returns:
-        Whether the engine will be asked to sleep.
+        Whether the engine will sleep.
 
     Raises:
-        ConfigError: No callback syncs the engine, or one refuses the run.
+        ConfigError: No callback syncs the engine, or a check failed.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, Syncer) for callback in callbacks):
