@@ -98,8 +98,8 @@ class Chat:
         Raises:
             ConfigError: The template cannot render it, or leaves the text of a message out.
         """
-        asked, told = self._as_text(messages, tools)
-        text = self._prompt_text(asked, told, convention)
+        spelled, spelled_tools = self._as_text(messages, tools)
+        text = self._prompt_text(spelled, spelled_tools, convention)
         self._check_shown(self._spelling.joined(text), messages)
         return [*self._beginning, *self._spelling.encode(text)]
 
@@ -120,9 +120,11 @@ class Chat:
         Raises:
             ConfigError: The template cannot render the exchange, or the policy's turn is not in it exactly once.
         """
-        asked, told = self._as_text(messages, tools)
-        answers, _ = self._as_text(responses, ())
-        ids = self._spelling.encode(after_turn(self.template, self.template.fitted(asked), answers, told))
+        spelled, spelled_tools = self._as_text(messages, tools)
+        spelled_responses, _ = self._as_text(responses, ())
+        ids = self._spelling.encode(
+            after_turn(self.template, self.template.fitted(spelled), spelled_responses, spelled_tools)
+        )
         if last_id not in self.stop_token_ids:
             return ids
         endings = self._turn_endings

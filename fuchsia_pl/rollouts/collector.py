@@ -141,7 +141,7 @@ class Collector:
         found = {}
         for index in range(len(items)):
             try:
-                found[index] = len(self._render(items, index, f"{split} ")[1])
+                found[index] = len(self._render(items[index], place_of(items, index), f"{split} ")[1])
             except PromptTooLongError:
                 if self.config.long_prompts == "refuse":
                     raise
@@ -158,12 +158,13 @@ class Collector:
             PromptTooLongError: It leaves no room for a completion of the configured length.
             ConfigError: The item has no prompt, or the template cannot render it.
         """
-        messages, ids = self._render(items, index, "")
-        return Prompt(items[index], index, tuple(messages), tuple(ids), self.chat.raw_text(ids))
+        item = items[index]
+        messages, ids = self._render(item, place_of(items, index))
+        return Prompt(item, index, tuple(messages), tuple(ids), self.chat.raw_text(ids))
 
-    def _render(self, items: Sequence[Item], index: int, split: str) -> tuple[list[Message], list[int]]:
-        """Messages and token ids of an item's prompt. `split` precedes the item's position in error messages."""
-        environment, item, where = self.environment, items[index], f"{split}{place_of(items, index)}"
+    def _render(self, item: Item, place: str, split: str = "") -> tuple[list[Message], list[int]]:
+        """Messages and token ids of an item's prompt. Error messages contain `place`, most of them after `split`."""
+        environment, where = self.environment, f"{split}{place}"
         messages = self._messages(item, where)
         try:
             ids = self.chat.render(messages, environment.tools, environment.tool_convention)
@@ -172,7 +173,7 @@ class Collector:
         room = self.config.max_length - self.config.max_completion_tokens
         if len(ids) > room:
             raise PromptTooLongError(
-                f"the prompt of {place_of(items, index)} has {len(ids)} tokens, and "
+                f"the prompt of {place} has {len(ids)} tokens, and "
                 f"data.sampling.max_length={self.config.max_length} leaves {room} beside "
                 f"max_completion_tokens={self.config.max_completion_tokens}: raise max_length, lower "
                 'max_completion_tokens, or set data.sampling.long_prompts to "drop"'
@@ -211,7 +212,7 @@ class Collector:
 
     async def _converse(self, draw: Draw, rollout: Rollout) -> None:
         """Samples turns until the environment ends the interaction, or tokens or turns run out."""
-        environment, asked = self.environment, list(rollout.messages)
+        environment, prompt = self.environment, list(rollout.messages)
         for turn in range(environment.max_steps):
             room = min(
                 self.config.max_completion_tokens - rollout.num_sampled_tokens,
@@ -230,7 +231,7 @@ class Collector:
                 return
             if turn + 1 < environment.max_steps:
                 last_id = ids[-1] if ids else None
-                rollout.append_environment(self.chat.bridge(asked, responses, last_id, self._template_tools))
+                rollout.append_environment(self.chat.bridge(prompt, responses, last_id, self._template_tools))
         rollout.finish(RolloutStatus.TRUNCATED)
 
     async def _generate(

@@ -95,16 +95,16 @@ def native_convention(render: Render, tools: Sequence[ToolSpec]) -> ToolConventi
     }
     answer = {"role": "tool", "content": TURN}
     try:
-        told, untold = render([QUESTION], True, tools), render([QUESTION], True, ())
+        with_tools, without_tools = render([QUESTION], True, tools), render([QUESTION], True, ())
         shown = render([QUESTION, call], False, tools)
         plain = render([QUESTION, {"role": "assistant", "content": TURN}], False, tools)
         answered = render([QUESTION, {"role": "assistant", "content": "b"}, answer], True, tools)
     except TEMPLATE_ERRORS:
         return None
-    if told == untold or not all(tool.name in told for tool in tools) or TURN not in answered:
+    if with_tools == without_tools or not all(tool.name in with_tools for tool in tools) or TURN not in answered:
         return None
     end_of_turn = plain.partition(TURN)[2]
-    return _around_the_call(shown.removeprefix(told).removesuffix(end_of_turn), tools[0].name)
+    return _around_the_call(shown.removeprefix(with_tools).removesuffix(end_of_turn), tools[0].name)
 
 
 def _around_the_call(turn: str, name: str) -> ToolConvention | None:

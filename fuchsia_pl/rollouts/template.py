@@ -75,11 +75,11 @@ class Template:
 
     def fitted(self, messages: list[Message]) -> list[Message]:
         """Messages. If the template has no system role, its text is moved to the start of the first user message."""
-        asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
-        if not messages or messages[0]["role"] != "system" or asked is None or self._shows_system:
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        if not messages or messages[0]["role"] != "system" or first is None or self._shows_system:
             return messages
-        question = {**messages[asked], "content": f"{messages[0]['content']}\n\n{messages[asked]['content']}"}
-        return [*messages[1:asked], question, *messages[asked + 1 :]]
+        question = {**messages[first], "content": f"{messages[0]['content']}\n\n{messages[first]['content']}"}
+        return [*messages[1:first], question, *messages[first + 1 :]]
 
     def check_roles(self, roles: Sequence[str]) -> None:
         """Checks that the template shows the text of every message in a conversation of these roles.
