@@ -32,10 +32,9 @@ class RolloutLog(Callback):
         """Writes the rows of a micro-batch before they are trained, so that those a run stops at can be read too."""
         if batch.step.policy_update > 0:
             return
-        samples, unused = list(batch.samples), ()
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            samples += batch.step.zero_advantage
-            unused = batch.step.unused
+        is_first = batch_idx % trainer.accumulate_grad_batches == 0  # of its step: logs the facts of the step once
+        samples = [*batch.samples, *(batch.step.zero_advantage if is_first else ())]
+        unused = batch.step.unused if is_first else ()
         lines = [rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage) for sample in samples]
         lines += [rollout_line(rollout, trainer.global_step, None) for rollout in unused]
         self._append(trainer, TRAIN_FILE, lines)

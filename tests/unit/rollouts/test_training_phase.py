@@ -81,7 +81,9 @@ def test_a_step_without_advantages_has_a_reason_to_be_skipped():
     batches = phase_batches(make_phase(), [ALIKE])
     assert batches[0].step.skip_reason == "every advantage of the step is 0: the rewards do not differ"
     assert [int(batch.loss_mask.sum()) for batch in batches] == [0, 0]
-    assert phase_batches(make_phase(), [])[0].step.skip_reason.startswith("none of the step's rollouts")
+    failed = RolloutGroup((make_rollout(0, 0, None, 2), make_rollout(0, 1, None, 3)), has_spread=False)
+    (batch,) = phase_batches(make_phase(), [failed], num_micro_batches=1)
+    assert batch.step.skip_reason.startswith("none of the step's rollouts can be trained on")
 
 
 def test_rows_of_weights_that_are_too_old_are_left_out():
