@@ -53,7 +53,7 @@ def test_the_length_of_the_dataset_is_what_keeps_that_order(tiny_model, tmp_path
         fit(tiny_model, tmp_path)
 
 
-def test_a_phase_is_produced_when_its_first_batch_is_asked_for():
+def test_a_phase_is_produced_when_its_first_batch_is_requested():
     produced = []
 
     def produce():
@@ -142,7 +142,7 @@ def test_an_item_without_a_prompt_is_found_before_the_engine_starts(tiny_model, 
     assert not hasattr(engine, "spec")  # never started
 
 
-def test_the_held_out_split_is_looked_at_before_the_engine_starts(tiny_model, tmp_path):
+def test_the_held_out_split_is_checked_before_the_engine_starts(tiny_model, tmp_path):
     class Wordy(TinyEnvironment):
         def validation_items(self):
             return [{"n": 1}, {"n": 10**40}, {"n": 2}]
@@ -253,7 +253,7 @@ def test_rows_that_move_no_weight_do_not_enter_the_forward_but_count_in_the_mean
     assert batch.step.metrics["rollout/zero_advantage"] == 4 * num_left_out
 
 
-def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
+def test_an_empty_held_out_split_is_an_error(tiny_model, tmp_path):
     class Unchecked(TinyEnvironment):
         def validation_items(self):
             return []
@@ -265,7 +265,7 @@ def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
         )
 
 
-def test_what_the_engine_is_told(tiny_model, tmp_path):
+def test_the_engine_starts_with_the_settings_of_the_run(tiny_model, tmp_path):
     module, engine = make_module(tiny_model), TinyEngine()
     data = make_data(module, engine, seed=5, sampling={"max_length": 33})
     make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)

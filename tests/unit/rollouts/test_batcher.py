@@ -31,7 +31,7 @@ def test_an_end_of_turn_id_that_is_the_padding_id_keeps_its_loss():
     assert batch.loss_mask[row].tolist() == [True, True, False]
 
 
-def test_rows_are_split_into_exactly_that_many_parts_balanced_by_tokens():
+def test_rows_are_split_into_exactly_that_many_micro_batches_balanced_by_tokens():
     # lengths 10, 6, 5, 4, 3, 2, one input less each: the rule puts 10 | 6 | 5, then 4 to 5 and 3 to 6; both have their
     # share of the rows then, so that 2 stands beside 10
     samples = [make_sample([1], [5] * (length - 1), 0.0) for length in (3, 10, 5, 2, 6, 4)]
@@ -67,7 +67,7 @@ def test_siblings_stay_together_where_they_share_a_prefix():
     assert [num_computed_tokens(unit, False) for unit in part] == [4 + 5, 2 + 2]
 
 
-def test_groups_are_halved_until_every_part_has_some():
+def test_groups_are_halved_until_every_micro_batch_has_rows():
     group = siblings(0, [1, 2, 3], *([5 + row, 6, 7] for row in range(5)))
     parts = split_balanced(group, 3, shares_prefix=True)
     assert sorted(len(unit) for part in parts for unit in part) == [1, 2, 2]
@@ -76,7 +76,7 @@ def test_groups_are_halved_until_every_part_has_some():
     assert sorted(len(part) for part in single) == [0, 1]
 
 
-def test_a_part_without_rows_becomes_padding_that_trains_nothing():
+def test_a_micro_batch_without_rows_is_padding_and_trains_nothing():
     batches = make_batches(split_balanced([make_sample([P0], [A0], 1.0)], 3), StepInfo(0, denominators(1), 0))
     assert len(batches) == 3
     assert [int(batch.loss_mask.sum()) for batch in batches] == [1, 0, 0]
@@ -89,7 +89,7 @@ def test_denominators_count_sampled_tokens_and_rows_that_have_some():
     assert (counted.num_tokens, counted.num_rows, counted.max_completion_tokens) == (4, 2, 9)
 
 
-def test_what_belongs_to_sampled_tokens_stands_at_their_labels():
+def test_values_of_sampled_tokens_are_at_the_positions_of_their_labels():
     # P0 A0 | environment token 31 | A1: the label positions of A0 and A1 are 0 and 2
     rollout = make_sample([P0], [A0], 0.0).rollout
     rollout._extend([31], [False], [0.0])
