@@ -1,10 +1,10 @@
-"""The tensors that are trained on, and what the model says of them.
+"""The tensors of a micro-batch, the facts of its optimizer step, and what the model computes for them.
 
 Shape letters: B rows of a micro-batch, T label positions.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from fuchsia_pl.types import Rollout, Sample
 
 @dataclass(frozen=True)
 class Denominators:
-    """What a loss is divided by, counted over one optimizer step and all ranks, never over one micro-batch.
+    """Divisors of a loss, counted over one optimizer step and all ranks, never over one micro-batch.
 
     Attributes:
         num_tokens: Tokens that the policy sampled in the step's trainable rows.
         num_rows: Rows with at least one such token.
         max_completion_tokens: The configured bound of a completion's length.
-        num_forward_tokens: Those of the tokens that enter the forward, what metrics are divided by: rows that could not change
-            any weight are left out of it, but not of the loss's mean.
+        num_forward_tokens: Tokens of the rows that enter the forward; the divisor of metrics. Rows that cannot change any weight
+            do not enter the forward, but count in the loss's mean.
 
     >>> Denominators(num_tokens=1500, num_rows=64, max_completion_tokens=32, num_forward_tokens=1400).num_rows
     64
@@ -36,11 +36,11 @@ class Denominators:
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Adjacent rows of a micro-batch that start alike.
+    """Adjacent rows of a micro-batch with a common prefix.
 
     Attributes:
-        num_rows: How many there are.
-        prefix_length: Input positions that they have in common, at least 1; all of them where there is one row.
+        num_rows: Number of rows.
+        prefix_length: Input positions that the rows have in common, at least 1; all positions of a single row.
 
     >>> PrefixGroup(num_rows=8, prefix_length=40).num_rows
     8
@@ -48,6 +48,42 @@ class PrefixGroup:
 
     num_rows: int
     prefix_length: int
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Facts of one optimizer step on one rank. All micro-batches of the step point to the same record.
+
+    Attributes:
+        step: The optimizer step that the rows train, counted from 0.
+        denominators: Divisors of the loss and of the metrics, over all micro-batches and ranks.
+        policy_version: The optimizer step whose weights sampled the rows; the oldest one if several did.
+        max_staleness: Largest allowed difference between `policy_version` and the step of the rows' first update.
+        metrics: Metrics of the step's rollouts, over all ranks.
+        skip_reason: Why the optimizer step is skipped, None if it is not.
+        unused: Rollouts that are not trained on, for logs.
+        zero_advantage: Rows that cannot change any weight and do not enter the forward, for logs.
+        policy_update: Number of earlier optimizer steps with the same rows.
+
+    >>> info = StepInfo(step=7, denominators=Denominators(1500, 64, 32, 1400), policy_version=6, max_staleness=2)
+    >>> second = info.next_update()
+    >>> (second.step, second.policy_update, second.policy_version, second.denominators is info.denominators)
+    (8, 1, 6, True)
+    """
+
+    step: int
+    denominators: Denominators
+    policy_version: int
+    max_staleness: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    skip_reason: str | None = None
+    unused: tuple[Rollout, ...] = ()
+    zero_advantage: tuple[Sample, ...] = ()
+    policy_update: int = 0
+
+    def next_update(self) -> "StepInfo":
+        """Returns the record of the next optimizer step with the same rows."""
+        return replace(self, step=self.step + 1, policy_update=self.policy_update + 1)
 
 
 @dataclass(frozen=True)
@@ -68,25 +104,18 @@ class Batch:
         sampling_logprobs: float32 [B, T].
         advantages: float32 [B, T], 0 where loss_mask is False.
         temperatures: float32 [B], the temperature each row was sampled with.
-        lengths: Input positions of each row that are no padding. Length [B].
-        groups: Which adjacent rows start alike, in order.
-        denominators: Of the whole optimizer step.
-        policy_version: The optimizer step whose weights sampled these rows; where several did, the first of them.
-        samples: What the rows were made of, for logs. A row without a sample is padding.
-        metrics: Figures of the whole step's rollouts, the same in each of its micro-batches.
-        unused: Rollouts of the step that are not trained on, for logs; in its first micro-batch.
-        zero_advantage: Rows of the step that no weight would move by and that the forward leaves out, likewise.
-        old_values: With a critic, its values before the update; float32 [B, T].
-        value_targets: With a critic, what its values should have been; float32 [B, T].
-        policy_update: How many optimizer steps were made with these rows already.
-        skip_reason: Why the optimizer step is to be skipped, None where it is not.
-        max_staleness: Optimizer steps by which `policy_version` may lie behind the weights that are trained.
-        dropout_seed: What its training forward draws from, where anything is dropped out.
+        lengths: Number of input positions of each row without padding. Length [B].
+        groups: Adjacent rows with a common prefix, in order.
+        step: Facts of the optimizer step, shared by all of its micro-batches.
+        samples: Sources of the rows, for logs. A row without a sample is padding.
+        old_values: Critic values before the update, float32 [B, T]; None without a critic.
+        value_targets: Targets of the critic values, float32 [B, T]; None without a critic.
+        dropout_seed: Seed of the training forward's dropout.
 
     >>> zeros = torch.zeros(1, 4)
     >>> batch = Batch(
     ...     zeros.long(), zeros.long(), zeros.bool(), zeros, zeros, zeros[:, 0] + 1,
-    ...     (4,), (PrefixGroup(1, 4),), Denominators(1, 1, 1, 1), policy_version=0, samples=(), metrics={})
+    ...     (4,), (PrefixGroup(1, 4),), StepInfo(0, Denominators(1, 1, 1, 1), policy_version=0), samples=())
     >>> batch.to("cpu").labels.shape
     torch.Size([1, 4])
     """
@@ -99,17 +128,10 @@ class Batch:
     temperatures: Tensor
     lengths: tuple[int, ...]
     groups: tuple[PrefixGroup, ...]
-    denominators: Denominators
-    policy_version: int
+    step: StepInfo
     samples: tuple[Sample, ...]
-    metrics: Mapping[str, float]
-    unused: tuple[Rollout, ...] = ()
-    zero_advantage: tuple[Sample, ...] = ()
     old_values: Tensor | None = None
     value_targets: Tensor | None = None
-    policy_update: int = 0
-    skip_reason: str | None = None
-    max_staleness: int = 0
     dropout_seed: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -124,12 +146,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What the policy says of the tokens of a batch, all [B, T] and meaningless where `loss_mask` is False.
+    """Policy output for the tokens of a batch. Shapes [B, T]; undefined where `loss_mask` is False.
 
     Attributes:
-        logprobs: Of the labels, at the temperature they were sampled with.
-        entropies: Of the distributions they were drawn from, in nats.
-        values: The critic's, None without one.
+        logprobs: Log-probabilities of the labels at the sampling temperature.
+        entropies: Entropies of the distributions that the labels were sampled from, in nats.
+        values: Critic values, None without a critic.
 
     >>> PolicyOutput(torch.zeros(1, 2), torch.zeros(1, 2), None).logprobs.shape
     torch.Size([1, 2])
@@ -142,11 +164,11 @@ class PolicyOutput:
 
 @dataclass(frozen=True)
 class TrainerSignals:
-    """What the trainer says of the tokens of a batch before there are advantages, [B, T].
+    """KL and critic values that the trainer computes before the advantages. Shapes [B, T].
 
     Attributes:
-        kl: An estimate of KL(policy || reference) per token, None where the reward does not need it.
-        values: The critic's, None without one.
+        kl: Estimate of KL(policy || reference) per token, None if the reward does not contain it.
+        values: Critic values, None without a critic.
 
     >>> TrainerSignals(None, torch.zeros(1, 2)).values.shape
     torch.Size([1, 2])

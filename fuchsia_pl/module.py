@@ -214,10 +214,11 @@ class GRPOModule(LightningModule):
         Raises:
             StaleBatchError: The batch was sampled with weights that are too old.
         """
-        if not 0 <= self.global_step - batch.policy_update - batch.policy_version <= batch.max_staleness:
+        info = batch.step
+        if not 0 <= self.global_step - info.policy_update - info.policy_version <= info.max_staleness:
             raise StaleBatchError(
-                f"step {self.global_step} received rollouts of policy version {batch.policy_version} for update "
-                f"{batch.policy_update} of their phase, and the largest allowed lag is {batch.max_staleness} steps: the data "
+                f"step {self.global_step} received rollouts of policy version {info.policy_version} for update "
+                f"{info.policy_update} of their phase, and the largest allowed lag is {info.max_staleness} steps: the data "
                 "loader sampled before the sync, or the engine was not synced"
             )
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
@@ -225,19 +226,19 @@ class GRPOModule(LightningModule):
         self.ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
         with self._own_randomness(batch.dropout_seed):
             policy_output = self._policy.output(batch)
-        if batch.policy_update == 0:
+        if info.policy_update == 0:
             # The engine samples without dropout, so the logprobs compared with its own must have none.
             evaluated = self._policy.evaluated_output(batch) if self._policy.has_dropout else policy_output
             self.trainer_logprobs = [*self.trainer_logprobs[:micro_batch], evaluated.logprobs.detach()]
         trainer_logprobs = self.trainer_logprobs[micro_batch]
         # At the first update both logprobs come from one forward: the ratio is exactly 1, and dropout clips no token.
-        old_logprobs = policy_output.logprobs.detach() if batch.policy_update == 0 else trainer_logprobs
+        old_logprobs = policy_output.logprobs.detach() if info.policy_update == 0 else trainer_logprobs
         output = policy_loss(self.loss_config, batch, policy_output, old_logprobs, trainer_logprobs, self.ref_logprobs)
         gap = logprob_gap(batch, trainer_logprobs)
         for name, value in {**output.metrics, "train/logprob_gap": gap}.items():
             combine = torch.maximum if name.endswith("_max") else torch.add
             self.step_metrics[name] = combine(self.step_metrics.get(name, torch.zeros_like(value)), value)
-        self.rollout_metrics, self.skip_reason = batch.metrics, batch.skip_reason
+        self.rollout_metrics, self.skip_reason = info.metrics, info.skip_reason
         # The loss is already divided by the counts of the whole step. Lightning divides again by the number of
         # micro-batches, and DDP and FSDP divide by the number of ranks.
         return output.loss * (self.trainer.accumulate_grad_batches * self.num_ranks)

@@ -1,4 +1,4 @@
-"""The nouns of a run, in the order in which data passes through them.
+"""Data types of a run, in the order of the data flow.
 
 item -> Prompt -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch (`batch.py`)
 
@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 Item = Mapping[str, Any]
 Message = dict[str, str]
-# As a chat template: messages are text, joined by blank lines. For models that have no template.
+# Value of a chat template for models without one: message texts are joined by blank lines.
 PLAIN_TEXT = "none"
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work: what is wrong, the value got, what is allowed, what to do. The command prints it alone."""
+    """An invalid setting. The message states the problem, the value, the allowed values, and the remedy, without a traceback."""
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text, or its two ends where it is longer than `limit` characters.
+    """Returns a text, or only its two ends if it has more than `limit` characters.
 
     >>> shortened("abcdefghij", 4)
     'ab… (6 characters left out) …ij'
@@ -36,10 +36,10 @@ def shortened(text: str, limit: int) -> str:
 
 
 class RolloutStatus(StrEnum):
-    """How a rollout ended. A wrong answer is COMPLETED: only its reward says that it is wrong.
+    """End of a rollout. A rollout with a wrong answer is COMPLETED; its reward shows that the answer is wrong.
 
-    TRUNCATED ran out of tokens or turns. The last two depend on nothing the policy did and are not scored: TOOL_ERROR lost the
-    server of its tools, ENV_ERROR met an error in the environment's code.
+    TRUNCATED means that tokens or turns ran out. TOOL_ERROR (the tool server was lost) and ENV_ERROR (the environment's code
+    raised an error) do not depend on the policy, and such rollouts are not scored.
     """
 
     COMPLETED = "completed"
@@ -50,14 +50,14 @@ class RolloutStatus(StrEnum):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What trainer and engine must agree on before either starts.
+    """Model settings that trainer and engine share.
 
     Attributes:
-        name: The model as the config names it.
-        dtype: Name of the floating-point type of the weights that are sampled from.
-        lora_rank: Rank of the adapter, 0 where all weights are trained.
-        resolve: Finds the folder of a name. It may download or convert, so it is called when the folder is first needed.
-        chat_template: The text of a chat template in place of the tokenizer's own, or "none".
+        name: Model name in the config.
+        dtype: Floating-point type of the engine's weights.
+        lora_rank: Rank of the adapter, 0 if all weights are trained.
+        resolve: Returns the folder of a model name. It may download or convert the model, so it is called only when needed.
+        chat_template: Text of a chat template that replaces the tokenizer's, or "none".
 
     >>> ServedModel("smollm2", dtype="bfloat16", lora_rank=16, resolve=lambda name: Path("/models") / name).folder
     '/models/smollm2'
@@ -71,39 +71,58 @@ class ServedModel:
 
     @cached_property
     def folder(self) -> str:
-        """The model folder that both load."""
+        """The model folder that trainer and engine load."""
         return str(self.resolve(self.name))
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an item asks, made once per item and phase.
+    """The conversation of an item before the policy's first turn. It is made once per item and phase; all siblings use it.
 
     Attributes:
         item: The dataset row.
+        index: Position of the row in its split.
         messages: The conversation that the policy continues.
-        token_ids: Its ids, up to and including the header of the policy's turn.
+        token_ids: Token ids of the conversation, up to and including the header of the policy's turn.
+        text: Text of `token_ids`, special tokens included.
 
-    >>> Prompt({"a": 3, "b": 4}, ({"role": "user", "content": "3 plus 4?"},), (11, 12)).messages[0]["content"]
-    '3 plus 4?'
+    >>> prompt = Prompt({"a": 3, "b": 4}, 0, ({"role": "user", "content": "3 plus 4?"},), (11, 12), "user: 3 plus 4?")
+    >>> rollout = prompt.rollout(sibling=1, temperature=0.7, step=5)
+    >>> rollout.token_ids, rollout.prompt, rollout.messages[0] is prompt.messages[0]
+    ([11, 12], 'user: 3 plus 4?', False)
     """
 
     item: Item
+    index: int
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
+    text: str
+
+    def rollout(self, sibling: int, temperature: float, step: int | None) -> "Rollout":
+        """Starts a rollout. Its messages are copies, so that user code cannot change those of a sibling.
+
+        Args:
+            sibling: Position in its group.
+            temperature: Sampling temperature.
+            step: The optimizer step it is sampled for, None on a held-out split.
+        """
+        messages = [dict(message) for message in self.messages]
+        rollout = Rollout(self.item, self.index, sibling, temperature, self.text, step, messages)
+        rollout.start(list(self.token_ids))
+        return rollout
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine returned for one turn.
+    """Engine output for one turn.
 
     Attributes:
         token_ids: The sampled ids, the end-of-turn token included. Length [L].
-        logprobs: Natural log of the probability with which each id was sampled, at the sampling temperature. Length [L].
-        finish_reason: "stop" where the model or a stop string ended it, "length" where `max_tokens` did.
-        stop_reason: The stop string or the id that ended it, None for the model's own end-of-turn token.
-        policy_version: The optimizer step whose weights sampled it.
-        earlier_versions: Where new weights came in between, those whose weights sampled its first tokens, one per token.
+        logprobs: Log-probabilities of the sampled ids at the sampling temperature. Length [L].
+        finish_reason: "stop" if the model or a stop string ended the turn, "length" if `max_tokens` did.
+        stop_reason: The stop string or the id that ended the turn, None for the model's own end-of-turn token.
+        policy_version: The optimizer step whose weights sampled the last tokens.
+        earlier_versions: If weights changed during the turn: policy versions of its first tokens, one per token.
 
     >>> completion = Completion((7, 52, 2), (-0.3, -0.1, -0.02), "stop", None, policy_version=3, earlier_versions=(2,))
     >>> completion.policy_versions
@@ -124,7 +143,7 @@ class Completion:
         return (*self.earlier_versions, *(self.policy_version for _ in range(later)))
 
     def followed_by(self, rest: "Completion") -> "Completion":
-        """This and what was sampled behind it, as one.
+        """Joins this completion and its continuation.
 
         >>> first = Completion((7,), (-0.3,), "stop", "</a>", policy_version=2)
         >>> first.followed_by(Completion((52, 2), (-0.1, -0.02), "stop", None, policy_version=3)).policy_versions
@@ -143,14 +162,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the policy wrote before the environment answered.
+    """One turn: text that the policy wrote without interruption by the environment.
 
     Attributes:
         completion: The sampled ids.
-        text: Their text without special tokens, for people and reward functions.
-        raw_text: Their text with special tokens but without the end of the turn: some models mark tool calls with such tokens.
-        answer: `text` without the thinking. Rewards read this.
-        raw_answer: `raw_text` without the thinking; calls stand in it as they were written. Tool calls are read from this.
+        text: Text without special tokens, for people and reward functions.
+        raw_text: Text with special tokens but without the end of the turn. Some models mark tool calls with special tokens.
+        answer: `text` without the thinking. Reward functions read it.
+        raw_answer: `raw_text` without the thinking. Tool calls are read from it.
 
     >>> Turn(Completion((52, 2), (-0.1, -0.02), "stop", None, 3), "<think>3+4</think>7", "<think>3+4</think>7", "7", "7").answer
     '7'
@@ -165,11 +184,11 @@ class Turn:
 
 @dataclass
 class Rollout:
-    """One whole interaction. It grows while it is sampled and is left alone once it has a status.
+    """One whole interaction. It grows during sampling and does not change after it has a status.
 
-    The ids are the truth; the texts are for people and reward functions. Prompt tokens P, sampled tokens A and B, and the
-    environment's tokens E (the end of the policy's turn where it wrote none, the response, the header of the next turn) line up
-    like this, and the three lists always have one length [L]:
+    Training uses the ids; the texts are for people and reward functions. P are prompt tokens, A and B sampled tokens. E are the
+    environment's tokens: the end of the policy's turn if the policy did not write it, the response, and the header of the next
+    turn. The three lists always have the same length [L]:
 
         token_ids           P0    P1    A0    A1    E0    E1    E2    B0
         loss_mask           False False True  True  False False False True      (True: the policy sampled this token)
@@ -179,16 +198,16 @@ class Rollout:
         item: The dataset row.
         item_index: Position of the row in its split.
         sibling: Position in its group, 0 to G-1.
-        temperature: Temperature with which every token of it was sampled.
+        temperature: Sampling temperature of all tokens.
         prompt: Text of the prompt, special tokens included.
         step: The optimizer step it is sampled for, None on a held-out split.
         messages: The conversation so far, `{"role": …, "content": …}`.
-        turns: What the policy wrote, turn by turn.
-        state: Free for the environment's own notes.
-        counts: What happened to it, by the names that the environment counts.
+        turns: The policy's turns, in order.
+        state: Storage for the environment.
+        counts: Counters by name; the environment declares the names.
         status: How it ended, None while it runs.
-        rewards: Value of each reward function by name, None where it did not score.
-        reward: The weighted sum of those that did, None where nothing is learned from it.
+        rewards: Value of each reward function by name, None if the function did not score this rollout.
+        reward: Weighted sum of the rewards, None if the rollout is not scored.
 
     >>> rollout = Rollout({"a": 3, "b": 4}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
     >>> rollout.start([11, 12])
@@ -221,12 +240,12 @@ class Rollout:
 
     @property
     def completion(self) -> str:
-        """Everything the policy wrote, without special tokens and without what the environment answered."""
+        """Text of all of the policy's turns, without special tokens and without the environment's responses."""
         return "".join(turn.text for turn in self.turns)
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Number of tokens before the first that the policy sampled."""
+        """Number of tokens before the first sampled token."""
         return self.loss_mask.index(True) if True in self.loss_mask else len(self.token_ids)
 
     @property
@@ -236,7 +255,7 @@ class Rollout:
 
     @property
     def policy_version(self) -> int:
-        """The oldest policy version among its turns, -1 before the first."""
+        """The oldest policy version among its turns, -1 before the first turn."""
         completions = [turn.completion for turn in self.turns]
         return min((min((*c.earlier_versions, c.policy_version)) for c in completions), default=-1)
 
@@ -247,16 +266,16 @@ class Rollout:
         return [next(sampled) if kept else -1 for kept in self.loss_mask]
 
     def respond(self, text: str, role: str = "user") -> None:
-        """Answers the newest turn; the policy goes on after it. One turn may have several answers.
+        """Adds a response to the newest turn; the policy continues after it. A turn may have several responses.
 
         Args:
-            text: The answer. No special token in it counts as one, and half a surrogate pair becomes a question mark. Of one
-                longer than the environment's `max_response_chars` the middle is left out.
-            role: Whose message it is in the chat template, "user" or "tool".
+            text: The response. Names of special tokens in it are plain text, and half a surrogate pair becomes a question mark.
+                The middle of a text with more than `max_response_chars` characters is left out.
+            role: Role of the message in the chat template, "user" or "tool".
 
         Raises:
-            RuntimeError: There is no turn to answer, or the rollout has ended.
-            TypeError: The text is no string.
+            RuntimeError: There is no turn, or the rollout has ended.
+            TypeError: The text is not a string.
         """
         if not self.turns or self.status is not None:
             what = "has ended" if self.status is not None else "has no turn yet"
@@ -270,12 +289,12 @@ class Rollout:
         self.status = status
 
     def start(self, prompt_ids: list[int]) -> None:
-        """Sets the prompt's ids, none of which is trained on."""
+        """Sets the prompt's ids, which are not trained on."""
         assert not self.token_ids, "a rollout is started once"
         self.append_environment(prompt_ids)
 
     def append(self, turn: Turn) -> None:
-        """Adds what the engine sampled in one turn."""
+        """Adds a sampled turn."""
         completion = turn.completion
         self.turns.append(turn)
         self.messages.append({"role": "assistant", "content": turn.text})
@@ -286,10 +305,10 @@ class Rollout:
         self._extend(token_ids, [False] * len(token_ids), [0.0] * len(token_ids))
 
     def take_responses(self, max_chars: int) -> list[Message]:
-        """Moves the answers to the newest turn into `messages` and returns them.
+        """Moves the responses to the newest turn into `messages` and returns them.
 
         Args:
-            max_chars: The middle of a longer answer is left out, and a note in its place gives the number of its characters.
+            max_chars: Largest length of a response. A note with the number of omitted characters replaces the middle.
         """
         taken = [{**message, "content": shortened(message["content"], max_chars)} for message in self._responses]
         self._responses = []
@@ -309,7 +328,7 @@ class RolloutGroup:
 
     Attributes:
         rollouts: The siblings, in order. Length [G].
-        has_spread: Whether the siblings' rewards differ, so that they can be compared.
+        has_spread: Whether the siblings' rewards differ.
 
     >>> RolloutGroup(rollouts=(), has_spread=False).has_spread
     False
@@ -326,8 +345,8 @@ class Sample:
     Attributes:
         rollout: The rollout.
         advantages: One per sampled token. Length [A].
-        old_values: With a critic, its value at each of them before the update. Length [A].
-        value_targets: With a critic, what its values should have been. Length [A].
+        old_values: Critic values before the update, one per sampled token, None without a critic. Length [A].
+        value_targets: Targets of the critic values, None without a critic. Length [A].
 
     >>> rollout = Rollout({}, item_index=0, sibling=1, temperature=1.0, prompt="")
     >>> Sample(rollout, advantages=(-0.5, -0.9)).mean_advantage
@@ -341,13 +360,13 @@ class Sample:
 
     @property
     def mean_advantage(self) -> float:
-        """Mean over its tokens, for people."""
+        """Mean over the sampled tokens, for logs."""
         return sum(self.advantages) / max(len(self.advantages), 1)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rollouts of one pass over a held-out split and their figures.
+    """Rollouts and metrics of one pass over a held-out split.
 
     >>> Evaluation(rollouts=(), metrics={"accuracy": 0.5}).metrics["accuracy"]
     0.5

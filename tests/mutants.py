@@ -110,7 +110,7 @@ def _changes(node: ast.expr) -> Changes:
         case ast.Call(ast.Name("range") as name, [start, stop, step]):
             yield "range", ast.Call(name, [start, ast.BinOp(stop, ast.Add(), ast.Constant(1)), step], [])
         case ast.Call(ast.Name("token_mean") as name, [values, mask, ast.Name("num_tokens")]):
-            yield "num_tokens", ast.Call(name, [values, mask, ast.Name("batch.denominators.num_rows")], [])
+            yield "num_tokens", ast.Call(name, [values, mask, ast.Name("batch.step.denominators.num_rows")], [])
         case ast.Call(ast.Attribute(receiver, name)):
             yield from _changes_of_method(node, receiver, name)
 

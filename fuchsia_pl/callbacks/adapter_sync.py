@@ -110,12 +110,12 @@ class AdapterSync(Callback):
         """
         policy = policy_of(trainer)
         self._probed = None
-        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0 and batch.policy_update == 0
+        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0 and batch.step.policy_update == 0
         if first_of_step:
             self._check_content(trainer, policy)
-        self._lag = trainer.global_step - batch.policy_update - batch.policy_version
+        self._lag = trainer.global_step - batch.step.policy_update - batch.step.policy_version
         # The probe compares the sampling weights with the current ones, so the steps between must be few against all steps.
-        is_comparable = batch.policy_version > MIN_STEPS_PER_LAG * self._lag
+        is_comparable = batch.step.policy_version > MIN_STEPS_PER_LAG * self._lag
         if self.agreement is not None or not (first_of_step and policy.has_reference and is_comparable):
             return
         self._num_candidates += 1
@@ -154,7 +154,7 @@ class AdapterSync(Callback):
         if not agreement.holds:
             raise SyncError(
                 f"the engine applies {agreement.slope:.2f} of the adapter (±{agreement.error:.2f}; 1 is correct, 0 means that it "
-                f"samples from the base model) to rollouts of policy version {batch.policy_version}. Check that engine and "
+                f"samples from the base model) to rollouts of policy version {batch.step.policy_version}. Check that engine and "
                 "trainer load the same model, and that the engine supports its sync_mode"
             )
 

@@ -81,7 +81,9 @@ class ConsoleReport(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Prints a line if this micro-batch completed an optimizer step."""
-        self._samples += [*batch.samples, *batch.zero_advantage]
+        self._samples += batch.samples
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._samples += batch.step.zero_advantage
         if trainer.global_step == self._last_step:
             return
         self._last_step = step = trainer.global_step

@@ -110,7 +110,7 @@ class FiniteGuard(Callback):
         if not num_ranks:
             self._num_in_a_row = 0
             return
-        if self._num_in_a_row == 0 or batches[0].policy_update == 0:
+        if self._num_in_a_row == 0 or batches[0].step.policy_update == 0:
             self._num_in_a_row += 1
         again = "it could not be recorded"
         if file is not None:

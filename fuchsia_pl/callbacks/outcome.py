@@ -47,7 +47,7 @@ class Outcome(Callback):
             self._last_step = trainer.global_step
             self._num_steps += 1
             self._num_skipped += module_of(trainer).skip_reason is not None
-            self._num_without_advantage += batch.skip_reason is not None
+            self._num_without_advantage += batch.step.skip_reason is not None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns with the reason if nothing was trained."""

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.batch import Batch, Denominators, PrefixGroup, StepInfo
 from fuchsia_pl.callbacks.access import module_of, policy_of
 from fuchsia_pl.files import replacing
 from fuchsia_pl.policy.checksums import check_intact
@@ -17,8 +17,8 @@ from fuchsia_pl.policy.contents import fingerprint
 from fuchsia_pl.policy.sharding import whole
 from fuchsia_pl.types import ConfigError
 
-# Fields of a batch that are for logs only and contain objects of the user.
-LEFT_OUT = {"samples", "unused", "zero_advantage", "metrics", "skip_reason"}
+# Recorded fields of StepInfo. The others are for logs and contain a user's objects.
+STEP_FIELDS = ("step", "policy_version", "max_staleness", "policy_update")
 KINDS = {
     "step": int,
     "world_size": int,
@@ -94,7 +94,8 @@ def record_step(path: Path, trainer: Trainer, batches: list[Batch], losses: Tens
         "num_threads": torch.get_num_threads(),
         "settings": {"policy": asdict(module.policy_config), "loss": asdict(module.loss_config)},
         "weights": weights if trainer.is_global_zero else None,
-        "batches": [_plain(batch) for batch in batches],
+        "info": _plain_info(batches[0].step),
+        "batches": [_plain_batch(batch) for batch in batches],
         "trainer_logprobs": [logprobs.cpu() for logprobs in module.trainer_logprobs],
         "losses": losses.cpu(),
         "gradient": list(fingerprint([p.grad for p in trained.values() if p.grad is not None])),
@@ -123,11 +124,14 @@ def _kept(weight: Tensor, is_writer: bool) -> Tensor:
     return weight.cpu() if is_writer else weight.new_empty(0)
 
 
-def _plain(batch: Batch) -> dict[str, Any]:
+def _plain_info(info: StepInfo) -> dict[str, Any]:
+    return {**{name: getattr(info, name) for name in STEP_FIELDS}, "denominators": asdict(info.denominators)}
+
+
+def _plain_batch(batch: Batch) -> dict[str, Any]:
     on_host = batch.to("cpu")
-    values = {f.name: getattr(on_host, f.name) for f in fields(on_host) if f.name not in LEFT_OUT}
-    groups = [(group.num_rows, group.prefix_length) for group in batch.groups]
-    return {**values, "groups": groups, "denominators": asdict(batch.denominators)}
+    values = {f.name: getattr(on_host, f.name) for f in fields(on_host) if f.name not in ("samples", "step")}
+    return {**values, "groups": [(group.num_rows, group.prefix_length) for group in batch.groups]}
 
 
 def read_step(path: Path) -> RecordedStep:
@@ -140,7 +144,8 @@ def read_step(path: Path) -> RecordedStep:
     if content.get("weights") is None:
         content["weights"] = _read(path.with_suffix(".rank0")).get("weights")
     try:
-        batches = tuple(_batch(values) for values in content.pop("batches"))
+        info = _info(content.pop("info"))
+        batches = tuple(_batch(values, info) for values in content.pop("batches"))
         trainer_logprobs, gradient = tuple(content.pop("trainer_logprobs")), tuple(content.pop("gradient"))
         recorded = RecordedStep(**content, batches=batches, trainer_logprobs=trainer_logprobs, gradient=gradient)
     except Exception as error:  # a file of unknown origin may contain anything
@@ -171,7 +176,10 @@ def _foreign(path: Path, error: Exception) -> ConfigError:
     )
 
 
-def _batch(values: dict[str, Any]) -> Batch:
+def _info(values: dict[str, Any]) -> StepInfo:
+    return StepInfo(**{**values, "denominators": Denominators(**values["denominators"])})
+
+
+def _batch(values: dict[str, Any], info: StepInfo) -> Batch:
     groups = tuple(PrefixGroup(*group) for group in values["groups"])
-    denominators = Denominators(**values["denominators"])
-    return Batch(**{**values, "groups": groups, "denominators": denominators}, samples=(), metrics={})
+    return Batch(**{**values, "groups": groups}, step=info, samples=())

@@ -30,11 +30,13 @@ class RolloutLog(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Writes the rows of a micro-batch before they are trained, so that the log contains the rows at which a run fails."""
-        if batch.policy_update > 0:
+        if batch.step.policy_update > 0:
             return
-        samples = [*batch.samples, *batch.zero_advantage]
+        is_first = batch_idx % trainer.accumulate_grad_batches == 0  # of its step: logs the facts of the step once
+        samples = [*batch.samples, *(batch.step.zero_advantage if is_first else ())]
+        unused = batch.step.unused if is_first else ()
         lines = [rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage) for sample in samples]
-        lines += [rollout_line(rollout, trainer.global_step, None) for rollout in batch.unused]
+        lines += [rollout_line(rollout, trainer.global_step, None) for rollout in unused]
         self._append(trainer, TRAIN_FILE, lines)
 
     def on_validation_batch_end(

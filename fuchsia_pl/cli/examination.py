@@ -12,10 +12,10 @@ from fuchsia_pl.rollouts.calls import close
 from fuchsia_pl.rollouts.collector import Collector
 from fuchsia_pl.rollouts.flags import HELD_OUT_FLAGS, Limits
 from fuchsia_pl.rollouts.preparation import (
+    as_config_error,
     check_shares,
     held_out_items,
     held_out_prompts,
-    told_as_config_error,
     training_items,
     training_prompts,
 )
@@ -105,13 +105,13 @@ class Examiner:
         on_error, environment.on_error = environment.on_error, "stop"
         try:
             check_shares(self.data.batch_size, self.run.num_ranks)
-            with told_as_config_error(f"{type(environment).__name__}.prepare"):
+            with as_config_error(f"{type(environment).__name__}.prepare"):
                 await self._asked.prepare()
             await self._examine_training(found)
             await self._examine_held_out(found)
         finally:
             environment.on_error = on_error
-            with told_as_config_error(f"{type(environment).__name__}.close"):
+            with as_config_error(f"{type(environment).__name__}.close"):
                 await close(environment, CLOSE_TIMEOUT_S)
         found.wrong += findings(environment, found.played)
         if not any(one.name == GOLD for one in found.played):

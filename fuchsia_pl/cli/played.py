@@ -14,7 +14,7 @@ from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.metrics import reward_fractions
-from fuchsia_pl.rollouts.preparation import told_as_config_error
+from fuchsia_pl.rollouts.preparation import as_config_error
 from fuchsia_pl.types import Completion, ConfigError, Item, Rollout
 
 GOLD, TRUNCATED = "gold", "truncated"
@@ -170,7 +170,7 @@ def known_turns(environment: Environment, item: Item) -> list[tuple[str, list[st
         ConfigError: `gold_turns` raised, or did not return a list of texts.
     """
     where = f"{type(environment).__name__}.gold_turns"
-    with told_as_config_error(where), user_code():
+    with as_config_error(where), user_code():
         gold = environment.gold_turns(item)
     if gold is None:
         return []

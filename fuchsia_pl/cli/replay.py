@@ -145,8 +145,10 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
         enable_model_summary=False,
     )
     module.trainer_logprobs = [logprobs.to(trainer.strategy.root_device) for logprobs in recorded.trainer_logprobs]
-    # This trainer's first step is not the run's.
-    batches = [replace(batch, policy_version=batch.policy_version - recorded.step) for batch in recorded.batches]
+    # This trainer counts its steps from 0, the run did not.
+    info = recorded.batches[0].step
+    info = replace(info, step=0, policy_version=info.policy_version - recorded.step)
+    batches = [replace(batch, step=info) for batch in recorded.batches]
     num_threads = torch.get_num_threads()
     torch.set_num_threads(recorded.num_threads)
     try:

@@ -55,7 +55,7 @@ def policy_loss(
     Returns:
         Loss and metrics; the metrics are means over the step's tokens in the forward, or maxima where their name ends in `_max`.
     """
-    mask, num_tokens = batch.loss_mask, batch.denominators.num_forward_tokens
+    mask, num_tokens = batch.loss_mask, batch.step.denominators.num_forward_tokens
     # Values outside the mask are arbitrary, and a NaN would survive multiplication by zero in the backward pass.
     logprobs = torch.where(mask, policy_output.logprobs, 0.0)
     old = (old_logprobs if config.old_logprobs == "trainer" else batch.sampling_logprobs).detach()
@@ -69,14 +69,16 @@ def policy_loss(
         kl = kl_estimate(config.parts.kl_estimator, logprobs, ref_logprobs, old)
         values = values + config.beta * kl
         metrics["train/kl"] = token_mean(kl.detach(), mask, num_tokens)
-    loss = reduce(values, mask, config.parts.reduction, batch.denominators, config.parts.constant_length)
+    loss = reduce(values, mask, config.parts.reduction, batch.step.denominators, config.parts.constant_length)
     if config.entropy_weight > 0.0:
-        loss = loss - config.entropy_weight * token_mean(policy_output.entropies, mask, batch.denominators.num_tokens)
+        loss = loss - config.entropy_weight * token_mean(
+            policy_output.entropies, mask, batch.step.denominators.num_tokens
+        )
     if policy_output.values is not None:
         assert batch.old_values is not None
         assert batch.value_targets is not None
         losses = value_loss(policy_output.values, batch.old_values, batch.value_targets, config.critic.value_clip)
-        critic_loss = token_mean(losses, mask, batch.denominators.num_tokens)
+        critic_loss = token_mean(losses, mask, batch.step.denominators.num_tokens)
         loss = loss + config.critic.value_weight * critic_loss
         metrics["train/value_loss"] = critic_loss.detach()
     metrics["train/loss"] = loss.detach()
@@ -91,7 +93,7 @@ def logprob_gap(batch: Batch, trainer_logprobs: Tensor) -> Tensor:
         trainer_logprobs: float32 [B, T], see `policy_loss`.
     """
     gap = (trainer_logprobs.detach() - batch.sampling_logprobs).abs()
-    return token_mean(gap, batch.loss_mask, batch.denominators.num_forward_tokens)
+    return token_mean(gap, batch.loss_mask, batch.step.denominators.num_forward_tokens)
 
 
 def _surrogate(
@@ -106,7 +108,11 @@ def _surrogate(
 
 def _correction(config: LossConfig, batch: Batch, trainer_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights of the sampler correction, and its metrics before and after the bounds."""
-    correction, mask, num_tokens = config.sampler_correction, batch.loss_mask, batch.denominators.num_forward_tokens
+    correction, mask, num_tokens = (
+        config.sampler_correction,
+        batch.loss_mask,
+        batch.step.denominators.num_forward_tokens,
+    )
     ratio = sampler_ratio(correction.level, trainer_logprobs, batch.sampling_logprobs, mask)
     weights = bounded_weights(config.correction_mode, ratio, correction.low, correction.high)
     outside = (ratio < correction.low) | (ratio > correction.high)

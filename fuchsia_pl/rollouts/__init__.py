@@ -1,1 +1,1 @@
-"""From items to micro-batches: what is drawn, chat to ids, sampling and scoring, and the one shift."""
+"""From items to micro-batches: drawing items, chat templates, sampling, scoring, credit, and batching."""

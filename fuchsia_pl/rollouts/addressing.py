@@ -1,7 +1,6 @@
-"""Randomness by address: which items a step draws and how each request is seeded.
+"""Addressed randomness: the items of a step and the seed of each request are functions of their position in the run.
 
-Nothing here has state, so a rollout can be repeated, a run resumed and the number of ranks changed without changing what
-is sampled.
+There is no state. A rollout can be repeated, a run resumed, and the number of ranks changed, with the same samples.
 """
 
 import hashlib
@@ -23,19 +22,19 @@ def derived_seed(*address: int | str) -> int:
 
 
 def item_indices(run_seed: int, step: int, num_items: int, batch_size: int) -> list[int]:
-    """The items of one step: each pass over the data is a new order, cut into steps, its remainder left for other passes.
+    """The items of one step. Each pass over the data has a new order, which is cut into steps; the remainder is not used.
 
     Args:
         run_seed: The run's seed.
         step: The optimizer step.
         num_items: Rows of the split.
-        batch_size: Items a step draws.
+        batch_size: Items of a step.
 
     Returns:
         Distinct positions, [batch_size].
 
     Raises:
-        ConfigError: There are fewer items than a step draws.
+        ConfigError: There are fewer items than `batch_size`.
 
     >>> sorted(item_indices(0, step=0, num_items=4, batch_size=2) + item_indices(0, step=1, num_items=4, batch_size=2))
     [0, 1, 2, 3]
@@ -51,13 +50,13 @@ def item_indices(run_seed: int, step: int, num_items: int, batch_size: int) -> l
 
 
 def refill_indices(run_seed: int, step: int, num_items: int, taken: Collection[int]) -> list[int]:
-    """The items that may replace groups without spread, in the order in which they do: all that the step has not drawn.
+    """The items that may replace groups without spread, in order: all items that the step has not drawn.
 
     Args:
         run_seed: The run's seed.
         step: The step.
         num_items: Rows of the split.
-        taken: Positions that the step drew.
+        taken: Positions that the step has drawn.
 
     >>> sorted(refill_indices(0, step=3, num_items=5, taken=[1, 4]))
     [0, 2, 3]

@@ -1,28 +1,28 @@
-"""From trainable rows to the micro-batches of one optimizer step. The one place that shifts, masks, pads and groups.
+"""Converts trainable rows to the micro-batches of one optimizer step. Only this module shifts, masks, pads and groups.
 
 Shape letters: B rows of a micro-batch, T label positions.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fuchsia_pl.batch import Batch, Denominators, PrefixGroup
+from fuchsia_pl.batch import Batch, Denominators, PrefixGroup, StepInfo
 from fuchsia_pl.types import Rollout, Sample
 
-# Masks come from lengths, so the padding id is never compared with anything, not even where it is the end-of-turn id.
+# Masks are made from lengths. No code compares ids with the padding id, which may also be the end-of-turn id.
 PADDING_ID = 0
 NO_ROWS = "none of the step's rollouts can be trained on: not scored, masked, too old, or in groups without spread"
 NO_ADVANTAGE = "every advantage of the step is 0: the rewards do not differ"
-# Rows that lie side by side in a micro-batch; their prefix is shared if the policy can.
+# Adjacent rows of a micro-batch. Their prefix is computed once if the policy supports it.
 Unit = Sequence[Sample]
 
 
 def count_denominators(samples: Sequence[Sample], max_completion_tokens: int) -> Denominators:
-    """Counts what the losses of these samples are divided by, if all of them enter the forward."""
+    """Denominators of some rows that all enter the forward."""
     counts = [sample.rollout.num_sampled_tokens for sample in samples]
     return Denominators(sum(counts), sum(count > 0 for count in counts), max_completion_tokens, sum(counts))
 
@@ -33,13 +33,13 @@ def count_over_ranks(
     max_completion_tokens: int,
     add_up: Callable[[Tensor], Tensor],
 ) -> tuple[Denominators, str | None]:
-    """A step's denominators over all ranks, and why there is nothing to learn from it, None if there is.
+    """A step's denominators over all ranks, and a reason to skip the step, None without one.
 
     Args:
         samples: This rank's rows.
-        effective: Those of them that enter the forward.
+        effective: The rows that enter the forward.
         max_completion_tokens: Longest completion, in tokens.
-        add_up: Adds a tensor up over all ranks.
+        add_up: Sums a tensor over all ranks.
     """
     local = count_denominators(samples, max_completion_tokens)
     num_learnable = sum(any(sample.advantages) or sample.old_values != sample.value_targets for sample in samples)
@@ -51,29 +51,29 @@ def count_over_ranks(
 
 
 def num_used_tokens(rollout: Rollout) -> int:
-    """Tokens of a row up to the last that the policy sampled: no loss depends on what the environment wrote after it."""
+    """Tokens of a row up to the last sampled token. Later tokens of the environment do not affect the loss."""
     behind = rollout.loss_mask[::-1].index(True) if True in rollout.loss_mask else 0
     return len(rollout.token_ids) - behind
 
 
 def prefix_length(samples: Sequence[Sample]) -> int:
-    """Input positions that all of some rows have in common. The last token of a row is no input."""
+    """Number of leading input positions that are equal in all rows. The last token of a row is no input."""
     rollouts = [sample.rollout for sample in samples]
     inputs = zip(*(rollout.token_ids[: num_used_tokens(rollout) - 1] for rollout in rollouts), strict=False)
-    # At least one, so that a row of nothing but padding has a prefix too.
+    # At least 1, so that a row of padding has a prefix too.
     return max(sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, inputs)), 1)
 
 
 def num_computed_tokens(unit: Unit, shares_prefix: bool) -> int:
-    """Tokens of the forward that some rows take."""
+    """Tokens of the forward for some rows."""
     total = sum(num_used_tokens(sample.rollout) - 1 for sample in unit)
     return total - (len(unit) - 1) * prefix_length(unit) if shares_prefix and len(unit) > 1 else total
 
 
 def split_units(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool) -> list[Unit]:
-    """What is dealt out to micro-batches: the siblings of an item together where they share a prefix, else single rows.
+    """Units that are assigned to micro-batches: the siblings of an item if they share a prefix, else single rows.
 
-    If there are fewer than `num_micro_batches`, the largest are halved.
+    The largest units are halved until there are at least `num_micro_batches`.
     """
     if not shares_prefix:
         return [[sample] for sample in samples]
@@ -89,16 +89,16 @@ def split_units(samples: Sequence[Sample], num_micro_batches: int, shares_prefix
 
 
 def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool = False) -> list[list[Unit]]:
-    """Splits rows into exactly `num_micro_batches` micro-batches with about the same number of tokens to compute.
+    """Splits rows into exactly `num_micro_batches` micro-batches with about the same number of computed tokens.
 
-    Units are placed from the largest to the smallest, each into the micro-batch that has the fewest tokens so far
-    (longest-processing-time rule) and fewer units than its share. So no micro-batch is larger than it would be if all rows
-    had the greatest length.
+    Units are placed from the largest to the smallest, each into the micro-batch with the fewest tokens so far
+    (longest-processing-time rule) among those with fewer units than their share. The limit keeps every micro-batch at or below
+    the size that it would have if all rows had the greatest length.
 
     Args:
         samples: The rows.
         num_micro_batches: Number of micro-batches.
-        shares_prefix: Whether a prefix that siblings share is computed once.
+        shares_prefix: Whether the common prefix of siblings is computed once.
     """
     micro_batches: list[list[Unit]] = [[] for _ in range(num_micro_batches)]
     loads = [0] * num_micro_batches
@@ -112,28 +112,19 @@ def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_pre
     return micro_batches
 
 
-def make_batches(
-    micro_batches: Sequence[Sequence[Unit]],
-    denominators: Denominators,
-    policy_version: int,
-    metrics: Mapping[str, float],
-) -> list[Batch]:
+def make_batches(micro_batches: Sequence[Sequence[Unit]], step: StepInfo) -> list[Batch]:
     """Makes the tensors of each micro-batch.
 
-    A micro-batch without rows becomes a row of padding, which trains nothing but lets every rank take the same steps.
+    A micro-batch without rows becomes a row of padding. It trains nothing, and every rank takes the same number of steps.
 
     Args:
         micro_batches: This rank's rows, see `split_balanced`.
-        denominators: Of the whole step and all ranks.
-        policy_version: The step whose weights sampled the rows.
-        metrics: The step's rollout figures.
+        step: Facts of the optimizer step.
     """
-    return [_collate(micro_batch, denominators, policy_version, metrics) for micro_batch in micro_batches]
+    return [_collate(micro_batch, step) for micro_batch in micro_batches]
 
 
-def _collate(
-    units: Sequence[Unit], denominators: Denominators, policy_version: int, metrics: Mapping[str, float]
-) -> Batch:
+def _collate(units: Sequence[Unit], step: StepInfo) -> Batch:
     samples = [sample for unit in units for sample in unit]
     rollouts = [sample.rollout for sample in samples]
     used = [num_used_tokens(rollout) for rollout in rollouts]
@@ -154,8 +145,8 @@ def _collate(
 
     token_ids = rows(lambda rollout: rollout.token_ids, PADDING_ID, torch.int64)
     loss_mask = rows(lambda rollout: rollout.loss_mask, False, torch.bool)[:, 1:]
-    has_values = all(sample.old_values is not None for sample in samples)  # a padding row has some, and needs none
-    # The shift: inputs lose their last position, everything that belongs to labels its first.
+    has_values = all(sample.old_values is not None for sample in samples)  # true for a padding row, which needs none
+    # The shift: inputs lose their last position, labels and all that belongs to them lose their first.
     return Batch(
         input_ids=token_ids[:, :-1],
         labels=token_ids[:, 1:],
@@ -165,10 +156,8 @@ def _collate(
         temperatures=torch.tensor([rollout.temperature for rollout in rollouts] or [1.0], dtype=torch.float32),
         lengths=tuple(size - 1 for size in used) or (1,),
         groups=tuple(PrefixGroup(len(unit), prefix_length(unit)) for unit in units) or (PrefixGroup(1, 1),),
-        denominators=denominators,
-        policy_version=policy_version,
+        step=step,
         samples=tuple(samples),
-        metrics=metrics,
         old_values=per_sampled_token(lambda sample: sample.old_values) if has_values else None,
         value_targets=per_sampled_token(lambda sample: sample.value_targets) if has_values else None,
     )

@@ -1,13 +1,15 @@
-"""How many micro-batches a step needs, so that even the longest rows that the config allows fit into a budget of tokens."""
+"""Number of micro-batches of a step, such that the longest rows that the config allows fit into a budget of tokens."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from fuchsia_pl.batch import Batch, StepInfo
+from fuchsia_pl.rollouts.batcher import Unit, count_denominators, make_batches
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import Completion, ConfigError, Rollout, Sample, Turn
 
-# Ids of rows that are only computed to see whether they fit; every vocabulary has so many.
+# Ids of rows that only measure memory. Every vocabulary has at least this many.
 NUM_FILLER_IDS = 32
 
 
@@ -16,8 +18,8 @@ class LongestRow:
     """The longest row that can be sampled.
 
     Attributes:
-        prompt_tokens: Tokens that siblings share. With several turns the shortest prompt leaves the most for each sibling alone.
-        own_tokens: What follows: completion, or turns and responses.
+        prompt_tokens: Tokens that siblings share. With several turns, the shortest prompt leaves the most tokens to each sibling.
+        own_tokens: Tokens after the prompt: a completion, or turns and responses.
 
     >>> LongestRow(prompt_tokens=40, own_tokens=24).num_inputs
     63
@@ -28,20 +30,20 @@ class LongestRow:
 
     @property
     def num_inputs(self) -> int:
-        """Tokens of the forward that it takes alone: its last token is no input."""
+        """Tokens of the forward for this row alone. Its last token is no input."""
         return self.prompt_tokens + self.own_tokens - 1
 
     def num_computed(self, num_siblings: int, shares_prefix: bool) -> int:
-        """Tokens of the forward that some siblings take together."""
+        """Tokens of the forward for some siblings."""
         saved = (num_siblings - 1) * self.prompt_tokens if shares_prefix else 0
         return num_siblings * self.num_inputs - saved
 
 
 def check_budget(row: LongestRow, max_tokens: int) -> None:
-    """Refuses a budget that not even one row fits into.
+    """Checks that one row fits into the budget.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: It does not fit.
     """
     if row.num_inputs > max_tokens:
         raise ConfigError(
@@ -50,10 +52,28 @@ def check_budget(row: LongestRow, max_tokens: int) -> None:
         )
 
 
-def plan_micro_batches(row: LongestRow, num_groups: int, group_size: int, shares_prefix: bool, max_tokens: int) -> int:
-    """The fewest micro-batches that hold `max_tokens` at most, if every row is the longest.
+def check_no_number(num_micro_batches: int, planned: int, max_tokens: int) -> None:
+    """Refuses a budget together with a number of micro-batches.
 
-    Groups are cut in halves, and these again, where siblings share a prefix and one group alone is above the budget.
+    Args:
+        num_micro_batches: `trainer.accumulate_grad_batches`.
+        planned: The number that an earlier run of the same trainer was given by its budget, else 1.
+        max_tokens: The budget.
+
+    Raises:
+        ConfigError: Both are set.
+    """
+    if num_micro_batches not in (1, planned):
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches={num_micro_batches} and model.policy.max_tokens_per_micro_batch={max_tokens} "
+            "both set the number of micro-batches: leave the budget out, or set --trainer.accumulate_grad_batches 1"
+        )
+
+
+def plan_micro_batches(row: LongestRow, num_groups: int, group_size: int, shares_prefix: bool, max_tokens: int) -> int:
+    """Smallest number of micro-batches with at most `max_tokens` each, if every row has the greatest length.
+
+    If siblings share a prefix and one group alone exceeds the budget, groups are halved until they fit.
 
     Args:
         row: The longest row.
@@ -78,17 +98,17 @@ def plan_micro_batches(row: LongestRow, num_groups: int, group_size: int, shares
 
 
 def _num_pieces(group_size: int, siblings: int) -> int:
-    """Into how many units halving cuts a group until none has more rows than `siblings`."""
+    """Number of units after a group is halved until no unit has more rows than `siblings`."""
     return group_size if siblings == 1 else 2 ** math.ceil(math.log2(group_size / siblings))
 
 
 def longest_row(prompt_lengths: Collection[int], sampling: SamplingConfig, has_turns: bool) -> LongestRow:
-    """The longest row that the prompts of a split leave room for.
+    """Longest row that can be sampled from the prompts of a split.
 
     Args:
-        prompt_lengths: Tokens of each prompt that may be drawn.
-        sampling: The lengths that are allowed.
-        has_turns: Whether responses, of any length, may come between turns.
+        prompt_lengths: Number of tokens of each prompt that may be drawn.
+        sampling: Allowed lengths.
+        has_turns: Whether there may be several turns, with responses of any length between them.
 
     >>> longest_row([5, 9], SamplingConfig(max_completion_tokens=8, max_length=32), has_turns=False)
     LongestRow(prompt_tokens=9, own_tokens=8)
@@ -102,13 +122,35 @@ def longest_row(prompt_lengths: Collection[int], sampling: SamplingConfig, has_t
 
 
 def longest_samples(row: LongestRow, num_groups: int, num_siblings: int, temperature: float) -> list[Sample]:
-    """Groups that are as long as can be, made of filler: what the memory of a run has to hold."""
+    """Groups of rows with the greatest length, filled with arbitrary ids. They need the most memory of a run."""
     return [
         Sample(rollout, filler, old_values=filler, value_targets=filler)
         for item_index in range(num_groups)
         for rollout in _longest_group(row, item_index, num_siblings, temperature)
         for filler in [(1.0,) * row.own_tokens]
     ]
+
+
+def longest_batch(
+    row: LongestRow,
+    num_groups: int,
+    sampling: SamplingConfig,
+    split: Callable[[Sequence[Sample]], list[list[Unit]]],
+    step: int,
+) -> Batch:
+    """The largest micro-batch of a step in which every row has the greatest length.
+
+    Args:
+        row: The longest row.
+        num_groups: Groups of a rank's step.
+        sampling: Settings of sampling.
+        split: Splits rows into the step's micro-batches.
+        step: The optimizer step.
+    """
+    samples = longest_samples(row, num_groups, sampling.group_size, sampling.temperature)
+    largest = max(split(samples), key=lambda units: sum(len(unit) for unit in units))
+    denominators = count_denominators(samples, sampling.max_completion_tokens)
+    return make_batches([largest], StepInfo(step, denominators, policy_version=step))[0]
 
 
 def _longest_group(row: LongestRow, item_index: int, num_siblings: int, temperature: float) -> list[Rollout]:

@@ -1,4 +1,4 @@
-"""Between conversations and ids. Nothing that was sampled ever passes through here towards ids."""
+"""Conversion between conversations and ids. Sampled ids are decoded for people, but never encoded again."""
 
 import json
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ from fuchsia_pl.types import ConfigError, Message
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder.
+    """Loads the tokenizer of a model folder.
 
     Raises:
         ConfigError: Its files are missing or broken.
     """
     try:
         return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # a broken file may lead to any error inside of the libraries that read it
+    except Exception as error:  # the libraries may raise anything on a broken file
         words = " ".join(str(error).split())
         raise ConfigError(
             f"the folder {folder} has no tokenizer that can be loaded ({type(error).__name__}: {words}): put the model's own "
@@ -47,12 +47,12 @@ class Chat:
 
     Args:
         folder: The model folder.
-        template: A chat template in place of the tokenizer's, "none" for none at all (`ServedModel.chat_template`).
-        started_at: What a template that writes the date takes for the present; None is now.
+        template: A chat template that replaces the tokenizer's, "none" for no template (`ServedModel.chat_template`).
+        started_at: Date that a template may write; None for the current time.
         special_tokens_in_text: Whether the name of an added token in a message becomes that token. Otherwise it is text.
 
     Raises:
-        ConfigError: There is no tokenizer, or it and the settings make no conversation.
+        ConfigError: There is no tokenizer, or it cannot render conversations with these settings.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Chat:
 
     @cached_property
     def rewrites_earlier_turns(self) -> bool:
-        """Whether the template would not show an earlier turn as it was written: some leave its thinking out."""
+        """Whether the template changes earlier turns. Some templates leave their thinking out."""
         return not self.template.is_plain and rewrites_earlier_turns(self.template)
 
     def convention(self, tools: Sequence[ToolSpec]) -> ToolConvention:
-        """How this model writes calls of these tools: its template's own way if it has one, else the plain one."""
+        """Format of the model's calls of these tools: the format of its template if it has one, else the plain one."""
         return native_convention(self.template, tools) or PLAIN
 
     def render(
@@ -92,37 +92,39 @@ class Chat:
 
         Args:
             messages: The conversation so far.
-            tools: What the policy may call.
-            convention: How.
+            tools: Tools that the policy may call.
+            convention: Format of the calls.
 
         Raises:
             ConfigError: The template cannot render it, or leaves the text of a message out.
         """
-        asked, told = self._as_text(messages, tools)
-        text = self._prompt_text(asked, told, convention)
+        spelled, spelled_tools = self._as_text(messages, tools)
+        text = self._prompt_text(spelled, spelled_tools, convention)
         self._check_shown(self._spelling.joined(text), messages)
         return [*self._beginning, *self._spelling.encode(text)]
 
     def bridge(
         self, messages: list[Message], responses: list[Message], last_id: int | None, tools: Sequence[ToolSpec] = ()
     ) -> list[int]:
-        """The ids between what the policy wrote and what it writes next: end of turn, responses, header.
+        """The ids between two turns of the policy: end of the turn, responses, header of the next turn.
 
-        The template renders an exchange in which a placeholder stands for the policy's turn, so nothing that was sampled is
-        encoded and no earlier turn is rendered again.
+        The template renders an exchange with a placeholder for the policy's turn. So sampled text is never encoded, and no
+        earlier turn is rendered again.
 
         Args:
-            messages: The conversation that was first rendered.
-            responses: What the environment answers, one message or several.
-            last_id: The last sampled id. Where it ended the turn, no second end follows, whichever of the model's ends it was.
-            tools: The tools of the prompt, where the template renders them.
+            messages: The conversation of the prompt.
+            responses: The environment's responses, one message or several.
+            last_id: The last sampled id. If it is one of the model's end-of-turn ids, no second end follows.
+            tools: The tools of the prompt, if the template renders them.
 
         Raises:
-            ConfigError: The template cannot render the exchange, or not so that the policy's turn stands in it once.
+            ConfigError: The template cannot render the exchange, or the policy's turn is not in it exactly once.
         """
-        asked, told = self._as_text(messages, tools)
-        answers, _ = self._as_text(responses, ())
-        ids = self._spelling.encode(after_turn(self.template, self.template.fitted(asked), answers, told))
+        spelled, spelled_tools = self._as_text(messages, tools)
+        spelled_responses, _ = self._as_text(responses, ())
+        ids = self._spelling.encode(
+            after_turn(self.template, self.template.fitted(spelled), spelled_responses, spelled_tools)
+        )
         if last_id not in self.stop_token_ids:
             return ids
         endings = self._turn_endings
@@ -130,7 +132,7 @@ class Chat:
         return list(dropwhile(lambda token_id: token_id in endings, rest))
 
     def encode_turn(self, text: str) -> list[int]:
-        """The ids of a turn that somebody wrote in the policy's place, its end included. For checks of an environment."""
+        """The ids of a turn that was not sampled, its end included. For checks of an environment."""
         ending = self._spelling.encode(after_turn(self.template, [QUESTION], [QUESTION], ()))[:1]
         end = ending if ending[0] in self.stop_token_ids else self.stop_token_ids[:1]
         return [*self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), *end]
@@ -144,12 +146,12 @@ class Chat:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def turn_text(self, token_ids: Sequence[int]) -> str:
-        """The text of a turn, special tokens included but for the one that ended it."""
+        """The text of a turn with special tokens, without the one that ended it."""
         ended = bool(token_ids) and token_ids[-1] in self.stop_token_ids
         return self.raw_text(token_ids[:-1] if ended else token_ids)
 
     def without_special_tokens(self, text: str) -> str:
-        """A raw text without the special tokens in it."""
+        """A raw text without its special tokens."""
         for token in self._special_tokens:
             text = text.replace(token, "")
         return text
@@ -161,7 +163,7 @@ class Chat:
 
     @cached_property
     def _turn_endings(self) -> set[int]:
-        """The control tokens that the template writes at the end of a turn and not in the header of the next one."""
+        """The control tokens at the end of a turn that are not in the header of the next turn."""
         header, endings = turn_edges(self.template)
         control = self._spelling.control_ids
         ends = [token for text in endings for token in self._spelling.encode(text)[:1] if token in control]
@@ -169,7 +171,7 @@ class Chat:
         return set(ends) - set(opening)
 
     def _as_text(self, messages: list[Message], tools: Sequence[ToolSpec]) -> tuple[list[Message], Sequence[ToolSpec]]:
-        """Messages and tools in which no name of an added token counts as one, unless the setting allows it."""
+        """Messages and tools in which names of added tokens are text, unless the setting allows them as tokens."""
         if self._special_tokens_in_text:
             return messages, tools
         return self._spelling.messages(messages), self._spelling.tools(tools)
@@ -186,7 +188,7 @@ class Chat:
             ) from error
 
     def _check_shown(self, text: str, messages: list[Message]) -> None:
-        """Refuses a prompt in which the text of a message is missing."""
+        """Raises an error if the text of a message is missing from the prompt."""
         self.template.check_roles([message["role"] for message in self.template.fitted(messages)])
         missing = next((message for message in messages if not _is_shown(message, text)), None)
         if missing is not None:
@@ -197,9 +199,9 @@ class Chat:
 
 
 def end_of_turn_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
-    """Every id that ends a turn: the tokenizer's own and those that the model's generation config lists.
+    """All ids that end a turn: the tokenizer's own and those of the model's generation config.
 
-    Only these are taken from the generation config; its sampling values never reach the engine.
+    The engine gets no other values of the generation config.
     """
     file = folder / "generation_config.json"
     listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
@@ -208,10 +210,10 @@ def end_of_turn_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
 
 
 def _plain_ends(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> tuple[list[int], tuple[int, ...]]:
-    """Without a chat template: the ids that the tokenizer puts before any text, and its own end id.
+    """Ids before any text and end ids of a tokenizer, for a model without a chat template.
 
     Raises:
-        ConfigError: It has no end id, so no completion would end by itself.
+        ConfigError: It has no end id, so no completion could end.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -223,16 +225,16 @@ def _plain_ends(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> tuple
 
 
 def _explained(messages: list[Message], explanation: str) -> list[Message]:
-    """Messages with an explanation in the system message, after what that says already."""
+    """Messages with an explanation at the end of the system message."""
     system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
     words = "\n\n".join([*(m["content"] for m in system), explanation])
     return [{"role": "system", "content": words}, *rest]
 
 
 def _is_shown(message: Message, text: str) -> bool:
-    """Whether a prompt holds a message's text: as it is but for the white space around it, or escaped as in JSON.
+    """Whether a prompt contains a message's text, stripped, either unchanged or escaped as in JSON.
 
-    Of an assistant's message, what follows its thinking is enough: some templates leave earlier thinking out.
+    For an assistant's message, the text after its thinking is enough: some templates leave earlier thinking out.
 
     >>> _is_shown({"role": "user", "content": " 2+2? "}, "user: 2+2?"), _is_shown({"role": "user", "content": "2+2?"}, "user:")
     (True, False)

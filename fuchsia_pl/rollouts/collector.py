@@ -1,4 +1,4 @@
-"""Samples rollouts: one coroutine each, so that a slow one never holds up the others."""
+"""Samples rollouts. Each has its own coroutine, so that a slow one does not delay the others."""
 
 import asyncio
 import logging
@@ -20,27 +20,27 @@ from fuchsia_pl.rollouts.scoring import score_group
 from fuchsia_pl.types import Completion, ConfigError, Item, Message, Prompt, Rollout, RolloutStatus, Turn
 
 T = TypeVar("T")
-RESPONSE = "some response"  # stands for what an environment answers
-MARK_TOKENS = 16  # the last tokens of a header, among which an opening mark of thinking is looked for
-MAX_CONTINUATIONS = 16  # of one turn that stop strings cut in the middle; after so many it is sampled without any
+RESPONSE = "some response"  # placeholder for a response of an environment
+MARK_TOKENS = 16  # number of last tokens of a header that may contain an opening mark of thinking
+MAX_CONTINUATIONS = 16  # of one turn that stop strings cut; the rest is sampled without stop strings
 logger = logging.getLogger(__name__)
 
 
 class PromptTooLongError(ConfigError):
-    """A prompt leaves no room for the completion."""
+    """A prompt is so long that a completion does not fit."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Which items are sampled, how often and how.
+    """Items to sample, and how to sample them.
 
     Attributes:
         items: The split's rows.
         indices: Positions of the rows to sample.
         siblings: Rollouts per row.
         temperature: Sampling temperature.
-        address: Where in the run this is, the start of every request's seed: (run seed, split, step).
-        step: The optimizer step it is for, None on a held-out split.
+        address: Position in the run, the first part of every request's seed: (run seed, split, phase).
+        step: The optimizer step that the rollouts are for, None on a held-out split.
     """
 
     items: Sequence[Item]
@@ -55,10 +55,10 @@ class Collector:
     """Runs the rollouts of a draw against an engine.
 
     Args:
-        engine: Who samples.
-        environment: What is asked and how answers are scored.
+        engine: Engine that generates completions.
+        environment: Conversations and rewards.
         chat: The model's chat template.
-        config: Lengths.
+        config: Settings of sampling, such as lengths.
     """
 
     def __init__(self, engine: Engine, environment: Environment, chat: Chat, config: SamplingConfig) -> None:
@@ -68,19 +68,19 @@ class Collector:
         self.config = config
 
     async def prepare(self) -> None:
-        """Starts or checks what the environment needs, and settles how the policy calls its tools.
+        """Prepares the environment and sets the format in which the policy calls its tools.
 
         Raises:
-            ConfigError: The environment has no working tools, or the model's template cannot hold its conversation.
+            ConfigError: The environment has no working tools, or the model's template cannot render its conversation.
             ToolServerError: A tool server does not run.
-            EnvironmentStepError: `prepare` tried to end the process.
+            EnvironmentStepError: `prepare` timed out or tried to end the process.
         """
         environment = self.environment
         await calls.prepare(environment)
         environment.tool_convention = self.chat.convention(environment.tools)
 
     def check_template(self, items: Sequence[Item], index: int) -> None:
-        """Refuses a template in which the environment's responses have no place, before anything is sampled.
+        """Checks before sampling that the template can render the environment's responses.
 
         Args:
             items: The split's rows.
@@ -102,15 +102,15 @@ class Collector:
             )
         if self.chat.rewrites_earlier_turns:
             logger.warning(
-                "the model's chat template shows earlier turns otherwise than they were written (some leave thinking out). "
-                "Here the policy goes on to see its turns as it wrote them: their ids are kept and never rendered again"
+                "the model's chat template changes earlier turns (some templates leave thinking out). Here the policy continues "
+                "from its turns as it wrote them: their ids are kept and never rendered again"
             )
 
     async def collect(self, draw: Draw) -> list[list[Rollout]]:
         """Samples and scores all groups of a draw.
 
         Returns:
-            For each index of the draw its siblings, in order.
+            The siblings of each index of the draw, in order.
 
         Raises:
             PromptTooLongError: An item's prompt leaves no room for a completion of the configured length.
@@ -118,49 +118,53 @@ class Collector:
             RewardError: A reward function failed.
             EngineError: The engine failed.
             ToolServerError: A tool server cannot be started again.
-            LeftThreadsError: User code leaves threads behind without end.
+            LeftThreadsError: User code leaves too many threads behind.
         """
         await self.prepare()
         prompts = [self.prompt(draw.items, index) for index in draw.indices]
-        groups = (self._group(draw, index, prompt) for index, prompt in zip(draw.indices, prompts, strict=True))
-        return await gather_or_cancel(groups)
+        return await gather_or_cancel(self._group(draw, prompt) for prompt in prompts)
 
     def fitting(self, items: Sequence[Item], split: str) -> dict[int, int]:
-        """Renders the prompts of a whole split, so that one that is missing or too long is found before anything is sampled.
+        """Renders the prompts of a whole split, so that missing or too long prompts are found before sampling.
 
         Args:
             items: The split's rows.
-            split: Its name, for messages.
+            split: Its name, for error messages.
 
         Returns:
-            Positions of the items whose prompts leave room for a completion, with the number of tokens of each prompt.
+            Number of prompt tokens by position, for the items whose prompts leave room for a completion.
 
         Raises:
-            PromptTooLongError: One does not, and `long_prompts` is "refuse".
-            ConfigError: An item has no prompt, or none that the template can render; the item is named.
+            PromptTooLongError: A prompt leaves no room, and `long_prompts` is "refuse".
+            ConfigError: An item has no prompt, or the template cannot render it. The message names the item.
         """
         found = {}
         for index in range(len(items)):
             try:
-                found[index] = len(self.prompt(items, index, f"{split} ").token_ids)
+                found[index] = len(self._render(items[index], place_of(items, index), f"{split} ")[1])
             except PromptTooLongError:
                 if self.config.long_prompts == "refuse":
                     raise
         return found
 
-    def prompt(self, items: Sequence[Item], index: int, split: str = "") -> Prompt:
-        """What an item asks.
+    def prompt(self, items: Sequence[Item], index: int) -> Prompt:
+        """Makes the prompt of an item. Calls the environment's `messages` once.
 
         Args:
             items: The split's rows.
             index: Position of the row.
-            split: What messages put before the item's position.
 
         Raises:
             PromptTooLongError: It leaves no room for a completion of the configured length.
-            ConfigError: The item has no prompt, or none that the template can render.
+            ConfigError: The item has no prompt, or the template cannot render it.
         """
-        environment, item, where = self.environment, items[index], f"{split}{place_of(items, index)}"
+        item = items[index]
+        messages, ids = self._render(item, place_of(items, index))
+        return Prompt(item, index, tuple(messages), tuple(ids), self.chat.raw_text(ids))
+
+    def _render(self, item: Item, place: str, split: str = "") -> tuple[list[Message], list[int]]:
+        """Messages and token ids of an item's prompt. Error messages contain `place`, most of them after `split`."""
+        environment, where = self.environment, f"{split}{place}"
         messages = self._messages(item, where)
         try:
             ids = self.chat.render(messages, environment.tools, environment.tool_convention)
@@ -169,12 +173,12 @@ class Collector:
         room = self.config.max_length - self.config.max_completion_tokens
         if len(ids) > room:
             raise PromptTooLongError(
-                f"the prompt of {place_of(items, index)} has {len(ids)} tokens, and "
+                f"the prompt of {place} has {len(ids)} tokens, and "
                 f"data.sampling.max_length={self.config.max_length} leaves {room} beside "
                 f"max_completion_tokens={self.config.max_completion_tokens}: raise max_length, lower "
                 'max_completion_tokens, or set data.sampling.long_prompts to "drop"'
             )
-        return Prompt(item, tuple(messages), tuple(ids))
+        return messages, ids
 
     def _messages(self, item: Item, where: str) -> list[Message]:
         try:
@@ -186,19 +190,13 @@ class Collector:
     def _template_tools(self) -> Sequence[Any]:
         return self.environment.tools if self.environment.tool_convention.is_native else ()
 
-    async def _group(self, draw: Draw, index: int, prompt: Prompt) -> list[Rollout]:
-        text, ids = self.chat.raw_text(prompt.token_ids), list(prompt.token_ids)
-        rollouts = [
-            # Messages of its own for each: what user code does to one must not reach its siblings.
-            Rollout(prompt.item, index, sibling, draw.temperature, text, draw.step, [dict(m) for m in prompt.messages])
-            for sibling in range(draw.siblings)
-        ]
-        await gather_or_cancel(self._run(draw, rollout, ids) for rollout in rollouts)
+    async def _group(self, draw: Draw, prompt: Prompt) -> list[Rollout]:
+        rollouts = [prompt.rollout(sibling, draw.temperature, draw.step) for sibling in range(draw.siblings)]
+        await gather_or_cancel(self._run(draw, rollout) for rollout in rollouts)
         await score_group(self.environment, rollouts)
         return rollouts
 
-    async def _run(self, draw: Draw, rollout: Rollout, prompt_ids: list[int]) -> None:
-        rollout.start(prompt_ids)
+    async def _run(self, draw: Draw, rollout: Rollout) -> None:
         environment = self.environment
         try:
             try:
@@ -213,8 +211,8 @@ class Collector:
             rollout.finish(RolloutStatus.ENV_ERROR)
 
     async def _converse(self, draw: Draw, rollout: Rollout) -> None:
-        """Turn after turn until the environment ends the interaction, or tokens or turns run out."""
-        environment, asked = self.environment, list(rollout.messages)
+        """Samples turns until the environment ends the interaction, or tokens or turns run out."""
+        environment, prompt = self.environment, list(rollout.messages)
         for turn in range(environment.max_steps):
             room = min(
                 self.config.max_completion_tokens - rollout.num_sampled_tokens,
@@ -233,15 +231,15 @@ class Collector:
                 return
             if turn + 1 < environment.max_steps:
                 last_id = ids[-1] if ids else None
-                rollout.append_environment(self.chat.bridge(asked, responses, last_id, self._template_tools))
+                rollout.append_environment(self.chat.bridge(prompt, responses, last_id, self._template_tools))
         rollout.finish(RolloutStatus.TRUNCATED)
 
     async def _generate(
         self, draw: Draw, rollout: Rollout, turn: int, room: int, starts_in_thinking: bool
     ) -> Completion:
-        """Samples a turn. Where a stop string ended it in the middle of a thinking or of a call's JSON, it is continued.
+        """Samples a turn. A turn that a stop string ended inside of thinking or of a call's JSON is continued.
 
-        Each continuation has a seed of its own and what is left of the turn's `room`, in tokens.
+        Each continuation has its own seed and the remaining tokens of the turn's `room`.
         """
         completion = await self.engine.generate(rollout.token_ids, self._sampling(draw, rollout, (turn,), room))
         number = 0
@@ -257,7 +255,7 @@ class Collector:
         return completion
 
     def _is_cut(self, completion: Completion, starts_in_thinking: bool) -> bool:
-        """Whether a turn's ids end inside of a thinking or of a call's JSON."""
+        """Whether a turn's ids end inside of thinking or of a call's JSON."""
         environment, raw_text = self.environment, self.chat.turn_text(completion.token_ids)
         if ends_in_thinking(raw_text, environment.thinking_marks, starts_in_thinking, self._calls):
             return True
@@ -266,18 +264,18 @@ class Collector:
 
     @property
     def _calls(self) -> Opaque | None:
-        """The parts of a turn in which no mark of thinking counts."""
+        """The parts of a turn in which marks of thinking are ignored."""
         tools = self.environment.tools
         return self.environment.tool_convention.opaque(tools) if tools else None
 
     def _starts_in_thinking(self, rollout: Rollout) -> bool:
-        """Whether the header of the policy's turn ends in an opening mark of thinking."""
+        """Whether the header of the policy's turn ends with an opening mark of thinking."""
         tail = self.chat.raw_text(rollout.token_ids[-MARK_TOKENS:])
         return ends_in_opening_mark(tail, self.environment.thinking_marks)
 
     def _turn(self, completion: Completion, starts_in_thinking: bool) -> Turn:
         ids, marks = completion.token_ids, self.environment.thinking_marks
-        # Some models' marks are special tokens, which `text` leaves out: thinking is found in the raw text.
+        # Some models' marks are special tokens, which `text` does not contain. So the raw text is searched for thinking.
         raw_text = self.chat.turn_text(ids)
         raw_answer = without_thinking(raw_text, marks, starts_in_thinking, self._calls)
         text = self.chat.text(ids)
@@ -285,7 +283,7 @@ class Collector:
         return Turn(completion, text, raw_text, answer, raw_answer)
 
     def _sampling(self, draw: Draw, rollout: Rollout, turn: tuple[int, ...], max_tokens: int) -> SamplingParams:
-        """How a turn, or a continuation of it (turn, number), is sampled. The first turn's address needs no number."""
+        """Parameters of a turn, or of a continuation (turn, number). The address of the first turn has no number."""
         address = (*draw.address, rollout.item_index, rollout.sibling)
         return SamplingParams(
             temperature=draw.temperature,
@@ -308,7 +306,7 @@ class Collector:
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; where one fails the others are cancelled and waited for, and its error is raised."""
+    """Returns all results in order. If one fails, the others are cancelled and awaited, and the error is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]

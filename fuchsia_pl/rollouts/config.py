@@ -1,4 +1,4 @@
-"""How rollouts are sampled."""
+"""Settings of sampling."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,24 +10,24 @@ from fuchsia_pl.types import ConfigError
 
 @dataclass
 class SamplingConfig:
-    """How rollouts are sampled.
+    """Settings of sampling.
 
     Attributes:
         group_size: Siblings of one item, compared with each other.
-        temperature: Divides the logits, in the engine and in the loss.
+        temperature: Divisor of the logits, in the engine and in the loss.
         max_completion_tokens: Most tokens that the policy may write in a rollout, over all of its turns.
-        max_length: Longest rollout: prompt, what the policy wrote, and what the environment answered.
-        long_prompts: What a training item whose prompt leaves no room for `max_completion_tokens` does: "refuse" stops the run
-            at its start, "drop" leaves such items out and counts them.
+        max_length: Longest rollout in tokens: prompt, the policy's turns, and the environment's responses.
+        long_prompts: Training items whose prompts leave no room for `max_completion_tokens`: "refuse" stops the run at its
+            start, "drop" leaves them out and counts them.
         validation_temperature: Temperature on the held-out split; 0 is greedy.
         max_staleness: Optimizer steps by which sampling may run ahead of training, and by which the weights that sampled may be
-            older than those that learn from it. 0 samples and trains in turns.
-        engine_restarts: Times that an engine whose processes end is started again with the newest weights; the phase is then
-            sampled again, with the same seeds. A server has a setting of its own.
-        special_tokens_in_text: Whether the name of a control token (`<|im_end|>`, `<tool_call>`) in an item's text or in what a
-            tool returns becomes that token. By default it is text, with which nobody ends a turn or a block.
-        in_flight: What rollouts do that are being sampled when new weights come: "finish" lets them end first, "continue" lets
-            them go on with the new ones.
+            older than the trained weights. With 0, sampling and training alternate.
+        engine_restarts: How often an engine whose processes end is started again with the newest weights. The phase is then
+            sampled again with the same seeds. A server has a setting of its own.
+        special_tokens_in_text: Whether the name of a control token (`<|im_end|>`, `<tool_call>`) in an item's text or in a tool's
+            result becomes that token. By default it is text, which cannot end a turn or a block.
+        in_flight: Rollouts in progress when new weights arrive: "finish" completes them first, "continue" continues them with
+            the new weights.
     """
 
     group_size: int = 8
@@ -42,7 +42,7 @@ class SamplingConfig:
     special_tokens_in_text: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses what could not be sampled or learned from."""
+        """Checks the values."""
         if self.group_size < 1:
             raise ConfigError(f"data.sampling.group_size must be 1 or more, got {self.group_size}")
         if self.max_staleness < 0:
@@ -70,7 +70,7 @@ class SamplingConfig:
 
 
 def check_sizes(loss: LossConfig, sampling: SamplingConfig, batch_size: int, steps_per_epoch: int) -> None:
-    """Refuses sizes that do not go together.
+    """Checks that sizes fit together.
 
     Args:
         loss: The objective.
@@ -97,5 +97,5 @@ def check_sizes(loss: LossConfig, sampling: SamplingConfig, batch_size: int, ste
     if sampling.max_staleness % loss.num_policy_updates:
         raise ConfigError(
             f"data.sampling.max_staleness={sampling.max_staleness} is no multiple of model.loss.num_policy_updates="
-            f"{loss.num_policy_updates}: weights come to the engine once in as many steps"
+            f"{loss.num_policy_updates}: the engine gets new weights once in that many steps"
         )

@@ -5,32 +5,47 @@ from dataclasses import dataclass, replace
 
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.credit import make_groups
-from fuchsia_pl.types import RolloutGroup
+from fuchsia_pl.types import Rollout, RolloutGroup
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The groups of a step.
+    """The groups of a phase.
 
     Attributes:
-        kept: What the step goes on with.
-        dropped: Groups without spread; empty without dynamic sampling, which keeps them.
+        kept: Groups that the phase trains on.
+        dropped: Groups without spread that dynamic sampling dropped; empty without dynamic sampling.
         num_refills: Groups sampled to replace others.
+        seconds: Duration of sampling and scoring.
+
+    >>> Sampled(kept=[RolloutGroup((), has_spread=True)], dropped=[], num_refills=0).groups
+    [RolloutGroup(rollouts=(), has_spread=True)]
     """
 
     kept: list[RolloutGroup]
     dropped: list[RolloutGroup]
     num_refills: int
+    seconds: float = 0.0
+
+    @property
+    def groups(self) -> list[RolloutGroup]:
+        """All groups, the kept ones first."""
+        return [*self.kept, *self.dropped]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """The rollouts of all groups."""
+        return [rollout for group in self.groups for rollout in group.rollouts]
 
 
 async def sample_groups(collector: Collector, draw: Draw, spare: Sequence[int], max_refills: int) -> Sampled:
-    """Samples a draw, then up to `max_refills` times as many groups as still lack spread. Source: DAPO, arXiv:2503.14476, 3.2.
+    """Samples a draw and replaces groups without spread, at most `max_refills` times. Source: DAPO, arXiv:2503.14476, 3.2.
 
     Args:
-        collector: Who samples.
-        draw: The step's items.
+        collector: Samples and scores.
+        draw: The phase's items.
         spare: Items that may replace others, each once, in order.
-        max_refills: Bound of the repeats; 0 keeps groups without spread.
+        max_refills: Largest number of repeats; 0 keeps groups without spread.
     """
     groups = make_groups(await collector.collect(draw))
     if max_refills == 0:

@@ -1,4 +1,4 @@
-"""Lightning's own settings: which of them mean something in steps and items here, and which are refused."""
+"""Lightning's settings: limits that count steps and items here, and values that are refused."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,12 @@ PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of the items a run takes. Lightning's own counts are of micro-batches, and a held-out split is one.
+    """Numbers of items and steps of a run. Lightning itself counts micro-batches, and a held-out split is one micro-batch.
 
     Attributes:
         steps_per_epoch: Optimizer steps of an epoch.
-        num_repeated_phases: So many phases' items are drawn again and again; None draws new ones in every phase.
-        held_out: The number (int) or the share (float) of the held-out items that are taken; 0 takes none.
+        num_repeated_phases: Number of phases whose items are repeated; None draws new items in every phase.
+        held_out: Number (int) or share (float) of the held-out items that are used; 0 uses none.
         flag: The setting that limits held-out items.
         given: Its value.
 
@@ -40,14 +40,14 @@ class Limits:
     given: int | float
 
     def drawn_phase(self, phase: int) -> int:
-        """The phase whose items are drawn in a phase."""
+        """Number of the phase whose items are drawn."""
         return phase if self.num_repeated_phases is None else phase % self.num_repeated_phases
 
     def first_held_out(self, positions: list[int], num_ranks: int) -> list[int]:
-        """The held-out items that are taken.
+        """The held-out items that are used.
 
         Raises:
-            ConfigError: They are fewer than the ranks.
+            ConfigError: There are fewer of them than ranks.
         """
         num_all = len(positions)
         number = min(self.held_out, num_all) if isinstance(self.held_out, int) else int(self.held_out * num_all)
@@ -60,7 +60,7 @@ class Limits:
 
 
 def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates: int, batch_size: int) -> Limits:
-    """Reads the trainer's limits and lifts them there, where they would count micro-batches; `return_limits` undoes it.
+    """Reads the trainer's limits and removes them from it, because it would count micro-batches. `return_limits` undoes this.
 
     Args:
         trainer: Lightning's.
@@ -70,7 +70,7 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates:
         batch_size: Items of a phase.
 
     Raises:
-        ConfigError: One of them has no meaning here.
+        ConfigError: A limit cannot be applied.
     """
     flag = HELD_OUT_FLAGS[stage]
     held_out = given = getattr(trainer, flag)
@@ -97,15 +97,15 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates:
 
 
 def return_limits(trainer: Trainer, limits: Limits) -> None:
-    """Puts back what `take_limits` lifted, for the next run of the same trainer."""
+    """Restores the limits that `take_limits` removed, for the next run of the same trainer."""
     setattr(trainer, limits.flag, limits.given)
 
 
 def check_settings(trainer: Trainer) -> None:
-    """Refuses, before an engine starts, settings of the trainer with which a run would train something else.
+    """Checks, before an engine starts, settings of the trainer that would change what is trained.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: A setting is not supported.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):

@@ -1,6 +1,6 @@
-"""Figures of a step's rollouts. README lists each with its formula.
+"""Metrics of a phase's rollouts. README lists each with its formula.
 
-A figure is kept as numerator and denominator, so that over ranks with different numbers of rollouts it is the mean over all.
+A metric is stored as numerator and denominator. So its value over ranks with different numbers of rollouts is the mean over all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,44 +12,42 @@ from torch import Tensor
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.tools.spec import TOOL_CALLS
 from fuchsia_pl.envs.user_code import user_code
+from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.scoring import REWARD_ERRORS
-from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus
+from fuchsia_pl.types import Rollout, RolloutStatus
 
 Fractions = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """What a training step made of its rollouts on this rank.
+class PhaseCounts:
+    """Sampled groups of a phase on this rank, and what they were used for.
 
     Attributes:
-        kept: The groups that are trained on.
-        dropped: Those without spread that dynamic sampling replaced, or found nothing to replace with.
-        num_refills: Groups sampled to replace others.
+        sampled: The groups.
         num_trained: Rollouts that became trainable rows.
-        num_zero_advantage: Those of them that no weight would move by, which the forward leaves out.
-        seconds: Of sampling and scoring.
-        num_dropped_prompts: Training items that are never drawn since their prompts are too long.
-        kl: With the KL in the reward, its sum over the sampled tokens of the kept groups, and their number.
-        num_stale: Trainable rows that were dropped since weights older than allowed sampled them.
+        num_zero_advantage: Trainable rows that cannot change any weight and do not enter the forward.
+        num_dropped_prompts: Training items that are never drawn because their prompts are too long.
+        kl: With the KL in the reward: its sum over the sampled tokens of the kept groups, and the number of these tokens.
+        num_stale: Rows that were dropped because the weights that sampled them are older than allowed.
+
+    >>> PhaseCounts(Sampled(kept=[], dropped=[], num_refills=0), num_trained=0, num_zero_advantage=0).num_stale
+    0
     """
 
-    kept: Sequence[RolloutGroup]
-    dropped: Sequence[RolloutGroup]
-    num_refills: int
+    sampled: Sampled
     num_trained: int
     num_zero_advantage: int
-    seconds: float
     num_dropped_prompts: int = 0
     kl: tuple[float, float] | None = None
     num_stale: int = 0
 
 
 def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
-    """Of the total, of each reward by name, of being right, of lengths, of how rollouts ended, and of what was counted.
+    """Metrics of rewards, accuracy, lengths, ends of rollouts, and counters.
 
     Raises:
-        ValueError: A rollout counts under a name that the environment does not declare: ranks must agree on the names.
+        ValueError: A rollout has a counter that the environment does not declare. Ranks need the same names.
     """
     number, kind = float(len(rollouts)), type(environment).__name__
     with user_code(f"{kind}.is_correct"):
@@ -72,7 +70,7 @@ def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, worl
 
 
 def _counts(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
-    """What was counted, added up over ranks, and the share of the rollouts that called a tool."""
+    """Counters, summed over ranks, and the share of the rollouts that called a tool."""
     with user_code(f"{type(environment).__name__}.counter_names"):
         names = [REWARD_ERRORS, *environment.counter_names()]
     undeclared = sorted({name for rollout in rollouts for name in rollout.counts} - set(names))
@@ -89,44 +87,43 @@ def _counts(rollouts: Sequence[Rollout], environment: Environment, world_size: i
     return found
 
 
-def step_fractions(step: StepRecord, environment: Environment, world_size: int) -> Fractions:
-    """The figures of a training step. Counts have the denominator 1 / world_size, so that over ranks they add up."""
-    groups = [*step.kept, *step.dropped]
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+def step_fractions(counts: PhaseCounts, environment: Environment, world_size: int) -> Fractions:
+    """Metrics of a phase's rollouts. Counts have the denominator 1 / world_size, so that their value is the sum over ranks."""
+    sampled, rollouts = counts.sampled, counts.sampled.rollouts
     share = 1.0 / world_size
-    num_kept_rollouts = sum(len(group.rollouts) for group in step.kept)
+    num_kept_rollouts = sum(len(group.rollouts) for group in sampled.kept)
     found = {
         **reward_fractions(rollouts, environment, world_size),
-        "rollout/zero_variance_groups": (float(sum(not group.has_spread for group in groups)), share),
-        "rollout/refilled_groups": (float(step.num_refills), share),
-        "rollout/dropped_groups": (float(len(step.dropped)), share),
-        "rollout/dropped_prompts": (float(step.num_dropped_prompts), 1.0),
-        "rollout/untrained": (float(num_kept_rollouts - step.num_trained), share),
-        "rollout/zero_advantage": (float(step.num_zero_advantage), share),
-        "rollout/stale": (float(step.num_stale), share),
+        "rollout/zero_variance_groups": (float(sum(not group.has_spread for group in sampled.groups)), share),
+        "rollout/refilled_groups": (float(sampled.num_refills), share),
+        "rollout/dropped_groups": (float(len(sampled.dropped)), share),
+        "rollout/dropped_prompts": (float(counts.num_dropped_prompts), 1.0),
+        "rollout/untrained": (float(num_kept_rollouts - counts.num_trained), share),
+        "rollout/zero_advantage": (float(counts.num_zero_advantage), share),
+        "rollout/stale": (float(counts.num_stale), share),
         "rollout/staleness": _staleness(rollouts),
         "perf/rollout_tokens_per_s": (
             float(sum(rollout.num_sampled_tokens for rollout in rollouts)),
-            step.seconds / world_size,
+            sampled.seconds / world_size,
         ),
     }
-    if step.kl is not None:
-        found["train/kl"] = step.kl
+    if counts.kl is not None:
+        found["train/kl"] = counts.kl
     return found
 
 
 def _staleness(rollouts: Sequence[Rollout]) -> tuple[float, float]:
-    """Steps from the weights that sampled a token to those that were to be trained with it, and number of tokens."""
+    """Optimizer steps between the weights that sampled a token and the step it is for, summed over tokens; number of tokens."""
     lags = [r.step - version for r in rollouts if r.step is not None for version in r.policy_versions if version >= 0]
     return float(sum(lags)), float(len(lags))
 
 
 def over_ranks(fractions: Mapping[str, tuple[float, float]], add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """The figures themselves; one without anything to be a mean of is NaN.
+    """Values of metrics over all ranks. A metric with the denominator 0 is NaN.
 
     Args:
-        fractions: This rank's.
-        add_up: Adds a tensor up over all ranks.
+        fractions: Numerators and denominators of this rank.
+        add_up: Sums a tensor over all ranks.
 
     >>> over_ranks({"reward/mean": (3.0, 4), "reward/judge": (0.0, 0)}, add_up=lambda values: values)
     {'reward/mean': 0.75, 'reward/judge': nan}

@@ -1,4 +1,4 @@
-"""A phase of rollouts as a dataset, sampled when its first batch is asked for and not before."""
+"""Phases of rollouts as a dataset. A phase is sampled when its first batch is requested."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,15 +11,15 @@ from fuchsia_pl.types import ConfigError
 
 
 class PhaseDataset(IterableDataset[Any]):
-    """Calls a producer once per phase and hands out what it makes.
+    """Calls a producer once per phase and yields its batches.
 
-    It has a length on purpose: without one Lightning fetches a batch ahead, and step k+1 would be sampled with the weights
+    The dataset must have a length. Without one, Lightning fetches a batch ahead, and step k+1 would be sampled with the weights
     of step k.
 
     Args:
-        produce: Makes the batches of one phase.
+        produce: Returns the batches of one phase.
         num_phases: Phases per epoch.
-        batches_per_phase: Batches that `produce` makes.
+        batches_per_phase: Number of batches that `produce` returns.
     """
 
     def __init__(self, produce: Callable[[], list[Any]], num_phases: int, batches_per_phase: int) -> None:
@@ -32,23 +32,23 @@ class PhaseDataset(IterableDataset[Any]):
         return self.num_phases * self.batches_per_phase
 
     def __iter__(self) -> Iterator[Any]:
-        """Produces a phase only when its first batch is asked for."""
+        """Yields batches. A phase is produced when its first batch is requested."""
         for _ in range(self.num_phases):
             yield from self.produce()
 
 
 def phase_loader(dataset: PhaseDataset) -> DataLoader[Any]:
-    """Hands out what the dataset makes, one batch at a time, in this process."""
-    # A loader draws a seed for its workers whenever it is iterated. From torch's global generator that would make a resumed
-    # run, which iterates at another moment, drop out other activations than the run it resumes.
+    """A loader that yields the dataset's batches one by one, in this process."""
+    # A loader draws a seed for its workers at each iteration. Taken from torch's global generator, it would change the dropout
+    # of a resumed run, which iterates at other moments.
     return DataLoader(dataset, batch_size=None, num_workers=0, generator=torch.Generator())
 
 
 def num_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> int | None:
-    """Phases of a whole run, None where it has no end but `trainer.max_time`.
+    """Phases of a whole run, None if only `trainer.max_time` limits it.
 
     Args:
-        trainer: With the run's steps or epochs.
+        trainer: Lightning's.
         steps_per_epoch: Optimizer steps of an epoch.
         num_updates: Optimizer steps of a phase.
     """
@@ -67,10 +67,10 @@ def _batches_per_epoch(trainer: Trainer, steps_per_epoch: int) -> int:
 
 
 def check_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> None:
-    """Refuses a run that would end, or begin an epoch, within a phase; for the arguments see `num_phases`.
+    """Checks that the run and its epochs end at the end of a phase. The arguments are those of `num_phases`.
 
     Raises:
-        ConfigError: It would.
+        ConfigError: One would end within a phase.
     """
     batches_per_phase = trainer.accumulate_grad_batches * num_updates
     num_batches = _batches_per_epoch(trainer, steps_per_epoch)

@@ -1,36 +1,49 @@
-"""What is checked of an environment before anything is sampled: at the start of a run, and by `fuchsia check-env`."""
+"""Checks of an environment before sampling, at the start of a run and in `fuchsia check-env`."""
 
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.base import Environment, reward_name
 from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason, user_code
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.calls import EnvironmentStepError
 from fuchsia_pl.rollouts.collector import Collector
+from fuchsia_pl.rollouts.credit import OVERLONG
 from fuchsia_pl.types import ConfigError, Item
 
 logger = logging.getLogger(__name__)
 
 
 def check_shares(batch_size: int, num_ranks: int) -> None:
-    """Refuses a number of items that cannot be divided over the ranks.
+    """Checks that the items can be divided over the ranks.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: They cannot.
     """
     if batch_size % num_ranks:
         raise ConfigError(
-            f"data.batch_size={batch_size} is no multiple of the {num_ranks} ranks, which each sample their share of the items"
+            f"data.batch_size={batch_size} is no multiple of the {num_ranks} ranks, which sample equal shares of the items"
+        )
+
+
+def check_reward_names(environment: Environment) -> None:
+    """Refuses a reward function with the name of the overlong penalty, which is listed beside the rewards.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if OVERLONG in [reward_name(function) for function in environment.reward_functions]:
+        raise ConfigError(
+            f"{type(environment).__name__} has a reward function {OVERLONG!r}: the name is taken, rename the function"
         )
 
 
 def training_prompts(collector: Collector, seed: int, batch_size: int) -> dict[int, int]:
-    """The training items that a run draws from.
+    """The training items of a run.
 
     Args:
         collector: With a prepared environment.
@@ -38,11 +51,11 @@ def training_prompts(collector: Collector, seed: int, batch_size: int) -> dict[i
         batch_size: Items of a phase, over all ranks.
 
     Returns:
-        Positions of the items whose prompts are short enough, with the number of tokens of each prompt.
+        Number of prompt tokens by position, for the items whose prompts are short enough.
 
     Raises:
-        ConfigError: There are too few items, the template has no place for the conversation, or a prompt or a gold answer
-            cannot be used.
+        ConfigError: There are too few items, the template cannot render the conversation, or a prompt or a gold answer cannot
+            be used.
     """
     kind = type(collector.environment).__name__
     items = training_items(collector.environment)
@@ -85,12 +98,12 @@ def held_out_prompts(collector: Collector, num_ranks: int) -> list[int]:
 
 
 def training_items(environment: Environment) -> Sequence[Item]:
-    """What `train_items` returns, see `split_items`."""
+    """Result of `train_items`, see `split_items`."""
     return split_items(environment.train_items, f"{type(environment).__name__}.train_items")
 
 
 def held_out_items(environment: Environment) -> Sequence[Item]:
-    """What `validation_items` returns, see `split_items`."""
+    """Result of `validation_items`, see `split_items`."""
     return split_items(environment.validation_items, f"{type(environment).__name__}.validation_items")
 
 
@@ -99,12 +112,12 @@ def split_items(method: Callable[[], Sequence[Item]], where: str) -> Sequence[It
 
     Args:
         method: An environment's `train_items` or `validation_items`.
-        where: Its name, for messages.
+        where: Its name, for error messages.
 
     Raises:
-        ConfigError: The method raised, or what it returned is no sequence of mappings.
+        ConfigError: The method raised, or its result is not a sequence.
     """
-    with told_as_config_error(where), user_code():
+    with as_config_error(where), user_code():
         items = method()
     is_sequence = hasattr(items, "__len__") and hasattr(items, "__getitem__")
     if not is_sequence or isinstance(items, str | bytes | Mapping):
@@ -113,11 +126,11 @@ def split_items(method: Callable[[], Sequence[Item]], where: str) -> Sequence[It
 
 
 @contextmanager
-def told_as_config_error(where: str) -> Iterator[None]:
-    """Turns what an environment's own code raises into one sentence with its place.
+def as_config_error(where: str) -> Iterator[None]:
+    """Raises errors of an environment's code again as one sentence with their place.
 
     Args:
-        where: Whose code it is, such as "MyEnvironment.train_items".
+        where: Name of the code, such as "MyEnvironment.train_items".
 
     Raises:
         ConfigError: The code raised.
@@ -126,7 +139,7 @@ def told_as_config_error(where: str) -> Iterator[None]:
         yield
     except (ConfigError, ToolServerError):
         raise
-    except EnvironmentStepError as error:  # it has its place in it
+    except EnvironmentStepError as error:  # its message has the place
         raise ConfigError(str(error)) from error
     except Exception as error:
         raised = error.__cause__ if isinstance(error, StrayError) and error.__cause__ else error

@@ -1,4 +1,4 @@
-"""What a chat template does, found out by rendering small conversations rather than from a list of model names."""
+"""Properties of a chat template, found by rendering small conversations instead of from a list of model names."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,25 +13,25 @@ from fuchsia_pl.types import ConfigError, Message
 # (messages, add_generation_prompt, tools) -> text
 Render = Callable[[list[dict[str, Any]], bool, Sequence[ToolSpec]], str]
 
-# Stands for the policy's turn. Letters only, so that no template trims, escapes or splits it.
+# Placeholder of the policy's turn. Letters only, so that no template trims, escapes or splits it.
 TURN = "fuchsiaturnplaceholder"
-# What templates raise on roles or fields they do not know.
+# Errors of templates on unknown roles or fields.
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError)
-CALL_ID = "callabcde"  # nine letters and digits, as some templates insist
+CALL_ID = "callabcde"  # nine letters and digits, which some templates require
 QUESTION = {"role": "user", "content": "a"}
 
 
 def after_turn(render: Render, messages: list[Message], responses: list[Message], tools: Sequence[ToolSpec]) -> str:
-    """What the template writes after the policy's turn: its end, the responses, and the header of the next one.
+    """The template's text after the policy's turn: its end, the responses, and the header of the next turn.
 
     Args:
         render: The template.
         messages: The conversation before the policy's turn.
         responses: The messages after it.
-        tools: Those of the prompt.
+        tools: The tools of the prompt.
 
     Raises:
-        ConfigError: The template refuses the exchange, or does not show the policy's turn exactly once.
+        ConfigError: The template cannot render the exchange, or does not show the policy's turn exactly once.
     """
     turn = TURN
     while any(turn in message["content"] for message in [*messages, *responses]):
@@ -54,9 +54,9 @@ def after_turn(render: Render, messages: list[Message], responses: list[Message]
 
 
 def turn_edges(render: Render) -> tuple[str, list[str]]:
-    """What the template writes before a first question, and behind turns: the policy's last one, and a user's.
+    """The template's text before a first question, and after turns: the policy's last turn and a user's message.
 
-    A token that begins what stands behind a turn ends it. In some templates nothing does, and the next header follows at once.
+    The first token after a turn ends the turn. In some templates there is no such token, and the next header follows directly.
     """
     question, answer = {"role": "user", "content": TURN}, {"role": "assistant", "content": TURN}
     header, endings = "", []
@@ -70,7 +70,7 @@ def turn_edges(render: Render) -> tuple[str, list[str]]:
 
 
 def rewrites_earlier_turns(render: Render) -> bool:
-    """Whether a turn with thinking in it is shown otherwise once another turn follows."""
+    """Whether the template changes a turn with thinking after another turn follows."""
     thought = "<think>\nhm\n</think>\n\nyes"
     first = render([QUESTION], True, ())
     try:
@@ -81,9 +81,9 @@ def rewrites_earlier_turns(render: Render) -> bool:
 
 
 def native_convention(render: Render, tools: Sequence[ToolSpec]) -> ToolConvention | None:
-    """How the template writes tool calls, None where it does not know tools or does not write calls as JSON.
+    """Format of the template's tool calls, None if it does not support tools or does not write calls as JSON.
 
-    It must tell the policy of the tools, show a call that the policy made, and show a message of the role "tool".
+    The template must list the tools, show a call of the policy, and show a message of the role "tool".
     """
     if not tools:
         return None
@@ -95,20 +95,20 @@ def native_convention(render: Render, tools: Sequence[ToolSpec]) -> ToolConventi
     }
     answer = {"role": "tool", "content": TURN}
     try:
-        told, untold = render([QUESTION], True, tools), render([QUESTION], True, ())
+        with_tools, without_tools = render([QUESTION], True, tools), render([QUESTION], True, ())
         shown = render([QUESTION, call], False, tools)
         plain = render([QUESTION, {"role": "assistant", "content": TURN}], False, tools)
         answered = render([QUESTION, {"role": "assistant", "content": "b"}, answer], True, tools)
     except TEMPLATE_ERRORS:
         return None
-    if told == untold or not all(tool.name in told for tool in tools) or TURN not in answered:
+    if with_tools == without_tools or not all(tool.name in with_tools for tool in tools) or TURN not in answered:
         return None
     end_of_turn = plain.partition(TURN)[2]
-    return _around_the_call(shown.removeprefix(told).removesuffix(end_of_turn), tools[0].name)
+    return _around_the_call(shown.removeprefix(with_tools).removesuffix(end_of_turn), tools[0].name)
 
 
 def _around_the_call(turn: str, name: str) -> ToolConvention | None:
-    """Takes apart a rendered turn that consists of one call with one argument."""
+    """Parses a rendered turn that consists of one call with one argument."""
     call = re.search(
         rf'\{{\s*"name"\s*:\s*"{re.escape(name)}"\s*,\s*"(arguments|parameters)"\s*:\s*'
         rf'\{{\s*"argument"\s*:\s*"{TURN}"\s*\}}[^{{}}]*\}}',
@@ -116,12 +116,12 @@ def _around_the_call(turn: str, name: str) -> ToolConvention | None:
     )
     if call is None:
         return None
-    # Some templates put an empty thought before the call, on lines of its own; some make a list of the calls.
+    # Some templates put an empty thought before the call, on separate lines. Some write a list of calls.
     before = turn[: call.start()].strip().removesuffix("[").strip().splitlines()
     closing = turn[call.end() :].strip().removeprefix("]").strip()
     return ToolConvention(before[-1] if before else "", closing, call.group(1), role="tool", is_native=True)
 
 
 def with_call_id(message: dict[str, Any]) -> dict[str, Any]:
-    """A tool's message with the fields that templates ask of one; any other as it is."""
+    """A tool's message with the fields that templates require; any other message unchanged."""
     return {**message, "tool_call_id": CALL_ID, "name": "tool"} if message["role"] == "tool" else message

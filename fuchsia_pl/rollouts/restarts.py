@@ -1,4 +1,4 @@
-"""Rollouts whose engine died under them are sampled again."""
+"""Samples rollouts again after the engine died."""
 
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -9,17 +9,17 @@ T = TypeVar("T")
 
 
 async def sampled_by(engine: Engine, sample: Callable[[], Awaitable[T]]) -> T:
-    """What `sample` returns, from its first call that no death of the engine interrupts.
+    """Calls `sample` until the engine does not die during the call, and returns its result.
 
-    All of it is sampled again, with the seeds and in the batches of the first attempt: single requests would be decoded
-    beside fewer rows, which changes the rounding.
+    Everything is sampled again with the same seeds and in the same batches as at first. Single requests would be decoded in
+    smaller batches, which changes the rounding.
 
     Args:
-        engine: Samples; it bounds how often it starts again.
-        sample: Samples from the beginning and leaves nothing behind where it fails.
+        engine: The engine. It limits the number of its restarts.
+        sample: Samples from the beginning. It leaves no state behind if it fails.
 
     Raises:
-        EngineError: The engine failed otherwise, or died more often than it may.
+        EngineError: The engine failed otherwise, or died more often than allowed.
     """
     while True:
         try:

@@ -1,26 +1,29 @@
-"""What the data module knows of the module and of the callbacks beside it."""
+"""Interfaces of the module and the callbacks that the data module uses, checks of a run, and the engine's settings."""
 
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch, TrainerSignals
-from fuchsia_pl.types import ConfigError
+from fuchsia_pl.engines.base import EngineSpec, engine_log
+from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.types import ConfigError, ServedModel
 
 
 class SignalSource(Protocol):
-    """What the data module knows of the module: it computes of rollouts what only the model can."""
+    """Interface of the module: quantities that require the model."""
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether what siblings have in common is computed once."""
+        """Whether the common prefix of siblings is computed once."""
 
     @property
     def max_tokens_per_micro_batch(self) -> int | None:
-        """The budget that decides the number of micro-batches, if there is one."""
+        """Budget of tokens that sets the number of micro-batches, None without one."""
 
     def trainer_signals(self, batches: list[Batch]) -> list[TrainerSignals]:
-        """KL and values of the tokens of some micro-batches."""
+        """KL and critic values of the tokens of micro-batches."""
 
 
 @runtime_checkable
@@ -28,15 +31,15 @@ class SharesDevice(Protocol):
     """A callback that shares one device between engine and trainer."""
 
     def engine_sleeps(self, trainer: Trainer) -> bool:
-        """Whether the engine will be asked to sleep; refuses what that does not work with."""
+        """Whether the engine will sleep. Raises ConfigError for settings that do not allow it."""
 
 
 @runtime_checkable
 class Syncer(Protocol):
-    """A callback that gives the engine the trained weights."""
+    """A callback that loads the trained weights into the engine."""
 
     def sync(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        """Loads the current weights into the engine unless it has them; returns the seconds that took."""
+        """Loads the current weights into the engine unless it has them; returns the duration in seconds."""
 
 
 @runtime_checkable
@@ -44,17 +47,17 @@ class RunChecker(Protocol):
     """A module or a callback with requirements on the rest of a run."""
 
     def check_run(self, trainer: Trainer) -> None:
-        """Refuses, before the engine starts, a run that it does not work with."""
+        """Raises ConfigError, before the engine starts, if the run does not meet the requirements."""
 
 
 def check_run_setup(trainer: Trainer) -> bool:
-    """Lets the module and every callback check the run, before the engine starts.
+    """Calls the checks of the module and of every callback, before the engine starts.
 
     Returns:
-        Whether the engine will be asked to sleep.
+        Whether the engine will sleep.
 
     Raises:
-        ConfigError: No callback syncs the engine, or one refuses the run.
+        ConfigError: No callback syncs the engine, or a check failed.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, Syncer) for callback in callbacks):
@@ -66,3 +69,29 @@ def check_run_setup(trainer: Trainer) -> bool:
         if isinstance(part, RunChecker):
             part.check_run(trainer)
     return any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, SharesDevice))
+
+
+def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, seed: int, sleeps: bool) -> EngineSpec:
+    """Settings with which this rank's engine starts.
+
+    Args:
+        trainer: Lightning's.
+        model: The model.
+        sampling: Settings of sampling.
+        seed: The run's seed.
+        sleeps: Whether a callback puts the engine to sleep.
+    """
+    return EngineSpec(
+        model,
+        sampling.max_length,
+        seed,
+        Path(trainer.default_root_dir) / engine_log(trainer.global_rank),
+        trainer.world_size,
+        trainer.global_rank,
+        trainer.local_rank,
+        trainer.num_devices,
+        trainer.strategy.root_device.index,
+        loads_in_flight=sampling.in_flight == "continue",
+        sleeps=sleeps,
+        max_restarts=sampling.engine_restarts,
+    )

@@ -18,9 +18,9 @@ from fuchsia_pl.envs.bounded import LeftThreadsError, call_bounded
 from fuchsia_pl.envs.user_code import reason
 from fuchsia_pl.types import Rollout, RolloutStatus
 
-# Counted where `on_error` is "unscored"; the environment need not name it.
+# Counter for `on_error` "unscored". The environment need not declare it.
 REWARD_ERRORS = "reward_errors"
-# These ended through no doing of the policy.
+# Ends that do not depend on the policy.
 UNSCORED = (RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR)
 
 LARGEST = (
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 class RewardError(RuntimeError):
-    """A reward function raised, hung, or returned what is no reward."""
+    """A reward function raised, timed out, or returned an invalid value."""
 
 
 async def score_group(environment: Environment, rollouts: list[Rollout]) -> None:
     """Fills `rewards` and `reward` of the siblings of one item.
 
-    Rollouts that ended through no doing of the policy are not shown to the reward functions and stay unscored.
+    Rollouts whose end does not depend on the policy are not passed to the reward functions and stay unscored.
 
     Raises:
-        RewardError: With the function's name and the item; the cause is chained. Where the environment's `on_error` is
-            "unscored", all siblings are left unscored and counted instead.
+        RewardError: A reward function failed. The message names the function and the item; the cause is chained. If the
+            environment's `on_error` is "unscored", all siblings stay unscored and are counted instead.
     """
     scored = [rollout for rollout in rollouts if rollout.status not in UNSCORED]
     names = [reward_name(function) for function in environment.reward_functions]
@@ -60,7 +60,7 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
             rollout.rewards[name] = value
     weights = weights_at(environment, rollouts[0].step)
     for rollout in scored:
-        # A total without the failed function would rank the siblings by the other functions alone.
+        # Without the failed function, the total would rank the siblings by the other functions alone.
         rollout.reward = None if errors else total_reward(rollout.rewards, weights)
         if rollout.reward is not None and not _fits(rollout, weights):
             errors.append(_passed(environment, RewardError(_endless(rollout, weights))))
@@ -71,7 +71,7 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
 
 
 def _passed(environment: Environment, error: RewardError) -> RewardError:
-    """The error, where the environment goes on after it."""
+    """Raises the error if `on_error` is "stop", else logs and returns it."""
     if environment.on_error == "stop":
         raise error
     logger.warning("%s", error)
@@ -82,7 +82,7 @@ async def _rewards(
     function: RewardFunction, name: str, rollouts: list[Rollout], timeout_s: float
 ) -> list[float | None]:
     try:
-        # A list of its own: what the function does to it must not change who gets which reward of this or a later function.
+        # A copy: a function that changes the list must not change the assignment of rewards.
         values = await call_bounded(function, list(rollouts), timeout_s)
     except TimeoutError as error:
         raise RewardError(
@@ -90,7 +90,7 @@ async def _rewards(
         ) from error
     except LeftThreadsError:
         raise
-    except Exception as error:  # whatever a reward function raises is passed on with its item
+    except Exception as error:  # user code may raise anything
         raise RewardError(f"the reward function {name!r} raised {reason(error)} {_where(rollouts[0])}") from error
     if not isinstance(values, list) or len(values) != len(rollouts):
         got = f"a list of {len(values)}" if isinstance(values, list) else f"a {type(values).__name__}"
@@ -108,7 +108,7 @@ async def _rewards(
 
 
 def _fits(rollout: Rollout, weights: Mapping[str, float]) -> bool:
-    """Whether the total and its parts are numbers that a batch can hold."""
+    """Whether the total and its parts fit into a batch's float32."""
     assert rollout.reward is not None
     parts = (weights[name] * value for name, value in rollout.rewards.items() if value is not None)
     return all(abs(number) <= LARGEST for number in (rollout.reward, *parts))
@@ -129,10 +129,10 @@ def _where(rollout: Rollout) -> str:
 
 
 def _shown(value: Any, limit: int = 200) -> str:
-    """A value for an error message: as JSON where it is a mapping. A value that has no text does not replace the error."""
+    """A value for an error message, as JSON if it is a mapping. A value without a text must not replace the error."""
     try:
         text = json.dumps(dict(value), default=str, ensure_ascii=False) if isinstance(value, Mapping) else repr(value)
-    except Exception:  # JSON has no place for some keys, and a `repr` of user code may raise anything
+    except Exception:  # JSON does not support some keys, and a `repr` of user code may raise anything
         text = reprlib.repr(value) if isinstance(value, Mapping) else f"a {type(value).__name__} without a text"
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else text[:limit] + "…"

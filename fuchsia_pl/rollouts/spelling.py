@@ -1,9 +1,9 @@
-"""Text of items and tools stays text: the name of an added token in it, such as `<|im_end|>`, becomes no control id.
+"""Encodes text of items and tools as text: the name of an added token in it, such as `<|im_end|>`, becomes no control id.
 
-A letters-and-digits mark, the cut, is put inside every such name before the chat template renders the messages. All other
-characters pass through the template as they are, so trimming and JSON escaping work as always. In the rendered text only
-the template's own tokens are whole. They are replaced by aliases, the cuts are removed, and a copy of the tokenizer that
-knows the added tokens by their aliases alone encodes the result in one piece: ordinary text keeps the ids it always had.
+A mark of letters and digits, the cut, is inserted into every such name before the chat template renders the messages. All other
+characters pass through the template unchanged, so trimming and JSON escaping work as usual. In the rendered text only the
+template's own tokens are whole. They are replaced by aliases, and the cuts are removed. Then a copy of the tokenizer, in which
+the added tokens have only the aliases as names, encodes the result in one piece. Ordinary text keeps its usual ids.
 """
 
 import json
@@ -21,17 +21,17 @@ from transformers import PreTrainedTokenizerFast
 from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.types import Message
 
-# Fields of a message and of a call whose values are one of a few words, which templates compare: never text.
+# Fields of a message and of a call that templates compare with fixed words. Their values are not text.
 KINDS = ("role", "type")
-# Fields of a message whose values have such fields of their own.
+# Fields of a message whose values have such fields.
 NESTED = ("tool_calls", "function")
 
 
 class Spelling:
-    """Encodes rendered conversations in which the content of messages and tools is only text.
+    """Encodes rendered conversations in which the content of messages and tools is plain text.
 
-    White space that a tokenizer has as an added token is ordinary text. In a message of the role "assistant" the added tokens
-    that are not special, such as `<think>` or `<tool_call>`, are left whole: it shows how the policy itself writes.
+    Added tokens that are white space are ordinary text. In a message of the role "assistant", added tokens that are not special,
+    such as `<think>` or `<tool_call>`, are not cut, because the message shows the format in which the policy writes.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -42,7 +42,7 @@ class Spelling:
         added = tokenizer.added_tokens_decoder
         self._names = {i: str(t.content) for i, t in added.items() if len(_printed(str(t.content))) > 1}
         self._special = frozenset(token_id for token_id in self._names if added[token_id].special)
-        # Content cannot hold what it cannot know. "z" is no hex digit, so no other part of the mark looks like its start.
+        # Content cannot contain a random mark. "z" is no hex digit, so no other part of the mark looks like its start.
         self._nonce = f"z{secrets.token_hex(8)}"
         self._alias_nonce = f"x{secrets.token_hex(8)}"
         firsts = {name[0] for token in self._names.values() for name in (token, _printed(token))}
@@ -50,11 +50,11 @@ class Spelling:
 
     @property
     def control_ids(self) -> AbstractSet[int]:
-        """The ids of added tokens that stand for more than their text."""
+        """The ids of added tokens that are not ordinary text."""
         return self._names.keys()
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages with a cut in every name of an added token in their texts. Roles and names of fields are no text."""
+        """Messages with a cut in every name of an added token in their texts. Roles and names of fields are not cut."""
         return [self._fields(m, self._special if m.get("role") == "assistant" else self.control_ids) for m in messages]
 
     def tools(self, tools: Sequence[ToolSpec]) -> list[ToolSpec]:
@@ -75,7 +75,7 @@ class Spelling:
         return text.replace(self._nonce, "")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a rendered text: an added token's id where its name stands whole, text where there is a cut in it."""
+        """The ids of a rendered text. A whole name of an added token becomes its id, a name with a cut becomes text."""
         if self._nonce not in text:
             return self._tokenizer.encode(text, add_special_tokens=False)
         pieces, position = [], 0
@@ -111,14 +111,14 @@ class Spelling:
 
     def _cut_text(self, text: str, token_ids: AbstractSet[int]) -> str:
         if text.isascii() and self._firsts.isdisjoint(text):
-            return text  # most texts, at no cost; others have to pass through the tokenizer, which may normalise them
+            return text  # most texts; others pass through the tokenizer, which may normalise them
         found = self._found(text, token_ids)
-        # A name may be matched together with white space around it, or in another Unicode form.
+        # The match may include white space around the name, or another Unicode form of it.
         cuts = {max(text.find(self._names[token_id], start, end), start) + 1 for token_id, start, end in found}
         while found:
             text = self._with_cuts(text, cuts)
-            # What is left of a name may hold or begin another one. In these all characters are set apart, or a text would
-            # have to be encoded once for each character of the longest name.
+            # The rest of a name may contain or begin another one. All characters of these are separated; otherwise a text
+            # would be encoded once for each character of the longest name.
             found = self._found(text, token_ids)
             cuts = {position for _, start, end in found for position in range(start, end + 1)}
         return text
@@ -128,7 +128,7 @@ class Spelling:
         return self._nonce.join(text[start:end] for start, end in pairwise(edges))
 
     def _found(self, text: str, token_ids: AbstractSet[int]) -> list[tuple[int, int, int]]:
-        """Where the tokenizer finds these added tokens in a text: id, first and last position."""
+        """Added tokens that the tokenizer finds in a text: id, start and end."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         unknown = self._tokenizer.unk_token_id
         return [
@@ -136,7 +136,7 @@ class Spelling:
             for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             if token_id in token_ids
             and end - start > 1
-            # Any character that the vocabulary lacks has this id.
+            # Every character outside the vocabulary has this id.
             and (token_id != unknown or self._names[token_id] in text[start:end])
         ]
 
@@ -145,13 +145,13 @@ class Spelling:
 
     @cached_property
     def _aliased(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The tokenizer with an alias in place of each added token's name, and the ids that it gives them."""
+        """The tokenizer with aliases as names of the added tokens, and the added tokens' ids by those of the aliases."""
         content = json.loads(self._tokenizer.backend_tokenizer.to_str())
         content["post_processor"] = content["truncation"] = content["padding"] = None
         for token in content["added_tokens"]:
             if token["id"] in self._names:
                 token["content"] = self._alias(token["id"])
-        # Where the model's own vocabulary lists the names, it could put one together from ordinary text.
+        # If the model's own vocabulary lists the names, it could merge ordinary text into one.
         _rename(content["model"], {name: self._alias(token_id) for token_id, name in self._names.items()})
         tokenizer = Tokenizer.from_str(json.dumps(content))
         given = {tokenizer.token_to_id(self._alias(token_id)): token_id for token_id in self._names}
@@ -159,7 +159,7 @@ class Spelling:
 
 
 def _printed(name: str) -> str:
-    """A token's name without white space, and without the sign that stands for a space in some tokenizers.
+    """A token's name without white space, including the character that some tokenizers use for a space.
 
     >>> _printed("\u2581\u2581"), _printed(" <mask>")
     ('', '<mask>')
@@ -168,7 +168,7 @@ def _printed(name: str) -> str:
 
 
 def _rename(model: dict[str, Any], aliases: Mapping[str, str]) -> None:
-    """Renames entries of a tokenizer's vocabulary, as `tokenizer.json` holds it, and drops the merges that made them.
+    """Renames entries of the vocabulary in a `tokenizer.json`, and removes the merges that produce them.
 
     >>> model = {"type": "BPE", "vocab": {"<": 0, "s>": 1, "<s>": 2}, "merges": [["<", "s>"]], "unk_token": "<s>"}
     >>> _rename(model, {"<s>": "alias"})

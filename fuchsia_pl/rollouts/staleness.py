@@ -1,4 +1,4 @@
-"""Which rows are too old to be trained on, and how old the rest is."""
+"""Removes rows that are too old for training, and finds the oldest version of the rest."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,12 +11,14 @@ NO_VERSION = torch.iinfo(torch.int64).max
 
 
 def drop_stale(samples: list[Sample], step: int, max_staleness: int) -> list[Sample]:
-    """Without the rows that are too old. Where none may be old, one that is means a mistake, and the module says so.
+    """Returns the rows that are not too old.
+
+    With `max_staleness` 0, all rows are returned: an old row is an error then, which the module raises.
 
     Args:
         samples: This rank's rows.
-        step: The optimizer step that they are for.
-        max_staleness: Optimizer steps by which the weights that sampled them may be older.
+        step: The optimizer step that the rows are for.
+        max_staleness: Largest allowed age of the weights that sampled them, in optimizer steps.
     """
     if max_staleness == 0:
         return samples
@@ -24,12 +26,12 @@ def drop_stale(samples: list[Sample], step: int, max_staleness: int) -> list[Sam
 
 
 def oldest_version(samples: Sequence[Sample], of_rollouts: int, lowest: Callable[[Tensor], Tensor]) -> int:
-    """The oldest policy version of all ranks' rows: what depends on it is decided alike everywhere.
+    """The oldest policy version of the rows of all ranks. All ranks get the same value.
 
     Args:
         samples: This rank's rows.
-        of_rollouts: The oldest of all its rollouts. Where every row is too old, that is no accident and this is returned.
-        lowest: The smallest of a tensor's values over all ranks.
+        of_rollouts: The oldest version of all its rollouts, which is returned if no rank has a row.
+        lowest: Minimum of a tensor over all ranks.
 
     >>> oldest_version([], of_rollouts=3, lowest=lambda versions: versions)
     3

@@ -1,4 +1,4 @@
-"""A model's chat template, rendered at the time at which the run was started."""
+"""A model's chat template, rendered with the start time of the run."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,7 +11,7 @@ from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.rollouts.probes import QUESTION, TEMPLATE_ERRORS, TURN, with_call_id
 from fuchsia_pl.types import PLAIN_TEXT, ConfigError, Message
 
-# Of a model that has no chat template: messages are text, and the policy continues the last one.
+# Template of a model without one: the texts of the messages, the last of which the policy continues.
 BLANK_LINES = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
 
 
@@ -20,14 +20,14 @@ class Template:
 
     Args:
         tokenizer: The model's tokenizer.
-        source: The template, "none" for messages joined by blank lines, None for the tokenizer's own.
-        started_at: What the template takes for the present. Some write today's date into every prompt.
+        source: The template, "none" for messages joined by blank lines, None for the tokenizer's template.
+        started_at: Current time for the template. Some templates write the date into every prompt.
 
     Attributes:
-        has_read_date: Whether a text that was rendered so far may depend on the date.
+        has_read_date: Whether a rendered text may depend on the date.
 
     Raises:
-        ConfigError: There is no template, or it leaves the text of messages out.
+        ConfigError: There is no template, or it omits the text of messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, source: str | None, started_at: datetime) -> None:
@@ -40,7 +40,7 @@ class Template:
         self.is_plain = source == PLAIN_TEXT
         self._source = BLANK_LINES if self.is_plain else source
         self.started_at = started_at
-        # Some templates write the date only beside tools or a system text, so what was rendered shows it, and no probe does.
+        # Some templates write the date only with tools or a system text. So rendered texts are observed instead of a probe.
         self.has_read_date = False
         self._checked: set[tuple[str, ...]] = set()
         self.check_roles(["user"])
@@ -52,8 +52,8 @@ class Template:
 
         Args:
             messages: The conversation.
-            add_generation_prompt: Whether the header of the policy's turn comes last.
-            tools: What the template tells the policy that it may call.
+            add_generation_prompt: Whether the text ends with the header of the policy's turn.
+            tools: Tools that the template lists.
         """
         text = self._tokenizer.apply_chat_template(
             [with_call_id(message) for message in messages],
@@ -74,20 +74,20 @@ class Template:
             return False
 
     def fitted(self, messages: list[Message]) -> list[Message]:
-        """Messages with the system text before the question, where the template has no such role."""
-        asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
-        if not messages or messages[0]["role"] != "system" or asked is None or self._shows_system:
+        """Messages. If the template has no system role, its text is moved to the start of the first user message."""
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        if not messages or messages[0]["role"] != "system" or first is None or self._shows_system:
             return messages
-        question = {**messages[asked], "content": f"{messages[0]['content']}\n\n{messages[asked]['content']}"}
-        return [*messages[1:asked], question, *messages[asked + 1 :]]
+        question = {**messages[first], "content": f"{messages[0]['content']}\n\n{messages[first]['content']}"}
+        return [*messages[1:first], question, *messages[first + 1 :]]
 
     def check_roles(self, roles: Sequence[str]) -> None:
-        """Refuses a template that leaves out the text of a message in a conversation of these roles.
+        """Checks that the template shows the text of every message in a conversation of these roles.
 
-        A template that cannot render them at all raises its own error once it is used.
+        A template that cannot render these roles at all raises its own error when it is used.
 
         Raises:
-            ConfigError: Which role it leaves out.
+            ConfigError: It omits the text of a role. The message names the role.
         """
         if tuple(roles) in self._checked:
             return

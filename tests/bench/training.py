@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fuchsia_pl.batch import Batch
+from fuchsia_pl.batch import Batch, StepInfo
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.memory import KeptBytes
 from fuchsia_pl.policy.policy import Policy
@@ -50,7 +50,7 @@ def make_policy(shares_prefix: bool, dtype: str = "bfloat16", **settings: object
 
 def batches_of(policy: Policy, samples: list[Sample], number: int) -> list[Batch]:
     parts = split_balanced(samples, number, policy.shares_prefix)
-    return make_batches(parts, count_denominators(samples, 1), 0, {})
+    return make_batches(parts, StepInfo(0, count_denominators(samples, 1), 0))
 
 
 def run(policy: Policy, batches: list[Batch], precision: torch.dtype = torch.bfloat16) -> dict[int, Tensor]:

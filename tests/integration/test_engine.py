@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineLostError, EngineSpec, SamplingParams
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.policy.agreement import adapter_agreement
@@ -78,7 +79,7 @@ class Pair:
             rollout.start(list(ids))
             rollout.append(Turn(completion, "", "", "", ""))
             samples.append(Sample(rollout, (0.0,) * len(completion.token_ids)))
-        return make_batches(split_balanced(samples, 1), count_denominators(samples, 12), 0, {})[0]
+        return make_batches(split_balanced(samples, 1), StepInfo(0, count_denominators(samples, 12), 0))[0]
 
 
 def make_policy(folder, **lora) -> Policy:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
+from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.callbacks.hotswap import HOST, move_to_device, move_to_host
 from fuchsia_pl.engines.base import EngineSpec
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
@@ -177,4 +178,4 @@ def gpu_policy(folder, **settings) -> Policy:
 
 def batch_on_gpu():
     samples = [make_sample([5, 6, 7], [8 + row, 9, 10, 2], 1.0) for row in range(4)]
-    return make_batches(split_balanced(samples, 1, True), denominators(1), 0, {})[0].to("cuda")
+    return make_batches(split_balanced(samples, 1, True), StepInfo(0, denominators(1), 0))[0].to("cuda")

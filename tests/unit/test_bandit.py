@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from fuchsia_pl.batch import Denominators, TrainerSignals
+from fuchsia_pl.batch import Denominators, StepInfo, TrainerSignals
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
@@ -54,7 +54,7 @@ def sample_step(policy: Policy, target: int, generator: torch.Generator) -> list
 
 def values_of(policy: Policy, groups: list[RolloutGroup]) -> TrainerSignals:
     samples = [Sample(rollout, (0.0,) * LENGTH) for group in groups for rollout in group.rollouts]
-    batches = make_batches(split_balanced(samples, 1), Denominators(1, 1, 1, 1), 0, {})
+    batches = make_batches(split_balanced(samples, 1), StepInfo(0, Denominators(1, 1, 1, 1), 0))
     signals = [TrainerSignals(None, policy.evaluated_output(batch).values) for batch in batches]
     return signals_of(groups, batches, signals)
 
@@ -84,7 +84,7 @@ def test_the_token_is_learned_within_200_steps(tiny_model, variant):
         samples = make_samples(config, groups, {}, signals, lambda values: values)
         if not any(any(sample.advantages) for sample in samples):
             continue  # as the module skips such a step
-        batches = make_batches(split_balanced(samples, 2), count_denominators(samples, 2 * LENGTH), 0, {})
+        batches = make_batches(split_balanced(samples, 2), StepInfo(0, count_denominators(samples, 2 * LENGTH), 0))
         before_updates = [policy.evaluated_output(batch).logprobs for batch in batches]
         for _ in range(config.num_policy_updates):
             optimizer.zero_grad()

@@ -13,6 +13,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts import batcher
 from fuchsia_pl.rollouts.collector import PromptTooLongError
 from fuchsia_pl.rollouts.phases import PhaseDataset
+from fuchsia_pl.rollouts.ranks import ranks_of
 from fuchsia_pl.types import ConfigError
 from tests.doubles import Spread, TinyEngine, TinyEnvironment, even, make_data, make_module, make_sample, make_trainer
 
@@ -52,7 +53,7 @@ def test_the_length_of_the_dataset_is_what_keeps_that_order(tiny_model, tmp_path
         fit(tiny_model, tmp_path)
 
 
-def test_a_phase_is_produced_when_its_first_batch_is_asked_for():
+def test_a_phase_is_produced_when_its_first_batch_is_requested():
     produced = []
 
     def produce():
@@ -141,7 +142,7 @@ def test_an_item_without_a_prompt_is_found_before_the_engine_starts(tiny_model, 
     assert not hasattr(engine, "spec")  # never started
 
 
-def test_the_held_out_split_is_looked_at_before_the_engine_starts(tiny_model, tmp_path):
+def test_the_held_out_split_is_checked_before_the_engine_starts(tiny_model, tmp_path):
     class Wordy(TinyEnvironment):
         def validation_items(self):
             return [{"n": 1}, {"n": 10**40}, {"n": 2}]
@@ -220,7 +221,7 @@ def test_a_budget_and_a_number_of_micro_batches_are_refused_together(tiny_model,
     module, engine = make_module(tiny_model), TinyEngine()
     module.policy_config.max_tokens_per_micro_batch = 64
     with pytest.raises(
-        ConfigError, match=r"accumulate_grad_batches=2 and model\.policy\.max_tokens_per_micro_batch=64 say the same"
+        ConfigError, match=r"accumulate_grad_batches=2 and model\.policy\.max_tokens_per_micro_batch=64 both set"
     ):
         make_trainer(tmp_path, accumulate_grad_batches=2).fit(module, datamodule=make_data(module, engine))
     assert not hasattr(engine, "spec")
@@ -241,18 +242,18 @@ def test_rows_that_move_no_weight_do_not_enter_the_forward_but_count_in_the_mean
     make_trainer(tmp_path, Keep(), max_steps=1).fit(module, datamodule=make_data(module, environment=Spread()))
     (batch,) = seen
     scored = sum(sample.rollout.num_sampled_tokens for sample in batch.samples)
-    left_out = sum(sample.rollout.num_sampled_tokens for sample in batch.zero_advantage)
-    assert batch.unused == ()
-    assert len(batch.zero_advantage) == 4 * num_left_out
-    assert not any(any(sample.advantages) for sample in batch.zero_advantage)
+    left_out = sum(sample.rollout.num_sampled_tokens for sample in batch.step.zero_advantage)
+    assert batch.step.unused == ()
+    assert len(batch.step.zero_advantage) == 4 * num_left_out
+    assert not any(any(sample.advantages) for sample in batch.step.zero_advantage)
     assert all(any(sample.advantages) for sample in batch.samples) or num_left_out == 0
-    assert batch.denominators.num_tokens == scored + left_out
-    assert batch.denominators.num_rows == 20
-    assert batch.denominators.num_forward_tokens == scored == int(batch.loss_mask.sum())
-    assert batch.metrics["rollout/zero_advantage"] == 4 * num_left_out
+    assert batch.step.denominators.num_tokens == scored + left_out
+    assert batch.step.denominators.num_rows == 20
+    assert batch.step.denominators.num_forward_tokens == scored == int(batch.loss_mask.sum())
+    assert batch.step.metrics["rollout/zero_advantage"] == 4 * num_left_out
 
 
-def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
+def test_an_empty_held_out_split_is_an_error(tiny_model, tmp_path):
     class Unchecked(TinyEnvironment):
         def validation_items(self):
             return []
@@ -264,7 +265,7 @@ def test_an_empty_held_out_split_is_told(tiny_model, tmp_path):
         )
 
 
-def test_what_the_engine_is_told(tiny_model, tmp_path):
+def test_the_engine_starts_with_the_settings_of_the_run(tiny_model, tmp_path):
     module, engine = make_module(tiny_model), TinyEngine()
     data = make_data(module, engine, seed=5, sampling={"max_length": 33})
     make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
@@ -300,13 +301,12 @@ def test_validation_draws_every_held_out_item_once_and_greedily(tiny_model, tmp_
     assert trainer.validate(module, datamodule=sampled, verbose=False) != first
 
 
-def test_token_counts_survive_beyond_what_float32_can_count(tiny_model, tmp_path, monkeypatch):
+def test_token_counts_beyond_the_range_of_float32_are_exact(tmp_path, monkeypatch):
     counted = Denominators(num_tokens=2**24 + 1, num_rows=3, max_completion_tokens=8, num_forward_tokens=2**24 + 1)
     monkeypatch.setattr(batcher, "count_denominators", lambda samples, longest: counted)
-    data = make_data(make_module(tiny_model))
-    data.trainer = make_trainer(tmp_path)
+    add_up = ranks_of(make_trainer(tmp_path)).add_up
     sample = make_sample([1], [5], advantage=1.0)
-    found, reason = batcher.count_over_ranks([sample], [sample], 8, data._add_up)
+    found, reason = batcher.count_over_ranks([sample], [sample], 8, add_up)
     assert (found.num_tokens, found.num_rows, found.num_forward_tokens, reason) == (2**24 + 1, 3, 1, None)
 
 
@@ -378,3 +378,50 @@ def test_rewards_are_weighted_by_the_step_they_are_sampled_for(tiny_model, tmp_p
     assert {step for step, *_ in seen} == {0, 1, 2}
     assert all(rest == pytest.approx(weight[step] * even) for step, rest, even in seen)
     assert any(even for *_, even in seen)
+
+
+class Random(TinyEnvironment):
+    """Returns another text at each call of `messages`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def messages(self, item):
+        self.asked.append(item["n"])
+        return [{"role": "user", "content": f"{item['n']} number {len(self.asked)}?"}]
+
+
+def test_a_prompt_is_made_once_per_item_and_phase_and_its_text_is_that_of_the_trained_ids(tiny_model, tmp_path):
+    class Phases(Callback):
+        """Keeps the rollouts of each phase and the calls of `messages` before it."""
+
+        def __init__(self):
+            self.trained, self.held_out, self.after_check = [], [], None
+
+        def on_fit_start(self, trainer, pl_module):
+            self.after_check = len(environment.asked)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.trained += [sample.rollout for sample in [*batch.samples]]
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, *args):
+            self.held_out += batch.rollouts
+
+    environment, seen, module = Random(), Phases(), make_module(tiny_model, LossConfig(beta=0.1))
+    trainer = make_trainer(tmp_path, seen, max_steps=2, accumulate_grad_batches=2, limit_val_batches=1.0)
+    data = make_data(module, environment=environment, steps_per_epoch=2, sampling={"max_length": 60})
+    trainer.fit(module, datamodule=data)
+    # Before the engine starts, each of 20 + 4 items is rendered once.
+    assert sorted(environment.asked[: seen.after_check]) == [*range(20), *range(100, 104)]
+    # Then once per item in two phases of 5 items and in one pass over 4 held-out items, whatever the number of siblings.
+    assert len(environment.asked) == seen.after_check + 2 * 5 + 4
+    assert sorted(environment.asked[-4:]) == [100, 101, 102, 103]
+    assert (len(seen.trained), len(seen.held_out)) == (2 * 5 * 4, 4)
+    chat = data.make_chat()
+    for rollout in [*seen.trained, *seen.held_out]:
+        assert rollout.prompt == chat.raw_text(rollout.token_ids[: rollout.num_prompt_tokens])
+        assert rollout.messages[0]["content"] in rollout.prompt
+    for step in range(2):
+        texts = {(r.item_index, r.prompt) for r in seen.trained if r.step == step}
+        assert len(texts) == 5  # all siblings of an item have one text

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 
+from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.objectives.config import LossConfig
@@ -45,7 +46,7 @@ def step_gradient(module, samples, num_micro_batches: int, padding: int = 0, sha
     """
     module.zero_grad()
     for batch in make_batches(
-        split_balanced(samples, num_micro_batches, shares), count_denominators(samples, 8), 0, {}
+        split_balanced(samples, num_micro_batches, shares), StepInfo(0, count_denominators(samples, 8), 0)
     ):
         batch = padded(batch, padding)
         reference = module.policy.reference_logprobs(batch) if module.loss_config.kl_in_loss else None
@@ -217,7 +218,7 @@ def test_a_run_learns(tiny_model, tmp_path):
     class Record(AdapterSync):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            rewards.append(batch.metrics["reward/even"])
+            rewards.append(batch.step.metrics["reward/even"])
 
     make_trainer(tmp_path, sync=Record(tolerance=1e-3)).fit(module, datamodule=data)
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.25
@@ -253,7 +254,7 @@ def test_the_kl_grows_from_zero_once_the_policy_moves(tiny_model, tmp_path):
 
 def test_rollouts_of_other_weights_are_refused(tiny_model):
     module = make_module(tiny_model)
-    batch = make_batches(split_balanced(SAMPLES, 1), count_denominators(SAMPLES, 8), policy_version=3, metrics={})[0]
+    batch = make_batches(split_balanced(SAMPLES, 1), StepInfo(0, count_denominators(SAMPLES, 8), 3))[0]
     with pytest.raises(StaleBatchError, match="step 0 received rollouts of policy version 3"):
         module.training_step(batch, 0)
 
@@ -319,13 +320,13 @@ def loss_and_scores(module, batch):
 def test_a_tools_tokens_are_context_and_their_labels_are_nothing(tiny_model):
     module = randomised_module(tiny_model, LossConfig("cispo"))
     sample = tool_conversation()
-    (batch,) = make_batches(split_balanced([sample], 1), count_denominators([sample], 8), 0, {})
+    (batch,) = make_batches(split_balanced([sample], 1), StepInfo(0, count_denominators([sample], 8), 0))
     assert batch.loss_mask[0].tolist() == [False, True, True, False, False, False, True, True]
-    assert batch.denominators.num_tokens == 4
+    assert batch.step.denominators.num_tokens == 4
     loss, logprobs = loss_and_scores(module, batch)
 
     other = tool_conversation(tool_ids=(30, 21, 22))
-    (changed,) = make_batches(split_balanced([other], 1), count_denominators([other], 8), 0, {})
+    (changed,) = make_batches(split_balanced([other], 1), StepInfo(0, count_denominators([other], 8), 0))
     changed_loss, changed_logprobs = loss_and_scores(module, changed)
     assert changed_loss != loss
     assert changed_logprobs[1:3].equal(logprobs[1:3])  # what came before the tool
@@ -341,7 +342,7 @@ def test_a_tools_tokens_are_context_and_their_labels_are_nothing(tiny_model):
 def test_a_tools_labels_reach_no_gradient(tiny_model):
     module = randomised_module(tiny_model, LossConfig("grpo"))
     sample = tool_conversation()
-    (batch,) = make_batches(split_balanced([sample], 1), count_denominators([sample], 8), 0, {})
+    (batch,) = make_batches(split_balanced([sample], 1), StepInfo(0, count_denominators([sample], 8), 0))
     gradients = []
     for label in (20, 33):
         labels = batch.labels.clone()

@@ -47,7 +47,7 @@ def after(mask: int | None = -1):
         ("range(n, -1, s)", {"range:1": "range(n, -1 + 1, s)", "usub:1": "range(n, 1, s)"}),
         ("x.cumsum(1)", {"cumsum:1": "x", "cumsum:2": "x.flip(1).cumsum(1).flip(1)"}),
         ("d.num_tokens", {"num_tokens:1": "d.num_rows"}),
-        ("token_mean(x, m, num_tokens)", {"num_tokens:1": "token_mean(x, m, batch.denominators.num_rows)"}),
+        ("token_mean(x, m, num_tokens)", {"num_tokens:1": "token_mean(x, m, batch.step.denominators.num_rows)"}),
     ],
 )
 def test_each_operator_is_applied_once_and_one_at_a_time(body, expected):

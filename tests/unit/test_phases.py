@@ -54,7 +54,7 @@ def test_a_batch_is_used_for_several_updates_and_sampled_again_after_a_sync(tiny
     # every update's metrics are divided by the tokens of its own phase that enter the forward
     for first in (0, 2, 6):
         tokens = sum(int(batch.loss_mask.sum()) for batch in sync.batches[first : first + 2])
-        assert {batch.denominators.num_forward_tokens for batch in sync.batches[first : first + 2]} == {tokens}
+        assert {batch.step.denominators.num_forward_tokens for batch in sync.batches[first : first + 2]} == {tokens}
     # at the first update the policy is the one that sampled; then it moves away, and the ratio says so
     fractions = [step["train/clip_fraction"] for step in sync.metrics]
     assert fractions[0] == fractions[3] == 0.0

@@ -25,7 +25,7 @@ class Watch(AdapterSync):
         tokens = [v for sample in batch.samples for v in sample.rollout.policy_versions if v >= 0]
         if tokens:
             self.versions += [(trainer.global_step, version) for version in (min(tokens), max(tokens))]
-        self.metrics.append(dict(batch.metrics))
+        self.metrics.append(dict(batch.step.metrics))
 
     def on_train_batch_end(self, trainer, *args):
         super().on_train_batch_end(trainer, *args)

@@ -66,7 +66,8 @@ def test_a_run_whose_steps_were_skipped_for_two_causes_counts_both(tiny_model, c
     outcome.on_train_start(trainer, module)
     for step in range(10):
         trainer.global_step = step + 1
-        batch = SimpleNamespace(skip_reason="no rollout has an advantage" if step < 9 else None)
+        reason = "no rollout has an advantage" if step < 9 else None
+        batch = SimpleNamespace(step=SimpleNamespace(skip_reason=reason))
         outcome.on_train_batch_end(trainer, module, None, batch, step)
     outcome.on_fit_end(trainer, module)
     assert warnings_of(caplog) == [

@@ -27,8 +27,9 @@ from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
+from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.types import ConfigError, Rollout
-from tests.doubles import TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
+from tests.doubles import Spread, TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
 from tests.small_disk import FILLER, fill, mounted
 
 EXPECTED_METRICS = {
@@ -220,7 +221,7 @@ def test_tokens_per_second_are_those_of_all_ranks(tiny_model, tmp_path, monkeypa
         module, timer = make_module(tiny_model), StepTimer()
         data = make_data(module)
         trainer = make_trainer(tmp_path, timer, sync=AdapterSync(tolerance=100.0), max_steps=1)
-        monkeypatch.setattr(data, "_add_up", lambda values: values)
+        monkeypatch.setattr(Ranks, "add_up", lambda self, values: values)
         trainer.fit(module, datamodule=data)
         found.append(float(trainer.callback_metrics["perf/train_tokens_per_s"]))
     assert found[1] == 2 * found[0] > 0
@@ -315,3 +316,35 @@ def test_items_that_json_or_utf8_cannot_hold_end_no_run_and_every_line_stays_jso
     assert len(lines) == 20
     assert {line["item_index"] % 2 for line in lines} == {0, 1}
     assert all(line["item"] == expected[line["item_index"]] for line in lines)
+
+
+class Shown(ConsoleReport):
+    """Keeps the rows that a completion is chosen from, after each micro-batch but the last of a step."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_steps=1)
+        self.console = Console(file=io.StringIO(), width=200)
+        self.rows: list[list[tuple[int, int]]] = []
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.rows.append([(sample.rollout.item_index, sample.rollout.sibling) for sample in self._samples])
+
+
+def test_facts_of_a_step_are_logged_once_whatever_the_number_of_micro_batches(tiny_model, tmp_path):
+    """Of five items, those with an odd number have no spread: their rows are part of no micro-batch."""
+    found = []
+    for number in (1, 3):
+        root, module, report = tmp_path / str(number), make_module(tiny_model), Shown()
+        callbacks = RolloutLog(), report
+        trainer = make_trainer(root, *callbacks, max_steps=1, accumulate_grad_batches=number, enable_progress_bar=True)
+        trainer.fit(module, datamodule=make_data(module, environment=Spread()))
+        lines = [json.loads(line) for line in (root / "rollouts.jsonl").read_text().splitlines()]
+        found.append(sorted((line["item_index"], line["sibling"], line["advantage"]) for line in lines))
+    assert found[0] == found[1]
+    assert len(found[0]) == len({row[:2] for row in found[0]}) == 5 * 4
+    num_zero = sum(advantage == 0.0 for *_, advantage in found[0])
+    assert num_zero > 0
+    first, second, after = report.rows
+    assert after == []
+    assert num_zero < len(first) < len(second) == len(set(second)) < 5 * 4

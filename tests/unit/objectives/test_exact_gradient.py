@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fuchsia_pl.objectives.advantages as ours
-from fuchsia_pl.batch import Batch, Denominators, PolicyOutput
+from fuchsia_pl.batch import Batch, Denominators, PolicyOutput, StepInfo
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.kl import kl_estimate
@@ -78,7 +78,7 @@ def advantages_of(config, groups, tree, token_rewards):
 def batch_of(tree, group, sampling, advantages):
     mask, tokens = tree.mask[group], tree.tokens[group]
     sizes = Denominators(int(mask.sum()), len(group), LONGEST, int(mask.sum()))
-    return Batch(tokens, tokens, mask, sampling, advantages, torch.ones(len(group)), (), (), sizes, 0, (), {})
+    return Batch(tokens, tokens, mask, sampling, advantages, torch.ones(len(group)), (), (), StepInfo(0, sizes, 0), ())
 
 
 def estimates(config, groups, tree=TREE, token_rewards=None, old=POLICY, sampler=POLICY):

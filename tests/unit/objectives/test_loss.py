@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fuchsia_pl.batch import Batch, PolicyOutput
+from fuchsia_pl.batch import Batch, PolicyOutput, StepInfo
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
@@ -15,7 +15,7 @@ from tests.doubles import denominators, make_sample
 
 def make_batch(rows, num_tokens: int, num_rows: int) -> Batch:
     samples = [make_sample([1, 2], list(range(3, 3 + length)), advantage) for length, advantage in rows]
-    return make_batches(split_balanced(samples, 1), denominators(num_tokens, num_rows), policy_version=0, metrics={})[0]
+    return make_batches(split_balanced(samples, 1), StepInfo(0, denominators(num_tokens, num_rows), 0))[0]
 
 
 def loss_and_gradient(config: LossConfig, batch: Batch, policy, reference=None, old=None, trainer_logprobs=None):
@@ -116,7 +116,7 @@ def test_gmpo_by_hand():
 def test_prompt_and_padding_count_for_nothing(reduction, expected):
     # The rows of BATCH after a prompt of 6: 5 and 7 masked positions, whose losses of -1.5 and 0.5 would add -4 to the sum.
     samples = [make_sample([1] * 6, [3, 4, 5], 1.5), make_sample([1] * 6, [3], -0.5)]
-    batch = make_batches(split_balanced(samples, 1), denominators(num_tokens=4, num_rows=2), 0, {})[0]
+    batch = make_batches(split_balanced(samples, 1), StepInfo(0, denominators(num_tokens=4, num_rows=2), 0))[0]
     batch = replace(batch, advantages=torch.where(batch.loss_mask, batch.advantages, 1.5))
     output, _ = loss_and_gradient(LossConfig(reduction=reduction), batch, torch.full((2, 8), -1.0))
     assert output.loss.item() == pytest.approx(expected)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuchsia_pl.batch import Batch, Denominators, PolicyOutput
+from fuchsia_pl.batch import Batch, Denominators, PolicyOutput, StepInfo
 from fuchsia_pl.objectives.advantages import group_mean_advantages, group_norm_advantages, leave_one_out_advantages
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.corrections import SamplerCorrection
@@ -136,7 +136,9 @@ def of_ours(settings, tokens: Tokens, advantages: Tensor) -> LossOutput:
     mask = tokens.present & tokens.own
     denominators = Denominators(int(mask.sum()), int(mask.any(dim=1).sum()), MAX_COMPLETION, int(mask.sum()))
     ids, advantages = mask.long(), advantages.unsqueeze(1) * mask
-    batch = Batch(ids, ids, mask, tokens.sampling, advantages, torch.ones(len(mask)), (), (), denominators, 0, (), {})
+    batch = Batch(
+        ids, ids, mask, tokens.sampling, advantages, torch.ones(len(mask)), (), (), StepInfo(0, denominators, 0), ()
+    )
     policy_output = PolicyOutput(tokens.policy, tokens.entropies, None)
     return policy_loss(config, batch, policy_output, tokens.old, tokens.old, tokens.reference)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.policy import checkpointing
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.memory import KeptBytes
@@ -20,7 +21,7 @@ def deep_policy(folder, **settings) -> Policy:
 
 def make_batch():
     samples = [make_sample([5, 6, 7], [8 + row, *range(9, 30), 2], 1.0) for row in range(4)]
-    return make_batches(split_balanced(samples, 1, True), denominators(1), 0, {})[0]
+    return make_batches(split_balanced(samples, 1, True), StepInfo(0, denominators(1), 0))[0]
 
 
 def kept_bytes(policy: Policy) -> int:

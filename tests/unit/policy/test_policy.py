@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.policy import policy as policy_module
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.loading import load_base
@@ -34,7 +35,7 @@ def make_batch(rows=ROWS, temperature: float = 1.0):
     samples = [make_sample(PROMPT, row, advantage=1.0) for row in rows]
     for sample in samples:
         sample.rollout.temperature = temperature
-    return make_batches(split_balanced(samples, 1), denominators(num_tokens=11), policy_version=0, metrics={})[0]
+    return make_batches(split_balanced(samples, 1), StepInfo(0, denominators(num_tokens=11), 0))[0]
 
 
 def make_policy(folder, with_reference=False, **lora) -> Policy:
@@ -116,7 +117,7 @@ def test_only_the_adapter_learns_all_of_it_and_in_float32(tiny_model):
 
 def test_a_batch_without_trained_tokens_gives_zero_gradients_not_none(tiny_model):
     policy = make_policy(tiny_model)
-    batch = make_batches(split_balanced([], 1), denominators(num_tokens=1), policy_version=0, metrics={})[0]
+    batch = make_batches(split_balanced([], 1), StepInfo(0, denominators(num_tokens=1), 0))[0]
     policy.output(batch).logprobs.sum().backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in policy.trainable_parameters())
 
@@ -274,7 +275,7 @@ def test_entropies_are_those_of_the_tempered_distribution(tiny_model):
     policy = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=False).eval()
     sample = make_sample([5, 6], [7, 8, 9], 0.0)
     sample.rollout.temperature = 0.7
-    batch = make_batches(split_balanced([sample], 1), denominators(3), 0, {})[0]
+    batch = make_batches(split_balanced([sample], 1), StepInfo(0, denominators(3), 0))[0]
     logits = policy.causal_lm(input_ids=batch.input_ids).logits[0, 1:].double() / 0.7
     p = torch.softmax(logits, dim=-1)
     expected = -(p * p.log()).sum(dim=-1)
@@ -313,7 +314,7 @@ def test_without_lora_an_empty_batch_reaches_a_head_of_its_own_too(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     settings = PolicyConfig(name="", dtype="float32", lora=LoRASettings(enabled=False))
     policy = Policy(settings, tmp_path, with_reference=False, with_critic=True)
-    policy_output = policy.output(make_batches(split_balanced([], 1), denominators(0, 0), 0, {})[0])
+    policy_output = policy.output(make_batches(split_balanced([], 1), StepInfo(0, denominators(0, 0), 0))[0])
     (policy_output.logprobs.sum() + policy_output.entropies.sum() + policy_output.values.sum()).backward()
     assert [name for name, parameter in policy.named_parameters() if parameter.grad is None] == []
 

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fuchsia_pl.batch import PrefixGroup
+from fuchsia_pl.batch import PrefixGroup, StepInfo
 from fuchsia_pl.policy import shared_prefix
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
@@ -121,7 +121,7 @@ def policy_of(folder, shared: str, **settings) -> Policy:
 def scored(policy: Policy, number: int = 1):
     """Logprobs of each sampled token in the samples' order, and the gradient of their sum weighted by the advantages."""
     rows, own = {}, samples()
-    for batch in make_batches(split_balanced(own, number, policy.shares_prefix), denominators(1), 0, {}):
+    for batch in make_batches(split_balanced(own, number, policy.shares_prefix), StepInfo(0, denominators(1), 0)):
         logprobs = policy.output(batch).logprobs
         (logprobs * batch.advantages).sum().backward()
         for sample, row, mask in zip(batch.samples, logprobs.detach(), batch.loss_mask, strict=True):
@@ -187,7 +187,8 @@ def test_siblings_do_not_see_each_other(tiny_model):
     rows = [conversation(prompt, [[8, 9, 10]], 0), conversation(prompt, [[11, 12, 13, 14]], 0)]
     others = [rows[0], conversation(prompt, [[20, 21, 22, 23]], 0)]
     first, second = (
-        policy.output(make_batches([[pair]], denominators(1), 0, {})[0]).logprobs.detach() for pair in (rows, others)
+        policy.output(make_batches([[pair]], StepInfo(0, denominators(1), 0))[0]).logprobs.detach()
+        for pair in (rows, others)
     )
     assert torch.equal(first[0], second[0])
     assert not torch.isclose(first[1], second[1])[2:].any()
@@ -225,7 +226,7 @@ def test_the_reference_and_all_weights_learning_share_prefixes_too(tiny_model):
         torch.manual_seed(0)
         config = PolicyConfig("", "float32", LoRASettings(enabled=False), shared_prefix=shared)
         policy = Policy(config, tiny_model, with_reference=True).train()
-        (batch,) = make_batches(split_balanced(samples()[:3], 1, True), denominators(1), 0, {})
+        (batch,) = make_batches(split_balanced(samples()[:3], 1, True), StepInfo(0, denominators(1), 0))
         results.append((policy.reference_logprobs(batch), scored_by(policy, batch)))
     torch.testing.assert_close(results[0][0], results[1][0])
     for got, expected in zip(results[0][1], results[1][1], strict=True):
@@ -255,7 +256,7 @@ def test_blocks_that_run_again_do_the_same_under_autocast_and_with_dropout(tiny_
         with torch.no_grad():
             for parameter in policy.trainable_parameters():
                 parameter.add_(0.1)
-        (batch,) = make_batches(split_balanced(samples(), 1, True), denominators(1), 0, {})
+        (batch,) = make_batches(split_balanced(samples(), 1, True), StepInfo(0, denominators(1), 0))
         torch.manual_seed(2)
         with torch.autocast("cpu", torch.bfloat16):
             loss = policy.output(batch).logprobs.sum()

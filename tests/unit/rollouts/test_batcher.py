@@ -1,6 +1,6 @@
 import torch
 
-from fuchsia_pl.batch import PrefixGroup
+from fuchsia_pl.batch import PrefixGroup, StepInfo
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, num_computed_tokens, split_balanced
 from fuchsia_pl.types import Sample
 from tests.doubles import denominators, make_sample
@@ -11,7 +11,8 @@ P0, P1, A0, A1, EOS = 11, 12, 21, 22, 2
 def test_the_shift_the_mask_and_the_padding_drawn_with_letters():
     # row 0: P0 P1 A0 A1 EOS      row 1: P0 A0
     long, short = make_sample([P0, P1], [A0, A1, EOS], 1.5), make_sample([P0], [A0], -0.5, logprob=-2.0)
-    batch = make_batches(split_balanced([long, short], 1), denominators(4, 2), policy_version=7, metrics={"x": 1.0})[0]
+    step = StepInfo(0, denominators(4, 2), policy_version=7)
+    batch = make_batches(split_balanced([long, short], 1), step)[0]
     assert batch.input_ids.tolist() == [[P0, P1, A0, A1], [P0, A0, 0, 0]]
     assert batch.labels.tolist() == [[P1, A0, A1, EOS], [A0, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[False, True, True, True], [True, False, False, False]]
@@ -19,17 +20,18 @@ def test_the_shift_the_mask_and_the_padding_drawn_with_letters():
     assert batch.advantages.tolist() == [[0.0, 1.5, 1.5, 1.5], [-0.5, 0.0, 0.0, 0.0]]
     assert batch.old_values is None
     assert batch.temperatures.tolist() == [1.0, 1.0]
-    assert (batch.policy_version, batch.samples, batch.metrics) == (7, (long, short), {"x": 1.0})
+    assert batch.samples == (long, short)
+    assert batch.step is step
 
 
 def test_an_end_of_turn_id_that_is_the_padding_id_keeps_its_loss():
     samples = [make_sample([P0], [A0, 0], 1.0), make_sample([P0], [A0, A1, A1], 1.0)]
-    batch = make_batches(split_balanced(samples, 1), denominators(5), 0, {})[0]
+    batch = make_batches(split_balanced(samples, 1), StepInfo(0, denominators(5), 0))[0]
     row = [sample.rollout.token_ids for sample in batch.samples].index([P0, A0, 0])
     assert batch.loss_mask[row].tolist() == [True, True, False]
 
 
-def test_rows_are_split_into_exactly_that_many_parts_balanced_by_tokens():
+def test_rows_are_split_into_exactly_that_many_micro_batches_balanced_by_tokens():
     # lengths 10, 6, 5, 4, 3, 2, one input less each: the rule puts 10 | 6 | 5, then 4 to 5 and 3 to 6; both have their
     # share of the rows then, so that 2 stands beside 10
     samples = [make_sample([1], [5] * (length - 1), 0.0) for length in (3, 10, 5, 2, 6, 4)]
@@ -40,7 +42,7 @@ def test_rows_are_split_into_exactly_that_many_parts_balanced_by_tokens():
 def test_what_the_environment_wrote_after_the_last_sampled_token_is_left_out():
     sample = make_sample([P0, P1], [A0, A1], 1.0)
     sample.rollout._extend([31, 32, 33], [False] * 3, [0.0] * 3)
-    (batch,) = make_batches(split_balanced([sample], 1), denominators(2), 0, {})
+    (batch,) = make_batches(split_balanced([sample], 1), StepInfo(0, denominators(2), 0))
     assert batch.input_ids.tolist() == [[P0, P1, A0]]
     assert batch.lengths == (3,)
     assert num_computed_tokens([sample], True) == 3
@@ -57,7 +59,7 @@ def test_siblings_stay_together_where_they_share_a_prefix():
     first, second = siblings(0, [1, 2, 3], [5, 6], [7, 8, 9]), siblings(1, [4], [5, 6], [5, 7])
     (part,) = split_balanced([first[0], second[0], second[1], first[1]], 1, shares_prefix=True)
     assert sorted(part, key=len) == [first, second]
-    (batch,) = make_batches([part], denominators(1), 0, {})
+    (batch,) = make_batches([part], StepInfo(0, denominators(1), 0))
     # of the second item also the 5 that both sampled: what they have in common, not what they were asked
     assert batch.groups == (PrefixGroup(2, 3), PrefixGroup(2, 2))
     assert batch.lengths == (4, 5, 2, 2)
@@ -65,7 +67,7 @@ def test_siblings_stay_together_where_they_share_a_prefix():
     assert [num_computed_tokens(unit, False) for unit in part] == [4 + 5, 2 + 2]
 
 
-def test_groups_are_halved_until_every_part_has_some():
+def test_groups_are_halved_until_every_micro_batch_has_rows():
     group = siblings(0, [1, 2, 3], *([5 + row, 6, 7] for row in range(5)))
     parts = split_balanced(group, 3, shares_prefix=True)
     assert sorted(len(unit) for part in parts for unit in part) == [1, 2, 2]
@@ -74,10 +76,8 @@ def test_groups_are_halved_until_every_part_has_some():
     assert sorted(len(part) for part in single) == [0, 1]
 
 
-def test_a_part_without_rows_becomes_padding_that_trains_nothing():
-    batches = make_batches(
-        split_balanced([make_sample([P0], [A0], 1.0)], 3), denominators(1), policy_version=0, metrics={}
-    )
+def test_a_micro_batch_without_rows_is_padding_and_trains_nothing():
+    batches = make_batches(split_balanced([make_sample([P0], [A0], 1.0)], 3), StepInfo(0, denominators(1), 0))
     assert len(batches) == 3
     assert [int(batch.loss_mask.sum()) for batch in batches] == [1, 0, 0]
     assert all(batch.input_ids.shape == (1, 1) for batch in batches)
@@ -89,13 +89,13 @@ def test_denominators_count_sampled_tokens_and_rows_that_have_some():
     assert (counted.num_tokens, counted.num_rows, counted.max_completion_tokens) == (4, 2, 9)
 
 
-def test_what_belongs_to_sampled_tokens_stands_at_their_labels():
+def test_values_of_sampled_tokens_are_at_the_positions_of_their_labels():
     # P0 A0 | environment token 31 | A1: the label positions of A0 and A1 are 0 and 2
     rollout = make_sample([P0], [A0], 0.0).rollout
     rollout._extend([31], [False], [0.0])
     rollout._extend([A1], [True], [-0.5])
     sample = Sample(rollout, advantages=(0.25, 0.75), old_values=(1.0, 2.0), value_targets=(3.0, 4.0))
-    batch = make_batches(split_balanced([sample], 1), denominators(2), 0, {})[0]
+    batch = make_batches(split_balanced([sample], 1), StepInfo(0, denominators(2), 0))[0]
     assert batch.labels.tolist() == [[A0, 31, A1]]
     assert batch.advantages.tolist() == [[0.25, 0.0, 0.75]]
     assert batch.old_values.tolist() == [[1.0, 0.0, 2.0]]
@@ -104,7 +104,7 @@ def test_what_belongs_to_sampled_tokens_stands_at_their_labels():
 
 def test_a_batch_moves_with_all_its_tensors():
     sample = Sample(make_sample([P0], [A0], 1.0).rollout, (1.0,), (0.0,), (1.0,))
-    batch = make_batches(split_balanced([sample], 1), denominators(1), 0, {})[0].to("meta")
+    batch = make_batches(split_balanced([sample], 1), StepInfo(0, denominators(1), 0))[0].to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 8  # a row without values would have 6
     assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -52,7 +52,7 @@ def collect(tiny_model, max_length=40, environment=None):
     return asyncio.run(collector.collect(draw)), engine, collector
 
 
-def test_what_was_sampled_is_what_is_kept(tiny_model):
+def test_the_sampled_ids_are_kept(tiny_model):
     groups, engine, collector = collect(tiny_model)
     prompt_ids = collector.chat.render([{"role": "user", "content": "11?"}])
     rollout = groups[1][0]
@@ -75,7 +75,7 @@ def test_every_request_has_its_own_seed_and_the_configured_sampling(tiny_model):
     assert {(s.temperature, s.max_tokens, s.stop, s.stop_token_ids) for s in samplings} == {(0.7, 3, (), (EOS,))}
 
 
-def test_a_prompt_without_room_for_its_completion_is_told(tiny_model):
+def test_a_prompt_without_room_for_its_completion_is_an_error(tiny_model):
     # "user:4?\n" and "a:" are 10 characters, one token each; 12 - 3 leaves 9
     with pytest.raises(PromptTooLongError, match=r"prompt of item 4 has 10 tokens.*max_length=12 leaves 9"):
         collect(tiny_model, max_length=12)
@@ -111,7 +111,7 @@ def broken(rollout):
         (lambda rollout: None, r"on item 4 called neither rollout\.respond\(text\) nor rollout\.finish\(\)"),
     ],
 )
-def test_a_step_that_fails_hangs_or_never_ends_is_told_with_its_item(tiny_model, step, words):
+def test_a_step_that_fails_hangs_or_never_ends_is_an_error_with_its_item(tiny_model, step, words):
     with pytest.raises(EnvironmentStepError, match=words):
         collect(tiny_model, environment=Stepping(step))
 

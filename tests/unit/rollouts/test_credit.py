@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fuchsia_pl.batch import TrainerSignals
+from fuchsia_pl.batch import StepInfo, TrainerSignals
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.credit import CriticSettings
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
@@ -201,7 +201,7 @@ def test_signals_of_batches_are_collected_by_rollout():
     config = LossConfig("dr_grpo")
     groups = make_groups([group])
     samples = make_samples(config, groups, {}, NO_SIGNALS, lambda values: values)
-    batches = make_batches(split_balanced(samples, 1), count_denominators(samples, 8), 0, {})
+    batches = make_batches(split_balanced(samples, 1), StepInfo(0, count_denominators(samples, 8), 0))
     # rows are ordered by length: row 0 is the rollout of two tokens
     kl = torch.tensor([[0.1, 0.2], [0.3, 9.0]])
     found = signals_of(groups, batches, [TrainerSignals(kl, None)])

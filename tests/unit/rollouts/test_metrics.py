@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from fuchsia_pl.rollouts.metrics import StepRecord, over_ranks, reward_fractions, step_fractions
+from fuchsia_pl.rollouts.dynamic import Sampled
+from fuchsia_pl.rollouts.metrics import PhaseCounts, over_ranks, reward_fractions, step_fractions
 from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
 from tests.doubles import TinyEnvironment
 
@@ -38,10 +39,9 @@ def test_rewards_are_means_over_those_that_were_scored():
 
 
 def test_the_counts_of_a_step_by_hand():
-    record = StepRecord(
-        kept=[GROUP], dropped=[UNSCORED], num_refills=1, num_trained=1, num_zero_advantage=1, seconds=2.0, kl=(0.5, 4.0)
-    )
-    found = over_ranks(step_fractions(record, TinyEnvironment(), world_size=1), add_up=lambda values: values)
+    sampled = Sampled(kept=[GROUP], dropped=[UNSCORED], num_refills=1, seconds=2.0)
+    counts = PhaseCounts(sampled, num_trained=1, num_zero_advantage=1, kl=(0.5, 4.0))
+    found = over_ranks(step_fractions(counts, TinyEnvironment(), world_size=1), add_up=lambda values: values)
     assert found["rollout/zero_variance_groups"] == 1.0
     assert found["rollout/refilled_groups"] == 1.0
     assert found["rollout/dropped_groups"] == 1.0
@@ -55,8 +55,8 @@ def test_the_counts_of_a_step_by_hand():
 def test_over_two_ranks_means_stay_means_and_counts_add_up():
     # the other rank has one rollout of length 4 with reward 0.5 in a kept group, sampled in 4 s
     other = RolloutGroup((rollout(4, 0.5),), has_spread=True)
-    ours = step_fractions(StepRecord([GROUP], [UNSCORED], 1, 1, 0, 2.0), TinyEnvironment(), world_size=2)
-    theirs = step_fractions(StepRecord([other], [], 0, 1, 0, 4.0), TinyEnvironment(), world_size=2)
+    ours = step_fractions(PhaseCounts(Sampled([GROUP], [UNSCORED], 1, 2.0), 1, 0), TinyEnvironment(), world_size=2)
+    theirs = step_fractions(PhaseCounts(Sampled([other], [], 0, 4.0), 1, 0), TinyEnvironment(), world_size=2)
 
     def add_up(values):
         import torch

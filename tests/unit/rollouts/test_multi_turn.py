@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.envs import MultiTurnEnvironment
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.rollouts.addressing import derived_seed
@@ -67,7 +68,7 @@ def test_over_four_turns_the_ids_trained_are_the_ids_sampled(tiny_model):
     assert [m["role"] for m in rollout.messages] == ["user", "assistant"] * 4
 
     sample = Sample(rollout, (1.0,) * 12)
-    batch = make_batches(split_balanced([sample], 1), count_denominators([sample], 40), 0, {})[0]
+    batch = make_batches(split_balanced([sample], 1), StepInfo(0, count_denominators([sample], 40), 0))[0]
     assert batch.labels[0][batch.loss_mask[0]].tolist() == [token for said in engine.said for token in said] == turn * 4
 
 

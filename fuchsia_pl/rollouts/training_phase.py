@@ -1,0 +1,165 @@
+"""A phase of training on one rank: the items that are drawn, and the micro-batches that their rollouts become."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fuchsia_pl.batch import Batch, Denominators, StepInfo, TrainerSignals
+from fuchsia_pl.envs.base import Environment, weights_at
+from fuchsia_pl.envs.bounded import call_apart
+from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
+from fuchsia_pl.rollouts.batcher import Unit, count_over_ranks, make_batches, split_balanced
+from fuchsia_pl.rollouts.collector import Draw
+from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.rollouts.credit import changes_nothing, kl_fraction, make_samples, penalise_overlong, signals_of
+from fuchsia_pl.rollouts.dynamic import Sampled
+from fuchsia_pl.rollouts.metrics import PhaseCounts, over_ranks, step_fractions
+from fuchsia_pl.rollouts.preparation import training_items
+from fuchsia_pl.rollouts.ranks import Ranks
+from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
+from fuchsia_pl.types import RolloutGroup, Sample
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The trainer's forward pass, as far as a phase depends on it.
+
+    Attributes:
+        num_micro_batches: Micro-batches of an optimizer step.
+        shares_prefix: Whether the common prefix of siblings is computed once.
+        compute_signals: Computes KL and critic values of micro-batches on the device.
+        device: The trainer's device.
+
+    >>> Forward(2, shares_prefix=False, compute_signals=lambda batches: []).split([])
+    [[], []]
+    """
+
+    num_micro_batches: int
+    shares_prefix: bool
+    compute_signals: Callable[[list[Batch]], list[TrainerSignals]]
+    device: torch.device | str = "cpu"
+
+    def split(self, samples: Sequence[Sample]) -> list[list[Unit]]:
+        """Splits rows into micro-batches, see `split_balanced`."""
+        return split_balanced(samples, self.num_micro_batches, self.shares_prefix)
+
+    def signals(self, batches: list[Batch]) -> list[TrainerSignals]:
+        """KL and critic values of micro-batches."""
+        return self.compute_signals([batch.to(self.device) for batch in batches])
+
+
+@dataclass(frozen=True)
+class TrainingPhase:
+    """Settings of a run from which the phases of training follow. It has no state and does not use the trainer.
+
+    Attributes:
+        environment: Its items are drawn; its rewards are weighted.
+        loss: The objective.
+        sampling: Settings of sampling.
+        batch_size: Items of a phase, over all ranks.
+        seed: The run's seed.
+        fitting: Positions of the training items whose prompts are short enough.
+        ranks: This rank and the others.
+    """
+
+    environment: Environment
+    loss: LossConfig
+    sampling: SamplingConfig
+    batch_size: int
+    seed: int
+    fitting: Sequence[int]
+    ranks: Ranks
+
+    def draw(self, phase: int, drawn: int) -> tuple[Draw, list[int]]:
+        """This rank's items of a phase, and the items that may replace groups without spread, in order.
+
+        Args:
+            phase: Number of the phase.
+            drawn: Number of the phase whose items are drawn; another one only where items are repeated.
+        """
+        places = item_indices(self.seed, drawn, len(self.fitting), self.batch_size)
+        draw = Draw(
+            items=training_items(self.environment),
+            indices=self._share(places),
+            siblings=self.sampling.group_size,
+            temperature=self.sampling.temperature,
+            address=(self.seed, "train", phase),
+            step=phase * self.loss.num_policy_updates,
+        )
+        if not self.loss.parts.max_refills:
+            return draw, []
+        return draw, self._share(refill_indices(self.seed, drawn, len(self.fitting), set(places)))
+
+    def batches(self, sampled: Sampled, step: int, served_version: int, forward: Forward) -> list[Batch]:
+        """Micro-batches of all optimizer steps of a phase, in order.
+
+        Args:
+            sampled: This rank's groups. The penalty of overlong completions is added to their rewards.
+            step: The phase's first optimizer step.
+            served_version: The engine's policy version, used where nothing was sampled.
+            forward: The trainer's forward pass.
+
+        Raises:
+            RewardError: An advantage is not finite.
+        """
+        rollouts = sampled.rollouts
+        version = min((r.policy_version for r in rollouts if r.turns), default=served_version)
+        penalise_overlong(self.loss, sampled.groups, self.sampling.max_completion_tokens)
+        made, kl = self._credit(sampled.kept, step, version, forward)
+        samples = drop_stale(made, step, self.sampling.max_staleness)
+        effective = [sample for sample in samples if not changes_nothing(self.loss, sample)]
+        version = oldest_version(samples, version, self.ranks.lowest)
+        num_zero, num_stale = len(samples) - len(effective), len(made) - len(samples)
+        num_too_long = len(call_apart(training_items, self.environment)) - len(self.fitting)
+        counts = PhaseCounts(sampled, len(samples), num_zero, num_too_long, kl, num_stale)
+        fractions = call_apart(step_fractions, counts, self.environment, self.ranks.size)
+        metrics = over_ranks(fractions, self.ranks.add_up)
+        denominators, skip_reason = count_over_ranks(
+            samples, effective, self.sampling.max_completion_tokens, self.ranks.add_up
+        )
+        trained = {id(sample.rollout) for sample in samples}  # an item may be drawn twice in a phase
+        info = StepInfo(
+            step,
+            denominators,
+            version,
+            self.sampling.max_staleness,
+            metrics,
+            skip_reason,
+            unused=tuple(rollout for rollout in rollouts if id(rollout) not in trained),
+            zero_advantage=tuple(sample for sample in samples if changes_nothing(self.loss, sample)),
+        )
+        return self._updates(make_batches(forward.split(effective), info), info)
+
+    def _updates(self, batches: list[Batch], info: StepInfo) -> list[Batch]:
+        """The micro-batches once for each optimizer step, each with a dropout seed of its own."""
+        found = []
+        for _ in range(self.loss.num_policy_updates):
+            for number, batch in enumerate(batches):
+                seed = derived_seed(self.seed, "dropout", self.ranks.rank, info.step, number)
+                found.append(replace(batch, step=info, dropout_seed=seed))
+            info = info.next_update()
+        return found
+
+    def _credit(
+        self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward
+    ) -> tuple[list[Sample], tuple[float, float] | None]:
+        """Rows with their advantages; with a KL in the reward, its sum over tokens and their number."""
+        batches = self._batches_before_credit(groups, step, version, forward)
+        signals = signals_of(groups, batches, forward.signals(batches)) if batches else TrainerSignals(None, None)
+        weights = call_apart(weights_at, self.environment, step)
+        return make_samples(self.loss, groups, weights, signals, self.ranks.add_up), kl_fraction(groups, signals)
+
+    def _batches_before_credit(
+        self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward
+    ) -> list[Batch]:
+        """Micro-batches of all rollouts without advantages, from which signals are computed; [] where none are needed."""
+        if not self.loss.needs_signals:
+            return []
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        samples = [Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for rollout in rollouts]
+        return make_batches(forward.split(samples), StepInfo(step, Denominators(1, 1, 1, 1), version))
+
+    def _share(self, places: list[int]) -> list[int]:
+        return self.ranks.share([self.fitting[place] for place in places])
