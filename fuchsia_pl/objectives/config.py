@@ -187,8 +187,8 @@ class Learner:
 
 def _check_ranges(config: LossConfig) -> None:
     parts = config.parts
-    nested = (config.sampler_correction, config.critic, config.sapo)
-    numbers = asdict(config) | {name: value for settings in nested for name, value in asdict(settings).items()}
+    nested = asdict(config.sampler_correction) | asdict(config.critic) | asdict(config.sapo)
+    numbers = {**asdict(config), **nested}
     for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"model.loss has {name}={value}: it must be finite")

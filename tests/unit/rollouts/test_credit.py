@@ -7,7 +7,14 @@ from fuchsia_pl.batch import StepInfo, TrainerSignals
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.credit import CriticSettings
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.rollouts.credit import kl_fraction, make_groups, make_samples, penalise_overlong, signals_of
+from fuchsia_pl.rollouts.credit import (
+    credit_inputs,
+    kl_fraction,
+    make_groups,
+    make_samples,
+    penalise_overlong,
+    signals_of,
+)
 from fuchsia_pl.rollouts.scoring import RewardError
 from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
 
@@ -269,3 +276,28 @@ def test_a_kl_or_a_value_that_is_not_finite_is_named():
     signals = of(values=[[math.nan], [math.nan]])
     with pytest.raises(RewardError, match=r"is nan, .* largest value of the critic nan"):
         make_samples(LossConfig("ppo", advantage="gae"), make_groups([group]), {}, signals, lambda values: values)
+
+
+def test_the_tensors_of_credit_assignment_by_hand():
+    # two turns of 2 and 1 sampled tokens with an answer between them, and a turn of 1; DAPO's slope is 2 of at most 4 tokens
+    two_turns, short = rollout(2, 1.0, right=1.0, judge=None), rollout(1, None, right=None, judge=None)
+    two_turns.status = None
+    two_turns.append_environment([7, 7])
+    two_turns.append(Turn(Completion((5,), (-1.0,), "stop", None, policy_version=0), "", "", "", ""))
+    two_turns.finish(RolloutStatus.COMPLETED)
+    config = LossConfig("dapo", overlong_buffer=0.5)
+    groups = make_groups([[two_turns, short]])
+    penalise_overlong(config, groups, max_completion_tokens=4)
+    inputs = credit_inputs(config, groups, {"right": 2.0}, NO_SIGNALS)
+    assert inputs.turn_ends.tolist() == [[False, True, True], [True, False, False]]
+    assert (inputs.lengths.tolist(), inputs.trained.tolist()) == ([3, 1], [True, False])
+    assert inputs.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert inputs.kept.tolist() == [[True, True, True], [False, False, False]]
+    # 3 tokens are half way down the slope from 2 to 4
+    assert str(inputs.rewards.tolist()) == "[[0.5, nan]]"
+    assert str(inputs.penalties.tolist()) == "[[-0.5, nan]]"
+    assert {name: str(values.tolist()) for name, values in inputs.rewards_by_name.items()} == {
+        "right": "[[1.0, nan]]",
+        "judge": "[[nan, nan]]",
+    }
+    assert inputs.reward_weights == {"right": 2.0}
