@@ -183,6 +183,7 @@ class FakeLLM:
     async def generate(self, prompt, params, request_id, lora_request=None):
         self.calls.append((prompt["prompt_token_ids"], params, lora_request and lora_request.lora_name))
         version = self.versions.pop(0) if self.versions else self.version
+        await asyncio.sleep(0.1)
         ids = [*prompt["prompt_token_ids"][1:], *params.logprob_token_ids]
         *entries, last = ({token: SimpleNamespace(logprob=-token / 10)} for token in ids)
         sampled = SimpleNamespace(logprobs=[last], finish_reason="length")
@@ -197,6 +198,7 @@ def faked(request, monkeypatch, tmp_path):
     """An engine on `FakeLLM` that has loaded version 7."""
     llm = FakeLLM()
     monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", lambda args: llm)
+    monkeypatch.setattr("fuchsia_pl.engines.vllm_colocated.log_to", lambda file: None)
     engine = VLLMColocatedEngine(sync_mode=request.param, timeout_s=20)
     engine.start(make_spec(tmp_path))
     folder = tmp_path / "weights"
