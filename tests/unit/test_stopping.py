@@ -232,7 +232,7 @@ def test_an_error_on_the_way_out_is_printed_by_the_rank_that_met_it(monkeypatch,
     """Its code stays 0: with any other Lightning would kill the first rank, which may be saving."""
     said = []
     monkeypatch.setattr(stopping, "signum", 15)
-    monkeypatch.setattr(stopping, "say", said.append)
+    monkeypatch.setattr(stopping, "write_line", said.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as caught:
         leave_stopped(["fit"], end)
