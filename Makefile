@@ -1,6 +1,6 @@
 # `make quickstart` trains a real model, `make test` passes the tests, `make mutants` checks that the tests of the objectives
 # notice every mistake, `make chaos` kills and continues a run a hundred times, `make fuzz` reads thousands of mutated configs
-# and files, `make soak` trains 600 steps and counts memory, `make bench` measures the table of the README anew, `make setup` only installs.
+# and files, `make soak` trains 600 steps and counts memory, `make bench` measures the tables of tests/README.md, `make setup` only installs.
 # Variables: EXTRA=cpu|gpu (default: gpu where nvidia-smi answers), PYTHON, VENV, ARGS (added to the quickstart's command).
 
 SHELL := /bin/bash
@@ -31,7 +31,7 @@ check: $(READY_DEV)
 	$(BIN)/mypy
 
 bench: $(READY_DEV)
-	$(BIN)/python -m tests.bench README.md
+	$(BIN)/python -m tests.bench tests/README.md
 
 mutants: $(READY_DEV)
 	$(BIN)/python -m tests.mutants

@@ -1,6 +1,6 @@
-"""`make bench`: every figure of the README's table, measured in one run; one line per ratio at the end.
+"""`make bench`: every figure of the tables in tests/README.md, measured in one run; one line per ratio at the end.
 
-    python -m tests.bench [README.md]      # with a file: writes the table into it
+    python -m tests.bench [tests/README.md]      # with a file: writes the tables into it
 
 Each part is a process of its own, one after the other. Nothing else should run on the machine meanwhile; it takes half an hour.
 """
@@ -99,7 +99,7 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
 
 
 def table(f: dict[str, float]) -> str:
-    """The README's table."""
+    """The tables, in Markdown."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{os.cpu_count()} cores of {processor()}, {memory:.0f} GiB"
     lines = [

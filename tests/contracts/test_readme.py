@@ -1,6 +1,7 @@
-"""The README keeps its word: its commands run, its environment trains, its map and its metrics are those of the tree."""
+"""The five pages are true: their commands run, their environments train, their links, map, settings and metrics exist."""
 
 import csv
+import json
 import re
 import shlex
 import subprocess
@@ -19,97 +20,133 @@ from tests.contracts.test_structure import ROOT, tracked_files
 from tests.unit.test_cli import TINY
 from tests.unit.test_serve import StartedError, start_nothing
 
-README = (ROOT / "README.md").read_text()
-SECTIONS = {section.split("\n")[0]: section for section in README.split("\n## ")}
-COMMANDS = re.findall(r"^(fuchsia .*)$", README, flags=re.MULTILINE)
-MAKE_TARGETS = re.findall(r"^make (\w+)", README, flags=re.MULTILINE) + re.findall(r"`make (\w+)`", README)
+NAMES = ("README.md", "configs/README.md", "envs/README.md", "fuchsia_pl/README.md", "tests/README.md")
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
+TEXT = "\n".join(PAGES.values())
+COMMANDS = re.findall(r"^(fuchsia .*)$", TEXT, flags=re.MULTILINE)
+MAKE_TARGETS = re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE) + re.findall(r"`make (\w+)`", TEXT)
+QUICKSTART = "fuchsia fit --config quickstart.yaml"
+MOST_LINES = 230
 
 
-def code_block(section: str, language: str, number: int = 0) -> str:
-    return re.findall(rf"```{language}\n(.*?)```", SECTIONS[section], flags=re.DOTALL)[number]
+def section(page: str, title: str) -> str:
+    """The text under a heading of level 2, up to the next one."""
+    return PAGES[page].split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-# The files that the README has its reader write: section, number of the block in it, most lines it may have.
+def code_block(page: str, title: str, language: str, number: int = 0) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", section(page, title), flags=re.DOTALL)[number]
+
+
+# The files that the pages have their reader write: page, section, number of the block in it, most lines it may have.
 FILES = {
-    "my_envs.py": ("Write your own environment", 0, 20),
-    "my_games.py": ("Conversations", 0, 40),
-    "my_server.py": ("Tools", 0, 10),
-    "my_tools.py": ("Tools", 1, 10),
+    "my_envs.py": ("README.md", "Your own environment", 0, 20),
+    "my_task.py": ("README.md", "Your model, your file, your GPU", 0, 8),
+    "my_games.py": ("envs/README.md", "Conversations", 0, 40),
+    "my_server.py": ("envs/README.md", "Tools", 0, 10),
+    "my_tools.py": ("envs/README.md", "Tools", 1, 10),
 }
 
 
 def write_files(folder: Path) -> None:
-    for name, (section, number, _) in FILES.items():
-        (folder / name).write_text(code_block(section, "python", number))
+    for name, (page, title, number, _) in FILES.items():
+        (folder / name).write_text(code_block(page, title, "python", number))
+    rows = [json.dumps({"question": f"How much is {n} times 6?", "answer": str(6 * n)}) for n in range(1, 11)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_text("\n".join(rows))
 
 
-@pytest.fixture
-def tiny_config(tiny_model, tmp_path, monkeypatch) -> Path:
-    """The overrides that make a command of the README run in a second: a tiny model, a tiny engine, two steps."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fuchsia"])
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
-    settings = yaml.safe_load(TINY % tiny_model)
-    settings["data"]["sampling"]["max_length"] = 4000
-    settings["trainer"] |= {"limit_val_batches": 1.0, "max_epochs": -1}
-    del settings["data"]["environment"]
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    return file
+class Runs:
+    """Runs commands of the pages in one folder, each once: a tiny model, a tiny engine, two steps, four held-out items."""
 
+    def __init__(self, tiny_model: Path) -> None:
+        settings = yaml.safe_load(TINY % tiny_model)
+        settings["data"]["sampling"]["max_length"] = 4000
+        limits = dict.fromkeys(("limit_val_batches", "limit_test_batches", "limit_predict_batches"), 4)
+        settings["trainer"] |= {**limits, "max_epochs": -1, "accumulate_grad_batches": 2}
+        del settings["data"]["environment"]
+        Path("tiny.yaml").write_text(yaml.safe_dump(settings))
+        write_files(Path())
+        self._folders: dict[str, Path | None] = {}
+        assert self.folder(QUICKSTART) == Path("runs/quickstart/0")  # commands continue from its checkpoint
 
-def run(command: str, tiny_config: Path) -> None:
-    """Runs a command of the README with the tiny overrides after its own configs."""
-    # A tokenizer with a token for each character needs room, and to render thousands of items with it takes long.
-    words = shlex.split(re.sub(r"max_length \d+", "max_length 4000", command))[1:]
-    if "countdown.yaml" in words or "function_calling.yaml" in words:
-        words += ["--data.environment.init_args.num_train", "20"]
-    if words[0] == "check-env":
-        assert check_env(words[1:]) == 0
-        return
-    if words[0] == "serve":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("os.execve", start_nothing)
-            with pytest.raises(StartedError):
-                serve([*words[1:], "--config", str(tiny_config)])
-        return
-    last = max(index for index, word in enumerate(words) if word == "--config") + 2
-    FuchsiaCLI([*words[:last], "--config", str(tiny_config), *words[last:]])
+    def folder(self, command: str) -> Path | None:
+        """The run folder of a command, which runs now unless it already did. None for a command without a run."""
+        if command not in self._folders:
+            self._folders[command] = self._run(command)
+        return self._folders[command]
 
+    def rows(self, command: str) -> list[dict[str, str]]:
+        """The rows of `metrics.csv` that are training steps."""
+        with (self.folder(command) / "metrics.csv").open() as stream:
+            return [row for row in csv.DictReader(stream) if row["train/loss"]]
 
-def test_every_command_under_use_runs(tiny_config):
-    # Commands of several ranks start processes; tests/integration/test_several_ranks.py runs them.
-    listed = [c for c in COMMANDS if "class_path my_" not in c and "--trainer.devices" not in c]
-    assert len(listed) >= 12
-    for command in listed:
-        if "--print_config" in command:
+    def _run(self, command: str) -> Path | None:
+        # A tokenizer with a token for each character needs room, and to render thousands of items with it takes long.
+        command = re.sub(r"max_length \d+", "max_length 4000", command)
+        words = shlex.split(re.sub(r"--model.policy.name \S+", "", command))[1:]
+        if "countdown.yaml" in words or "function_calling.yaml" in words:
+            words += ["--data.environment.init_args.num_train", "20"]
+        if words[0] == "check-env":
+            assert check_env(words[1:]) == 0
+            return None
+        if words[0] == "serve":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("os.execve", start_nothing)
+                with pytest.raises(StartedError):
+                    serve([*words[1:], "--config", "tiny.yaml"])
+            return None
+        last = max(index for index, word in enumerate(words) if word == "--config") + 2
+        words = [*words[:last], "--config", "tiny.yaml", *words[last:]]
+        if "--print_config" in words:
             with pytest.raises(SystemExit) as caught:
-                run(command, tiny_config)
+                FuchsiaCLI(words)
             assert caught.value.code == 0
-        else:
-            run(command, tiny_config)
-    for number, steps in enumerate([2, 3, 50]):
-        with Path(f"runs/quickstart/{number}/metrics.csv").open() as stream:
-            assert len([row for row in csv.DictReader(stream) if row["train/loss"]]) == steps
-    for number, split in {3: "validation", 4: "test", 5: "predict"}.items():
-        assert Path(f"runs/quickstart/{number}/rollouts-{split}.jsonl").exists()
+            return None
+        return FuchsiaCLI(words).run_folder
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("pages")
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        patch.setattr(sys, "argv", ["fuchsia"])
+        patch.setenv("WANDB_SILENT", "true")
+        patch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+        patch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: None)
+        yield Runs(tiny_model)
+
+
+# Commands of several ranks start processes; tests/integration/test_several_ranks.py runs them.
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(COMMANDS) if "--trainer.devices" not in c])
+def test_every_command_runs(runs, command):
+    folder = runs.folder(command)
+    verb = command.split()[1]
+    if verb == "fit" and folder:
+        steps = re.search(r"max_steps (\d+)", command)
+        assert len(runs.rows(command)) == (int(steps[1]) if steps else 2)
+    elif verb in ("validate", "test", "predict"):
+        split = {"validate": "validation"}.get(verb, verb)
+        assert (folder / f"rollouts-{split}.jsonl").exists()
+    else:
+        assert folder is None
 
 
 @pytest.mark.parametrize("overlay", sorted((ROOT / "configs/algorithms").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_algorithm_has_an_overlay_whose_command_trains(tiny_config, overlay):
+def test_every_algorithm_has_an_overlay_whose_command_trains(runs, overlay):
     header = [line for line in overlay.read_text().splitlines() if line.startswith("#")]
     (command,) = [line.removeprefix("#").strip() for line in header if "fuchsia fit" in line]
-    assert command == f"fuchsia fit --config quickstart.yaml --config algorithms/{overlay.stem}.yaml"
+    assert command == f"{QUICKSTART} --config algorithms/{overlay.stem}.yaml"
     assert yaml.safe_load(overlay.read_text())["model"]["loss"]["loss_type"] == overlay.stem
-    run(command, tiny_config)
-    with Path("runs/quickstart/0/metrics.csv").open() as stream:
-        assert len([row for row in csv.DictReader(stream) if row["train/loss"]]) == 2
+    assert len(runs.rows(command)) == 2
 
 
 def test_there_is_an_overlay_for_every_algorithm():
     assert {file.stem for file in (ROOT / "configs/algorithms").glob("*.yaml")} == set(PRESETS)
+    listed = re.findall(r"^\| `(\w+)` \|", section("configs/README.md", "Objectives"), flags=re.MULTILINE)
+    assert set(listed) == {"loss_type", *PRESETS}  # the header, and a row each
 
 
 def test_the_updates_of_the_overlays_fit_the_steps_of_the_quickstart():
@@ -119,26 +156,53 @@ def test_the_updates_of_the_overlays_fit_the_steps_of_the_quickstart():
 
 
 def test_no_gap_is_left_to_fill():
-    assert "@@" not in README
+    assert "@@" not in TEXT
+
+
+def test_the_first_page_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= MOST_LINES
+
+
+def anchors(file: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*NAMES, ".github/CONTRIBUTING.md"])
+def test_every_relative_link_resolves(name):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    assert links
+    for link in links:
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{name} links to {link}"
+            assert not anchor or anchor in anchors(target), f"{name} links to {link}"
+
+
+def test_every_block_of_python_compiles():
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert len(blocks) >= len(FILES)
+    for block in blocks:
+        compile(block, "a page", "exec")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_environments_are_short(name):
-    section, number, most = FILES[name]
-    assert len([line for line in code_block(section, "python", number).splitlines() if line.strip()]) <= most
+    page, title, number, most = FILES[name]
+    assert len([line for line in code_block(page, title, "python", number).splitlines() if line.strip()]) <= most
 
 
 @pytest.mark.parametrize(
-    ("module", "reward"), [("my_envs", "names_it"), ("my_games", "close"), ("my_tools", "correct")]
+    ("module", "reward"),
+    [("my_envs", "names_it"), ("my_task", "correct"), ("my_games", "close"), ("my_tools", "correct")],
 )
-def test_the_environments_are_checked_and_train(tiny_config, monkeypatch, module, reward):
+def test_the_environments_train(runs, module, reward):
     """With the tiny model, which knows hardly a letter; `tests/integration/test_environments.py` has the real one."""
-    write_files(Path())
-    monkeypatch.syspath_prepend(".")
-    for command in [command for command in COMMANDS if f"class_path {module}" in command]:
-        run(command, tiny_config)
-    with Path("runs/quickstart/0/metrics.csv").open() as stream:
-        assert len([row for row in csv.DictReader(stream) if row[f"reward/{reward}"]]) == 2
+    (command,) = [command for command in COMMANDS if f" {module}." in command and " fit " in command]
+    assert len([row for row in runs.rows(command) if row[f"reward/{reward}"]]) == 2
 
 
 def test_the_command_finds_environments_in_the_current_folder(tmp_path):
@@ -150,12 +214,41 @@ def test_the_command_finds_environments_in_the_current_folder(tmp_path):
     assert yaml.safe_load(done.stdout)["data"]["environment"]["class_path"] == "my_envs.Mention"
 
 
-def test_the_settings_that_it_shows_train(tiny_config):
-    file = Path("shown.yaml")
-    file.write_text(code_block("Use", "yaml"))
-    run(f"fuchsia fit --config quickstart.yaml --config {file}", tiny_config)
-    with Path("runs/quickstart/0/hparams.yaml").open() as stream:
-        assert yaml.safe_load(stream)["lr_scheduler"] == "TransformersSchedule"
+def test_the_settings_shown_as_yaml_train(runs):
+    Path("shown.yaml").write_text(code_block("configs/README.md", "Settings", "yaml"))
+    folder = runs.folder(f"{QUICKSTART} --config shown.yaml")
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["lr_scheduler"] == "TransformersSchedule"
+
+
+def dotted(settings: dict, prefix: str = "") -> set[str]:
+    """All dotted keys of nested settings, those of sections included."""
+    keys = {f"{prefix}{key}" for key in settings}
+    nested = [dotted(value, f"{prefix}{key}.") for key, value in settings.items() if isinstance(value, dict)]
+    return keys.union(*nested)
+
+
+def test_every_setting_named_exists(runs, capsys):
+    overlays = [
+        "--config gsm8k.yaml --config overlays/fsdp.yaml --config overlays/wandb.yaml",
+        "--config function_calling.yaml",
+    ]
+    known: set[str] = set()
+    for words in ("", "--config overlays/server.yaml", *overlays):
+        with pytest.raises(SystemExit):
+            FuchsiaCLI([*shlex.split(f"fit --config quickstart.yaml {words}"), "--print_config"])
+        known |= dotted(yaml.safe_load(capsys.readouterr().out))
+    sections = {key for key in known if "." not in key}
+    # Not the table of other trainers' names, nor file names and functions such as `checkpoint.py` or `data.env()`.
+    text = re.sub(r"<!-- names -->.*?<!-- /names -->", "", TEXT, flags=re.DOTALL)
+    words = re.findall(r"(?<![\w./-])(?:--)?((?:[a-z_]+)(?:\.[a-z_]+)+)(?![\w.(/])", text)
+    named = {word for word in words if word.split(".")[0] in sections and word.rsplit(".", 1)[1] not in SUFFIXES}
+    assert len(named) >= 50
+    assert named <= known | ALSO_SETTINGS
+
+
+SUFFIXES = {"py", "yaml", "md", "csv", "jsonl"}
+# DDP by its class path, whose settings no config names; the others belong to classes that none of the configs above has.
+ALSO_SETTINGS = {"trainer.strategy.timeout"}
 
 
 def test_the_make_targets_exist():
@@ -163,16 +256,29 @@ def test_the_make_targets_exist():
     assert {"quickstart", "test", "setup"} <= set(MAKE_TARGETS) <= defined
 
 
+def mapped(page: str) -> set[str]:
+    return {line.split()[0] for line in code_block(page, "File map", "text").splitlines() if line.strip()}
+
+
 def test_the_file_map_is_the_tree():
-    mapped = {line.split()[0] for line in code_block("File map", "text").splitlines() if line.strip()}
     files = {name for name in tracked_files() if name.startswith(("fuchsia_pl/", "envs/", "configs/"))}
     tree = {name.removesuffix("__init__.py") for name in files if not name.endswith("py.typed")}
-    assert {name for name in mapped if not name.startswith("tests/")} == tree
-    assert all((ROOT / name).exists() for name in mapped)
+    assert mapped("fuchsia_pl/README.md") == tree
+
+
+def test_the_map_of_the_tests_is_their_folder():
+    inside = [name.removeprefix("tests/") for name in tracked_files() if name.startswith("tests/")]
+    top = {name.split("/")[0] + "/" * ("/" in name) for name in inside}
+    assert mapped("tests/README.md") == {f"tests/{name}" for name in top - {"__init__.py", "README.md"}}
+
+
+def test_the_benchmark_has_a_place_for_its_tables():
+    (page,) = re.findall(r"-m tests\.bench (\S+)", (ROOT / "Makefile").read_text())
+    assert re.search(r"<!-- bench -->\n.*<!-- /bench -->", PAGES[page], flags=re.DOTALL)
 
 
 def test_the_tests_of_the_table_of_faults_exist():
-    table = (ROOT / "tests/README.md").read_text()
+    table = section("tests/README.md", "Fault, outcome, test")
     named = re.findall(r"^\|.*\| `([\w/]+\.py)::(\w+)` \|$", table, flags=re.MULTILINE)
     assert len(named) == len([line for line in table.splitlines() if line.startswith("|")]) - 2
     for file, name in named:
@@ -183,17 +289,14 @@ def generic(metric: str) -> str:
     return re.sub(r"^count/.*", "count/<name>", re.sub(r"^reward/(?!mean$).*", "reward/<name>", metric))
 
 
-def test_the_metrics_table_lists_what_is_logged_and_nothing_else(tiny_config, monkeypatch):
-    listed = set(re.findall(r"^\| `([\w/<>]+)` \|", SECTIONS["Metrics"], flags=re.MULTILINE))
+def test_the_metrics_table_lists_what_is_logged_and_nothing_else(runs):
+    metrics = section("fuchsia_pl/README.md", "Metrics")
+    listed = set(re.findall(r"^\| `([\w/<>]+)` \|", metrics, flags=re.MULTILINE))
     (with_critic,) = [command for command in COMMANDS if "advantage gae" in command]
+    (with_tools,) = [command for command in COMMANDS if " my_tools." in command and " fit " in command]
     columns = set()
-    (with_tools,) = [command for command in COMMANDS if "class_path my_tools" in command]
-    write_files(Path())
-    monkeypatch.syspath_prepend(".")
-    for number, command in enumerate(["fuchsia fit --config quickstart.yaml", with_critic, with_tools]):
-        run(command, tiny_config)
-        with Path(f"runs/quickstart/{number}/metrics.csv").open() as stream:
-            columns |= set(next(csv.reader(stream))) - {"epoch", "step"}
+    for command in (QUICKSTART, with_critic, with_tools):
+        columns |= runs.rows(command)[0].keys() - {"epoch", "step"}
     train = {name for name in columns if not name.startswith("validation/")}
     assert columns - train
     assert {generic(name) for name in train} == listed

@@ -13,7 +13,7 @@ from fuchsia_pl.cli.foreign_names import SETTINGS, migration_table, our_setting,
 from fuchsia_pl.cli.not_offered import NOT_OFFERED
 from tests.unit.test_cli import TINY
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+CONFIGS_PAGE = (Path(__file__).parents[3] / "configs/README.md").read_text()
 # Of TRL before 1.0, and of transformers before 5: people still have them.
 OLD_TRL = {"modules_to_save", "torch_dtype", "max_prompt_length", "warmup_ratio", "bf16", "fp16"}
 
@@ -209,5 +209,5 @@ def test_the_names_of_trl_are_those_it_has():
         assert set(entry.trl) <= names | OLD_TRL
 
 
-def test_the_readme_has_the_table():
-    assert migration_table() in README
+def test_the_page_of_the_configs_has_the_table():
+    assert f"<!-- names -->\n{migration_table()}\n<!-- /names -->" in CONFIGS_PAGE
