@@ -506,7 +506,7 @@ def test_it_shows_the_prompts_that_the_chat_template_of_the_config_makes(run, tm
     assert "question: " in out
     code, _, err = run("Right", "--model.policy.chat_template", "other.jinja")
     assert code == 2
-    assert "'other.jinja' is no template" in err
+    assert "'other.jinja' is not a template" in err
 
 
 @pytest.mark.parametrize("config", ["quickstart.yaml", "countdown.yaml", "function_calling.yaml"])
