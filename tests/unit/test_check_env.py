@@ -300,7 +300,7 @@ REFUSED = {
     "NoReward": "NoReward.reward_functions is empty",
     "Empty": "Empty.train_items has no items: there is nothing to train on",
     "Generates": "Generates.train_items returned a generator: it must return a list of items, each a mapping",
-    "Texts": "training item 0: it is a text, and an item is a mapping",
+    "Texts": "training item 0: it is a text, but an item must be a mapping",
     "NoConstructor": "NoConstructor.__init__ does not call super().__init__()",
     "NoConstructorEarly": "NoConstructorEarly.__init__ does not call super().__init__()",
     "NoMessages": "training item 0: messages(item) returned null",

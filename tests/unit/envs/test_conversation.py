@@ -42,18 +42,18 @@ def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
         ([{"from": "human", "value": "a"}], r"message 0 has no 'role', it has \['from', 'value'\]"),
         ([{"role": "user"}], r"message 0 has no 'content', it has \['role'\]"),
         ([{"role": None, "content": "a"}], "message 0: its role is null"),
-        ([QUESTION, {"role": "user", "content": None}], r"message 1 \(user\): its content is null, and must be a text"),
+        ([QUESTION, {"role": "user", "content": None}], r"message 1 \(user\): its content is null, but must be a text"),
         ([{"role": "user", "content": 7}], "its content is the number 7"),
-        ([{"role": "user", "content": ""}], r"message 0 \(user\) is empty: it must ask something"),
+        ([{"role": "user", "content": ""}], r"message 0 \(user\) is empty: it must contain text"),
         ([{"role": "user", "content": []}], r"message 0 \(user\) is empty"),
-        ([{"role": "user", "content": ["a"]}], r"message 0 \(user\), part 0 is a text: the policy reads text alone"),
+        ([{"role": "user", "content": ["a"]}], r"message 0 \(user\), part 0 is a text: the policy reads only text"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
-            "part 0 is of type 'image_url': the policy reads text alone",
+            "part 0 is of type 'image_url': the policy reads only text",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "part 0 is of type 'text'"),
-        ([QUESTION, {"role": "assistant", "content": "7"}], "field 'p' ends in a message of the assistant"),
-        ([{"role": "", "content": "a"}], 'message 0: its role is empty, and must be a text such as "user"'),
+        ([QUESTION, {"role": "assistant", "content": "7"}], "field 'p' ends with a message of the assistant"),
+        ([{"role": "", "content": "a"}], 'message 0: its role is empty, but must be a text such as "user"'),
         ([{"role": " ", "content": "a"}], "message 0: its role is empty"),
         ("a \ud83d", "its content: character 2 is half of a surrogate pair, which no tokenizer can encode"),
         (
@@ -61,7 +61,7 @@ def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
             "message 0: its field 'role': character 2 is half of a surrogate pair",
         ),
         ([{**QUESTION, "name": "a\ud83d"}], "its field 'name': character 1 is half"),
-        ([{**QUESTION, "\ud83d": "a"}], "a name of its fields: character 0 is half"),
+        ([{**QUESTION, "\ud83d": "a"}], "the name of a field: character 0 is half"),
         (
             [{**QUESTION, "tool_calls": [{"function": {"name": "add", "arguments": {"a": [1, "\udfff"]}}}]}],
             "its field 'tool_calls': character 0 is half",
@@ -109,7 +109,7 @@ def test_what_an_environment_returns_is_checked(messages, words):
 
 
 def test_an_item_is_a_mapping():
-    with pytest.raises(ConfigError, match="it is a text, and an item is a mapping"):
+    with pytest.raises(ConfigError, match="it is a text, but an item must be a mapping"):
         conversation(Plain().messages, "3 plus 4?")
 
 

@@ -71,7 +71,7 @@ def test_a_split_of_unusable_golds_is_not_checked_to_its_end():
 
 
 def test_a_refusal_names_the_split_the_items_and_their_number():
-    with pytest.raises(ConfigError, match=r"Golds has gold answers in its train items .*: item 1: 3 is odd\. Mend"):
+    with pytest.raises(ConfigError, match=r"Golds has gold answers in its train items .*: item 1: 3 is odd\. Correct"):
         check_golds(Golds(), "train", [{"n": 2}, {"n": 3}], [0, 1])
     assert check_golds(Golds(), "train", [{"n": 2}, {"n": 3}], [0]) == [0]
 

@@ -124,16 +124,16 @@ def test_a_row_of_any_json_value_survives_loading_bit_for_bit(tmp_path_factory, 
             r"a\.jsonl, line 3, field 'a' cannot be read: Expecting value \(column 15\)",
         ),
         ("a.jsonl", '{"b": "x, "a": 1}', r"line 1, field 'b' cannot be read"),
-        ("a.jsonl", '{"b": {"x": 1, "x": 1}, "c": 2}', r"line 1, field 'b' .* the key 'x' stands twice in one object"),
-        ("a.jsonl", '{"a": 1, "b": 2, "a": 1}', r"line 1 cannot be read: the key 'a' stands twice"),
-        ("a.jsonl", '{"a": 1e400}', r"line 1, field 'a' .* the number 1e400 is larger than a float can hold"),
+        ("a.jsonl", '{"b": {"x": 1, "x": 1}, "c": 2}', r"line 1, field 'b' .* the key 'x' occurs twice in one object"),
+        ("a.jsonl", '{"a": 1, "b": 2, "a": 1}', r"line 1 cannot be read: the key 'a' occurs twice"),
+        ("a.jsonl", '{"a": 1e400}', r"line 1, field 'a' .* the number 1e400 is too large for a float"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"line 1, field 'a' cannot be read: Exceeds the limit"),
         ("a.jsonl", '{"a": ' + "[" * 100_000, r"line 1, field 'a' .* nested too deeply"),
         ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 900 + "]" * 900 + "}", r"line 2, field 'a' .* up to 200 deep"),
         ("a.json", '[{"a": ' + '{"b":' * 300 + "1" + "}" * 301 + "]", r"row 1, line 1, field 'a' .* nested too deeply"),
         ("a.jsonl", '{"a": "x\ty"}', r"line 1, field 'a' .* Invalid control character"),
-        ("a.jsonl", '{"a": 1} {"a": 2}', r"line 1 cannot be read: something stands after its end \(column 10\)"),
-        ("a.jsonl", '{"a": 1}\n"text"', r"line 2 cannot be read: it is a str, and a row is a JSON object"),
+        ("a.jsonl", '{"a": 1} {"a": 2}', r"line 1 cannot be read: there is text after its end \(column 10\)"),
+        ("a.jsonl", '{"a": 1}\n"text"', r"line 2 cannot be read: it is a str, but a row must be a JSON object"),
         ("a.jsonl", '{"a": 1}\n[1]', r"line 2 cannot be read: it is a list"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', r"line 2 cannot be read: byte 8 is not UTF-8"),
         ("a.jsonl", "{'no': json\n", r"line 1 cannot be read: Expecting property name"),
@@ -147,12 +147,12 @@ def test_a_row_of_any_json_value_survives_loading_bit_for_bit(tmp_path_factory, 
         (
             "a.json",
             '[{"a": 1}',
-            r"after row 1, line 1 cannot be read: the array goes on without a comma, or does not end",
+            r"after row 1, line 1 cannot be read: the array lacks a comma or its closing bracket",
         ),
         ("a.json", '[{"a": 1},]', r"row 2, line 1 cannot be read"),
-        ("a.json", '[{"a": 1}] {"a": 2}', r"a\.json cannot be read: something stands after the array's end"),
-        ("a.txt", "question\n", r"a\.txt begins with b'question', which is no row: a file of items is JSON lines"),
-        ("a.csv", 'a,b\n1,2\n"1\n1",\n3\n', r"a\.csv, line 5, field 'b' cannot be read: the row ends before it"),
+        ("a.json", '[{"a": 1}] {"a": 2}', r"a\.json cannot be read: there is text after the end of the array"),
+        ("a.txt", "question\n", r"a\.txt begins with b'question', which is not a row: the supported formats are JSON lines"),
+        ("a.csv", 'a,b\n1,2\n"1\n1",\n3\n', r"a\.csv, line 5, field 'b' cannot be read: the row ends before this column"),
         ("a.csv", "a,b\n1,2,3\n", r"line 2 cannot be read: it has 3 values for 2 columns"),
         ("a.csv", "a,a\n1,2\n", r"line 1 cannot be read: the header must name each column once, got \['a', 'a'\]"),
         ("a.csv", 'a\n"1\n', r"line 2 cannot be read: unexpected end of data"),
@@ -215,12 +215,12 @@ def test_csv_is_text_but_for_the_columns_that_are_declared(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "value", "words"),
     [
-        ("int", "72.0", "'72.0' is no whole number"),
-        ("int", "1_000", "no whole number"),
-        ("int", "\u0667", "no whole number"),
-        ("int", '""', "'' is no whole number"),
-        ("float", "nan", "'nan' is no decimal number"),
-        ("float", "1e400", "larger than a float can hold"),
+        ("int", "72.0", "'72.0' is not an integer"),
+        ("int", "1_000", "is not an integer"),
+        ("int", "\u0667", "is not an integer"),
+        ("int", '""', "'' is not an integer"),
+        ("float", "nan", "'nan' is not a decimal number"),
+        ("float", "1e400", "too large for a float"),
         ("bool", "yes", "'yes' is neither true nor false"),
         ("json", "[1", "column"),
     ],
@@ -232,12 +232,12 @@ def test_a_value_that_is_not_of_its_declared_type_is_named(tmp_path, kind, value
 
 def test_a_declaration_that_would_change_nothing_is_refused(tmp_path):
     file, lines = write(tmp_path, "a.csv", "a\n1\n"), write(tmp_path, "a.jsonl", '{"a": "1"}\n')
-    with pytest.raises(ConfigError, match=r"csv_types has \['b'\]; the columns of \S+a\.csv are \['a'\]"):
+    with pytest.raises(ConfigError, match=r"csv_types names \['b'\], but the columns of \S+a\.csv are \['a'\]"):
         rows_of(file, b="int")
-    with pytest.raises(ConfigError, match=r"csv_types declares \['a'\], and \S+a\.jsonl is no CSV file"):
+    with pytest.raises(ConfigError, match=r"csv_types declares \['a'\], but \S+a\.jsonl is not a CSV file"):
         rows_of(lines, a="int")
     with pytest.raises(
-        ConfigError, match=r"FromData\.csv_types declares \['a'\], and the train items are of no CSV file"
+        ConfigError, match=r"FromData\.csv_types declares \['a'\], but the train items are not from a CSV file"
     ):
         FromData({"a": "int"}, dataset="a/b").train_items()
     with pytest.raises(
@@ -276,10 +276,10 @@ def test_parquet_and_saved_folders_keep_their_types(tmp_path):
         train_file=str(tmp_path / "two"), validation_file=str(tmp_path / "two"), validation_split="held"
     )
     assert (list(environment.train_items()), list(environment.validation_items())) == (rows[1:], rows[:1])
-    with pytest.raises(ConfigError, match=r"two has the splits \['held', 'train'\], and none is named 'test'"):
+    with pytest.raises(ConfigError, match=r"two has no split 'test', its splits are \['held', 'train'\]"):
         FromData(validation_file=str(tmp_path / "two")).validation_items()
     with pytest.raises(
-        ConfigError, match=r"the folder \S+split=train was not saved by `save_to_disk`.*give such a folder"
+        ConfigError, match=r"the folder \S+split=train was not saved by `save_to_disk`.*name such a folder"
     ):
         rows_of(file.parent)
     numbers = Dataset.from_dict({"n": [1]})
@@ -310,7 +310,7 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
     ]
     (tmp_path / "[x].jsonl").write_text('{"n": "named"}')  # a file's name may look like a pattern
     assert rows_of(tmp_path / "[x].jsonl") == [{"n": "named"}]
-    with pytest.raises(ConfigError, match=r"init_args\.train_file: matches no file '\S+\*\.nothing'"):
+    with pytest.raises(ConfigError, match=r"init_args\.train_file: no file matches '\S+\*\.nothing'"):
         rows_of(tmp_path / "*.nothing")
     with pytest.raises(ConfigError, match=r"init_args\.train_file is an empty list"):
         FromData(train_file=[]).train_items()

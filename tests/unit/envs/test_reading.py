@@ -161,7 +161,7 @@ def test_marks_outside_of_a_calls_strings_are_marks(text, found):
     [
         ('{"name": "search", "parameters": {"query": cats}}', "it is not JSON"),
         ('{"name": "nothing", "parameters": {"query": cats}}', "it is not JSON"),
-        ('{"name": "search"}', "it has no \"arguments\", and search takes ['query']"),
+        ('{"name": "search"}', "it has no \"arguments\", but search takes ['query']"),
         ('{"name": "search", "query": "cats"}', 'it has no "arguments"'),
         ('{"name": "search", "parameters": {"query": NaN}}', "a number that is not finite"),
         ('{"parameters": {"query": 1e999}, "name": "search"}', "a number that is not finite"),
@@ -197,11 +197,11 @@ def test_a_list_behind_a_tag_needs_no_end():
         ('{"name": 3}', 'no JSON object with a "name"'),
         ("17", 'no JSON object with a "name"'),
         ("[]", 'no JSON object with a "name"'),
-        ('{"name": "add", "arguments": "1"}', '"arguments" are no JSON object'),
-        ('{"name": "add", "arguments": "{} {}"}', '"arguments" are no JSON object'),
-        ('{"name": "add", "parameters": [1]}', '"parameters" are no JSON object'),
+        ('{"name": "add", "arguments": "1"}', '"arguments" are not a JSON object'),
+        ('{"name": "add", "arguments": "{} {}"}', '"arguments" are not a JSON object'),
+        ('{"name": "add", "parameters": [1]}', '"parameters" are not a JSON object'),
         ('{"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}', "that differ"),
-        ('{"name": "search"}', "it has no \"arguments\", and search takes ['query']"),
+        ('{"name": "search"}', "it has no \"arguments\", but search takes ['query']"),
         ('{"name": "search", "arguments": null}', 'it has no "arguments"'),
         ("[" * 50_000, "nested too deeply"),
         ("[" * 300 + "]" * 300, "nested too deeply"),
@@ -220,7 +220,7 @@ def test_a_list_behind_a_tag_needs_no_end():
         ('{"name": "add", "arguments": {"a": -Infinity}}', "a number that is not finite"),
         ('{"name": "add", "arguments": {"a": 1e999}}', "a number that is not finite"),
         ('{"name": "add", "arguments": {"a": ' + "9" * (MAX_NUMBER_DIGITS + 1) + "}}", "more than 4000 digits"),
-        (f"{GOOD} and more", "it does not end in </tool_call>"),
+        (f"{GOOD} and more", "it does not end with </tool_call>"),
     ],
 )
 def test_a_call_that_cannot_be_read_says_why(body, words):
@@ -232,7 +232,7 @@ def test_a_call_that_cannot_be_read_says_why(body, words):
 
 def test_a_call_without_an_end_is_none():
     (error,) = read(PLAIN, f"<tool_call>{GOOD}")
-    assert "does not end in </tool_call>" in error
+    assert "does not end with </tool_call>" in error
 
 
 def test_long_numbers_and_odd_keys_are_read():
@@ -298,7 +298,7 @@ def test_a_call_without_arguments_of_a_tool_that_has_some_is_refused_however_its
     tools = [ToolSpec("look", "Looks.", schema)]
     for convention, text in ((PLAIN, '<tool_call>{"name": "look"}</tool_call>'), (BARE, '{"name": "look"}')):
         (call,) = convention.read(text, tools).calls
-        assert call.error == (names and f'the call cannot be read: it has no "arguments", and look takes {names}')
+        assert call.error == (names and f'the call cannot be read: it has no "arguments", but look takes {names}')
 
 
 def test_openais_form_is_a_call_in_every_convention():

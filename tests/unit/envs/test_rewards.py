@@ -120,7 +120,7 @@ def test_matches_by_hand():
     assert exact_match(extract=unstripped)(rollouts) == [0.0, 1.0]
     assert exact_match(extract=inside)(rollouts) == [0.0, 1.0]
     assert exact_match("gold", name="same")([said(" yes ", {"gold": "yes"})]) == [1.0]
-    with pytest.raises(ValueError, match="gold answer 'many' is no number"):
+    with pytest.raises(ValueError, match="gold answer 'many' is not a number"):
         number_match()([said("3", {"answer": "many"})])
 
 
@@ -153,7 +153,7 @@ NO_TEXT = [
     (None, "None in 'answer' is neither text nor a number"),
     (True, "True in 'answer' is neither text nor a number"),
     ({"a": 1}, "is neither text nor a number"),
-    (["1", "2"], "is a list, and a reward takes one answer"),
+    (["1", "2"], "is a list, but a reward requires one answer"),
     (float("nan"), "is not finite"),
     ("  ", "is empty"),
 ]
@@ -163,7 +163,7 @@ NO_TEXT = [
 def test_a_gold_that_is_no_text_is_refused_by_every_reward(math, gold, words):
     for reward in (exact_match(), number_match(), math):
         assert words in reward.check_gold({"answer": gold})
-        assert "there is no field 'answer', there are ['gold']" in reward.check_gold({"gold": gold})
+        assert "there is no field 'answer', the fields are ['gold']" in reward.check_gold({"gold": gold})
 
 
 @pytest.mark.parametrize(
@@ -183,16 +183,16 @@ def test_a_whole_gold_may_be_larger_than_any_float():
     large = 10**400
     assert exact_match().check_gold({"answer": large}) is None
     assert exact_match()([said(str(large), {"answer": large}), said("1e400", {"answer": large})]) == [1.0, 0.0]
-    assert "is no number" in number_match().check_gold({"answer": large})  # more digits than an answer may have
-    assert "is a number of too many digits" in exact_match().check_gold({"answer": 10**5000})
+    assert "is not a number" in number_match().check_gold({"answer": large})  # more digits than an answer may have
+    assert "is a number with too many digits" in exact_match().check_gold({"answer": 10**5000})
 
 
 @pytest.mark.parametrize(
     ("gold", "words"),
     [
-        ("many", "'many' is no number"),
-        ("1,2", "'1,2' is no number"),
-        ("x + 1", "is no number"),
+        ("many", "'many' is not a number"),
+        ("1,2", "'1,2' is not a number"),
+        ("x + 1", "is not a number"),
     ],
 )
 def test_a_gold_that_is_no_number_is_refused_where_numbers_are_compared(gold, words):

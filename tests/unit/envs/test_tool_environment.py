@@ -89,14 +89,14 @@ def test_a_call_its_result_and_an_answer_are_one_conversation(chat):
 @pytest.mark.parametrize(
     ("turn", "words"),
     [
-        (call("subtract", a=1), "there is no tool 'subtract', there are ['add',"),
+        (call("subtract", a=1), "there is no tool 'subtract', the tools are ['add',"),
         (call("add", a=1), "its arguments do not fit add: 'b' is a required property"),
         (call("add", a=1, b="two"), "its arguments do not fit add: 'two' is not of type 'integer'"),
         ("<tool_call>{add}</tool_call>", "the call cannot be read: it is not JSON"),
         ("<tool_call>" + "[" * 3000 + "</tool_call>", "the call cannot be read:"),
         (call("echo", value=json.loads("[" * 300 + "]" * 300)), "the call cannot be read: it is nested too deeply"),
         ('<tool_call>{"name": "echo", "arguments": {"value": 1e999}}</tool_call>', "a number that is not finite"),
-        ('<tool_call>{"name": "echo", "value": 1}</tool_call>', "it has no \"arguments\", and echo takes ['value']"),
+        ('<tool_call>{"name": "echo", "value": 1}</tool_call>', "it has no \"arguments\", but echo takes ['value']"),
     ],
 )
 def test_a_call_that_cannot_be_made_is_told_to_the_policy_and_counted(chat, turn, words):
@@ -159,7 +159,7 @@ def test_calls_of_a_turn_run_in_order_and_only_so_many(chat):
     (rollout,), _ = play(chat, environment, call("count") + call("count") + call("count"), "done")
     results = [message["content"] for message in rollout.messages[2:5]]
     assert results[:2] == ["<tool_response>1</tool_response>", "<tool_response>2</tool_response>"]
-    assert "2 calls a turn are allowed" in results[2]
+    assert "2 calls per turn are allowed" in results[2]
     assert rollout.counts == {TOOL_CALLS: 3, "tool_ok": 2, "tool_invalid_call": 1}
 
 

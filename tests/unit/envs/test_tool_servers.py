@@ -122,7 +122,7 @@ def test_a_call_that_cannot_be_sent_costs_no_server():
         ("echo", nested(300), "the call cannot be sent: it is nested too deeply"),
         ("echo", {"value": "\ud83d"}, "the call cannot be sent: it is not JSON of Unicode text"),
         ("echo", {"\ud83d": 1}, "the call cannot be sent: it is not JSON of Unicode text"),
-        ("echo", {"value": float("nan")}, "the call cannot be sent: it holds a number that is not finite"),
+        ("echo", {"value": float("nan")}, "the call cannot be sent: it contains a number that is not finite"),
     ]
     with_server(lambda server: fail_alone(server, ToolStatus.INVALID_CALL, calls), STATEFUL)
 
@@ -250,7 +250,7 @@ def test_a_server_is_restarted_a_bounded_number_of_times_and_then_ends_the_run_w
         for _ in range(3):
             await server.ensure_running()
             await server.call("k", "die", {})
-        with pytest.raises(ToolServerError, match=r"died 3 times, and max_restarts allows 2 restarts"):
+        with pytest.raises(ToolServerError, match=r"died 3 times, but max_restarts allows 2 restarts"):
             await server.ensure_running()
 
     with_server(scenario, MCPServer(command=COMMAND, max_restarts=2))
@@ -309,7 +309,7 @@ def test_a_server_that_does_not_start_ends_the_run_within_the_bound(command):
     words = with_server(scenario, MCPServer(command=command, start_timeout_s=3))
     assert command[-1] in words or command[0] in words
     if "licence" in command[-1]:
-        assert "The end of what it said:\nno licence" in words
+        assert "The end of its log:\nno licence" in words
 
 
 def test_tools_are_chosen_by_name_and_a_name_that_is_missing_is_told():
@@ -384,8 +384,8 @@ def test_functions_of_this_process_are_tools_and_one_that_hangs_ends_at_its_limi
     [
         ({}, "either a command or a url"),
         ({"command": ["a"], "url": "b"}, "either a command or a url"),
-        ({"command": "python server.py"}, "is a list of words"),
-        ({"command": []}, "is a list of words"),
+        ({"command": "python server.py"}, "must be a list of words"),
+        ({"command": []}, "must be a list of words"),
         ({"command": ["a"], "call_timeout_s": 0}, "call_timeout_s must be above 0, got 0"),
         ({"command": ["a"], "max_restarts": -1}, "max_restarts must be 0 or more, got -1"),
     ],
