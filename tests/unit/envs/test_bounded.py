@@ -65,7 +65,7 @@ def test_an_external_cancellation_is_propagated():
     assert asyncio.run(cancelled())
 
 
-def test_abandoned_threads_are_counted_and_too_many_end_the_run(monkeypatch):
+def test_threads_that_run_on_are_counted_and_too_many_end_the_run(monkeypatch):
     monkeypatch.setattr(bounded, "MAX_LEFT_THREADS", 2)
     release = threading.Event()
 
@@ -79,7 +79,9 @@ def test_abandoned_threads_are_counted_and_too_many_end_the_run(monkeypatch):
         return await call_bounded(lambda value: value, 7, 30.0)
 
     assert asyncio.run(hang_and_call(2)) == 7  # as many as are allowed
-    with pytest.raises(LeftThreadsError, match=r"^3 abandoned calls still run .* 2 are allowed: 3 of \S+<locals>\.hang\."):
+    with pytest.raises(
+        LeftThreadsError, match=r"^3 abandoned calls still run .* 2 are allowed: 3 of \S+<locals>\.hang\."
+    ):
         asyncio.run(hang_and_call(1))
     release.set()
     for thread in [thread for thread in threading.enumerate() if thread.name.endswith("hang")]:

@@ -10,7 +10,7 @@ class Plain(SingleTurnEnvironment):
     """Takes the prompt as it is in the item."""
 
 
-def test_a_text_is_what_the_user_says_and_a_list_is_the_conversation():
+def test_a_text_becomes_a_user_message_and_a_list_is_used_unchanged():
     assert Plain().messages({"prompt": "3 plus 4?"}) == [QUESTION]
     asked = [{"role": "system", "content": "Be brief."}, QUESTION, {"role": "assistant", "content": "8"}, QUESTION]
     assert Plain().messages({"prompt": asked}) == asked  # and not "[{'role': …"
@@ -18,7 +18,7 @@ def test_a_text_is_what_the_user_says_and_a_list_is_the_conversation():
     assert conversation(Plain().messages, {"prompt": asked}) == asked
 
 
-def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
+def test_text_parts_are_joined_and_null_keys_are_dropped():
     parts = [{"type": "text", "text": "3 plus "}, {"type": "text", "text": "4?"}]
     assert prompt_messages({"p": [{"role": "user", "content": parts, "tool_calls": None}]}, "p") == [QUESTION]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
@@ -70,17 +70,17 @@ def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
         ([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "its content: character 0 is half"),
     ],
 )
-def test_what_is_no_prompt_is_refused(value, words):
+def test_invalid_prompts_are_refused(value, words):
     with pytest.raises(ConfigError, match=words):
         prompt_messages({"p": value}, "p")
 
 
-def test_a_whole_character_beyond_the_first_plane_is_text():
+def test_a_complete_surrogate_pair_is_text():
     asked = {**QUESTION, "name": "\U0001f600"}
     assert prompt_messages({"p": [asked]}, "p") == [asked]
 
 
-def test_a_missing_field_is_told_with_those_that_are_there():
+def test_the_error_for_a_missing_field_lists_the_existing_ones():
     with pytest.raises(
         ConfigError, match=r"has no field 'q', it has \['\(0, 1\)', 'n', 'prompt'\]: set \S+prompt_field"
     ):
@@ -103,17 +103,17 @@ def leaves(item):
         (leaves, r"messages\(item\) raised SystemExit: 0"),
     ],
 )
-def test_what_an_environment_returns_is_checked(messages, words):
+def test_the_result_of_messages_is_checked(messages, words):
     with pytest.raises(ConfigError, match=words):
         conversation(messages, {"prompt": "a"})
 
 
-def test_an_item_is_a_mapping():
+def test_an_item_that_is_not_a_mapping_is_refused():
     with pytest.raises(ConfigError, match="it is a text, but an item must be a mapping"):
         conversation(Plain().messages, "3 plus 4?")
 
 
-def test_each_conversation_has_messages_of_its_own():
+def test_messages_are_copied():
     shared = [dict(QUESTION)]
     conversation(lambda item: shared, {})[0]["content"] = "changed"
     assert shared == [QUESTION]
