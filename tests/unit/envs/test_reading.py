@@ -193,10 +193,10 @@ def test_a_list_of_calls_requires_no_closing_tag():
     ("body", "words"),
     [
         ("{name: add}", "it is not JSON"),
-        ('{"arguments": {}}', 'no JSON object with a "name"'),
-        ('{"name": 3}', 'no JSON object with a "name"'),
-        ("17", 'no JSON object with a "name"'),
-        ("[]", 'no JSON object with a "name"'),
+        ('{"arguments": {}}', 'not a JSON object with a "name"'),
+        ('{"name": 3}', 'not a JSON object with a "name"'),
+        ("17", 'not a JSON object with a "name"'),
+        ("[]", 'not a JSON object with a "name"'),
         ('{"name": "add", "arguments": "1"}', '"arguments" are not a JSON object'),
         ('{"name": "add", "arguments": "{} {}"}', '"arguments" are not a JSON object'),
         ('{"name": "add", "parameters": [1]}', '"parameters" are not a JSON object'),
@@ -208,7 +208,7 @@ def test_a_list_of_calls_requires_no_closing_tag():
         ('{"name": "add", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}", "nested too deeply"),
         (
             f'{{"name": "add", "arguments": {json.dumps(json.dumps({"a": json.loads("[" * 300 + "]" * 300)}))}}}',
-            "no JSON object",
+            "not a JSON object",
         ),
         ("x" * (MAX_CALL_CHARS + 1), "it is not JSON"),
         ('"' + "x" * (MAX_CALL_CHARS + 1), f"it has more than {MAX_CALL_CHARS} characters"),
