@@ -1,4 +1,4 @@
-"""What the author of an environment imports."""
+"""Public names for authors of environments."""
 
 from fuchsia_pl.envs.base import (
     Environment,

@@ -1,4 +1,4 @@
-"""Environments: where questions come from, what happens to an answer, and what it is worth."""
+"""Environments: the source of items, the interaction with the policy, and the rewards."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,8 +16,8 @@ from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
-# What a reward function may have beside a name: the names under which it counts in `Rollout.counts`, its end, and what is
-# wrong with an item's gold answer.
+# Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, and
+# a check of an item's gold answer.
 COUNTERS = "counters"
 CLOSE = "close"
 CHECK_GOLD = "check_gold"
@@ -25,36 +25,36 @@ PREPARE_TIMEOUT_S = 1800.0
 
 
 class Environment(ABC):
-    """Configured once from YAML; each rollout of it has a `Rollout` of its own as its state.
+    """Base class of environments. It is configured once from YAML; the state of each interaction is a `Rollout`.
 
     Args:
-        dataset: Items from the hub, such as "openai/gsm8k". An environment that makes its own items overrides `train_items`.
-        dataset_config: The hub dataset's configuration, such as "main".
-        train_split: The hub dataset's split to train on.
-        validation_split: The hub dataset's held-out split.
-        train_file: Local files in place of the hub: one, several, or a pattern such as "data/*.jsonl". JSON lines, a JSON array,
-            CSV, Parquet, or a folder that `save_to_disk` of `datasets` made; gzip is read too.
-        validation_file: The same for the held-out split.
-        prompt_field: The field of an item that is the question: a text, or a list of messages.
+        dataset: Dataset on the hub, such as "openai/gsm8k". An environment that generates its items overrides `train_items`.
+        dataset_config: Configuration of the hub dataset, such as "main".
+        train_split: Split of the hub dataset to train on.
+        validation_split: Held-out split of the hub dataset.
+        train_file: Local files instead of the hub: one, several, or a pattern such as "data/*.jsonl". JSON lines, a JSON array,
+            CSV, Parquet, or a folder written by `save_to_disk` of `datasets`; gzip is supported.
+        validation_file: Local files of the held-out split.
+        prompt_field: Field of an item that holds the prompt: a text, or a list of messages.
 
     Attributes:
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
-            siblings; None in place of a number means that it does not score that rollout. Its name in logs is its `__name__`.
-        reward_weights: Weight of each reward function by name in the total, 1.0 where not given.
-        initial_reward_weights: Weights at step 0 of those that change: they move in a straight line to `reward_weights`.
-        ramp_steps: The optimizer step at which they arrive there.
+            siblings. None instead of a number leaves that rollout unscored. Its name in logs is its `__name__`.
+        reward_weights: Weight of each reward function in the total, by name; 1.0 by default.
+        initial_reward_weights: Weights at step 0, by name; they change linearly to `reward_weights`.
+        ramp_steps: Optimizer step at which `reward_weights` are reached.
         csv_types: Types of the columns of CSV files by name: "int", "float", "bool", "json". Other columns are text.
-        stop: Strings after which the policy's turn ends, but not where it is thinking or in the middle of a tool call's JSON.
-        max_steps: Turns of the policy in one rollout.
-        timeout_s: Bound of each call of a reward function and of each of the environment's own methods.
-        on_error: What an exception in a reward function or in `step_rollout` does: "stop" ends the run with the item and
-            the cause; "unscored" counts it and learns nothing from the rollouts concerned (of a reward function: the group).
-        max_response_chars: Longest text of one `rollout.respond` that the policy reads. The middle of a longer one is left out
-            before it is encoded, which takes seconds for megabytes, and a note in its place gives the number of characters.
-        counters: Names that its rollouts may count under, see `Rollout.counts`.
-        tools: What the policy may call, known after `prepare`.
-        tool_convention: How the policy's model writes tool calls; set before the first rollout.
-        thinking_marks: Pairs of marks that enclose reasoning, which is neither an answer nor a tool call. Empty for none.
+        stop: Strings after which a turn ends, except inside thinking or inside the JSON of a tool call.
+        max_steps: Maximum number of turns in one rollout.
+        timeout_s: Time limit in seconds of each call of a reward function or of a method of the environment.
+        on_error: Effect of an exception in a reward function or in `step_rollout`. "stop" ends the run and names the item and
+            the cause. "unscored" counts it and excludes the rollout (for a reward function: the group) from training.
+        max_response_chars: Maximum number of characters of one `rollout.respond`. The middle of a longer text is replaced by a
+            note with the number of omitted characters, before the text is encoded (encoding megabytes takes seconds).
+        counters: Names of the environment's counters, see `Rollout.counts`.
+        tools: Tools that the policy may call; set by `prepare`.
+        tool_convention: Format in which the model writes tool calls; set before the first rollout.
+        thinking_marks: Pairs of marks that enclose reasoning, which is neither an answer nor a tool call. Empty: none.
     """
 
     max_steps = 1
@@ -89,26 +89,26 @@ class Environment(ABC):
         self.tool_convention: ToolConvention = PLAIN
         self.thinking_marks: Sequence[tuple[str, str]] = THINKING_MARKS
 
-    if not TYPE_CHECKING:  # to a checker, every misspelt attribute would exist
+    if not TYPE_CHECKING:  # a type checker would otherwise accept every misspelt attribute
 
         def __getattr__(self, name: str) -> Any:
-            """Called where an attribute is missing: tells a constructor that sets nothing from a misspelt name."""
+            """Distinguishes a constructor that does not call the base class from a misspelt attribute."""
             if name in _set_by_constructor():
                 raise ConfigError(_lacks_constructor(self))
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def train_items(self) -> Sequence[Item]:
-        """The rows that training draws from."""
+        """The items of the training split."""
         return self._items("train")
 
     def validation_items(self) -> Sequence[Item]:
-        """The held-out rows, which training never draws."""
+        """The items of the held-out split, which is never trained on."""
         return self._items("validation")
 
     def messages(self, item: Item) -> list[Message]:
-        """The conversation that the policy is asked to continue, as `{"role": …, "content": …}`.
+        """The prompt of an item, as messages `{"role": …, "content": …}`.
 
-        By default it is `prompt_field` of the item: a text is what the user says, a list of messages is the conversation.
+        By default it is the item's `prompt_field`: a text becomes one user message, a list of messages is used as it is.
 
         Raises:
             ConfigError: The field is missing, null, empty, or of another type.
@@ -116,64 +116,64 @@ class Environment(ABC):
         return prompt_messages(item, self.prompt_field)
 
     def gold_turns(self, item: Item) -> list[str] | None:
-        """What a perfect policy would write, turn by turn; None where that is not known. `fuchsia check-env` plays it."""
+        """The turns of a perfect policy; None if they are not known. `fuchsia check-env` plays them."""
         return None
 
     def check_gold(self, item: Item) -> str | None:
-        """What is wrong with an item's gold answer, None where the rewards can use it.
+        """Describes the fault of an item's gold answer; None if the reward functions can use it.
 
-        `fuchsia check-env` and the start of `fuchsia fit` call it for every item: no gold answer may end a run in the middle.
-        By default each reward function that has a `check_gold(item)` of its own is asked.
+        `fuchsia check-env` and the start of `fuchsia fit` call it for every item, so that no gold answer ends a run later.
+        By default it calls the `check_gold(item)` of each reward function that has one.
         """
         checks = [getattr(function, CHECK_GOLD) for function in self.reward_functions if hasattr(function, CHECK_GOLD)]
         return next((problem for check in checks if (problem := check(item)) is not None), None)
 
     async def prepare(self) -> None:
-        """Called before every batch of rollouts: starts what does not run, such as tool servers."""
+        """Called before every batch of rollouts. Starts resources that are not running, such as tool servers."""
 
     async def close(self) -> None:
-        """Ends what `prepare` and the reward functions started. Called once, also after an error."""
+        """Releases the resources of `prepare` and of the reward functions. Called once, also after an error."""
         for function in self.reward_functions:
             if hasattr(function, CLOSE):
                 getattr(function, CLOSE)()
 
     async def open_rollout(self, rollout: Rollout) -> None:
-        """Called when a rollout starts."""
+        """Called at the start of a rollout."""
 
     @abstractmethod
     def step_rollout(self, rollout: Rollout) -> Awaitable[None] | None:
-        """Reacts to the newest turn: `rollout.respond(text)` goes on, `rollout.finish()` ends the interaction.
+        """Handles the newest turn: `rollout.respond(text)` continues the interaction, `rollout.finish()` ends it.
 
-        Sync or async; a sync one runs in a thread, so that it stalls only its own rollout.
+        Sync or async. A sync method runs in a thread, so that it blocks only its own rollout.
         """
 
     async def close_rollout(self, rollout: Rollout) -> None:
-        """Called when a rollout has ended in whatever way; its rewards are not known yet."""
+        """Called after a rollout has ended for any reason, before it is scored."""
 
     @property
     def step_timeout_s(self) -> float:
-        """Bound of one call of `step_rollout`."""
+        """Time limit in seconds of one call of `step_rollout`."""
         return self.timeout_s
 
     @property
     def prepare_timeout_s(self) -> float:
-        """Bound of one call of `prepare`, which may load much: a net for one that hangs. Override it where it takes longer."""
+        """Time limit in seconds of one call of `prepare`. Override it if loading takes longer."""
         return PREPARE_TIMEOUT_S
 
     def counter_names(self) -> list[str]:
-        """What `Rollout.counts` may hold: `counters` and what the reward functions count."""
+        """Allowed keys of `Rollout.counts`: `counters` and those of the reward functions."""
         own = (getattr(function, COUNTERS, ()) for function in self.reward_functions)
         return [*self.counters, *(name for names in own for name in names)]
 
     def reward_weight(self, name: str, step: int | None) -> float:
-        """Weight of a reward function at an optimizer step; held-out rollouts (None) get the last one."""
+        """Weight of a reward function at an optimizer step; step None (held-out rollouts) gets the final weight."""
         last = self.reward_weights.get(name, 1.0)
         first = self.initial_reward_weights.get(name, last)
         done = 1.0 if step is None or step >= self.ramp_steps else step / self.ramp_steps
         return first * (1.0 - done) + last * done
 
     def is_correct(self, rollout: Rollout) -> bool:
-        """Whether a scored rollout counts as right in `accuracy`: by default, 1.0 or more from the first reward function."""
+        """Whether a scored rollout counts as correct in `accuracy`; by default, a first reward of 1.0 or more."""
         reward = rollout.rewards[reward_name(self.reward_functions[0])]
         return reward is not None and reward >= 1.0
 
@@ -184,15 +184,15 @@ class Environment(ABC):
 
 
 class SingleTurnEnvironment(Environment):
-    """One question, one answer."""
+    """An environment with one turn per rollout."""
 
     def step_rollout(self, rollout: Rollout) -> None:
-        """Ends the interaction after the first answer."""
+        """Ends the interaction after the first turn."""
         rollout.finish()
 
 
 class MultiTurnEnvironment(Environment):
-    """A conversation: override `step_rollout`, and set `max_steps`, `stop` and `reward_functions` in the constructor.
+    """An environment with several turns. Override `step_rollout`; set `max_steps`, `stop` and `reward_functions`.
 
     A rollout that has not finished after `max_steps` turns is truncated.
     """
@@ -204,7 +204,7 @@ def reward_name(function: RewardFunction) -> str:
     """The name of a reward function in logs and in `reward_weights`.
 
     Raises:
-        ConfigError: It has none, as is the case for a functools.partial.
+        ConfigError: It has none, for example a functools.partial.
 
     >>> def correct(rollouts): ...
     >>> reward_name(correct)
@@ -212,16 +212,16 @@ def reward_name(function: RewardFunction) -> str:
     """
     name = function.__name__ if hasattr(function, "__name__") else ""
     if not name or name == "<lambda>":
-        raise ConfigError(f"the reward function {function!r} has no name to log it by: define it with `def`")
+        raise ConfigError(f"the reward function {function!r} has no name for logs: define it with `def`")
     return name
 
 
 def check_environment(environment: Environment) -> None:
-    """Refuses an environment that could not be trained on.
+    """Checks the attributes of an environment.
 
     Raises:
-        ConfigError: Its constructor left out the base class's, no reward function, two of one name, a weight that is no finite
-            number or for a name that none has, a choice that is none, no turn, or marks of thinking that could not be found.
+        ConfigError: The constructor does not call the base class, there is no reward function, two have the same name, a weight
+            is not finite or has an unknown name, or a setting has a value that is not allowed.
     """
     kind = type(environment).__name__
     if not _set_by_constructor() <= set(vars(environment)):
@@ -234,7 +234,7 @@ def check_environment(environment: Environment) -> None:
         )
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"{kind}.reward_functions has two functions of one name in {names}: rewards are logged by name"
+            f"{kind}.reward_functions has two functions with the same name in {names}: rewards are logged by name"
         )
     for attribute, weights in {
         "reward_weights": environment.reward_weights,
@@ -267,36 +267,36 @@ def check_environment(environment: Environment) -> None:
 
 
 def _set_by_constructor() -> set[str]:
-    """The attributes that every environment has once its base class's constructor has run."""
+    """Checks that the constructor of the base class was called."""
     return set(vars(SingleTurnEnvironment()))
 
 
 def _lacks_constructor(environment: Environment) -> str:
     kind = type(environment).__name__
-    return f"{kind}.__init__ does not call super().__init__(), which sets what every environment has: call it first"
+    return f"{kind}.__init__ does not call super().__init__(), which sets required attributes: call it first"
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a value is a number that is neither infinite nor NaN; one that is too large for a float is not.
+    """Whether a value is a finite number that fits into a float.
 
     >>> is_finite_number(1), is_finite_number(True), is_finite_number("1"), is_finite_number(10**400)
     (True, True, False, False)
     """
     try:
         return math.isfinite(value)  # type: ignore[arg-type]
-    except Exception:  # a tensor of several numbers, or an object of user code, may raise anything
+    except Exception:  # a tensor with several values, or an object of user code, may raise any exception
         return False
 
 
 def weights_at(environment: Environment, step: int | None) -> dict[str, float]:
-    """The weight of every reward function at a step."""
+    """Weights of all reward functions at a step, by name."""
     names = [reward_name(function) for function in environment.reward_functions]
     with user_code(f"{type(environment).__name__}.reward_weight"):
         return {name: environment.reward_weight(name, step) for name in names}
 
 
 def total_reward(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """The weighted sum of the rewards by name, None where no function scored.
+    """Weighted sum of the rewards; None if no function scored.
 
     >>> total_reward({"correct": 1.0, "short": 0.5, "judge": None}, {"correct": 1.0, "short": 0.2, "judge": 1.0})
     1.1

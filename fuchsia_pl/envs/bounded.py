@@ -1,4 +1,4 @@
-"""Calls of user code, sync or async, that stall nobody else and end within a bound."""
+"""Calls user code, sync or async, with a time limit and without blocking other rollouts."""
 
 import asyncio
 import inspect
@@ -14,30 +14,30 @@ from typing import Any, TypeVar
 from fuchsia_pl.envs.user_code import StrayError, contained, reason, user_code
 
 T = TypeVar("T")
-# Threads, and coroutines, whose call was given up after its time limit and that run on all the same.
+# Limit of threads and coroutines that still run although their call was abandoned after its time limit.
 MAX_LEFT_THREADS = 64
-# All other threads of the process: a run has some dozens, so so many more are threads that user code starts and leaves.
+# Limit of all other threads of the process. A run has some dozens; many more are threads that user code started and left.
 MAX_OTHER_THREADS = 1000
 NUM_NAMED = 3
-CANCEL_TIMEOUT_S = 2.0  # for what a coroutine does on its way out
-# What each thread calls, and when its time is up in seconds of the monotonic clock.
+CANCEL_TIMEOUT_S = 2.0  # grace time in which a cancelled coroutine may clean up
+# Name of the function of each thread, and its deadline in seconds of the monotonic clock.
 _running: dict[threading.Thread, tuple[str, float]] = {}
-_left_tasks: dict[asyncio.Future[Any], str] = {}  # that were cancelled and run on, and what each calls
+_left_tasks: dict[asyncio.Future[Any], str] = {}  # cancelled tasks that still run, with the name of their function
 
 
 class LeftThreadsError(RuntimeError):
-    """User code leaves more and more calls behind that do not end. Ends the run, whatever `on_error` is."""
+    """Too many abandoned calls of user code still run. Ends the run, whatever `on_error` is."""
 
 
 async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:
-    """Calls `function(argument)`; a sync function runs in a thread, and what it returns is awaited if it can be.
+    """Calls `function(argument)`. A sync function runs in a thread; an awaitable result is awaited.
 
     An async function shares the event loop with all other rollouts: code in an `async def` that blocks without an `await`, such
-    as `time.sleep` or a request of a sync library, holds up all of them, and no bound can end it. Make such a function sync.
+    as `time.sleep` or a request of a sync library, blocks all of them, and no time limit applies. Make such a function sync.
 
     Raises:
-        TimeoutError: It took longer than `timeout_s`. A thread cannot be ended, nor can a coroutine that catches its
-            cancellation, so it may run on until the process ends.
+        TimeoutError: It took longer than `timeout_s`. A thread, or a coroutine that catches its cancellation, cannot be
+            stopped and may run until the process ends.
         StrayError: It raised SystemExit, KeyboardInterrupt, another base exception, or a TimeoutError of its own.
         LeftThreadsError: Too many earlier calls still run.
     """
@@ -46,16 +46,16 @@ async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: f
 
 
 async def await_bounded(awaitable: Awaitable[T], name: str, timeout_s: float) -> T:
-    """Awaits user code. Unlike `asyncio.wait_for`, this ends too where the code catches its cancellation and goes on.
+    """Awaits user code. Unlike `asyncio.wait_for`, this returns even if the code ignores its cancellation.
 
     Args:
-        awaitable: What is awaited.
-        name: Of what was called, for the count of what is left behind.
-        timeout_s: Bound in seconds.
+        awaitable: The awaitable.
+        name: Name of the called function, for the list of abandoned calls.
+        timeout_s: Time limit in seconds.
 
     Raises:
         TimeoutError: It took longer.
-        StrayError: It raised what is no plain error.
+        StrayError: It raised an exception that is not a plain error.
     """
     task = asyncio.ensure_future(contained(awaitable))
     try:
@@ -73,7 +73,7 @@ async def _cancel(task: "asyncio.Future[Any]", name: str) -> None:
     def forget(done: "asyncio.Future[Any]") -> None:
         _left_tasks.pop(done, None)
         if not done.cancelled():
-            done.exception()  # nobody waits for it, and asyncio would log it
+            done.exception()  # no task waits for it, and asyncio would log the exception
 
     task.cancel()
     _left_tasks[task] = name
@@ -90,19 +90,19 @@ async def _call(function: Callable[..., Any], argument: Any, timeout_s: float) -
 def call_in_thread(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> "asyncio.Future[Any]":
     """Runs a sync function in a daemon thread.
 
-    An executor's threads are joined when the event loop or the interpreter ends, so with one of those a call that hangs
-    would hang the run after its time was up.
+    Threads of an executor are joined at the end of the event loop or of the interpreter, so a call that hangs would block
+    the end of the run.
 
     Args:
-        function: What is called.
+        function: The function.
         arguments: Its arguments.
-        timeout_s: When the caller gives it up. This only counts the thread as left behind from then on.
+        timeout_s: Seconds after which the caller abandons the call; the thread then counts as abandoned.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
     def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():  # the waiting coroutine gave up
+        if future.done():  # the waiting coroutine has abandoned the call
             return
         if error is None:
             future.set_result(result)
@@ -115,10 +115,10 @@ def call_in_thread(function: Callable[..., Any], *arguments: Any, timeout_s: flo
         try:
             with user_code():
                 result = function(*arguments)
-        except StopIteration as error:  # awaited, it would end a coroutine in silence
+        except StopIteration as error:  # if awaited, it would end a coroutine silently
             failure = StrayError(reason(error))
             failure.__cause__ = error
-        except BaseException as error:  # handed to the waiting coroutine whatever it is, or that would wait in vain
+        except BaseException as error:  # passed to the waiting coroutine, which would otherwise wait forever
             failure = error
         finally:
             _running.pop(threading.current_thread(), None)
@@ -130,24 +130,24 @@ def call_in_thread(function: Callable[..., Any], *arguments: Any, timeout_s: flo
     _running[thread] = name, time.monotonic() + timeout_s
     try:
         thread.start()
-    except RuntimeError:  # the system has no more
+    except RuntimeError:  # the system has no more threads
         _running.pop(thread)
         raise
     return future
 
 
 def call_apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Calls a function with user code in it outside of the calling thread, and waits for its end however long it takes.
+    """Calls a function that contains user code in another thread and waits for its end, without a time limit.
 
-    In the main thread, an exception of a signal handler could not be told from one that user code raises. Here it ends the
-    wait alone.
+    In the main thread, an exception raised by a signal handler could not be distinguished from one raised by user code. Here
+    it ends only the wait.
 
     Args:
-        function: What is called.
+        function: The function.
         arguments: Its arguments.
 
     Raises:
-        StrayError: It raised what is no plain error.
+        StrayError: It raised an exception that is not a plain error.
 
     >>> call_apart(max, 3, 4)
     4
@@ -158,7 +158,7 @@ def call_apart(function: Callable[..., T], *arguments: Any) -> T:
         try:
             with user_code():
                 result = function(*arguments)
-        except BaseException as error:  # whoever waits gets it
+        except BaseException as error:  # passed to the waiting thread
             done.set_exception(error)
         else:
             done.set_result(result)
@@ -168,31 +168,31 @@ def call_apart(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def check_left_threads() -> None:
-    """Counts the threads and the coroutines that user code left behind.
+    """Counts the abandoned threads and coroutines of user code.
 
     Raises:
-        LeftThreadsError: There are too many. The functions that they run are named.
+        LeftThreadsError: There are too many; their functions are named.
     """
     now = time.monotonic()
     left = Counter([name for name, end in list(_running.values()) if end < now])
     left.update(list(_left_tasks.values()))
     if left.total() > MAX_LEFT_THREADS:
         raise LeftThreadsError(
-            f"{left.total()} calls still run that were given up after their time limit, and {MAX_LEFT_THREADS} are allowed: "
-            f"{_most(left)}. Neither a thread nor a coroutine that catches its cancellation can be ended from outside: give "
-            "these functions a time limit of their own, or let them work in processes"
+            f"{left.total()} abandoned calls still run after their time limit, and {MAX_LEFT_THREADS} are allowed: "
+            f"{_most(left)}. Neither a thread nor a coroutine that catches its cancellation can be stopped: give these "
+            "functions their own time limit, or run them in processes"
         )
     others = threading.active_count() - len(_running)
     if others > MAX_OTHER_THREADS:
         names = Counter(re.sub(r"\d+", "N", thread.name) for thread in threading.enumerate())
         raise LeftThreadsError(
             f"this process has {others} threads beside the bounded calls of user code, and {MAX_OTHER_THREADS} are allowed: "
-            f"{_most(names)}. Some code starts threads that never end: join them, or use one pool for all calls"
+            f"{_most(names)}. User code starts threads that never end: join them, or use one pool for all calls"
         )
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What messages call a function.
+    """The name of a function in messages.
 
     >>> name_of(partial(max, 1))
     'max'

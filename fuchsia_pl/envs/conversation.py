@@ -1,4 +1,4 @@
-"""The conversation that an item asks the policy to continue, checked before anything is sampled."""
+"""Validates the prompt messages of an item before any sampling."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ ALLOWED = 'a prompt is a text or a list of messages {"role": …, "content": …
 
 
 def prompt_messages(item: Item, field: str) -> list[Message]:
-    """The conversation in a field of an item: a text is what the user says, a list of messages is taken as it is.
+    """The messages in a field of an item: a text becomes one user message, a list of messages is used as it is.
 
     Raises:
         ConfigError: The field is missing, null, empty, or of another type.
@@ -40,23 +40,23 @@ def prompt_messages(item: Item, field: str) -> list[Message]:
 
 
 def conversation(messages: Callable[[Item], Any], item: object) -> list[Message]:
-    """What an environment's own `messages(item)` returns, checked; each message is a dict of its own.
+    """Calls an environment's `messages(item)` and validates the result. The messages are copies.
 
     Args:
         messages: The method.
-        item: The row.
+        item: The item.
 
     Raises:
-        ConfigError: The row is no mapping, the method raised, or what it returned is no conversation.
+        ConfigError: The item is not a mapping, the method raises, or its result is not a valid list of messages.
     """
     if not isinstance(item, Mapping):
-        raise ConfigError(f"it is {_kind(item)}, and an item is a mapping of names to values")
+        raise ConfigError(f"it is {_kind(item)}, but an item must be a mapping of names to values")
     try:
         with user_code():
             found = messages(item)
     except ConfigError:
         raise
-    except Exception as error:  # whatever user code raises is named with its item
+    except Exception as error:  # an exception of user code is reported with its item
         raise ConfigError(f"messages(item) raised {reason(error)}") from error
     if not isinstance(found, list | tuple) or not found:
         what = "an empty list" if isinstance(found, list | tuple) else _kind(found)
@@ -67,14 +67,15 @@ def conversation(messages: Callable[[Item], Any], item: object) -> list[Message]
 
 
 def checked_messages(messages: Sequence[Any], what: str) -> list[Message]:
-    """Copies of messages whose contents are text; parts of type "text" are joined.
+    """Validates messages and returns copies. Content parts of type "text" are joined to one text.
 
     Args:
-        messages: The conversation.
-        what: Where it is from, for messages.
+        messages: The messages.
+        what: Origin of the messages, for errors.
 
     Raises:
-        ConfigError: One is no message, its content is no text, or the conversation does not end in a question.
+        ConfigError: An entry is not a message, a content is not text, a user message or the last message is empty, or the
+            last message is one of the assistant.
 
     >>> checked_messages([{"role": "user", "content": [{"type": "text", "text": "3 plus "}, {"type": "text", "text": "4?"}]}], "")
     [{'role': 'user', 'content': '3 plus 4?'}]
@@ -82,19 +83,21 @@ def checked_messages(messages: Sequence[Any], what: str) -> list[Message]:
     checked = [_checked(message, f"{what}, message {number}") for number, message in enumerate(messages)]
     last = checked[-1]
     if last["role"] == "assistant":
-        raise ConfigError(f"{what} ends in a message of the assistant: the turn after the last message is the policy's")
+        raise ConfigError(
+            f"{what} ends with a message of the assistant: the policy writes the turn after the last message"
+        )
     for number, message in enumerate(checked):
         if not message["content"].strip() and (message["role"] == "user" or message is last):
-            raise ConfigError(f"{what}, message {number} ({message['role']}) is empty: it must ask something")
+            raise ConfigError(f"{what}, message {number} ({message['role']}) is empty: it must contain text")
     return checked
 
 
 def _checked(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise ConfigError(f'{where} is {_kind(message)}: a message is {{"role": …, "content": …}}')
-    # Arrow fills keys that only other rows have with nulls.
+    # Arrow adds the keys of other rows, with null values.
     others = {name: value for name, value in message.items() if value is not None}
-    # What the assistant wrote in an earlier turn may be calls alone.
+    # An earlier turn of the assistant may consist of tool calls only.
     given = {"content": "", **others} if others.get("tool_calls") else message
     missing = [name for name in ("role", "content") if name not in given]
     if missing:
@@ -102,10 +105,10 @@ def _checked(message: Any, where: str) -> Message:
     role = given["role"]
     if not isinstance(role, str) or not role.strip():
         what = "empty" if isinstance(role, str) else _kind(role)
-        raise ConfigError(f'{where}: its role is {what}, and must be a text such as "user"')
+        raise ConfigError(f'{where}: its role is {what}, but must be a text such as "user"')
     for name, value in others.items():
-        if name != "content":  # of which the parts are named
-            _check_halves(name, f"{where}: a name of its fields")
+        if name != "content":  # `_text` checks the content
+            _check_halves(name, f"{where}: the name of a field")
             _check_halves(value, f"{where}: its field {name!r}")
     return {**others, "role": role, "content": _text(given["content"], f"{where} ({role})")}
 
@@ -114,13 +117,13 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, list | tuple):
         content = "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content))
     if not isinstance(content, str):
-        raise ConfigError(f"{where}: its content is {_kind(content)}, and must be a text")
+        raise ConfigError(f"{where}: its content is {_kind(content)}, but must be a text")
     _check_halves(content, f"{where}: its content")
     return content
 
 
 def _check_halves(value: Any, where: str) -> None:
-    """Refuses half of a surrogate pair in a text or in the texts of a JSON value, names of fields included."""
+    """Rejects half of a surrogate pair in a text or in any text of a JSON value, including its keys."""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -138,13 +141,13 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind != "text" or not isinstance(part.get("text"), str):
         what = _kind(part) if kind is None else f"of type {kind!r}"
-        raise ConfigError(f'{where} is {what}: the policy reads text alone, as {{"type": "text", "text": "…"}}')
+        raise ConfigError(f'{where} is {what}: the policy reads only text, as {{"type": "text", "text": "…"}}')
     text: str = part["text"]
     return text
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words where it has one."""
+    """Describes a value, in JSON terms if it has a JSON type."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""Finds gold answers that a reward function cannot use, before anything is trained."""
+"""Detects gold answers that a reward function cannot use, before training starts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,17 +9,17 @@ from fuchsia_pl.envs.rows import place_of
 from fuchsia_pl.envs.user_code import reason, user_code
 from fuchsia_pl.types import ConfigError, Item
 
-NUM_THREADS = 4  # checks that wait for a worker process wait side by side
-MAX_FOUND = 20  # a check that takes its whole time limit for every item must still end
+NUM_THREADS = 4  # checks that wait for worker processes run concurrently
+MAX_FOUND = 20  # bounds the total time if every check exceeds its time limit
 SHOWN = 3
 F = TypeVar("F")
 
 
 def checks_gold(check: Callable[[Item], str | None]) -> Callable[[F], F]:
-    """Gives a reward function its `check_gold`, which `Environment.check_gold` calls.
+    """Decorator that sets the `check_gold` of a reward function, which `Environment.check_gold` calls.
 
     Args:
-        check: What is wrong with an item's gold answer, None where the reward function can use it.
+        check: Describes the fault of an item's gold answer; returns None if the reward function can use it.
 
     >>> @checks_gold(lambda item: None if item["answer"] else "there is no answer")
     ... def correct(rollouts, *args, **kwargs): ...
@@ -37,12 +37,12 @@ def checks_gold(check: Callable[[Item], str | None]) -> Callable[[F], F]:
 def bad_golds(
     environment: Environment, items: Sequence[Item], limit: int = SHOWN, indices: Iterable[int] | None = None
 ) -> list[str]:
-    """Problems with the gold answers of some items, one sentence each; [] where all can be used.
+    """Faults of the gold answers of some items, one sentence each; [] if all can be used.
 
     Args:
         environment: Its `check_gold` is called for each item, from several threads.
         items: A split.
-        limit: Number of items that are named. Where more are unusable, one more sentence gives their number.
+        limit: Maximum number of items to name. If more are unusable, a final sentence contains their number.
         indices: Positions of the items to check; None for all.
     """
     positions = list(range(len(items)) if indices is None else indices)
@@ -65,7 +65,7 @@ def bad_golds(
 
 
 def check_golds(environment: Environment, split: str, items: Sequence[Item], indices: Iterable[int]) -> list[int]:
-    """Refuses a split with a gold answer that would end the run in the middle.
+    """Rejects a split with a gold answer that would end the run later.
 
     Args:
         environment: The environment.
@@ -77,14 +77,14 @@ def check_golds(environment: Environment, split: str, items: Sequence[Item], ind
         These positions.
 
     Raises:
-        ConfigError: A gold answer cannot be used. The message has the first items and the number of all.
+        ConfigError: A gold answer cannot be used. The message names the first such items and their total number.
     """
     used = list(indices)
     problems = bad_golds(environment, items, indices=used)
     if problems:
         raise ConfigError(
             f"{type(environment).__name__} has gold answers in its {split} items that its rewards cannot use: "
-            f"{'; '.join(problems)}. Mend or remove these items, or use a reward that can read them"
+            f"{'; '.join(problems)}. Correct or remove these items, or use a reward function that can read them"
         )
     return used
 
@@ -95,5 +95,5 @@ def _problem(environment: Environment, item: Item) -> str | None:
             return environment.check_gold(item)
     except KeyError as error:
         return f"there is no field {error}"
-    except Exception as error:  # a check is the user's code; what it raises is a finding like any other
+    except Exception as error:  # user code: any exception counts as a fault of the item
         return f"the check of its gold answer raised {reason(error)}"

@@ -1,4 +1,4 @@
-"""Items from the hub or from local files."""
+"""Loads items from the hub or from local files."""
 
 import glob
 import gzip
@@ -20,13 +20,13 @@ READABLE = "JSON lines, a JSON array, CSV (named .csv or .tsv), these three also
 
 
 class ItemSource(NamedTuple):
-    """Where the items of a split come from.
+    """Source of the items of a split.
 
     Attributes:
-        files: Local files, in order: paths or patterns such as "data/*.jsonl". They go before the hub.
-        dataset: Name on the hub.
-        config: The hub dataset's configuration.
-        split: The split of the hub's dataset or of a saved folder.
+        files: Local files, in order: paths or patterns such as "data/*.jsonl". They take precedence over the hub.
+        dataset: Name of a dataset on the hub.
+        config: Configuration of the hub dataset.
+        split: Split of the hub dataset or of a saved folder.
 
     >>> ItemSource(None, "openai/gsm8k", "main", "train").paths("train_file")
     []
@@ -38,7 +38,7 @@ class ItemSource(NamedTuple):
     split: str
 
     def paths(self, setting: str) -> list[str]:
-        """The files and folders that are named. The files of a pattern are in the order of their names.
+        """The named files and folders. Files that match a pattern are sorted by name.
 
         Raises:
             ConfigError: One does not exist, or a pattern matches nothing.
@@ -50,16 +50,16 @@ class ItemSource(NamedTuple):
 
 
 def load_items(kind: str, split: str, source: ItemSource, csv_types: Mapping[str, str]) -> Sequence[Item]:
-    """Rows of local files, else of a dataset on the hub.
+    """Rows of local files if any are named, else of a dataset on the hub.
 
     Args:
         kind: Name of the environment, for messages.
         split: "train" or "validation", for messages.
-        source: Where they come from.
-        csv_types: Types of the columns of CSV files that are no text, by name.
+        source: Source of the rows.
+        csv_types: Types by name of the CSV columns that are not text.
 
     Raises:
-        ConfigError: Nothing is named, or it cannot be read, or it has no rows.
+        ConfigError: No source is named, it cannot be read, or it has no rows.
     """
     if source.files is None and source.dataset is None:
         raise ConfigError(
@@ -69,7 +69,7 @@ def load_items(kind: str, split: str, source: ItemSource, csv_types: Mapping[str
     if source.files is None:
         if csv_types:
             raise ConfigError(
-                f"{kind}.csv_types declares {sorted(csv_types)}, and the {split} items are of no CSV file"
+                f"{kind}.csv_types declares {sorted(csv_types)}, but the {split} items are not from a CSV file"
             )
         rows, what = (
             _from_hub(kind, split, source),
@@ -85,11 +85,11 @@ def load_items(kind: str, split: str, source: ItemSource, csv_types: Mapping[str
 
 
 def read_rows(path: str, split: str, csv_types: Mapping[str, str]) -> Rows:
-    """The rows of a file or folder. What it is shows in its first bytes; CSV is known by its name.
+    """The rows of a file or folder. The first bytes determine the format; CSV is recognised by the name.
 
     Args:
-        path: Of the file or folder.
-        split: Of a folder that holds several.
+        path: Path of the file or folder.
+        split: Split to read from a folder that contains several.
         csv_types: See `load_items`.
 
     Raises:
@@ -109,7 +109,9 @@ def read_rows(path: str, split: str, csv_types: Mapping[str, str]) -> Rows:
         lines = stream.readlines()
     first = next((line.strip(JSON_SPACE) for line in lines if line.strip(JSON_SPACE)), b"{")
     if first.removeprefix(BYTE_ORDER_MARK)[:1] not in (b"{", b"["):
-        raise ConfigError(f"{path} begins with {first[:20]!r}, which is no row: a file of items is {READABLE}")
+        raise ConfigError(
+            f"{path} begins with {first[:20]!r}, which is not a row: the supported formats are {READABLE}"
+        )
     return _untyped(path, csv_types, read_json(path, lines))
 
 
@@ -124,7 +126,7 @@ def _readable(path: str) -> Iterator[None]:
 def _untyped(path: str, csv_types: Mapping[str, str], rows: Rows) -> Rows:
     if csv_types:
         raise ConfigError(
-            f"csv_types declares {sorted(csv_types)}, and {path} is no CSV file: its values have types of their own. Leave "
+            f"csv_types declares {sorted(csv_types)}, but {path} is not a CSV file: its values already have types. Leave "
             "csv_types empty, or name the file .csv"
         )
     return rows
@@ -135,7 +137,7 @@ def _matching(setting: str, name: str) -> list[str]:
         return [name]
     found = sorted(glob.glob(name, recursive=True))
     if not found:
-        what = "matches no file" if any(mark in name for mark in "*?[") else "there is no file"
+        what = "no file matches" if any(mark in name for mark in "*?[") else "there is no file"
         raise ConfigError(f"{setting}: {what} {str(Path(name).absolute())!r}")
     return found
 
@@ -145,9 +147,9 @@ def _from_hub(kind: str, split: str, source: ItemSource) -> Sequence[Item]:
 
     try:
         rows = load_dataset(source.dataset, source.config, split=source.split)
-    except Exception as error:  # the loaders of `datasets` raise anything; all of it is about what the user named
+    except Exception as error:  # `datasets` raises many kinds of exceptions, all about the named dataset
         raise ConfigError(
             f"{kind}: {split} items could not be read from {source.dataset} ({source.config or 'default'}, split {source.split}) "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). A dataset on the hub needs the network, or its cache"
+            f"({type(error).__name__}: {' '.join(str(error).split())}). The hub requires network access or a cached copy"
         ) from error
     return cast(Sequence[Item], rows)

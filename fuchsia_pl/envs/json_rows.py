@@ -1,4 +1,4 @@
-"""Rows of JSON lines and of a JSON array, with JSON's own types."""
+"""Reads rows from JSON lines or a JSON array. Values keep their JSON types."""
 
 import json
 import math
@@ -9,22 +9,22 @@ from typing import Any
 from fuchsia_pl.envs.rows import JSONRows, check_row, unreadable
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-JSON_SPACE = b" \t\r\n"  # bytes.strip() alone would also take what JSON has no place for
-# Python's own reader ends near 1,000, less what is on the stack when a row is read again.
+JSON_SPACE = b" \t\r\n"  # bytes.strip() without an argument also strips bytes that JSON does not allow
+# Python's decoder fails near 1,000 levels, minus the depth of the call stack when a row is decoded again.
 MAX_DEPTH = 200
-TOO_DEEP = f"it is nested too deeply: lists and objects go up to {MAX_DEPTH} deep"
+TOO_DEEP = f"it is nested too deeply: {MAX_DEPTH} levels of lists and objects are allowed"
 SPACES = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(file: str, lines: list[bytes]) -> JSONRows:
-    r"""The rows of a file of JSON lines or of one JSON array. Each is decoded once, so that none fails later.
+    r"""The rows of a file of JSON lines or of one JSON array. Each row is decoded once here, so that no later access fails.
 
     Args:
-        file: Its name, for messages.
-        lines: Its lines, line ends included.
+        file: Name of the file, for messages.
+        lines: Lines of the file, including line ends.
 
     Raises:
-        ConfigError: A row is not UTF-8, no JSON, no object, has a key twice, or a number that Python cannot hold.
+        ConfigError: A row is not UTF-8, not JSON or not an object, repeats a key, or contains a number that is too large.
 
     >>> list(read_json("a.jsonl", [b'{"n": 72}\n', b'{"n": 0.5}\n']))
     [{'n': 72}, {'n': 0.5}]
@@ -42,13 +42,13 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
     """The JSON value that begins at a position, and the position after it.
 
     Raises:
-        ValueError: With what is wrong there.
+        ValueError: The text is not valid JSON there. The message describes the fault.
 
     >>> decode('{"a": [1, 2.5]} …')
     ({'a': [1, 2.5]}, 15)
     >>> decode('{"a": 1, "a": 2}')
     Traceback (most recent call last):
-    ValueError: the key 'a' stands twice in one object
+    ValueError: the key 'a' occurs twice in one object
     """
     try:
         value, end = DECODER.raw_decode(text, start)
@@ -62,10 +62,10 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
 
 
 def decode_whole(text: str) -> Any:
-    """The JSON value of a text that holds one.
+    """The JSON value of a text that contains exactly one.
 
     Raises:
-        ValueError: With what is wrong.
+        ValueError: The text is not one JSON value. The message describes the fault.
 
     >>> decode_whole(' [1] ')
     [1]
@@ -73,22 +73,22 @@ def decode_whole(text: str) -> Any:
     value, end = decode(text, _skip(text, 0))
     end = _skip(text, end)
     if end < len(text):
-        raise ValueError(f"something stands after its end (column {end + 1})")
+        raise ValueError(f"there is text after its end (column {end + 1})")
     return value
 
 
 def finite(digits: str) -> float:
-    """The float of a number's text.
+    """Converts the text of a number to a float.
 
     Raises:
-        ValueError: It is larger than a float can hold, and would become infinite.
+        ValueError: It is too large for a float and would become infinite.
 
     >>> finite("0.5")
     0.5
     """
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"the number {digits} is larger than a float can hold")
+        raise ValueError(f"the number {digits} is too large for a float")
     return number
 
 
@@ -107,7 +107,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return made
 
 
@@ -124,7 +124,7 @@ def _lines(file: str, lines: list[bytes]) -> Iterator[tuple[bytes, str]]:
             value = decode_whole(text)
         except ValueError as error:
             raise unreadable(
-                file, place, _broken_field(text), f"{error}. A row is a JSON object on one line"
+                file, place, _broken_field(text), f"{error}. A row must be a JSON object on one line"
             ) from error
         check_row(file, place, value)
         yield line, place
@@ -146,11 +146,11 @@ def _array(file: str, lines: list[bytes]) -> Iterator[tuple[bytes, str]]:
         yield text[position:end].encode(), place
         end = _skip(text, end)
         if text[end : end + 1] not in (",", "]"):
-            raise unreadable(file, f"after {place}", None, "the array goes on without a comma, or does not end")
+            raise unreadable(file, f"after {place}", None, "the array lacks a comma or its closing bracket")
         goes_on = text[end] == ","
         position = _skip(text, end + 1) if goes_on else end
     if text[position + 1 :].strip(JSON_SPACE.decode()):
-        raise unreadable(file, "", None, "something stands after the array's end. Give one array, or JSON lines")
+        raise unreadable(file, "", None, "there is text after the end of the array. Use one array, or JSON lines")
 
 
 def _text(file: str, place: str, line: bytes) -> str:
@@ -161,7 +161,7 @@ def _text(file: str, place: str, line: bytes) -> str:
 
 
 def _broken_field(text: str) -> str | None:
-    """The first key of an object whose value cannot be read, None where the fault is elsewhere."""
+    """The first key of an object with an unreadable value; None if the fault is elsewhere."""
     position = _skip(text, 0)
     if text[position : position + 1] != "{":
         return None

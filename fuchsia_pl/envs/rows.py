@@ -1,4 +1,4 @@
-"""The rows of files, each with the place where it stands."""
+"""Rows of files, each with its place in the file for messages."""
 
 import bisect
 import json
@@ -11,7 +11,7 @@ from fuchsia_pl.types import ConfigError, Item
 
 
 class Rows(Sequence[Item]):
-    """Rows in the order of their file. Each access makes a row anew, so what user code writes into one is not kept."""
+    """Rows in file order. Each access creates a new row, so changes by user code are not kept."""
 
     @overload
     def __getitem__(self, index: int) -> Item: ...
@@ -34,20 +34,20 @@ class Rows(Sequence[Item]):
 
     @abstractmethod
     def row(self, index: int) -> Item:
-        """The row at a position from 0 to the number of rows less 1."""
+        """The row at an index from 0 to `len(self) - 1`."""
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """The file of a row and its line or number in it, counted from 1."""
+        """The file of a row and its line or number in the file, counted from 1."""
 
 
 class DictRows(Rows):
-    """Rows that are held as dicts.
+    """Rows stored as dicts.
 
     Args:
-        file: The file that they were read from.
+        file: Name of their file.
         rows: The rows.
-        lines: The line in which each begins, counted from 1.
+        lines: First line of each row, counted from 1.
 
     >>> rows = DictRows("a.csv", [{"n": "1"}, {"n": "2"}], [2, 3])
     >>> rows[-1], len(rows), rows.where(0)
@@ -65,17 +65,17 @@ class DictRows(Rows):
         return dict(self._rows[index])
 
     def where(self, index: int) -> str:
-        """Its file and line."""
+        """File and line of the row."""
         return f"{self._file}, line {self._lines[index]}"
 
 
 class JSONRows(Rows):
-    """Rows that are held as JSON text, which takes less memory than their values, and are decoded when they are read.
+    """Rows stored as JSON text, which takes less memory than decoded values. Each access decodes a row.
 
     Args:
-        file: The file that they were read from.
-        texts: JSON objects that were decoded once, as UTF-8.
-        places: The place of each within the file.
+        file: Name of their file.
+        texts: JSON objects in UTF-8 that have been decoded once without an error.
+        places: Place of each row in the file.
 
     >>> JSONRows("a.jsonl", [b'{"n": 12345678901234567890}'], ["line 1"])[0]
     {'n': 12345678901234567890}
@@ -93,12 +93,12 @@ class JSONRows(Rows):
         return row
 
     def where(self, index: int) -> str:
-        """Its file and place."""
+        """File and place of the row."""
         return f"{self._file}, {self._places[index]}"
 
 
 class JoinedRows(Rows):
-    """The rows of several files, one after the other.
+    """The rows of several files, concatenated.
 
     Args:
         parts: The rows of each file.
@@ -116,12 +116,12 @@ class JoinedRows(Rows):
         return self._ends[-1]
 
     def row(self, index: int) -> Item:
-        """The row, from its file."""
+        """The row, read from its file."""
         part, position = self._at(index)
         return part.row(position)
 
     def where(self, index: int) -> str:
-        """Its file and its place there."""
+        """File and place of the row."""
         part, position = self._at(index)
         return part.where(position)
 
@@ -131,11 +131,11 @@ class JoinedRows(Rows):
 
 
 class FirstRows(Rows):
-    """The first rows of others, at the places where these stand.
+    """The first of some rows, with their places in the file.
 
     Args:
-        rows: The others.
-        count: How many at most.
+        rows: All rows.
+        count: Maximum number of rows.
 
     >>> first = FirstRows(DictRows("a.csv", [{"n": "1"}, {"n": "2"}], [2, 3]), 1)
     >>> list(first), first.where(0)
@@ -149,20 +149,20 @@ class FirstRows(Rows):
         return self._count
 
     def row(self, index: int) -> Item:
-        """The row, from the others."""
+        """The row at the same index of all rows."""
         return self._rows.row(index)
 
     def where(self, index: int) -> str:
-        """Its place among the others."""
+        """File and place of the row."""
         return self._rows.where(index)
 
 
 def first_rows(items: Sequence[Item], count: int) -> Sequence[Item]:
-    """The first items of a split. Rows of a file keep their places, so that messages name the line.
+    """The first items of a split. Rows of a file keep their places, so that messages can name the line.
 
     Args:
-        items: The split: rows of files, or of the hub, whose slices are no lists of rows.
-        count: How many at most.
+        items: The split: rows of files, or a dataset of the hub (a slice of a dataset is not a list of rows).
+        count: Maximum number of items.
 
     >>> first_rows([{"n": 1}, {"n": 2}], 1)
     [{'n': 1}]
@@ -173,7 +173,7 @@ def first_rows(items: Sequence[Item], count: int) -> Sequence[Item]:
 
 
 def place_of(items: Sequence[Item], index: int) -> str:
-    """How messages name an item: by its position from 0 and, for a row of a file, by its place in the file.
+    """The name of an item in messages: its index from 0 and, for a row of a file, its place in the file.
 
     >>> place_of([{"n": 1}], 0), place_of(DictRows("a.csv", [{"n": "1"}], [2]), 0)
     ('item 0', 'item 0 (a.csv, line 2)')
@@ -182,7 +182,7 @@ def place_of(items: Sequence[Item], index: int) -> str:
 
 
 def unreadable(file: str, place: str, field: str | None, problem: object) -> ConfigError:
-    """The error for a row that cannot be read, by file, line and field.
+    """The error for a row that cannot be read. It names the file, the line and the field.
 
     >>> str(unreadable("a.jsonl", "line 3", "answer", "Expecting value"))
     "a.jsonl, line 3, field 'answer' cannot be read: Expecting value"
@@ -192,10 +192,10 @@ def unreadable(file: str, place: str, field: str | None, problem: object) -> Con
 
 
 def check_row(file: str, place: str, value: object) -> None:
-    """Refuses a row that is no mapping.
+    """Rejects a row that is not a mapping.
 
     Raises:
-        ConfigError: With its place and its type.
+        ConfigError: It is not a mapping. The message contains its place and type.
     """
     if not isinstance(value, Mapping):
-        raise unreadable(file, place, None, f"it is a {type(value).__name__}, and a row is a JSON object")
+        raise unreadable(file, place, None, f"it is a {type(value).__name__}, but a row must be a JSON object")

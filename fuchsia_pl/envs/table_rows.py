@@ -1,4 +1,4 @@
-"""Rows of CSV and Parquet files, and of folders that `datasets` saved."""
+"""Reads rows from CSV and Parquet files and from folders saved by `datasets`."""
 
 import csv
 import io
@@ -23,16 +23,16 @@ BOOLS = {"true": True, "True": True, "false": False, "False": False}
 
 
 def read_csv(file: str, content: bytes, delimiter: str, types: Mapping[str, str]) -> DictRows:
-    r"""The rows of a CSV file with a header. Every value is text but for the columns whose type is declared.
+    r"""The rows of a CSV file with a header. Values are text, except in columns with a declared type.
 
     Args:
-        file: Its name, for messages.
-        content: Its bytes, in UTF-8.
-        delimiter: Between two values.
-        types: Of the columns that are no text, by name; the keys of `CSV_TYPES`.
+        file: Name of the file, for messages.
+        content: Contents of the file, in UTF-8.
+        delimiter: Delimiter between values.
+        types: Types by name of the columns that are not text; keys of `CSV_TYPES`.
 
     Raises:
-        ConfigError: The file is no CSV, a row has too few or too many values, or a value is not of its column's type.
+        ConfigError: The file is not CSV, a row has too few or too many values, or a value does not have its column's type.
 
     >>> list(read_csv("a.csv", b"answer,day\n72,2024-01-05\n", ",", {"answer": "int"}))
     [{'answer': 72, 'day': '2024-01-05'}]
@@ -48,7 +48,7 @@ def read_csv(file: str, content: bytes, delimiter: str, types: Mapping[str, str]
     rows, lines = [], []
     for line, values in records:
         if len(values) < len(columns):
-            raise unreadable(file, f"line {line}", columns[len(values)], "the row ends before it")
+            raise unreadable(file, f"line {line}", columns[len(values)], "the row ends before this column")
         if len(values) > len(columns):
             raise unreadable(file, f"line {line}", None, f"it has {len(values)} values for {len(columns)} columns")
         rows.append(
@@ -59,13 +59,13 @@ def read_csv(file: str, content: bytes, delimiter: str, types: Mapping[str, str]
 
 
 class ParquetRows(Rows):
-    """The rows of a Parquet file with the types that pyarrow gives them.
+    """The rows of a Parquet file, converted by pyarrow.
 
     Args:
-        file: Its path.
+        file: Path of the file.
 
     Raises:
-        ConfigError: It cannot be read, or has two columns of one name.
+        ConfigError: It cannot be read, or two columns have the same name.
     """
 
     def __init__(self, file: str) -> None:
@@ -76,12 +76,12 @@ class ParquetRows(Rows):
         return int(self._table.num_rows)
 
     def row(self, index: int) -> Item:
-        """The row in Python's types."""
+        """The row, converted to Python's types."""
         with _convertible(self, index, lambda name: self._row(index, [name]), self._table.column_names):
             return self._row(index, self._table.column_names)
 
     def where(self, index: int) -> str:
-        """Its file and number."""
+        """File and number of the row."""
         return f"{self._file}, row {index + 1}"
 
     def _row(self, index: int, names: Sequence[str]) -> Item:
@@ -90,14 +90,14 @@ class ParquetRows(Rows):
 
 
 class SavedRows(Rows):
-    """The rows of a folder that `save_to_disk` of `datasets` made.
+    """The rows of a folder written by `save_to_disk` of `datasets`.
 
     Args:
-        folder: Its path.
-        split: Which split to take where it has several.
+        folder: Path of the folder.
+        split: Split to read if the folder contains several.
 
     Raises:
-        ConfigError: It is another folder, or has no such split.
+        ConfigError: It is not such a folder, or does not contain the split.
     """
 
     def __init__(self, folder: str, split: str) -> None:
@@ -108,23 +108,21 @@ class SavedRows(Rows):
         return len(self._dataset)
 
     def row(self, index: int) -> Item:
-        """The row as `datasets` decodes it."""
+        """The row, decoded by `datasets`."""
         dataset = self._dataset
         with _convertible(self, index, lambda name: dataset.select_columns([name])[index], dataset.column_names):
             row: dict[str, Any] = dataset[index]
             return row
 
     def where(self, index: int) -> str:
-        """Its folder and number."""
+        """Folder and number of the row."""
         return f"{self._folder}, row {index + 1}"
 
 
 def _records(file: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV text, each with the line in which it begins; empty lines are left out."""
+    """The records of a CSV text, each with the number of its first line. Empty lines are skipped."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    longest = csv.field_size_limit(
-        sys.maxsize
-    )  # by default a value of 131,072 characters ends it, and the limit is global
+    longest = csv.field_size_limit(sys.maxsize)  # a global limit, by default 131,072 characters
     line = 1
     try:
         for values in reader:
@@ -142,7 +140,7 @@ def _check_columns(file: str, columns: Sequence[str], types: Mapping[str, str]) 
         raise unreadable(file, "line 1", None, f"the header must name each column once, got {list(columns)}")
     unknown = sorted(set(types) - set(columns))
     if unknown and columns:
-        raise ConfigError(f"csv_types has {unknown}; the columns of {file} are {list(columns)}")
+        raise ConfigError(f"csv_types names {unknown}, but the columns of {file} are {list(columns)}")
 
 
 def _typed(file: str, line: int, column: str, types: Mapping[str, str], text: str) -> Any:
@@ -156,23 +154,23 @@ def _typed(file: str, line: int, column: str, types: Mapping[str, str], text: st
 
 def _int(text: str) -> int:
     if not INT.fullmatch(text):
-        raise ValueError(f"{text!r} is no whole number, and csv_types declares int")
+        raise ValueError(f"{text!r} is not an integer, but csv_types declares int")
     return int(text)
 
 
 def _float(text: str) -> float:
     if not FLOAT.fullmatch(text):
-        raise ValueError(f"{text!r} is no decimal number, and csv_types declares float")
+        raise ValueError(f"{text!r} is not a decimal number, but csv_types declares float")
     return finite(text)
 
 
 def _bool(text: str) -> bool:
     if text not in BOOLS:
-        raise ValueError(f"{text!r} is neither true nor false, and csv_types declares bool")
+        raise ValueError(f"{text!r} is neither true nor false, but csv_types declares bool")
     return BOOLS[text]
 
 
-# What a column of a CSV file may be declared as, and how its values are read.
+# Allowed types of CSV columns, with the functions that convert their values.
 CSV_TYPES: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": _int,
@@ -187,14 +185,14 @@ def _parquet_table(file: str) -> "Table":
 
     names: list[str] = []
     try:
-        # `read_table` would take parts of the path such as "split=train" for columns.
+        # `read_table` would interpret parts of the path such as "split=train" as columns.
         opened = parquet.ParquetFile(file)
         names = opened.schema_arrow.names
         table = opened.read()
-    except Exception as error:  # pyarrow raises errors of many kinds, all of them about the file
+    except Exception as error:  # pyarrow raises many kinds of exceptions, all about the file
         raise unreadable(file, "", _broken_column(file, names), f"{type(error).__name__}: {error}") from error
     if len(set(names)) < len(names):
-        raise unreadable(file, "", None, f"two of its columns have one name: {names}")
+        raise unreadable(file, "", None, f"two of its columns have the same name: {names}")
     return table
 
 
@@ -204,7 +202,7 @@ def _broken_column(file: str, names: Sequence[str]) -> str | None:
     for name in names:
         try:
             parquet.ParquetFile(file).read(columns=[name])
-        except Exception:  # the same errors as for the whole file; here they only point at the column
+        except Exception:  # the same exceptions as for the whole file; here they identify the column
             return name
     return None
 
@@ -214,28 +212,28 @@ def _saved_dataset(folder: str, split: str) -> "Dataset":
 
     try:
         saved = load_from_disk(folder)
-    except Exception as error:  # the loaders of `datasets` raise anything; all of it is about the folder
+    except Exception as error:  # `datasets` raises many kinds of exceptions, all about the folder
         raise ConfigError(
             f"the folder {folder} was not saved by `save_to_disk` of datasets, or is damaged ({type(error).__name__}: "
-            f"{error}): give such a folder, or files in it, such as {str(Path(folder) / '*.parquet')!r}"
+            f"{error}): name such a folder, or files in it, such as {str(Path(folder) / '*.parquet')!r}"
         ) from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
-            raise ConfigError(f"the folder {folder} has the splits {sorted(saved)}, and none is named {split!r}")
+            raise ConfigError(f"the folder {folder} has no split {split!r}, its splits are {sorted(saved)}")
         saved = saved[split]
     assert isinstance(saved, Dataset)
-    return saved.with_format(None)  # one that was saved with a format for tensors would make tensors of its numbers
+    return saved.with_format(None)  # a saved tensor format would convert numbers to tensors
 
 
 @contextmanager
 def _convertible(rows: Rows, index: int, read: Callable[[str], Any], names: Sequence[str]) -> Iterator[None]:
-    """Names the row and the field where pyarrow or `datasets` find a value that Python has no type for."""
+    """Names the row and the field if pyarrow or `datasets` cannot convert a value to a Python type."""
     try:
         yield
     except Exception as error:
         for name in names:
             try:
                 read(name)
-            except Exception as cause:  # the same error, of one field
+            except Exception as cause:  # the same error, for one field
                 raise unreadable(rows.where(index), "", name, f"{type(cause).__name__}: {cause}") from error
         raise

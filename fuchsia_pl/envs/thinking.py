@@ -1,4 +1,4 @@
-"""Separates a policy's reasoning from what it says: rewards and tool calls read only what is outside of thinking marks."""
+"""Separates reasoning from answers: rewards and tool calls use only the text outside of thinking marks."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,17 +8,17 @@ from fuchsia_pl.types import ConfigError
 
 # Opening and closing mark of each kind of thinking; reasoning models write one of these.
 THINKING_MARKS: tuple[tuple[str, str], ...] = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
-# No reader reads more calls of a turn than this; in what follows, marks count everywhere.
+# Maximum number of opaque parts in a turn, at least as many as calls are read. After these, marks count everywhere.
 MAX_OPAQUE = 1000
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """Parts of a text in which marks are characters like any other, such as the JSON of a tool call.
+    """Parts of a text in which marks are ordinary characters, such as the JSON of a tool call.
 
     Attributes:
-        opening: Regular expression of how such a part begins.
-        end: Takes a match of `opening` and all marks. Returns where the part ends.
+        opening: Regular expression of the beginning of such a part.
+        end: Returns the end of the part, given a match of `opening` and all marks.
 
     >>> without_thinking("#<think> <think>3", opaque=Opaque("#", lambda match, _: match.string.index(" ", match.end())))
     '#<think> '
@@ -36,16 +36,16 @@ def without_thinking(
 ) -> str:
     """Removes the thinking from a turn's text, in linear time.
 
-    Thinking runs from an opening mark to the next closing mark of its kind. Where none follows, it runs to the end of the
-    text, so an unfinished thinking leaves nothing behind it. A closing mark outside of thinking ends a thinking that began
-    unnoticed: in the prompt, where some chat templates write the opening mark, or around another thinking. What stands
-    before such a mark, back to the mark before it, is thinking too.
+    Thinking extends from an opening mark to the next closing mark of its kind, or to the end of the text if there is none, so
+    all text after unfinished thinking is removed. A closing mark outside of thinking has no visible opening mark: the opening
+    mark is in the prompt, where some chat templates write it, or belongs to thinking that encloses other thinking. The text
+    between such a closing mark and the mark before it is thinking too.
 
     Args:
-        text: What the policy wrote.
-        marks: Pairs of an opening and a closing mark. Without any, the text is returned as it is.
-        starts_in_thinking: Whether the prompt ended in an opening mark.
-        opaque: Parts in which no mark counts. They are found outside of thinking only, and only the first `MAX_OPAQUE`.
+        text: Text of a turn.
+        marks: Pairs of an opening and a closing mark. If empty, the text is returned unchanged.
+        starts_in_thinking: Whether the prompt ends with an opening mark.
+        opaque: Parts in which marks do not count. Only parts outside of thinking are recognised, at most `MAX_OPAQUE`.
 
     >>> without_thinking("<think>3? no</think>4"), without_thinking("3? no</think>4"), without_thinking("4 <think>or 3")
     ('4', '4', '4 ')
@@ -61,7 +61,7 @@ def ends_in_thinking(
     starts_in_thinking: bool = False,
     opaque: Opaque | None = None,
 ) -> bool:
-    """Whether a text, of the same arguments as `without_thinking`, ends before its thinking does.
+    """Whether a text ends inside thinking. The arguments are those of `without_thinking`.
 
     >>> ends_in_thinking("<think>3? no</think>4 <think>or"), ends_in_thinking("<think>3? no</think>4")
     (True, False)
@@ -70,7 +70,7 @@ def ends_in_thinking(
 
 
 def ends_in_opening_mark(text: str, marks: Sequence[tuple[str, str]] = THINKING_MARKS) -> bool:
-    r"""Whether a prompt leaves the policy inside of a thinking.
+    r"""Whether a prompt ends with an opening mark, so that the policy starts inside thinking.
 
     >>> ends_in_opening_mark("<|im_start|>assistant\n<think>\n")
     True
@@ -79,10 +79,10 @@ def ends_in_opening_mark(text: str, marks: Sequence[tuple[str, str]] = THINKING_
 
 
 def check_marks(marks: Sequence[tuple[str, str]]) -> None:
-    """Refuses marks that could not be found in a text.
+    """Rejects marks that cannot be found in a text.
 
     Raises:
-        ConfigError: They are no pairs of texts, one is empty, or two kinds of thinking open alike.
+        ConfigError: They are not pairs of texts, a mark is blank, or two pairs have the same opening mark.
     """
     are_pairs = not isinstance(marks, str) and all(
         isinstance(pair, tuple | list)
@@ -92,15 +92,15 @@ def check_marks(marks: Sequence[tuple[str, str]]) -> None:
     )
     if not are_pairs or len({opening for opening, _ in marks}) < len(marks):
         raise ConfigError(
-            f"thinking_marks is {marks!r}: it takes pairs of an opening and a closing mark, neither of them blank and no "
-            'opening mark twice, such as [("<think>", "</think>")], or [] where nothing counts as thinking'
+            f"thinking_marks is {marks!r}: it must be pairs of an opening and a closing mark, without blank marks and "
+            'without repeated opening marks, such as [("<think>", "</think>")], or [] for no thinking'
         )
 
 
 def _split(
     text: str, marks: Sequence[tuple[str, str]], starts_in_thinking: bool, opaque: Opaque | None
 ) -> tuple[str, bool]:
-    """What stands outside of thinking, and whether the text ends inside of it."""
+    """The text outside of thinking, and whether the text ends inside thinking."""
     if not marks:
         return text, False
     closing_of = dict(marks)
@@ -109,7 +109,7 @@ def _split(
     if opaque is not None:
         landmark = re.compile(f"(?P<opaque>{opaque.opening})|{any_of(all_marks)}")
     kept: list[str] = []
-    place = 0  # where the text outside of thinking goes on that is not yet kept
+    place = 0  # start of the text outside of thinking that is not yet kept
     if starts_in_thinking:
         closing = re.compile(any_of(list(closing_of.values()))).search(text)
         if closing is None:
@@ -129,13 +129,13 @@ def _split(
                 return "".join(kept), True
             place = end + len(closing_of[mark])
         else:
-            place = found.end()  # the end of a thinking that began unnoticed
+            place = found.end()  # the end of thinking without a visible opening mark
         search_from = place
     return "".join([*kept, text[place:]]), False
 
 
 def any_of(texts: Sequence[str]) -> str:
-    r"""Regular expression of any of some texts, the longest where several begin at one place.
+    r"""Regular expression that matches any of the texts, the longest one if several match at a position.
 
     >>> any_of(["a", "ab.", "c"])
     'ab\\.|a|c'

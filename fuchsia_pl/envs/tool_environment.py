@@ -1,4 +1,4 @@
-"""An environment whose policy may call tools."""
+"""An environment with tools that the policy may call."""
 
 import uuid
 from collections.abc import Callable, Sequence
@@ -13,23 +13,23 @@ from fuchsia_pl.types import ConfigError, Rollout, RolloutStatus
 if TYPE_CHECKING:
     from fuchsia_pl.envs.tools.mcp import ToolServer
 
-SLACK_S = 15.0  # for what a connection takes beyond its own bounds
-SESSION = "tool_session"  # in `Rollout.state`: what servers tell rollouts apart by
+SLACK_S = 15.0  # extra seconds for a connection beyond its own time limits
+SESSION = "tool_session"  # key in `Rollout.state`: the id of the rollout's session at the servers
 
 
 class ToolEnvironment(MultiTurnEnvironment):
     """A conversation in which the policy calls tools until it writes a turn without a call, which is its answer.
 
-    The tools are those of the MCP `servers` and the Python `functions`, told to the policy by its chat template where that
-    knows tools and by the plain `<tool_call>` convention where not. A call that is malformed, fails or takes too long becomes a
-    text that the policy reads, and is counted. Only where a server died does the rollout end, as a `tool_error`.
+    The tools are those of the MCP `servers` and the Python `functions`. The chat template describes them to the policy if it
+    supports tools, else the plain `<tool_call>` convention is used. A call that is malformed, fails or exceeds its time limit
+    becomes a text that the policy reads, and is counted. Only the death of a server ends a rollout, as a `tool_error`.
 
     Attributes:
         servers: MCP servers; this environment starts, checks, restarts and stops them.
-        functions: Python functions that run in this process, sync or async; annotations and docstrings tell the policy what
-            they take. They must be fit for whatever a policy may send.
-        function_timeout_s: Bound of a call of such a function.
-        max_calls_per_turn: Further calls in one turn are refused. Those of a turn run one after the other.
+        functions: Python functions that run in this process, sync or async; annotations and docstrings describe them to the
+            policy. They must handle any arguments that a policy may send.
+        function_timeout_s: Time limit in seconds of a call of such a function.
+        max_calls_per_turn: Maximum number of calls in one turn; further calls are refused. Calls of a turn run sequentially.
     """
 
     servers: Sequence[MCPServer] = ()
@@ -41,27 +41,27 @@ class ToolEnvironment(MultiTurnEnvironment):
 
     @property
     def step_timeout_s(self) -> float:
-        """As long as the slowest server may take for a turn's calls, a restart included."""
+        """The time limit of the slowest server for the calls of a turn, including a restart."""
         limits = [server.call_timeout_s + server.start_timeout_s for server in self._configs()]
         return self.timeout_s + self.max_calls_per_turn * (max(limits, default=0.0) + SLACK_S)
 
     @property
     def prepare_timeout_s(self) -> float:
-        """Longer by what the servers may take, one after the other: a health check, an end, a start and a list of tools."""
+        """Adds the time limits of all servers for a health check, a stop, a start and a list of tools."""
         return super().prepare_timeout_s + sum(3 * server.start_timeout_s + SLACK_S for server in self._configs())
 
     def counter_names(self) -> list[str]:
-        """Adds the calls, and how they ended."""
+        """Adds the counters of calls by outcome."""
         return [*super().counter_names(), TOOL_CALLS, *(f"tool_{status}" for status in ToolStatus)]
 
     async def prepare(self) -> None:
-        """Starts or checks the servers and learns their tools.
+        """Starts or checks the servers and reads their lists of tools.
 
         Raises:
-            ConfigError: There is no tool, or two have one name.
+            ConfigError: There is no tool, or two have the same name.
             ToolServerError: A server does not start, or has died too often.
         """
-        from fuchsia_pl.envs.tools.mcp import ToolServer, serve_functions  # fastmcp is loaded only where it is used
+        from fuchsia_pl.envs.tools.mcp import ToolServer, serve_functions  # fastmcp is imported only if it is used
 
         if not self._running:
             functions = serve_functions(self.functions, self.function_timeout_s) if self.functions else None
@@ -93,17 +93,17 @@ class ToolEnvironment(MultiTurnEnvironment):
         await super().close()
 
     async def open_rollout(self, rollout: Rollout) -> None:
-        """Gives the rollout a session of its own. Its key is new each time, so that no rollout finds what another left."""
+        """Gives the rollout its own session. The key is always new, so that no rollout finds the state of another."""
         rollout.state[SESSION] = uuid.uuid4().hex
 
     async def close_rollout(self, rollout: Rollout) -> None:
-        """Lets the servers forget the rollout, where it called any."""
+        """Closes the rollout's sessions at the servers that it called."""
         if rollout.counts[TOOL_CALLS]:
             for server in self._running:
                 await server.end_session(rollout.state[SESSION])
 
     async def step_rollout(self, rollout: Rollout) -> None:
-        """Runs the calls of the newest turn and answers with their results; a turn without a call is the last one."""
+        """Runs the calls of the newest turn and responds with their results; a turn without a call is the last."""
         calls = self.tool_convention.read(rollout.turns[-1].raw_answer, self.tools).calls
         if not calls:
             rollout.finish()
@@ -118,38 +118,38 @@ class ToolEnvironment(MultiTurnEnvironment):
                 return
 
     async def call_tool(self, rollout: Rollout, call: ToolCall, is_surplus: bool = False) -> ToolResult:
-        """Runs one call. What is wrong with it becomes its result.
+        """Runs one call. An error becomes the result of the call.
 
         Args:
-            rollout: Who calls.
-            call: What is called.
-            is_surplus: Whether the turn has had its calls already.
+            rollout: The calling rollout.
+            call: The call.
+            is_surplus: Whether the turn has used up its calls.
         """
         assert self._server_of is not None, "prepare comes first"
         server = self._server_of.get(call.name)
         error = call.error
         if error is None and server is None:
-            error = f"there is no tool {call.name[:100]!r}, there are {sorted(self._server_of)}"
+            error = f"there is no tool {call.name[:100]!r}, the tools are {sorted(self._server_of)}"
         elif error is None:
             (spec,) = (spec for spec in self.tools if spec.name == call.name)
             error = _misfit(spec, call.arguments)
         if error is None and is_surplus:
-            error = f"{self.max_calls_per_turn} calls a turn are allowed"
+            error = f"{self.max_calls_per_turn} calls per turn are allowed"
         if error is not None or server is None:
             return ToolResult(f"Error: {error}", ToolStatus.INVALID_CALL)
         return await server.call(rollout.state[SESSION], call.name, call.arguments)
 
     def _configs(self) -> list[MCPServer]:
-        # Functions have no command; a URL that nobody asks stands for them.
+        # Functions have no command; an unused URL stands for them.
         functions = MCPServer(url="functions of this process", call_timeout_s=self.function_timeout_s)
         return [*self.servers, *([functions] if self.functions else [])]
 
 
 def _misfit(spec: ToolSpec, arguments: dict[str, Any]) -> str | None:
-    """What is wrong with a call's arguments by the tool's schema."""
+    """Describes why a call's arguments violate the tool's schema; None if they do not."""
     try:
         problem = next(Draft202012Validator(dict(spec.parameters)).iter_errors(arguments), None)
-    except Exception as error:  # a schema may fail on what a policy sends: a pattern, a reference, a recursion
+    except Exception as error:  # validation may fail on hostile arguments: a pattern, a reference, a recursion
         return (
             f"its arguments cannot be checked by the schema of {spec.name}: {type(error).__name__}: {str(error)[:300]}"
         )

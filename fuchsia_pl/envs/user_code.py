@@ -1,7 +1,7 @@
-"""Keeps what user code raises, and its attempts to end the process, inside of its own call.
+"""Confines exceptions of user code, and its attempts to end the process, to its call.
 
 An environment, a reward function or a tool may call `sys.exit`, raise KeyboardInterrupt, or call `os._exit(0)`. Any of these
-would end an event loop that others wait for, or end a run with the exit code of success.
+would end an event loop that other code waits for, or end a run with the exit code of success.
 """
 
 import asyncio
@@ -15,20 +15,20 @@ from functools import wraps
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# Functions that end this process or put another program in its place, without an exception.
+# Functions that end or replace this process without an exception.
 ENDS = ("_exit", "execv", "execve")
-FAILED = 1  # exit code in place of 0
-# The process in which user code runs in this context. A child that it forks has another id, and may end as it likes.
+FAILED = 1  # exit code instead of 0
+# Id of the process in which user code runs in this context. A forked child has another id and may end itself.
 _running_in: ContextVar[int] = ContextVar("running_in", default=0)
 _must_end_by_themselves: set[int] = set()
 
 
 class StrayError(RuntimeError):
-    """User code raised what has a meaning of its own for whoever waits: an end of the process, a cancellation, a time-out."""
+    """User code raised an exception that would end the process, cancel the waiting task or look like its time-out."""
 
 
 def reason(error: BaseException) -> str:
-    """The name of an error and what it is about, in one text.
+    """Class and message of an error, in one text.
 
     >>> reason(KeyError("answer")), reason(StrayError("SystemExit: 1")), reason(KeyboardInterrupt())
     ("KeyError: 'answer'", 'SystemExit: 1', 'KeyboardInterrupt')
@@ -41,16 +41,16 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def user_code(where: str = "") -> Iterator[None]:
-    """Inside the `with` block, sync user code runs.
+    """Context for calls of sync user code.
 
-    In the main thread a KeyboardInterrupt passes, since it may be the user's own. A handler of another signal may raise there
-    too: what can take long is called by `bounded.call_apart`.
+    In the main thread a KeyboardInterrupt passes, since the user may have pressed Ctrl-C. A handler of another signal may
+    raise there too, so long calls use `bounded.call_apart`.
 
     Args:
-        where: Whose code it is, for the message.
+        where: Name of the code, for the message.
 
     Raises:
-        StrayError: It raised SystemExit or another exception that is no plain error, or tried to end the process.
+        StrayError: It raised SystemExit or another exception that is not a plain error, or tried to end the process.
 
     >>> with user_code("MyEnvironment.is_correct"):
     ...     raise SystemExit(0)
@@ -71,15 +71,15 @@ def user_code(where: str = "") -> Iterator[None]:
 
 
 async def contained(awaitable: Awaitable[T]) -> T:
-    """Awaits user code. A SystemExit that left a task would end the event loop, and whoever waits would wait forever.
+    """Awaits user code. A SystemExit raised by a task would end the event loop, and other tasks would wait forever.
 
     Raises:
-        StrayError: It raised what is no plain error; that is chained.
+        StrayError: It raised an exception that is not a plain error, which is chained.
     """
     token = _enter()
     try:
         return await awaitable
-    except GeneratorExit:  # the coroutine is thrown away
+    except GeneratorExit:  # the coroutine is discarded
         raise
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
@@ -93,13 +93,13 @@ async def contained(awaitable: Awaitable[T]) -> T:
     except BaseException as error:
         raise StrayError(reason(error)) from error
     finally:
-        with suppress(ValueError):  # a coroutine that is thrown away ends in another context
+        with suppress(ValueError):  # a discarded coroutine ends in another context
             _running_in.reset(token)
 
 
 @contextmanager
 def ends_by_itself() -> Iterator[None]:
-    """Inside the `with` block, whatever code calls `os._exit(0)` in this process ends it with exit code 1 and one line."""
+    """Context in which a call of `os._exit(0)` ends this process with exit code 1 and one line."""
     process = os.getpid()
     _guard_ends()
     _must_end_by_themselves.add(process)
@@ -110,7 +110,7 @@ def ends_by_itself() -> Iterator[None]:
 
 
 def is_success(status: object) -> bool:
-    """Whether a process that exits with this status is taken for one that succeeded: the system keeps eight bits of it.
+    """Whether this exit status means success: the system keeps eight bits of it.
 
     >>> is_success(None), is_success(0), is_success(256), is_success(1), is_success("gone")
     (True, True, True, False, False)
@@ -131,7 +131,7 @@ def _guard_ends() -> None:
 
 
 def _guarded(name: str, end: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which raises SystemExit where user code calls it."""
+    """Wraps the function: it raises SystemExit if user code calls it."""
 
     @wraps(end)
     def guarded(*arguments: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The adapter of a policy: a fresh one, or one to go on from."""
+"""The LoRA adapter of a policy: a fresh one, or one loaded from a folder."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from fuchsia_pl.policy.targets import check_targets
 from fuchsia_pl.policy.tensor_files import first_difference, shapes_in_file
 from fuchsia_pl.types import ConfigError
 
-# What a PEFT config may say of a plain adapter: where it comes from, which layers it is on, how it learns. Whatever else is
-# set changes the map W + scale * B A, which is all that an engine computes.
+# Fields of a PEFT config that a plain adapter may set: its origin, its layers, how it is trained. Every other field changes the
+# map W + scale * B A, and an engine computes nothing else.
 PLAIN_FIELDS = {
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -29,7 +29,7 @@ PLAIN_FIELDS = {
     ),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "ephemeral_gpu_offload"),
 }
-# Other ways to start an adapter change the weights below it.
+# Other initialisations change the base weights.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -38,12 +38,12 @@ def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
 
     Raises:
         ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve, or the one to load
-            is not of the config's kind.
+            does not match the config.
     """
     lora = config.lora
     found = check_adapter(lora)
     adapted = _fresh_adapter(model, lora) if found is None else _loaded_adapter(model, lora, found)
-    # PEFT writes the folder it was loaded from; a name that means something elsewhere is of more use in an exported adapter.
+    # PEFT records the local folder. An exported adapter is more useful with a name that resolves on other machines.
     adapted.peft_config["default"].base_model_name_or_path = public_name(config.name)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
@@ -68,27 +68,28 @@ def _fresh_adapter(model: PreTrainedModel, lora: LoRASettings) -> peft.PeftModel
 
 
 def _loaded_adapter(model: PreTrainedModel, lora: LoRASettings, found: peft.LoraConfig) -> peft.PeftModel:
-    """The adapter of a folder; how it learns on, its dropout, is the settings'.
+    """Loads the adapter of a folder; its dropout is that of the settings.
 
-    PEFT drops tensors that it has no place for, and leaves weights that no tensor is for at their start, without an error.
+    PEFT ignores tensors that match no weight, and leaves weights that match no tensor at their initial values, without an
+    error. So names and shapes are compared first.
     """
     assert lora.init_from is not None
     found.lora_dropout = lora.dropout
     found.inference_mode = False
-    found.base_model_name_or_path = None  # PEFT warns where it is another folder; `add_adapter` sets it anew
+    found.base_model_name_or_path = None  # PEFT warns if it differs from the model; `add_adapter` sets it
     try:
         adapted = peft.get_peft_model(model, found, autocast_adapter_dtype=True)
     except (ValueError, TypeError) as error:  # PEFT finds none of its layers, or one that is not linear
         raise ConfigError(
-            f"model.policy.lora.init_from={lora.init_from!r} is no adapter of this model: {' '.join(str(error).split())}"
+            f"model.policy.lora.init_from={lora.init_from!r} does not fit this model: {' '.join(str(error).split())}"
         ) from error
     weights = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     file = _weights_file(lora.init_from)
     difference = first_difference({name: tuple(w.shape) for name, w in weights.items()}, shapes_in_file(file))
     if difference:
         raise ConfigError(
-            f"model.policy.lora.init_from={lora.init_from!r} is no adapter of this model: in {file.name}, {difference}. Is it "
-            "of another model, or of other layers?"
+            f"model.policy.lora.init_from={lora.init_from!r} does not fit this model: in {file.name}, {difference}. It may "
+            "belong to another model, or to other layers"
         )
     if model.device.type != "meta":
         _fill(adapted, lora.init_from)
@@ -96,53 +97,51 @@ def _loaded_adapter(model: PreTrainedModel, lora: LoRASettings, found: peft.Lora
 
 
 def _fill(adapted: peft.PeftModel, folder: str) -> None:
-    """Loads an adapter's weights and compares all of them with the file's."""
+    """Loads an adapter's weights and compares each with the file."""
     tensors = peft.load_peft_weights(folder, device="cpu")
     peft.set_peft_model_state_dict(adapted, tensors)
     for name, weight in peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
         if not torch.isfinite(tensors[name]).all():
-            raise ConfigError(
-                f"model.policy.lora.init_from={folder!r} has values in {name} that are not finite numbers"
-            )
+            raise ConfigError(f"model.policy.lora.init_from={folder!r} has values in {name} that are not finite")
         if not torch.equal(weight.cpu(), tensors[name].to(weight.dtype)):
             raise ConfigError(
-                f"model.policy.lora.init_from={folder!r} was not loaded as it is: {name} has other values than in the file"
+                f"model.policy.lora.init_from={folder!r} was loaded wrongly: {name} differs from the file"
             )
 
 
 def _weights_file(folder: str) -> Path:
-    """The file that PEFT would load."""
+    """The weight file that PEFT loads."""
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     raise ConfigError(
-        f"model.policy.lora.init_from={folder!r} has an adapter_config.json and neither {SAFETENSORS_WEIGHTS_NAME} nor "
+        f"model.policy.lora.init_from={folder!r} has an adapter_config.json but neither {SAFETENSORS_WEIGHTS_NAME} nor "
         f"{WEIGHTS_NAME}: give the folder that save_pretrained wrote"
     )
 
 
 def check_adapter(lora: LoRASettings) -> peft.LoraConfig | None:
-    """The PEFT config of the adapter to go on from, None where a fresh one is made.
+    """Reads the PEFT config of the adapter in `init_from`; None if a fresh one is made.
 
     Raises:
-        ConfigError: It is not there, its file is broken, or it is not what the engine would be started for.
+        ConfigError: The folder is missing or broken, or its adapter does not match the settings.
     """
     if lora.init_from is None:
         return None
     folder = lora.init_from
     try:
-        if not (Path(folder) / peft.utils.CONFIG_NAME).is_file():  # PEFT would take it for a name on the hub
+        if not (Path(folder) / peft.utils.CONFIG_NAME).is_file():  # else PEFT treats the path as a hub id
             raise FileNotFoundError(f"it has no {peft.utils.CONFIG_NAME}")
         found = peft.PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"model.policy.lora.init_from={folder!r} is no folder of a PEFT adapter: {error}. Give the folder that "
+            f"model.policy.lora.init_from={folder!r} is not the folder of a PEFT adapter: {error}. Give the folder that "
             "save_pretrained or a run wrote, as runs/NAME/0/adapter"
         ) from error
     unusual = _unusual(found) if isinstance(found, peft.LoraConfig) else [f"peft_type={found.peft_type}"]
     if unusual:
         raise ConfigError(
-            f"model.policy.lora.init_from={folder!r} is no plain LoRA adapter, and vLLM serves no other: it has "
+            f"model.policy.lora.init_from={folder!r} is not a plain LoRA adapter, and vLLM serves no other kind: it has "
             f"{', '.join(unusual)}"
         )
     wanted = {
@@ -153,7 +152,7 @@ def check_adapter(lora: LoRASettings) -> peft.LoraConfig | None:
     for name, (given, own) in wanted.items():
         if given != own:
             raise ConfigError(
-                f"model.policy.lora.{name} is {given}, and that of the adapter in init_from={folder!r} is {own}: set it to {own}"
+                f"model.policy.lora.{name} is {given}, but the adapter in init_from={folder!r} has {own}: set it to {own}"
             )
     shapes_in_file(_weights_file(folder))
     return found

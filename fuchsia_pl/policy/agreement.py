@@ -1,4 +1,4 @@
-"""Whether an engine does to logprobs what the adapter does to them in the trainer."""
+"""Tests whether an adapter changes the logprobs of an engine as it changes those of the trainer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +14,13 @@ ALLOWED_DEVIATION = 0.5
 
 @dataclass(frozen=True)
 class Agreement:
-    """The share of the adapter's effect that the engine shows.
+    """The share of the adapter's effect that is found in the engine.
 
     Attributes:
         slope: 1 where the engine applies the adapter, 0 where it does not, 2 where it applies it twice.
-        error: Standard error of the slope; infinite where the adapter has no effect yet.
-        noise: What the slope leaves unexplained of a token, relative to the larger of the effects in trainer and engine; root
-            mean squares.
-        num_effective: Tokens among which the effect is spread: all of them if it is even, 1 if one token has it all.
+        error: Standard error of the slope; infinite if the adapter has no effect yet.
+        noise: Residual per token, relative to the larger of the effects in trainer and engine (root mean squares).
+        num_effective: Effective number of tokens: all of them if the effect is even, 1 if a single token has all of it.
 
     >>> Agreement(0.0, 0.05, 0.1, num_effective=90).holds, Agreement(0.9, 0.05, 0.1, num_effective=90).holds
     (False, True)
@@ -34,11 +33,11 @@ class Agreement:
 
     @property
     def is_conclusive(self) -> bool:
-        """Whether the adapter's effect stands out of the rounding, over all tokens and on each.
+        """Whether the adapter's effect exceeds the rounding, over all tokens and on each.
 
-        Many tokens make the error small, but not the bias: both sides of the regression are rounded, and the slope of noise
-        on noise lies near 1/2 whatever the engine does. And where a few tokens have all of the effect, a weak adapter met a
-        choice between two tokens that hardly differ: neither number says then what it should.
+        Many tokens reduce the error but not the bias: both sides of the regression are rounded, and the slope of noise on
+        noise is near 1/2 whatever the engine does. If a few tokens have all of the effect, a weak adapter changed a choice
+        between two tokens of almost equal probability, and neither error nor noise is meaningful.
         """
         spread = self.num_effective >= CONCLUSIVE_TOKENS
         return spread and self.error < CONCLUSIVE_ERROR and self.noise < CONCLUSIVE_NOISE
@@ -58,14 +57,14 @@ def adapter_agreement(
     """Least squares of (sampling - ref) on (policy - ref), through the origin.
 
     slope = sum(x y) / sum(x^2), error = sqrt(mean((y - slope x)^2) / sum(x^2)), and noise = sqrt(mean((y - slope x)^2) /
-    max(mean(x^2), mean(y^2))), num_effective = sum(x^2)^2 / sum(x^4), with x = policy - ref, what the adapter does in the
-    trainer, and y = sampling - ref, what it does in the engine.
+    max(mean(x^2), mean(y^2))), num_effective = sum(x^2)^2 / sum(x^4). Here x = policy - ref is the adapter's effect in the
+    trainer and y = sampling - ref its effect in the engine.
 
     Args:
         policy_logprobs: [N], adapter on.
         ref_logprobs: [N], adapter off.
-        sampling_logprobs: [N], the engine's.
-        add_up: Adds a tensor up over ranks that each have some of the tokens, so that all come to the same result.
+        sampling_logprobs: [N], from the engine.
+        add_up: Sums a tensor over the ranks, each of which has some of the tokens. All ranks get the same result.
     """
     effect = (policy_logprobs - ref_logprobs).double()
     observed = (sampling_logprobs - ref_logprobs).double()
@@ -74,7 +73,7 @@ def adapter_agreement(
     if power == 0.0:
         return Agreement(slope=0.0, error=float("inf"), noise=float("inf"), num_effective=0.0)
     slope = product / power
-    # The mean of (y - slope x)^2, of which rounding leaves less than nothing where x and y are the same.
+    # The mean of (y - slope x)^2. Rounding can make it negative if x and y are equal.
     residual = max(observed_power - slope * product, 0.0) / number
     largest = max(power, observed_power) / number
     num_effective = power**2 / fourth

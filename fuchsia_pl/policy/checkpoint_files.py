@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whether one is whole, and of this program, before anything is built from it."""
+"""Reads and verifies checkpoint files before anything is built from them."""
 
 import io
 import pickle
@@ -25,7 +25,7 @@ OWN_KEYS = (
     *(MICRO_BATCHES_KEY, SHAPES_KEY, OPTIMIZER_SHAPES_KEY, OPTIMIZATION_KEY, SETTINGS_KEY),
 )
 FOLDER_INDEX = ".metadata"  # DCP's name
-# What the index of a folder of parts is made of; a pickle of anything else could run code.
+# Classes that may appear in the index of a folder checkpoint; a pickle of other classes could run code.
 INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
@@ -40,21 +40,19 @@ INDEX_CLASSES = {
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint without the bytes of its tensors, which stay on disk until they are used.
-
-    No code in it is run, whoever wrote it.
+    """Reads a checkpoint; the bytes of its tensors stay on disk until they are used. No code in the file is run.
 
     Args:
-        path: A file, or a folder to which each rank wrote its part.
+        path: A file, or a folder to which each rank wrote its shards.
 
     Returns:
-        What Lightning saved; of a folder, without weights and optimizers.
+        The content saved by Lightning; for a folder, without weights and optimizers.
 
     Raises:
-        ConfigError: It is missing, empty, cut off, damaged, of another kind, or another program's.
+        ConfigError: The checkpoint is missing, empty, cut off, damaged, of another kind, or of another program.
     """
     if not path.exists() and older_folder(path).is_dir():
-        path = older_folder(path)  # a kill between two renames; `FSDP2Strategy` loads it too
+        path = older_folder(path)  # left by a kill between two renames; `FSDP2Strategy` loads it too
     if not path.exists():
         raise ConfigError(f"the checkpoint {path} does not exist: give the path of a checkpoints/last.ckpt, or `last`")
     if path.is_dir():
@@ -68,36 +66,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        # A file that was cut off has lost the directory of its archive, which stands at its end.
+        # A file that is cut off lacks the directory of its archive, which is at the end.
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a file of unknown origin: the unpickler fails in whatever way its bytes lead to
+    except Exception as error:  # a file of unknown origin can make the unpickler raise any exception
         reason = str(error).partition("\n")[0][:120]
         raise ConfigError(
-            f"the checkpoint {path} is cut off, or is no checkpoint of this program, which holds tensors and plain values only "
-            f"({type(error).__name__}: {reason}): give another one"
+            f"the checkpoint {path} is cut off, or is not a checkpoint of this program, which holds only tensors and plain "
+            f"values ({type(error).__name__}: {reason}): give another one"
         ) from error
     check_intact(path)
     if not isinstance(found, dict):
         raise ConfigError(
-            f"the checkpoint {path} is no checkpoint: it holds a {type(found).__name__}. Give another one"
+            f"the checkpoint {path} is not a checkpoint: it holds a {type(found).__name__}. Give another one"
         )
     return found
 
 
 def check_contents(checkpoint: Mapping[str, Any], name: str) -> None:
-    """Compares the tensors of a checkpoint with what was saved, in both directions.
+    """Compares the tensors of a checkpoint with the list saved in it, in both directions.
 
     Args:
-        checkpoint: As loaded; weights and optimizers of a folder are not in it.
-        name: Of the checkpoint, for the error.
+        checkpoint: As returned by `read_checkpoint`.
+        name: Name of the checkpoint, for the error message.
 
     Raises:
-        ConfigError: It is another program's, or a tensor is missing, surplus, or of another shape.
+        ConfigError: It belongs to another program, or a tensor is missing, unexpected, or has another shape.
     """
     _check_keys(checkpoint, name)
     if "state_dict" not in checkpoint:
         raise ConfigError(
-            f"the checkpoint {name} is no checkpoint of Fuchsia-PL: it has no state_dict. Give another one"
+            f"the checkpoint {name} is not a checkpoint of Fuchsia-PL: it has no state_dict. Give another one"
         )
     for key in ("state_dict", AVERAGED_WEIGHTS):
         if key in checkpoint:
@@ -107,7 +105,7 @@ def check_contents(checkpoint: Mapping[str, Any], name: str) -> None:
 
 
 def optimizer_shapes(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of the optimizers' states, named as a folder of parts names them.
+    """Shapes of all tensors in the optimizers' states, with the names used in a folder checkpoint.
 
     >>> optimizer_shapes({"optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2, 3)}}, "param_groups": []}]})
     {'optimizer_0.state.0.exp_avg': (2, 3)}
@@ -135,15 +133,17 @@ def _check_keys(checkpoint: Mapping[str, Any], name: str) -> None:
     lacking = [key for key in OWN_KEYS if key not in checkpoint]
     if lacking:
         raise ConfigError(
-            f"the checkpoint {name} is no checkpoint of this version of Fuchsia-PL: it has no {lacking[0]}. Give another one, or "
-            "start from an exported adapter with model.policy.lora.init_from"
+            f"the checkpoint {name} is not a checkpoint of this version of Fuchsia-PL: it has no {lacking[0]}. Give another "
+            "one, or start from an exported adapter with model.policy.lora.init_from"
         )
 
 
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], name: str) -> None:
     difference = first_difference(expected, found)
     if difference:
-        raise ConfigError(f"the checkpoint {name} is not as it was saved: {difference}. Give another one")
+        raise ConfigError(
+            f"the checkpoint {name} does not match the list of tensors saved in it: {difference}. Give another one"
+        )
 
 
 def check_trained(trained: Mapping[str, tuple[int, ...]], checkpoint: Mapping[str, Any]) -> None:
@@ -162,25 +162,25 @@ def check_trained(trained: Mapping[str, tuple[int, ...]], checkpoint: Mapping[st
 
 
 def check_between_phases(checkpoint: Mapping[str, Any], num_policy_updates: int) -> None:
-    """Refuses to continue from within a step or a phase.
+    """Rejects a checkpoint that was saved within a step or a phase.
 
     Raises:
-        ConfigError: The checkpoint was saved there.
+        ConfigError: The checkpoint was saved within a step or a phase.
     """
     step = checkpoint["global_step"]
     if step % num_policy_updates:
         raise ConfigError(
-            f"the checkpoint is of step {step}, which is no multiple of model.loss.num_policy_updates={num_policy_updates}: the "
-            "rollouts of a phase are not saved, so a run goes on only from where one ends, as checkpoints/last.ckpt does"
+            f"the checkpoint is of step {step}, which is not a multiple of model.loss.num_policy_updates={num_policy_updates}: "
+            "the rollouts of a phase are not saved, so a run resumes only from the end of a phase, such as checkpoints/last.ckpt"
         )
-    # Micro-batches of its epoch that had begun, by Lightning's own count.
+    # Micro-batches of the epoch that had begun, counted by Lightning.
     loops = checkpoint["loops"]
     num_begun = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] if loops else 0
     num_within = num_begun % checkpoint[MICRO_BATCHES_KEY]
     if num_within:
         raise ConfigError(
             f"the checkpoint was saved {num_within} micro-batches into the step after {step}, whose gradients it "
-            "does not hold: a run goes on only from where a step ends, as checkpoints/last.ckpt does"
+            "does not hold: a run resumes only from the end of a step, such as checkpoints/last.ckpt"
         )
 
 
@@ -208,7 +208,7 @@ def _read_folder(path: Path) -> dict[str, Any]:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads the index of a folder of parts, and nothing that is not of one."""
+    """Reads the index of a folder checkpoint and rejects all other classes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in INDEX_CLASSES.get(module, ()):
@@ -222,7 +222,7 @@ def _read_index(file: Path) -> Metadata:
             index = _IndexUnpickler(stream).load()
         assert isinstance(index, Metadata), f"it is a {type(index).__name__}"
         assert isinstance(index.storage_data, dict), "it names no files"
-    except Exception as error:  # a file of unknown origin: the unpickler fails in whatever way its bytes lead to
+    except Exception as error:  # a file of unknown origin can make the unpickler raise any exception
         raise ConfigError(
             f"the checkpoint {file.parent} is cut off, or is not of this program: its {file.name} cannot be read "
             f"({type(error).__name__}: {error}). Give another one"
@@ -231,15 +231,15 @@ def _read_index(file: Path) -> Metadata:
 
 
 def _check_parts(path: Path, index: Metadata) -> None:
-    """Every part lies whole inside a file of the folder; single values, which DCP unpickles without restriction, run no code."""
+    """Checks that every value is complete, and that values which DCP unpickles without restriction run no code."""
     damage = damaged_part(path, index)
     if damage is not None:
-        raise ConfigError(f"the checkpoint {path} is not whole: {damage}. Give another one")
+        raise ConfigError(f"the checkpoint {path} is not complete: {damage}. Give another one")
     for key, place in index.storage_data.items():
         if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
             try:
                 torch.load(io.BytesIO(part_of(path, place)), weights_only=True)
             except Exception as error:  # as above
                 raise ConfigError(
-                    f"the checkpoint {path} holds a value that is broken or would run code, {key.fqn}: give another one"
+                    f"the checkpoint {path} holds a value that is broken or would run code ({key.fqn}): give another one"
                 ) from error

@@ -10,19 +10,19 @@ from fuchsia_pl.types import ConfigError
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The blocks that a model repeats, in order: transformers builds them all on one class."""
+    """The transformer blocks of a model, in order. In transformers they share one base class."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_blocks(model: PreTrainedModel, every_n_layers: int) -> None:
-    """Makes every n-th block of a model keep its inputs only, and compute the rest again in backward.
+    """Makes every n-th block of a model keep only its inputs and recompute the rest in backward.
 
     Raises:
-        ConfigError: The model cannot.
+        ConfigError: The model does not support checkpointing.
     """
     if not model.supports_gradient_checkpointing:
         raise ConfigError(
-            f"model.policy.checkpointing is enabled, and {type(model).__name__} does not support it: set enabled: false"
+            f"model.policy.checkpointing is enabled, but {type(model).__name__} does not support it: set enabled: false"
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for number, block in enumerate(transformer_blocks(model)):
@@ -30,8 +30,8 @@ def checkpoint_blocks(model: PreTrainedModel, every_n_layers: int) -> None:
 
 
 def offloaded() -> AbstractContextManager[None]:
-    """What autograd keeps of the forward inside goes to the host's memory until backward asks for it: torch's `save_on_cpu`.
+    """Within this context, tensors saved for backward are kept in host memory (torch's `save_on_cpu`).
 
-    With checkpointing these are the inputs of the blocks; without it they would be every weight and activation.
+    With checkpointing these are the inputs of the blocks. Without it they would be every weight and activation.
     """
     return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())

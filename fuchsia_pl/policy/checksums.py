@@ -1,4 +1,4 @@
-"""Whether a file that torch wrote is still what was written: each record of its archive has a checksum, which torch skips."""
+"""Verifies the checksums in files written by torch: each record of the archive has one, and `torch.load` ignores it."""
 
 import io
 import zipfile
@@ -12,25 +12,25 @@ from fuchsia_pl.types import ConfigError
 
 
 def check_intact(path: Path, kind: str = "checkpoint") -> None:
-    """Reads a file once and compares every record with its checksum.
+    """Reads a file once and compares each record with its checksum.
 
     Args:
-        path: A file that `torch.save` wrote.
-        kind: What the file should be, for the error.
+        path: A file written by `torch.save`.
+        kind: Name of the file's kind, for the error message.
 
     Raises:
-        ConfigError: A record is not as it was written, or the file is cut off or another format.
+        ConfigError: A record does not match its checksum, or the file is cut off or has another format.
     """
     with path.open("rb") as stream:
         damage = _damage(stream)
     if damage is not None:
         raise ConfigError(
-            f"the {kind} {path} is damaged, cut off, or no {kind} of this program: {damage}. Give another one"
+            f"the {kind} {path} is damaged, cut off, or not a {kind} of this program: {damage}. Give another one"
         )
 
 
 def damage_of(content: bytes) -> str | None:
-    """What is wrong with the bytes of a file that `torch.save` wrote; None where nothing is.
+    """Describes the first fault in the bytes of a file written by `torch.save`; None if there is none.
 
     >>> import torch
     >>> stream = io.BytesIO()
@@ -42,11 +42,11 @@ def damage_of(content: bytes) -> str | None:
 
 
 def damaged_part(path: Path, index: Metadata) -> str | None:
-    """What is wrong with the parts of a folder that FSDP2Strategy wrote, and where; None where nothing is.
+    """Describes the first fault in a folder checkpoint written by FSDP2Strategy; None if there is none.
 
     Args:
         path: The folder.
-        index: What its index file holds.
+        index: The content of its index file.
     """
     for key, place in index.storage_data.items():
         assert isinstance(place, _StorageInfo)
@@ -60,7 +60,7 @@ def damaged_part(path: Path, index: Metadata) -> str | None:
 
 
 def part_of(path: Path, place: _StorageInfo) -> bytes:
-    """The bytes of one value of a folder of parts."""
+    """The bytes of one value of a folder checkpoint."""
     with (path / place.relative_path).open("rb") as stream:
         stream.seek(place.offset)
         return stream.read(place.length)
@@ -70,6 +70,6 @@ def _damage(stream: IO[bytes]) -> str | None:
     try:
         with zipfile.ZipFile(stream) as archive:
             broken = archive.testzip()
-    except Exception as error:  # a damaged directory fails in whatever way its bytes lead to
+    except Exception as error:  # a damaged archive directory can raise any exception
         return str(error).partition("\n")[0][:120] or type(error).__name__
-    return None if broken is None else f"the checksum of {broken} is another one"
+    return None if broken is None else f"{broken} does not match its checksum"

@@ -1,4 +1,4 @@
-"""What model learns, and which of its weights."""
+"""Settings of the policy: which model is trained, and which of its weights."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from fuchsia_pl.policy.sources import read_template
 from fuchsia_pl.types import ConfigError
 
 PLAIN_NAME = r"[\w.]+"
-# vLLM serves LoRA on linear layers only; on these it would drop the adapter and sample from another policy than the trained.
+# vLLM serves LoRA on linear layers only. It would ignore an adapter on these and sample from a policy other than the trained one.
 UNSERVED_MODULES = ("lm_head", "embed_tokens", "embed_out", "wte", "wpe")
 
 
@@ -17,15 +17,15 @@ class LoRASettings:
     """A low-rank adapter W + (alpha / r) B A on linear layers (LoRA, arXiv:2106.09685).
 
     Attributes:
-        enabled: Off trains all weights, in float32.
+        enabled: If False, all weights are trained, in float32.
         r: Rank.
         alpha: Numerator of the scale alpha / r.
         dropout: Dropout in front of A, active in the training forward only.
         target_modules: Names of the adapted layers, or one name; "all-linear" is every linear layer but the output head. A
-            string that is no plain name is a regular expression over the layers' full names.
+            string that is not a plain name is a regular expression over the layers' full names.
         use_rslora: Scale alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732).
-        init_from: Folder of a PEFT adapter to go on from; the reference is then that adapter, and `target_modules` are its
-            own. None starts a fresh one.
+        init_from: Folder of a PEFT adapter to continue from. That adapter is then the reference, and its own target modules
+            are used. None starts a fresh one.
     """
 
     enabled: bool = True
@@ -37,7 +37,7 @@ class LoRASettings:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what PEFT could not train or vLLM could not serve."""
+        """Rejects settings that PEFT cannot train or vLLM cannot serve."""
         if self.r < 1:
             raise ConfigError(
                 f"model.policy.lora.r must be 1 or more, got {self.r}: to train all weights set enabled: false"
@@ -47,7 +47,7 @@ class LoRASettings:
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.policy.lora.dropout must be at least 0 and below 1, got {self.dropout}")
         if isinstance(self.target_modules, str) and re.fullmatch(PLAIN_NAME, self.target_modules):
-            self.target_modules = [self.target_modules]  # PEFT would compare a string with full names, as a pattern
+            self.target_modules = [self.target_modules]  # PEFT treats a string as a pattern over full names
         if isinstance(self.target_modules, str):
             try:
                 unserved = [m for m in UNSERVED_MODULES if re.fullmatch(self.target_modules, m)]
@@ -72,12 +72,12 @@ class LoRASettings:
 
 @dataclass
 class CheckpointingSettings:
-    """Activation checkpointing: what lies inside a block is computed again in backward in place of being kept.
+    """Activation checkpointing: the activations inside a block are recomputed in backward instead of being kept.
 
     Attributes:
         enabled: Whether blocks are checkpointed.
         every_n_layers: 1 checkpoints every block, 2 every other.
-        cpu_offloading: What is kept of checkpointed blocks, their inputs, waits for backward in the host's memory.
+        cpu_offloading: Whether the kept inputs of checkpointed blocks are moved to host memory until backward.
     """
 
     enabled: bool = False
@@ -85,7 +85,7 @@ class CheckpointingSettings:
     cpu_offloading: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses settings that would do nothing."""
+        """Rejects settings that would have no effect."""
         if self.every_n_layers < 1:
             raise ConfigError(f"model.policy.checkpointing.every_n_layers must be 1 or more, got {self.every_n_layers}")
         if self.cpu_offloading and self.every_n_layers > 1:
@@ -102,24 +102,24 @@ class CheckpointingSettings:
 
 @dataclass
 class PolicyConfig:
-    """The model that learns.
+    """The model that is trained.
 
     Attributes:
         name: A hub id, a local folder, a local `.gguf` file, or `package:file.gguf` for a file inside an installed package.
-        dtype: Type of the frozen base weights and of the engine's. Trained weights are float32 whatever this says.
-        chat_template: In place of the tokenizer's own chat template: a file, a template's text, or "none" for a base model,
-            whose prompts are the messages' text joined by blank lines; the tokenizer's end id or the environment's `stop` ends
-            its turns. Only training uses it: neither `fuchsia serve` nor the adapter that is exported knows of it.
+        dtype: Type of the frozen base weights and of the engine's weights. Trained weights are always float32.
+        chat_template: Replaces the tokenizer's chat template: a file, the text of a template, or "none" for a base model. With
+            "none" a prompt is the text of the messages joined by blank lines, and a turn ends at the tokenizer's end id or at
+            the environment's `stop`. Only training uses it; `fuchsia serve` and an exported adapter do not contain it.
         lora: The adapter.
-        shared_prefix: Whether rows that start alike are computed as one. "auto": if a check at the start finds that the model
-            then says the same. "always": refuse a model that does not. "never": plain rows.
-        checkpointing: What is computed again in place of being kept.
-        max_tokens_per_micro_batch: In place of `trainer.accumulate_grad_batches`, which is then the smallest with which even
-            the longest rows that can be sampled make no micro-batch of more tokens. A shared prefix counts once.
+        shared_prefix: Whether a prefix that rows share is computed once. "auto": if a check at the start finds the same outputs
+            with and without sharing. "always": a model that fails the check is refused. "never": plain rows.
+        checkpointing: Activation checkpointing.
+        max_tokens_per_micro_batch: Derives `trainer.accumulate_grad_batches`: the smallest number with which no micro-batch
+            exceeds this many tokens, even with the longest rows that can be sampled. A shared prefix counts once.
         quantization: "nf4" keeps the frozen base weights in 4 bits (QLoRA, arXiv:2305.14314; needs a GPU, bitsandbytes and
-            an adapter); the engine samples from the weights as they are in `dtype`. Untested on a GPU.
-        logprob_chunk_tokens: Tokens whose logits exist at the same time, in up to four copies; None is as many as fill 32 MB in
-            float32 on a CPU, where more is no faster, and 256 MB elsewhere.
+            an adapter). The engine samples from the unquantized weights in `dtype`. Untested on a GPU.
+        logprob_chunk_tokens: Tokens whose logits exist at the same time, in up to four copies. None: as many as fill 32 MB in
+            float32 on a CPU, where larger chunks are not faster, and 256 MB on other devices.
     """
 
     name: str
@@ -133,7 +133,7 @@ class PolicyConfig:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuses sizes without tokens, a template that is not there, and 4-bit weights that would have to learn."""
+        """Rejects sizes below 1, a missing template, and trained weights in 4 bits."""
         read_template(self.chat_template)
         if self.quantization is not None and not self.lora.enabled:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the trained weights hold: whether it is the same as before and finite, and where a checkpoint keeps an average of it."""
+"""Checks of tensors by value: a fingerprint that detects changes, and a search for values that are not finite."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 from fuchsia_pl.policy.sharding import local
 
-# In a checkpoint: an average of the trained weights, of which the held-out figures were.
+# Key in a checkpoint: the average of the trained weights that was evaluated on the held-out split.
 AVERAGED_WEIGHTS = "averaged_weights"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 2**20  # values at a time, which bounds the memory for their 64 bits each
-MULTIPLIER = 0x1E3779B97F4A7C15  # odd, near 2^61 times the golden ratio: spreads places over all bits
+CHUNK = 2**20  # values converted to 64 bits at a time, which bounds the memory
+MULTIPLIER = 0x1E3779B97F4A7C15  # odd, near 2^61 times the golden ratio: spreads positions over all bits
 
 
 @torch.no_grad()
 def fingerprint(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    """A hash of the values of each weight, of the part on this rank where it is sharded.
+    """A hash of the values of each weight; of the local shard if it is sharded.
 
-    Versions of tensors do not serve: writing to `parameter.data` leaves them as they are.
+    Tensor version counters are not enough: writing to `parameter.data` does not change them.
 
     Args:
         weights: The weights, of any shape.
@@ -29,7 +29,7 @@ def fingerprint(weights: Sequence[Tensor]) -> tuple[int, ...]:
     >>> fingerprint([weight]) == before
     False
     """
-    # A small weight that is sharded may have no part on this rank.
+    # A small sharded weight may have no values on this rank.
     parts = [part for part in map(local, weights) if part.numel()]
     if not parts:
         return ()
@@ -37,9 +37,9 @@ def fingerprint(weights: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _hash(part: Tensor) -> Tensor:
-    """The sum over all values of (their bits as an integer) * (a pseudo-random number of their place), modulo 2^64.
+    """The sum over all values of (bits as an integer) * (pseudo-random number of the position), modulo 2^64.
 
-    torch.hash_tensor is an XOR: it does not see permuted values, nor two changes of the same bits.
+    torch.hash_tensor is an XOR: it detects neither permuted values nor two changes of the same bits.
     """
     bits = part.detach().contiguous().view(-1).view(INTEGERS[part.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=part.device)
@@ -52,10 +52,10 @@ def _hash(part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors with a value that is infinite or NaN, in the part on this rank where they are sharded.
+    """Names of the tensors with an infinite or NaN value; of a sharded tensor, the local shard is examined.
 
     Args:
-        tensors: By name, of any shape, type and device.
+        tensors: Tensors by name, of any shape, type and device.
 
     >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.inf]), "c": torch.zeros(0), "step": torch.tensor(3)})
     ['b']

@@ -1,4 +1,4 @@
-"""The base model from its folder, with every tensor of its files in a weight and every weight from a file."""
+"""Loads the base model and checks that its files and its weights match one to one."""
 
 import importlib.util
 from pathlib import Path
@@ -23,13 +23,13 @@ def load_base(
     """Loads a model folder.
 
     Args:
-        folder: What `resolve_model` returned.
+        folder: Returned by `resolve_model`.
         dtype: Type of the weights.
         quantization: "nf4" keeps them in 4 bits.
-        device: Where to; "meta" reads the files and keeps names and shapes only. None is transformers' own choice.
+        device: Target device; "meta" keeps names and shapes only. None leaves the choice to transformers.
 
     Raises:
-        ConfigError: A file is broken, or its tensors are not the model's weights.
+        ConfigError: A file is broken, or its tensors do not match the model's weights.
     """
     settings = None
     if quantization is not None:
@@ -46,7 +46,7 @@ def load_base(
             dtype=dtype,
             quantization_config=settings,
             device_map=device,
-            ignore_mismatched_sizes=True,  # so that they are in the report
+            ignore_mismatched_sizes=True,  # they are then in the report
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -58,7 +58,7 @@ def load_base(
 
 
 def _check_report(folder: str | Path, report: dict[str, set]) -> None:
-    """Refuses what transformers only warns of: a weight at random values, or a tensor that is nowhere in the model."""
+    """Rejects faults that transformers only warns of: a weight without a tensor, or a tensor without a weight."""
     reshaped = sorted(str(name[0]) if isinstance(name, tuple) else str(name) for name in report["mismatched_keys"])
     faults = {
         "its files lack {} of the model's weights, the first is {}": sorted(report["missing_keys"]),
@@ -68,40 +68,40 @@ def _check_report(folder: str | Path, report: dict[str, set]) -> None:
     found = [text.format(len(names), names[0]) for text, names in faults.items() if names]
     if found:
         raise ConfigError(
-            f"the model in {folder} is not what its config.json describes: {'; '.join(found)}. Download or save it again"
+            f"the model in {folder} does not match its config.json: {'; '.join(found)}. Download or save it again"
         )
 
 
 def check_quantization(quantization: Literal["nf4"] | None) -> None:
-    """Refuses 4-bit weights where nothing can compute with them.
+    """Rejects 4-bit weights if the machine cannot compute with them.
 
     Raises:
-        ConfigError: There is no CUDA device, or no bitsandbytes.
+        ConfigError: There is no CUDA device, or bitsandbytes is not installed.
     """
     if quantization is not None and not torch.cuda.is_available():
-        missing = "a CUDA device, and torch sees none"
+        missing = "a CUDA device, and torch finds none"
     elif quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         missing = "bitsandbytes, which is not installed"
     else:
         return
-    raise ConfigError(f'model.policy.quantization="{quantization}" needs {missing}: leave it out, or get that')
+    raise ConfigError(f'model.policy.quantization="{quantization}" needs {missing}: leave it out, or provide that')
 
 
 def trained_shapes(config: PolicyConfig, folder: str | Path, with_critic: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a `Policy` would train, without the memory for a single one.
+    """Names and shapes of the weights that a `Policy` would train, computed on the meta device.
 
-    The files of the model and of the adapter to continue from are checked on the way.
+    This also checks the files of the model and of the adapter in `init_from`.
 
     Args:
-        config: Which model and which of its weights.
-        folder: Where the model lies.
-        with_critic: Whether a critic learns beside it.
+        config: The policy's settings.
+        folder: Folder of the model.
+        with_critic: Whether a critic is trained as well.
 
     Returns:
         Shape by name, as in `Policy.named_parameters`.
 
     Raises:
-        ConfigError: The files of the model or of the adapter are not what the config says.
+        ConfigError: The files of the model or of the adapter do not match the config.
     """
     base = load_base(folder, getattr(torch, config.dtype), device="meta")
     parts: dict[str, torch.nn.Module] = {"model": add_adapter(base, config) if config.lora.enabled else base}

@@ -1,10 +1,10 @@
-"""Logprobs of given tokens from hidden states, without the logits of a whole sequence ever existing.
+"""Logprobs of given tokens from hidden states, computed in chunks so that the logits of a sequence never exist as a whole.
 
 Shape letters: N selected positions, H hidden size, V vocabulary.
 
-torch's own chunked `linear_cross_entropy` is not used: it gives no entropy, cannot soft-cap or scale logits, and warns outside
-its reference path. Autograd over a recomputed chunk would do, with twice the passes over the logits, and with a memory that
-grows on a CPU, see `_Chunk`.
+torch's chunked `linear_cross_entropy` is not used: it returns no entropy, cannot soft-cap or scale logits, and warns outside
+its reference path. Autograd over a recomputed chunk would need twice the passes over the logits, and its memory grows on a
+CPU (see `_Chunk`).
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class OutputHead:
         weight: [V, H].
         bias: [V] or None.
         scale: Factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
-        softcap: Logits become softcap * tanh(logits / softcap) (Gemma 2); None leaves them.
+        softcap: Logits become softcap * tanh(logits / softcap) (Gemma 2). None: no cap.
     """
 
     weight: Tensor
@@ -44,37 +44,37 @@ class OutputHead:
 
 
 def fastest_chunk_tokens(head: OutputHead) -> int:
-    """Positions whose logits fill 32 MB in float32 on a CPU, where larger chunks are no faster, and 256 MB elsewhere."""
+    """Number of positions whose logits fill 32 MB in float32 on a CPU, where larger chunks are not faster, else 256 MB."""
     budget = CPU_CHUNK_BYTES if head.weight.device.type == "cpu" else DEVICE_CHUNK_BYTES
     return max(budget // (4 * head.weight.shape[0]), 1)
 
 
-def chunked_scores(
+def chunked_logprobs(
     head: OutputHead, hidden: Tensor, labels: Tensor, temperatures: Tensor, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Log softmax(logits / temperature)[label] and the entropy of that softmax for each position, a chunk at a time.
+    """Computes log softmax(logits / temperature)[label] and the entropy of that softmax per position, chunk by chunk.
 
-    Softmax and its gradient are computed in float32. A chunk's logits are freed after it and computed again in backward.
+    Softmax and its gradient are computed in float32. The logits of a chunk are freed after use and recomputed in backward.
 
     Args:
         head: The model's output head.
-        hidden: [N, H], gradient flows through it.
+        hidden: [N, H], with gradient.
         labels: int64 [N].
         temperatures: float32 [N], above 0.
         chunk_tokens: Positions whose logits exist at the same time.
 
     Returns:
-        Logprobs and entropies in nats, float32 [N] each. With N = 0 they are empty but still part of the graph, so that
-        backward reaches every parameter.
+        Logprobs and entropies in nats, float32 [N] each. With N = 0 they are empty but part of the graph, so that backward
+        reaches every parameter.
     """
-    return _ChunkedScores.apply(head, chunk_tokens, hidden, head.weight, head.bias, labels, temperatures)
+    return _ChunkedLogprobs.apply(head, chunk_tokens, hidden, head.weight, head.bias, labels, temperatures)
 
 
 class _Chunk:
-    """The memory in which one chunk after the other is computed, and how.
+    """Buffers for one chunk, which all chunks reuse.
 
-    Memory is asked for once: a heap that gives out and takes back blocks of this size again and again falls to pieces, and grows
-    with the number of tokens as if all logits were kept.
+    They are allocated once. Allocating and freeing blocks of this size repeatedly fragments the heap of a CPU process, which
+    then grows with the number of tokens as if all logits were kept.
     """
 
     def __init__(self, head: OutputHead, num_rows: int, dtype: torch.dtype) -> None:
@@ -104,11 +104,11 @@ class _Chunk:
         return torch.log_softmax(logits.div_(temperatures.unsqueeze(1)), dim=1, out=self.log_p[rows])
 
     def probabilities(self, log_p: Tensor) -> Tensor:
-        """Exp(log_p), in the memory of the logits."""
+        """Exp(log_p), written into the buffer of the logits."""
         return torch.exp(log_p, out=self.logits[: log_p.shape[0]])
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """From the gradient by the logits [n, V] to that by W h + b, in the type of the product."""
+        """Maps the gradient of the logits [n, V] to that of W h + b, in the type of the product."""
         rows = slice(gradient.shape[0])
         if self.cap_slope is not None:
             gradient.mul_(self.cap_slope[rows])
@@ -118,7 +118,7 @@ class _Chunk:
 
 
 def _product_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The type in which autocast, or its absence, would have the product made."""
+    """The type of the product: that of autocast if it is enabled, else that of the weight."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -127,8 +127,8 @@ def _ranges(num_rows: int, chunk_tokens: int) -> list[slice]:
     return [slice(start, min(start + chunk_tokens, num_rows)) for start in range(0, num_rows, chunk_tokens)]
 
 
-class _ChunkedScores(torch.autograd.Function):
-    """The scores, with a backward that makes the chunks anew.
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Logprobs and entropies, with a backward that recomputes the chunks.
 
     With z = logits / temperature, p = softmax(z) and H = -sum_v p_v log p_v:
     d log p_label / d z_v = [v = label] - p_v and d H / d z_v = -p_v (log p_v + H).

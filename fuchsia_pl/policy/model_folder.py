@@ -1,4 +1,4 @@
-"""Whether the files of a model are whole and describe a model, read from headers alone."""
+"""Checks from headers alone that the files of a model are complete and describe a model."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def check_weight_files(folder: Path) -> None:
-    """Opens every safetensors file of a folder, which reads its header and compares its length.
+    """Opens every safetensors file of a folder, which reads the header and compares the file's length.
 
     Raises:
-        ConfigError: A file is cut off or of another kind, or the index names one that is missing.
+        ConfigError: A file is cut off or of another kind, or a file named in the index is missing.
     """
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -43,18 +43,18 @@ def check_weight_files(folder: Path) -> None:
 
 
 def blank_model(folder: str | Path) -> PreTrainedModel:
-    """The model of a folder without its weights, on the meta device.
+    """Builds the model of a folder on the meta device, without weights.
 
     Raises:
-        ConfigError: Its config.json is of no causal language model that transformers knows.
+        ConfigError: Its config.json does not describe a causal language model supported by transformers.
     """
     try:
         config = AutoConfig.from_pretrained(str(folder))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a config.json may hold anything, and model classes check little of it
+    except Exception as error:  # a config.json may hold any value, and model classes check few of them
         words = " ".join(str(error).split())
         raise ConfigError(
             f"the config.json in {folder} describes no causal language model ({type(error).__name__}: {words}): give a folder "
-            "that save_pretrained wrote, of a model that transformers knows"
+            "written by save_pretrained, of a model that transformers supports"
         ) from error

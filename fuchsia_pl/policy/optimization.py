@@ -1,4 +1,4 @@
-"""How a run is optimised, as plain data: in a checkpoint, in a config, and where a run resumes."""
+"""Optimizer and schedule as plain data, which checkpoints store and a resume compares with the config."""
 
 import copy
 import functools
@@ -18,18 +18,18 @@ from fuchsia_pl.types import ConfigError
 Choice = Literal["checkpoint", "config"]
 Plain = dict[str, Any]
 SECTIONS = {"optimizer": "model.optimizer", "scheduler": "model.lr_scheduler"}
-# How far a schedule is, and what it took from the optimizer; the rest is what it was configured with.
+# Fields of a schedule's state that hold its progress or come from the optimizer; all others are its settings.
 PROGRESS = {"last_epoch", "base_lrs", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
 FUNCTION = "function"
 
 
 @dataclass(frozen=True)
 class ResumeChoice:
-    """Which side counts where a checkpoint and the config differ; None refuses the difference.
+    """Which settings apply if checkpoint and config differ; None rejects a difference.
 
     Attributes:
-        optimizer: Of the optimizer's class and settings. "config" keeps the momenta where the class is the same.
-        scheduler: Of the learning rate's schedule. "config" continues where the config's own would be at the checkpoint's step.
+        optimizer: For the optimizer's class and settings. "config" keeps the momenta if the class is the same.
+        scheduler: For the schedule. "config" continues with the config's schedule at the checkpoint's step.
 
     >>> ResumeChoice(scheduler="config").optimizer is None
     True
@@ -41,11 +41,11 @@ class ResumeChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes optimizer and schedule.
+    """Factories of optimizer and schedule.
 
     Attributes:
-        optimizer: Makes the optimizer from weights.
-        scheduler: Makes the schedule from the optimizer; None keeps the learning rate.
+        optimizer: Builds the optimizer from weights.
+        scheduler: Builds the schedule from the optimizer; None keeps the learning rate constant.
 
     >>> recipe = Recipe(torch.optim.SGD, functools.partial(torch.optim.lr_scheduler.StepLR, step_size=5))
     >>> recipe.described()["scheduler"]
@@ -56,19 +56,19 @@ class Recipe:
     scheduler: Callable[[Optimizer], Any] | None
 
     def build(self) -> tuple[Optimizer, Any]:
-        """Optimizer and schedule of one weight of one number."""
+        """Builds optimizer and schedule for a single weight with one value."""
         optimizer = self._optimizer()
         return optimizer, self._scheduler(optimizer)
 
     def described(self) -> Plain:
-        """Class and settings of both, as plain data that a checkpoint can hold and that can be compared."""
+        """Class and settings of both, as plain data that can be stored in a checkpoint and compared."""
         optimizer = self._optimizer()
         settings = _group(optimizer)
         described: Plain = {"class": _name(type(optimizer)), "settings": _plain(settings)}
         scheduler = self._scheduler(optimizer)
         if scheduler is None:
             return {"optimizer": described, "scheduler": None}
-        # What the schedule wrote into the optimizer is its own setting, as OneCycleLR's max_lr.
+        # Values that the schedule wrote into the optimizer belong to the schedule, such as OneCycleLR's max_lr.
         own = {name: value for name, value in _group(optimizer).items() if name not in settings}
         if own.get("initial_lr") == settings["lr"]:
             del own["initial_lr"]
@@ -76,11 +76,11 @@ class Recipe:
         return {"optimizer": described, "scheduler": schedule}
 
     def at_step(self, step: int, settings: Plain | None) -> tuple[Plain, Any]:
-        """Where optimizer and schedule are after some steps, if they were these from the first on.
+        """Computes the state of optimizer and schedule after a number of steps from the start.
 
         Args:
             step: Number of steps.
-            settings: Of the optimizer, in place of the recipe's own.
+            settings: Settings of the optimizer that replace those of the recipe.
 
         Returns:
             The settings of the optimizer's weights, and the schedule.
@@ -98,12 +98,12 @@ class Recipe:
         return _group(optimizer), scheduler
 
     def outlook(self, settings: Plain, scheduler_state: Plain, num_steps: int) -> list[float] | None:
-        """Learning rates from now on, one more than steps; None where nothing but a metric decides.
+        """The next learning rates, `num_steps + 1` of them; None if only a metric determines them.
 
         Args:
-            settings: Of the optimizer's weights now.
-            scheduler_state: State dict of the schedule now.
-            num_steps: How far to look.
+            settings: Current settings of the optimizer's weights.
+            scheduler_state: Current state dict of the schedule.
+            num_steps: Number of steps.
 
         Raises:
             ConfigError: The schedule has fewer steps left.
@@ -120,7 +120,7 @@ class Recipe:
         return rates
 
     def _optimizer(self) -> Optimizer:
-        # Two dimensions, without which some optimizers take no weight.
+        # Two dimensions: some optimizers accept no weight with fewer.
         return self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
 
     def _scheduler(self, optimizer: Optimizer) -> Any:
@@ -129,13 +129,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run continues with.
+    """The optimizer and schedule with which a run continues.
 
     Attributes:
-        optimization: Optimizer and schedule in force, as `Recipe.described` has them.
-        settings: Of the optimizer's weights, None where they are as in the checkpoint.
-        scheduler_state: State dict of the schedule, None where it is as in the checkpoint, or where there is none.
-        keeps_momenta: Whether the optimizer's memory of each weight is the checkpoint's.
+        optimization: Optimizer and schedule that apply, as returned by `Recipe.described`.
+        settings: Settings of the optimizer's weights; None if those of the checkpoint apply.
+        scheduler_state: State dict of the schedule; None if that of the checkpoint applies, or if there is no schedule.
+        keeps_momenta: Whether the optimizer's state of each weight is restored from the checkpoint.
 
     >>> Resumed(optimization={}).keeps_momenta
     True
@@ -147,7 +147,7 @@ class Resumed:
     keeps_momenta: bool = True
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
-        """Changes what Lightning will restore from."""
+        """Changes the checkpoint from which Lightning will restore."""
         for state in checkpoint.get("optimizer_states", []) if self.settings is not None else []:
             state["param_groups"] = [{**self.settings, "params": group["params"]} for group in state["param_groups"]]  # type: ignore[dict-item]
             if not self.keeps_momenta:
@@ -156,7 +156,7 @@ class Resumed:
             checkpoint["lr_schedulers"] = [] if self.scheduler_state is None else [self.scheduler_state]
 
     def apply(self, optimizer: Optimizer) -> None:
-        """Does the same to an optimizer that was restored already."""
+        """Applies the same changes to an optimizer that is restored already."""
         if self.settings is None:
             return
         for group in optimizer.param_groups:
@@ -168,10 +168,10 @@ class Resumed:
 
 
 def resumed(checkpoint: Mapping[str, Any], recipe: Recipe, choice: ResumeChoice) -> Resumed:
-    """Decides what a run continues with.
+    """Selects the optimizer and schedule with which a run continues.
 
     Raises:
-        ConfigError: Checkpoint and config differ and nothing says which counts, or what counts cannot be restored.
+        ConfigError: Checkpoint and config differ and the choice is None, or the chosen side cannot be restored.
     """
     saved, own = checkpoint[OPTIMIZATION_KEY], recipe.described()
     optimizer = _decided("optimizer", saved, own, choice.optimizer)
@@ -184,8 +184,8 @@ def resumed(checkpoint: Mapping[str, Any], recipe: Recipe, choice: ResumeChoice)
         return Resumed(in_force)
     if scheduler == "checkpoint":
         raise ConfigError(
-            "--resume.optimizer config and --resume.scheduler checkpoint do not go together where both differ: the checkpoint's "
-            "schedule was of its own learning rate. Set both to the same"
+            "--resume.optimizer config and --resume.scheduler checkpoint cannot be combined if both differ: the checkpoint's "
+            "schedule belongs to its own learning rate. Set both to the same"
         )
     if any(len(state["param_groups"]) != 1 for state in checkpoint.get("optimizer_states", [])):
         raise ConfigError(
@@ -195,42 +195,42 @@ def resumed(checkpoint: Mapping[str, Any], recipe: Recipe, choice: ResumeChoice)
     group, schedule = recipe.at_step(checkpoint["global_step"], settings)
     state = None if schedule is None else schedule.state_dict()
     if isinstance(schedule, ReduceLROnPlateau) and scheduler is None:
-        state = checkpoint["lr_schedulers"][0]  # what it has seen so far
+        state = checkpoint["lr_schedulers"][0]  # its progress so far
     return Resumed(in_force, group, state, saved["optimizer"]["class"] == in_force["optimizer"]["class"])
 
 
 def _decided(part: Literal["optimizer", "scheduler"], saved: Plain, own: Plain, choice: Choice | None) -> Choice | None:
-    """Which side counts, None where there is no difference."""
+    """The side that applies; None if there is no difference."""
     old, new = saved[part], own[part]
     if old == new:
         return None
     difference = _difference(old, new)
     if choice is None:
         kept = (
-            "its momenta are kept where the class is the same"
+            "its momenta are kept if the class is the same"
             if part == "optimizer"
             else "as if it had been so from the first step"
         )
         raise ConfigError(
             f"the checkpoint was trained with another {part} than this config's ({SECTIONS[part]}): {difference}. Decide with "
-            f"--resume.{part} checkpoint, to continue as before, or --resume.{part} config, to take the config's ({kept})"
+            f"--resume.{part} checkpoint, to continue as before, or --resume.{part} config, to use the config ({kept})"
         )
     is_same_class = old is not None and new is not None and old["class"] == new["class"]
     if choice == "checkpoint" and not is_same_class:
         raise ConfigError(
-            f"--resume.{part} checkpoint cannot be followed, since {SECTIONS[part]} is of another class: {difference}. Set it to "
-            f"the checkpoint's, or --resume.{part} config"
+            f"--resume.{part} checkpoint is impossible, since {SECTIONS[part]} has another class: {difference}. Set it to "
+            f"that of the checkpoint, or --resume.{part} config"
         )
     if choice == "checkpoint" and FUNCTION in repr(old):
         raise ConfigError(
-            f"--resume.{part} checkpoint cannot be followed, since a checkpoint does not hold the functions of a schedule: "
-            f"{difference}. Set {SECTIONS[part]} to the checkpoint's, or --resume.{part} config"
+            f"--resume.{part} checkpoint is impossible, since a checkpoint does not hold the functions of a schedule: "
+            f"{difference}. Set {SECTIONS[part]} to that of the checkpoint, or --resume.{part} config"
         )
     return choice
 
 
 def _difference(old: Plain | None, new: Plain | None) -> str:
-    """Both values of everything that differs."""
+    """Lists each difference with both values."""
     names = (
         {"": None}
         if old is None or new is None or old["class"] != new["class"]
@@ -247,17 +247,17 @@ def _difference(old: Plain | None, new: Plain | None) -> str:
 
 
 def advance(scheduler: Any, num_steps: int) -> None:
-    """Steps a schedule of a stand-in.
+    """Advances the schedule of a stand-in optimizer.
 
     Raises:
         ConfigError: It has fewer steps.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a schedule that is stepped without its optimizer
+        warnings.simplefilter("ignore")  # a schedule warns if it is stepped without its optimizer
         try:
             for _ in range(num_steps):
                 scheduler.step()
-        except ValueError as error:  # OneCycleLR, after its last step
+        except ValueError as error:  # raised by OneCycleLR after its last step
             raise ConfigError(
                 f"model.lr_scheduler has fewer steps than the run: {error}. Give it as many as trainer.max_steps"
             ) from error
@@ -268,12 +268,12 @@ def _group(optimizer: Optimizer) -> Plain:
 
 
 def _settings(scheduler: Any) -> Plain:
-    """What a schedule was configured with: its state before the first step, less how far it is."""
+    """Settings of a schedule: its state before the first step, without its progress."""
     settings = {name: _plain(value) for name, value in scheduler.state_dict().items() if name not in PROGRESS}
     if "_schedulers" in settings:
         inner = vars(scheduler)["_schedulers"]
         settings["_schedulers"] = [{"class": _name(type(one)), **_settings(one)} for one in inner]
-    if "lr_lambdas" in settings:  # a state dict has None in the place of a function
+    if "lr_lambdas" in settings:  # a state dict holds None instead of a function
         settings["lr_lambdas"] = [_plain(function) for function in vars(scheduler)["lr_lambdas"]]
     return settings
 
@@ -290,7 +290,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return {FUNCTION: _name(value.func), "arguments": _plain(value.args), "keywords": _plain(value.keywords)}
     if isinstance(value, FunctionType):
-        # Two lambdas of one module have one name: what they compute with tells them apart.
+        # Lambdas of one module share a name: their code and closure distinguish them.
         inner = [cell.cell_contents for cell in value.__closure__ or ()]
         holds = [value.__code__.co_names, value.__code__.co_consts, value.__defaults__, inner]
         return {FUNCTION: _name(value), "holds": _plain(holds)}

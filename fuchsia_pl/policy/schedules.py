@@ -1,4 +1,4 @@
-"""Learning rates over optimizer steps: schedules of transformers by name, and what Lightning has to know of a schedule."""
+"""Learning rate schedules: those of transformers by name, and the configuration that Lightning needs for any schedule."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from fuchsia_pl.policy.optimization import advance
 from fuchsia_pl.types import ConfigError
 
-# These two watch a metric, which transformers' own trainer hands to them.
+# These two depend on a metric that the trainer of transformers passes to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 NAMES = tuple(kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION if kind.value not in WATCHING)
 HELD_OUT = "validation/"
@@ -25,10 +25,10 @@ class TransformersSchedule(LambdaLR):
     """A schedule of transformers by its name, such as "cosine": warm-up, then half a cosine down to 0.
 
     Args:
-        optimizer: Whose learning rates are scheduled.
+        optimizer: The optimizer whose learning rates are scheduled.
         name: One of transformers' `SchedulerType`.
         num_warmup_steps: Optimizer steps over which the rate rises from 0.
-        num_training_steps: Optimizer steps of the whole schedule; some schedules have no end and take None.
+        num_training_steps: Optimizer steps of the whole schedule; None for schedules without an end.
         options: Further arguments of the schedule, such as `num_cycles` or `min_lr_rate`.
 
     Raises:
@@ -54,12 +54,12 @@ class TransformersSchedule(LambdaLR):
         options: dict[str, Any] | None = None,
     ) -> None:
         if name not in NAMES:
-            watching = "lightning.pytorch.cli.ReduceLROnPlateau, which takes the metric to watch as its monitor"
+            watching = "lightning.pytorch.cli.ReduceLROnPlateau, which takes the metric as its monitor"
             right = watching if name in WATCHING else f"one of {', '.join(NAMES)}"
             raise ConfigError(
-                f"model.lr_scheduler has name={name!r}, which is not a schedule of steps alone: use {right}"
+                f"model.lr_scheduler has name={name!r}, which does not depend on steps alone: use {right}"
             )
-        # transformers binds a schedule to its optimizer by stepping it once, so the factors are taken from a stand-in.
+        # Building a schedule steps it once and so changes its optimizer; the factors are therefore taken from a stand-in.
         groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": group["lr"]} for group in optimizer.param_groups]
         stand_in = torch.optim.SGD(groups, lr=optimizer.defaults["lr"])
         try:
@@ -70,22 +70,22 @@ class TransformersSchedule(LambdaLR):
 
 
 def lightning_config(scheduler: LRScheduler, trainer: Trainer) -> dict[str, Any]:
-    """What Lightning needs to know of a scheduler.
+    """The configuration of a scheduler for Lightning.
 
-    It steps once per optimizer step; one that watches a held-out figure steps after each validation.
+    A scheduler steps once per optimizer step; one that monitors a held-out metric steps after each validation.
 
     Args:
         scheduler: The scheduler.
-        trainer: With the epochs between two validations.
+        trainer: The trainer; its interval of validations is used.
 
     Raises:
-        ConfigError: It watches a metric and has no `monitor`, or a held-out figure in a run without validation.
+        ConfigError: It depends on a metric and has no `monitor`, or it monitors a held-out metric in a run without validation.
     """
     if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "step"}
     if not isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigError(
-            f"model.lr_scheduler is {type(scheduler).__module__}.{type(scheduler).__name__}, which has no metric to watch: use "
+            f"model.lr_scheduler is {type(scheduler).__module__}.{type(scheduler).__name__}, which has no `monitor`: use "
             "lightning.pytorch.cli.ReduceLROnPlateau with init_args.monitor, such as reward/mean"
         )
     config = {"scheduler": scheduler, "monitor": scheduler.monitor}
@@ -93,8 +93,8 @@ def lightning_config(scheduler: LRScheduler, trainer: Trainer) -> dict[str, Any]
         return {**config, "interval": "step"}
     if not trainer.limit_val_batches:
         raise ConfigError(
-            f"model.lr_scheduler watches {scheduler.monitor}, and trainer.limit_val_batches is 0: watch a metric of training, "
-            "such as reward/mean, or let the run validate"
+            f"model.lr_scheduler monitors {scheduler.monitor}, but trainer.limit_val_batches is 0: monitor a metric of training, "
+            "such as reward/mean, or enable validation"
         )
     return {**config, "interval": "epoch", "frequency": trainer.check_val_every_n_epoch or 1}
 
@@ -104,15 +104,15 @@ def check_optimization(
     make_scheduler: Callable[[Optimizer], LRScheduler] | None,
     trainer: Trainer,
 ) -> None:
-    """Makes optimizer and scheduler for a stand-in weight, so that wrong arguments are found before the engine starts.
+    """Builds optimizer and scheduler for a stand-in weight, so that wrong arguments are found before the engine starts.
 
     Args:
-        make_optimizer: From weights.
-        make_scheduler: From an optimizer.
-        trainer: Lightning's.
+        make_optimizer: Builds the optimizer from weights.
+        make_scheduler: Builds the scheduler from an optimizer.
+        trainer: Lightning's trainer.
 
     Raises:
-        ConfigError: One of them does not take its arguments, or the schedule has fewer steps than the run.
+        ConfigError: One of them rejects its arguments, or the schedule has fewer steps than the run.
     """
     part = "optimizer"
     try:
@@ -122,7 +122,7 @@ def check_optimization(
             scheduler = make_scheduler(optimizer)
             lightning_config(scheduler, trainer)
             if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                # Some schedules have an end, after which they raise.
+                # Some schedules raise after their last step.
                 advance(scheduler, min(trainer.max_steps, MAX_STEPS_TRIED))
     except ConfigError:
         raise

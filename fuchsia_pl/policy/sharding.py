@@ -1,4 +1,4 @@
-"""Sharding by FSDP2: every weight lies on all ranks in parts, and a block has its own together only while it computes."""
+"""Sharding by FSDP2: each rank keeps a shard of every weight, and a block gathers its weights only while it computes."""
 
 import shutil
 from datetime import timedelta
@@ -29,19 +29,19 @@ from fuchsia_pl.policy.checksums import check_intact, damaged_part
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_TIMEOUT_S = 1800.0
-FOLDER_METADATA = "meta.pt"  # Lightning's name for what is neither weights nor optimizer
+FOLDER_METADATA = "meta.pt"  # Lightning's file for everything but weights and optimizer
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's own strategy for FSDP2, over all ranks. Run on CPU processes; untested on a GPU.
+    """Lightning's FSDP2 strategy, sharding over all ranks. Tested on CPU processes; untested on a GPU.
 
     Args:
-        save_distributed_checkpoint: Each rank writes its own part, and a checkpoint is a folder; otherwise the first rank
-            writes one file, which runs with any strategy and number of ranks go on from.
-        timeout_s: How long a rank waits for the others, in an exchange, before the run ends.
+        save_distributed_checkpoint: If True, each rank writes its own shards and a checkpoint is a folder. Otherwise the first
+            rank writes one file, from which a run with any strategy and number of ranks can resume.
+        timeout_s: Seconds for which a rank waits for the others in a collective operation before the run ends.
 
     Raises:
-        ConfigError: The time is not above 0.
+        ConfigError: `timeout_s` is not above 0.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -54,30 +54,30 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Only now is the number of ranks known; Lightning's own default shards over nodes alone."""
+        """Sets the mesh to all ranks, whose number is known only here. Lightning's default shards over nodes only."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trained weights; Lightning would gather the frozen base as well, for the module to throw away."""
+        """The trained weights. Lightning's version would gather the frozen base as well."""
         assert self.model is not None
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return trained if self._save_distributed_checkpoint else tree_map_only(Tensor, self._on_writer, trained)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's own state dict, whole where the checkpoint is one file: then every strategy reads it."""
+        """The optimizer's state dict; unsharded if the checkpoint is one file, so that every strategy can load it."""
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return tree_map_only(Tensor, self._on_writer, inner.state_dict())
 
     def _on_writer(self, tensor: Tensor) -> Tensor:
-        """The whole tensor on the host of the rank that writes; all ranks take part, and the others keep nothing of it."""
+        """The whole tensor in host memory of the writing rank; all ranks take part, and the others keep nothing."""
         gathered = whole(tensor)
         return gathered.cpu() if self.is_global_zero else gathered.new_empty(0, device="cpu")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes a file, or a folder that takes the place of an older one only when all ranks have written their parts."""
+        """Writes a file, or a folder that replaces an older one only after all ranks have written their shards."""
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -97,28 +97,28 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads weights and optimizers, and returns the rest; from a file of any strategy, or a folder of this one.
+        """Loads weights and optimizers and returns the rest, from a file of any strategy or a folder of this one.
 
-        A run that was killed while a folder took another's place has left that other one, which is loaded then.
+        If a run was killed while one folder replaced another, the older folder is loaded.
 
         Raises:
-            ConfigError: The file is damaged, or a part of the folder is.
+            ConfigError: The file or a file of the folder is damaged.
         """
         path = Path(checkpoint_path)
         path = self.broadcast(path if path.exists() or not older_folder(path).is_dir() else older_folder(path))
         if path.is_dir():
-            # The parts are read twice, so by one rank.
+            # Only one rank verifies the files, since they are read twice.
             index = dcp.FileSystemReader(path).read_metadata()
             damage = self.broadcast(damaged_part(path, index) if self.is_global_zero else None)
             if damage is not None:
-                raise ConfigError(f"the checkpoint {path} is not whole: {damage}. Give another one")
+                raise ConfigError(f"the checkpoint {path} is not complete: {damage}. Give another one")
             return self._load_folder(path, weights_only)
         check_intact(path)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         assert self.model is not None
         weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with torch.no_grad():
-            # Names and shapes that differ are told by the module, which is asked next.
+            # The module reports differing names and shapes; Lightning calls it next.
             for name, saved in checkpoint["state_dict"].items():
                 if name in weights and weights[name].shape == saved.shape:
                     weights[name].copy_(_spread_like(weights[name], saved))
@@ -140,12 +140,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def older_folder(path: Path) -> Path:
-    """Where a folder of parts waits while a newer one takes its place."""
+    """Path of a folder checkpoint while a newer one replaces it."""
     return path.with_name(f".{path.name}.older")
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state dict that is whole; what has its weight's shape is spread as the weight is."""
+    """Loads an unsharded state dict; tensors with the shape of their weight are sharded like it."""
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     spread = {
         number: {
@@ -163,7 +163,7 @@ def _belongs(value: Any, weight: Tensor) -> bool:
 
 
 def _spread_like(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor that every rank has whole, in the parts in which a weight lies."""
+    """Shards a tensor that every rank has whole, like the weight."""
     tensor = tensor.to(weight.device)
     if not isinstance(weight, DTensor):
         return tensor
@@ -171,31 +171,31 @@ def _spread_like(weight: Tensor, tensor: Tensor) -> Tensor:
 
 
 def shard(policy: nn.Module, model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shards a policy in place: each block of its model is one unit; embeddings, norm, output head and critic are another.
+    """Shards a policy in place. Each block of its model is one unit; embeddings, norm, output head and critic form another.
 
-    Frozen and trained weights of a unit are gathered together, each in its own type.
+    Frozen and trained weights of a unit are gathered together, each in its type.
 
     Args:
-        policy: The module whose `forward` computes.
+        policy: The module whose `forward` is called.
         model: The transformers model inside it.
         mesh: One-dimensional, over all ranks.
     """
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh)
-    # Kept after a forward, the head's weights would outlive an optimizer step that follows a forward without backward.
+    # Without resharding, gathered head weights would stay stale if an optimizer step follows a forward without backward.
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, put together from all ranks where it is sharded. All ranks have to ask for it at the same time."""
+    """The unsharded tensor. If it is sharded, all ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank."""
+    """The shard of a tensor on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors as one vector, over all ranks where they are sharded."""
+    """The Euclidean norm of all tensors as one vector; of sharded tensors, over all ranks."""
     return whole(torch.nn.utils.get_total_norm(tensors))

@@ -1,9 +1,9 @@
-"""Rows that start alike are computed as one: what they share once, then what each has of its own.
+"""Computes a prefix shared by several rows once, followed by the own tokens of each row.
 
 A micro-batch becomes one sequence without padding, `prefix | branch | branch | … | prefix | branch | …`, in which positions
-restart after the prefix and a branch attends to its prefix and to itself. Everything but attention works token by token; for
-attention the model is given a function of its own through transformers' `AttentionInterface`. A dense 4-D mask over the whole
-sequence says the same, but computes every pair of branches only to mask it: at 8 completions of 200 tokens it gains nothing.
+restart after the prefix and a branch attends to its prefix and to itself. All layers but attention act on single tokens. The
+model gets its own attention function through transformers' `AttentionInterface`. A dense 4-D mask over the whole sequence would
+be equivalent, but computes every pair of branches only to mask it: with 8 completions of 200 tokens it gains nothing.
 
 Shape letters: B rows, T input positions of the longest row, S tokens of the sequence, R groups, P tokens of the longest prefix,
 M branches, L tokens of the longest branch, A attention heads, D width of a head.
@@ -25,7 +25,7 @@ from fuchsia_pl.batch import PrefixGroup
 
 ATTENTION_NAME = "shared_prefix"
 BASE_ATTENTION = "sdpa"
-# Largest error of the check, relative to that of a branch that never sees its prefix; rounding in bfloat16 is far below.
+# Largest error of the check, relative to the error of a branch without its prefix; rounding in bfloat16 is far below.
 ALLOWED_ERROR = 0.2
 # Keys up to which the plain kernel is faster: 24 tokens over 64 keys took 3.8 ms against 8.0, 200 over 350 took 48 against 45.
 SHORT_ON_CPU = 128
@@ -33,18 +33,18 @@ SHORT_ON_CPU = 128
 
 @dataclass(frozen=True)
 class SharedPrefixLayout:
-    """Where the tokens of a micro-batch lie in the one sequence, and who attends to whom.
+    """Positions of a micro-batch's tokens in the packed sequence, and the attention pattern.
 
     Attributes:
         input_ids: int64 [1, S].
         position_ids: int64 [1, S], of each token in its own row.
-        places: int64 [B, T], where each row's input positions lie; 0 where a row is padding.
-        prefix_places: int64 [R, P], where each prefix lies; 0 behind its end.
-        branch_places: int64 [M, L], where each branch lies; 0 behind its end.
+        places: int64 [B, T], index in the sequence of each input position of a row; 0 for padding.
+        prefix_places: int64 [R, P], index in the sequence of each prefix token; 0 beyond its end.
+        branch_places: int64 [M, L], index in the sequence of each branch token; 0 beyond its end.
         branch_groups: int64 [M], the prefix of each branch.
         prefix_lengths: int64 [M], tokens of each branch's prefix.
-        outputs: int64 [S], where each token lies among the R * P and M * L that attention computes.
-        masks: What was made of the lengths for each window and type that layers asked for; all layers then keep the same one.
+        outputs: int64 [S], index of each token among the R * P and M * L outputs of attention.
+        masks: Attention masks by window and type, made on first use and shared by all layers.
     """
 
     input_ids: Tensor
@@ -58,7 +58,7 @@ class SharedPrefixLayout:
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of branches, [M, 1, L, P + L]: 0 where a key is seen, -inf where not."""
+        """Additive attention mask of branches, [M, 1, L, P + L]: 0 where a key is visible, -inf where not."""
         if (window, dtype) not in self.masks:
             seen, hidden = (
                 torch.full((), value, dtype=dtype, device=self.places.device) for value in (0.0, -torch.inf)
@@ -80,12 +80,12 @@ class SharedPrefixLayout:
 
 
 def lay_out(input_ids: Tensor, lengths: Sequence[int], groups: Sequence[PrefixGroup]) -> SharedPrefixLayout:
-    """Finds the place of every token of a micro-batch, on the device of its ids.
+    """Computes the layout of a micro-batch, on the device of its ids.
 
     Args:
         input_ids: int64 [B, T], padded on the right.
-        lengths: Input positions of each row that are no padding.
-        groups: Which adjacent rows share how much.
+        lengths: Number of input positions of each row without padding.
+        groups: Adjacent rows that share a prefix, and its length.
     """
     ids, positions, places, prefixes, branches = [], [], [], [], []
     branch_groups: list[int] = []
@@ -130,7 +130,7 @@ def _padded(pieces: list[Tensor]) -> Tensor:
 
 
 def _filled(pieces: Sequence[Tensor]) -> Tensor:
-    """Whether each place of the padded pieces, row by row, holds a token; bool."""
+    """Whether each position of the padded pieces holds a token; bool, row by row."""
     lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
     return (torch.arange(int(lengths.max()) if pieces else 0) < lengths.unsqueeze(1)).flatten()
 
@@ -144,16 +144,16 @@ def shared_prefix_attention(
     shared_prefix: SharedPrefixLayout | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a layout, by two calls of the model's own: of the prefixes, and of the branches over prefix and branch.
+    """Attention over a layout in two calls: of the prefixes, and of the branches over prefix and branch.
 
     Args:
         module: The model's attention layer.
         query: [1, A, S, D]; key and value may have fewer heads.
         key: [1, A', S, D].
         value: [1, A', S, D].
-        attention_mask: None; transformers makes none for a function it does not know.
+        attention_mask: None; transformers makes no mask for a custom function.
         shared_prefix: The layout; None for plain rows, which are causal and padded on the right.
-        **settings: What transformers passes to every attention function: scale, dropout, window.
+        **settings: Passed by transformers to every attention function: scale, dropout, window.
 
     Returns:
         [1, S, A, D] and no attention weights.
@@ -182,7 +182,7 @@ def shared_prefix_attention(
 
 
 def _fast_kernel(keys: Tensor) -> AbstractContextManager[None]:
-    """For few keys torch's plain attention beats its flash attention, whose backward in bfloat16 is slow on a CPU."""
+    """Selects torch's math attention for few keys: the backward of flash attention in bfloat16 is slow on a CPU."""
     is_short = keys.device.type == "cpu" and keys.shape[2] <= SHORT_ON_CPU
     return sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext()
 
@@ -193,13 +193,13 @@ def _pick(states: Tensor, places: Tensor) -> Tensor:
 
 
 def _rows(states: Tensor, places: Tensor) -> Tensor:
-    """`states[places]` for states [S, A, D]; the backward of an embedding adds rows up much faster than that of an index."""
+    """`states[places]` for states [S, A, D], as an embedding, whose backward sums rows much faster than that of indexing."""
     picked = nn.functional.embedding(places, states.flatten(1))
     return picked.unflatten(-1, states.shape[1:])
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask of plain rows where a window is narrower than they are long; else they are causal without one."""
+    """Mask of plain rows if a window is shorter than they are; else None, and attention is causal."""
     if not window or length <= window:
         return None
     at = torch.arange(length, device=device)
@@ -208,18 +208,19 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
 
 
 def shares_prefix(model: PreTrainedModel) -> bool:
-    """Whether a model was given the attention of this file."""
+    """Whether a model uses the attention of this module."""
     return model.config._attn_implementation == ATTENTION_NAME
 
 
 def enable_shared_prefix(model: PreTrainedModel) -> bool:
-    """Gives a model the attention of this file, if it then computes what it did, with and without a shared prefix.
+    """Sets the attention of this module on a model if its outputs stay the same, with and without a shared prefix.
 
-    Asked of the model itself, by a few tokens: whatever it does besides attention (recurrence, convolutions, biases by distance
-    that ignore `position_ids`) shows there. A window that is wider than these few shows by each layer's asking for it.
+    The check runs the model on a few tokens. It detects whatever mixes tokens besides attention: recurrence, convolutions,
+    distance biases that ignore `position_ids`. Windows wider than these few tokens are detected by the windows that the
+    layers pass to the attention function.
 
     Returns:
-        Whether it does. If not, the model is as it was.
+        Whether the outputs stay the same. If not, the model is unchanged.
     """
     if model.config._attn_implementation != BASE_ATTENTION:
         return False
@@ -228,7 +229,7 @@ def enable_shared_prefix(model: PreTrainedModel) -> bool:
     model.eval()
     try:
         agrees = _agrees(model)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # a model that takes other arguments than these
+    except (TypeError, ValueError, RuntimeError, IndexError):  # a model that takes other arguments
         agrees = False
     finally:
         model.train(was_training)
@@ -239,7 +240,7 @@ def enable_shared_prefix(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _agrees(model: PreTrainedModel) -> bool:
-    """Compares the hidden states of two branches with those of plain rows by the model's own attention."""
+    """Compares the hidden states of two branches with those of plain rows under the model's own attention."""
     ids = torch.arange(3, 27, device=model.device).reshape(2, 12) % model.config.get_text_config().vocab_size
     ids[1, :8] = ids[0, :8]
     body = model.base_model
@@ -253,13 +254,13 @@ def _agrees(model: PreTrainedModel) -> bool:
         .last_hidden_state[0, layout.places][:, 8:]
         .float()
     )
-    # An error relative to that of a branch that never sees its prefix.
+    # Error relative to that of a branch without its prefix.
     errors = [((found - own).norm() / (alone - own).norm()).item() for found in (plain, packed)]
     return max(errors) < ALLOWED_ERROR and _asks_for_its_windows(model, {window for window, _ in layout.masks})
 
 
 def _asks_for_its_windows(model: PreTrainedModel, asked: set[int | None]) -> bool:
-    """Whether attention was told of every window that the config names: transformers puts some into its own masks only."""
+    """Whether layers pass every window of the config to the attention function: transformers puts some into masks only."""
     config = model.config.get_text_config().to_dict()
     kinds = set(config.get("layer_types") or [])
     if "chunked_attention" in kinds:

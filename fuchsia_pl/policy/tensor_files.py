@@ -1,4 +1,4 @@
-"""What tensor files hold, from their headers, and whether that is what is expected."""
+"""Reads names and shapes from tensor files, and compares them with the expected ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,32 +12,33 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def shapes_in_file(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a `.safetensors` file, or of one that `torch.save` wrote. No code in it is run.
+    """Names and shapes of the tensors in a `.safetensors` file or one written by `torch.save`. No code in it is run.
 
     Raises:
         ConfigError: The file is missing, cut off or of another kind.
     """
     try:
         if file.suffix == ".safetensors":
-            # It compares the length of the file with what its header promises.
+            # Opening compares the length of the file with its header.
             with safe_open(str(file), framework="pt") as opened:
                 return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     except SafetensorError as error:
         raise ConfigError(f"the file {file} is broken or cut off ({error}): copy or save it again") from error
-    except Exception as error:  # a file of unknown origin: the unpickler fails in whatever way its bytes lead to
+    except Exception as error:  # a file of unknown origin can make the unpickler raise any exception
         reason = str(error).partition("\n")[0][:120]
         raise ConfigError(
-            f"the file {file} is broken, cut off or no file of tensors ({type(error).__name__}: {reason}): copy or save it again"
+            f"the file {file} is broken, cut off or not a file of tensors ({type(error).__name__}: {reason}): copy or save it "
+            "again"
         ) from error
 
 
 def first_difference(expected: Shapes, found: Shapes) -> str | None:
-    """The first name on each side that the other lacks, and the first with another shape; None where both are alike.
+    """The first name missing on each side, and the first with another shape; None if both sides are equal.
 
     >>> first_difference({"a": (2,), "b": (3,)}, {"b": (4,), "c": (2,)})
-    'a is expected and missing (1 of 2), c is found and has no place (1 of 2), b is (4,) and should be (3,)'
+    'a is missing (1 of 2), c is unexpected (1 of 2), b has shape (4,) instead of (3,)'
     >>> first_difference({"a": (2,)}, {"a": (2,)}) is None
     True
     """
@@ -46,10 +47,10 @@ def first_difference(expected: Shapes, found: Shapes) -> str | None:
     reshaped = sorted(name for name in expected.keys() & found.keys() if tuple(expected[name]) != tuple(found[name]))
     words = []
     if missing:
-        words.append(f"{missing[0]} is expected and missing ({len(missing)} of {len(expected)})")
+        words.append(f"{missing[0]} is missing ({len(missing)} of {len(expected)})")
     if extra:
-        words.append(f"{extra[0]} is found and has no place ({len(extra)} of {len(found)})")
+        words.append(f"{extra[0]} is unexpected ({len(extra)} of {len(found)})")
     if reshaped:
         name = reshaped[0]
-        words.append(f"{name} is {tuple(found[name])} and should be {tuple(expected[name])}")
+        words.append(f"{name} has shape {tuple(found[name])} instead of {tuple(expected[name])}")
     return ", ".join(words) or None

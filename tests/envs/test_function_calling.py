@@ -267,8 +267,8 @@ def test_only_what_stands_outside_of_the_thinking_is_an_answer_and_its_value_cou
     items = [{"answer": "1"}, {"answer": None}, {"question": ""}, {"answer": "many"}]
     assert bad_golds(FunctionCalling(num_train=1, num_validation=1), items) == [
         "item 1: the gold answer None in 'answer' is neither text nor a number",
-        "item 2: there is no field 'answer', there are ['question']",
-        "item 3: the gold answer 'many' is no number",
+        "item 2: there is no field 'answer', the fields are ['question']",
+        "item 3: the gold answer 'many' is not a number",
     ]
 
 

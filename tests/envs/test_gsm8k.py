@@ -188,8 +188,8 @@ def test_items_without_a_usable_gold_are_found_before_a_run():
     assert bad_golds(GSM8K(), items, limit=4) == [
         "item 1: the gold answer None in 'answer' is neither text nor a number",
         "item 2: a solution of GSM8K ends in '#### <number>', got 'no number'",
-        "item 3: there is no field 'answer', there are ['question']",
-        "item 4: the gold answer '1.2.3' is no number",
+        "item 3: there is no field 'answer', the fields are ['question']",
+        "item 4: the gold answer '1.2.3' is not a number",
     ]
 
 

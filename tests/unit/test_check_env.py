@@ -300,7 +300,7 @@ REFUSED = {
     "NoReward": "NoReward.reward_functions is empty",
     "Empty": "Empty.train_items has no items: there is nothing to train on",
     "Generates": "Generates.train_items returned a generator: it must return a list of items, each a mapping",
-    "Texts": "training item 0: it is a text, and an item is a mapping",
+    "Texts": "training item 0: it is a text, but an item must be a mapping",
     "NoConstructor": "NoConstructor.__init__ does not call super().__init__()",
     "NoConstructorEarly": "NoConstructorEarly.__init__ does not call super().__init__()",
     "NoMessages": "training item 0: messages(item) returned null",
@@ -506,7 +506,7 @@ def test_it_shows_the_prompts_that_the_chat_template_of_the_config_makes(run, tm
     assert "question: " in out
     code, _, err = run("Right", "--model.policy.chat_template", "other.jinja")
     assert code == 2
-    assert "'other.jinja' is no template" in err
+    assert "'other.jinja' is not a template" in err
 
 
 @pytest.mark.parametrize("config", ["quickstart.yaml", "countdown.yaml", "function_calling.yaml"])

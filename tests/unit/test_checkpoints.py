@@ -138,7 +138,7 @@ def test_a_checkpoint_that_cannot_be_used_is_told_in_one_line_and_before_anythin
         ("empty.ckpt", "is empty"),
         ("cut.ckpt", "is cut off"),
         ("folder", "is a folder without .metadata"),
-        ("foreign.ckpt", "is no checkpoint of this program"),
+        ("foreign.ckpt", "is not a checkpoint of this program"),
         ("weights.ckpt", "holds weights only (save_weights_only)"),
     ):
         said = refused(capsys, "fit", "--config", str(config), "--ckpt_path", path)

@@ -125,7 +125,7 @@ def check_that_a_folder_is_read_before_it_is_loaded(folder: Path, root: Path) ->
         (f"{part.name} is damaged at ", index, whole[:8192] + bytes([7] * 4096) + whole[12288:]),
         ("cannot be read", Touches(touched), whole),
         (
-            f"{name.removeprefix('state_dict.')} is expected and missing",
+            f"{name.removeprefix('state_dict.')} is missing",
             replace(index, state_dict_metadata=fewer),
             whole,
         ),

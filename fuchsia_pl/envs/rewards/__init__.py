@@ -1,4 +1,4 @@
-"""Ready-made reward functions. Each is made by a call and has a name of its own in the logs."""
+"""Ready-made reward functions. Each is created by a call and has its own name in the logs."""
 
 from fuchsia_pl.envs.golds import checks_gold
 from fuchsia_pl.envs.rewards.judge import Judge

@@ -1,4 +1,4 @@
-"""A judge: any model behind an OpenAI-compatible endpoint."""
+"""A reward function that calls a judge: any model behind an OpenAI-compatible endpoint."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ MARKS = r"[\s*_`$]{0,20}"  # Markdown and spaces around a score
 NUMBER = r"([0-9]{1,3}(?:\.[0-9]+)?)"
 INLINE = r"[ \t*_`$]{0,20}"
 HEAD = re.compile(rf"score{MARKS}(?:\([^()\n]{{0,40}}\))?{MARKS}[:=]{MARKS}(?=[0-9])", flags=re.IGNORECASE | re.ASCII)
-# What makes the number before it another one, or one of several: 7-8, 7,5, 7 or 8, 7½, 7 1/2, 70%.
+# Text after a number that makes it another number, or one of several: 7-8, 7,5, 7 or 8, 7½, 7 1/2, 70%.
 GOES_ON = (
     rf"{INLINE}(?:[0-9/%±+\u00bc-\u00be\u2150-\u215e]|\\frac|,\s?[0-9]|(?:[-~\u2013\u2014]|to\b|and\b){INLINE}[0-9]|or\b|out\s+of)"
     r"|[A-Za-z]|\.[0-9]"
@@ -30,24 +30,24 @@ INSTRUCTIONS = (
 
 
 class Judge:
-    """A model's opinion of each answer, between 0 and 1.
+    """Scores each answer between 0 and 1 with a judge model.
 
-    The judge reads the conversation without the policy's thinking; override `describe` to show it more or less. An empty
-    answer scores 0 without a request. A reply without a readable score scores nothing (None) and is counted as
-    `judge_unreadable`; `Score: 7` and `Score: 7/10` are 0.7, `**Score:** 1/5` is 0.2. An endpoint that cannot be reached after
-    `max_retries` raises, and the environment's `on_error` determines what follows.
+    The judge reads the conversation without the policy's thinking; override `describe` to change this. An empty answer scores
+    0 without a request. A reply without a readable score gives None (not scored) and is counted as `judge_unreadable`.
+    `Score: 7` and `Score: 7/10` are 0.7, `**Score:** 1/5` is 0.2. If the endpoint fails after `max_retries`, the call raises
+    and the environment's `on_error` applies.
 
     Args:
-        model: The model's name at the endpoint.
-        criteria: What makes an answer good.
+        model: Name of the model at the endpoint.
+        criteria: Criteria of a good answer.
         base_url: The endpoint, such as "http://127.0.0.1:8000/v1".
-        api_key_variable: The environment variable that holds the key; a local server mostly needs none.
-        timeout_s: Bound of one request.
-        max_retries: Further tries after a connection error or a 429 or 5xx answer.
-        name: The reward's name in logs.
+        api_key_variable: Environment variable with the API key; a local server usually requires none.
+        timeout_s: Time limit in seconds of one request.
+        max_retries: Number of retries after a connection error or a 429 or 5xx response.
+        name: Name of the reward in logs.
 
     Raises:
-        ConfigError: A bound is out of range.
+        ConfigError: A setting is out of range.
     """
 
     counters = (JUDGE_UNREADABLE,)
@@ -64,7 +64,7 @@ class Judge:
     ) -> None:
         if timeout_s <= 0 or max_retries < 0:
             raise ConfigError(
-                f"Judge takes timeout_s above 0 and max_retries of 0 or more, got {timeout_s} and {max_retries}"
+                f"Judge requires timeout_s above 0 and max_retries of 0 or more, got {timeout_s} and {max_retries}"
             )
         self.__name__ = name
         self.model = model
@@ -75,7 +75,7 @@ class Judge:
         self.max_retries = max_retries
 
     def describe(self, rollout: Rollout) -> str:
-        """What the judge reads of a rollout: the conversation, message by message, without the policy's thinking."""
+        """The text that the judge reads: the conversation, message by message, without the policy's thinking."""
         shown, turns = [], list(rollout.turns)
         for message in reversed(rollout.messages):
             content = message["content"]
@@ -85,7 +85,7 @@ class Judge:
         return "\n\n".join(reversed(shown))
 
     async def __call__(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float | None]:
-        """The scores of some rollouts."""
+        """Scores some rollouts."""
         from openai import AsyncOpenAI
 
         key = os.environ.get(self.api_key_variable) or "none"
@@ -101,7 +101,7 @@ class Judge:
             return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
 
     async def _score(self, client: Any, rollout: Rollout) -> float | None:
-        if not last_turn(rollout).strip():  # no answer, or a thinking that never ended
+        if not last_turn(rollout).strip():  # no answer, or unfinished thinking
             return 0.0
         marked = f"<answer_to_grade>\n{self.describe(rollout)}\n</answer_to_grade>"
         reply = await client.chat.completions.create(
@@ -116,7 +116,7 @@ class Judge:
 
 
 def read_score(reply: str) -> float | None:
-    """The last score in a judge's reply, as a share of the highest; None where there is none, or not a single one.
+    """The last score in a judge's reply, as a fraction of the maximum; None if there is none or it is ambiguous.
 
     >>> read_score("**Score:** 7"), read_score("Score: **1/5**"), read_score("<think>Score: 9?</think>Score: 11")
     (0.7, 0.2, None)

@@ -1,4 +1,4 @@
-"""Rewards that compare the answer with the gold answer of the item. Nothing that a policy writes is evaluated."""
+"""Reward functions that compare the answer with the gold answer. The policy's text is never evaluated as code."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Extract = Callable[[str], str | None]
 
 
 def last_between(text: str, tag: str) -> str | None:
-    """What stands in the last `<tag>…</tag>` of a text, stripped; None where there is none.
+    """The content of the last `<tag>…</tag>` in a text, stripped; None if there is none.
 
     >>> last_between("<answer>1</answer> no, <answer> 2 </answer>", "answer")
     '2'
@@ -26,7 +26,7 @@ def last_between(text: str, tag: str) -> str | None:
 
 
 def last_answer(text: str) -> str | None:
-    """What stands in the last `<answer>…</answer>` of a text, stripped; None where there is none.
+    """The content of the last `<answer>…</answer>` in a text, stripped; None if there is none.
 
     >>> last_answer("<answer>1</answer> no, <answer> 2 </answer>"), last_answer("2")
     ('2', None)
@@ -35,20 +35,20 @@ def last_answer(text: str) -> str | None:
 
 
 def last_turn(rollout: Rollout) -> str:
-    """The answer: what the policy wrote in its last turn without the thinking; "" where it never came to it."""
+    """The answer: the text of the last turn without its thinking; "" if there is none."""
     return rollout.turns[-1].answer if rollout.turns else ""
 
 
 def exact_match(field: str = "answer", extract: Extract = str.strip, name: str = "correct") -> Reward:
-    """1.0 where what is extracted from the answer equals the item's field as a string, both stripped.
+    """1.0 if the extracted answer equals the item's field as a string, both stripped.
 
     Args:
-        field: The item's field with the gold answer.
-        extract: Takes the answer out of the last turn without its thinking, None where there is none.
-        name: The reward's name in logs.
+        field: Field of the item with the gold answer.
+        extract: Extracts the answer from the last turn without its thinking; returns None if there is none.
+        name: Name of the reward in logs.
 
     Raises:
-        ValueError: When called, if an item's field is not a text or a number.
+        ValueError: On a call, if an item's field is not a text or a number.
     """
 
     @checks_gold(lambda item: gold_problem(lambda: gold_text(item, field)))
@@ -66,22 +66,22 @@ def number_match(
     scorer: Scorer = "lenient",
     read_gold: Callable[[str], str] = str.strip,
 ) -> Reward:
-    """1.0 where what is extracted from the answer is the same number as the item's field, exactly.
+    """1.0 if the extracted answer is exactly the same number as the item's field.
 
     Args:
-        field: The item's field with the gold number, in any form that the lenient scorer reads.
-        extract: Takes the answer out of the last turn without its thinking, None where there is none.
-        name: The reward's name in logs.
-        scorer: "lenient" takes the number however a person would write it, "strict" a bare number alone; the table in
-            `numbers.py` shows what each reads.
-        read_gold: Takes the number out of the item's field.
+        field: Field of the item with the gold number, in any form that the lenient scorer supports.
+        extract: Extracts the answer from the last turn without its thinking; returns None if there is none.
+        name: Name of the reward in logs.
+        scorer: "lenient" reads numbers in common notations, "strict" reads only bare numbers; see the table in
+            `numbers.py`.
+        read_gold: Extracts the number from the item's field.
 
     Raises:
-        ConfigError: There is no such scorer.
-        ValueError: When called, if an item's field is no number.
+        ConfigError: The scorer is unknown.
+        ValueError: On a call, if an item's field is not a number.
     """
     if scorer not in get_args(Scorer):
-        raise ConfigError(f"number_match takes a scorer of {list(get_args(Scorer))}, got {scorer!r}")
+        raise ConfigError(f"number_match requires a scorer of {list(get_args(Scorer))}, got {scorer!r}")
 
     @checks_gold(lambda item: gold_problem(lambda: gold_number(item, field, read_gold)))
     def reward(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
@@ -101,19 +101,19 @@ def gold_text(item: Item, field: str) -> str:
     '1e-07'
     """
     if field not in item:
-        raise ValueError(f"there is no field {field!r}, there are {[str(key) for key in item][:10]}")
+        raise ValueError(f"there is no field {field!r}, the fields are {[str(key) for key in item][:10]}")
     gold = item[field]
     if isinstance(gold, list | tuple | set):
-        raise ValueError(f"the gold answer {str(gold)[:80]} in {field!r} is a list, and a reward takes one answer")
+        raise ValueError(f"the gold answer {str(gold)[:80]} in {field!r} is a list, but a reward requires one answer")
     if isinstance(gold, bool) or not isinstance(gold, str | Real | Decimal):
         raise ValueError(f"the gold answer {str(gold)[:80]} in {field!r} is neither text nor a number")
-    # A whole number is finite, and may be larger than any float.
+    # An integer is always finite, and may be too large for a float.
     if not isinstance(gold, str | Rational) and not math.isfinite(gold):
         raise ValueError(f"the gold answer {gold} in {field!r} is not finite")
     try:
         text = str(gold).strip()
-    except ValueError as error:  # Python writes no number of more than 4,300 digits
-        raise ValueError(f"the gold answer in {field!r} is a number of too many digits: {error}") from error
+    except ValueError as error:  # Python does not convert integers of more than 4,300 digits to text
+        raise ValueError(f"the gold answer in {field!r} is a number with too many digits: {error}") from error
     if not text:
         raise ValueError(f"the gold answer in {field!r} is empty")
     return text
@@ -123,17 +123,17 @@ def gold_number(item: Item, field: str, read_gold: Callable[[str], str]) -> Amou
     """An item's gold answer as a number.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a number.
     """
     gold = read_gold(gold_text(item, field))
     amount = read_number(gold)
     if amount is None:
-        raise ValueError(f"the gold answer {gold[:80]!r} is no number")
+        raise ValueError(f"the gold answer {gold[:80]!r} is not a number")
     return amount
 
 
 def gold_problem(read: Callable[[], object]) -> str | None:
-    """What a reader of a gold answer finds wrong, None where it finds nothing."""
+    """The message of the ValueError that reading a gold answer raises; None if it raises none."""
     try:
         read()
     except ValueError as error:
@@ -142,6 +142,6 @@ def gold_problem(read: Callable[[], object]) -> str | None:
 
 
 def named(reward: Reward, name: str) -> Reward:
-    """The reward function with its name in logs."""
+    """Sets the name of a reward function in logs and returns the function."""
     reward.__name__ = name
     return reward

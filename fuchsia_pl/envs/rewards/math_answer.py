@@ -1,4 +1,4 @@
-"""Mathematical answers, compared by math-verify in worker processes."""
+"""A reward function for mathematical answers, compared by math-verify in worker processes."""
 
 import contextlib
 import json
@@ -25,27 +25,28 @@ PERCENT = "%"
 
 
 class MathAnswer:
-    r"""1.0 where an answer equals the item's gold answer as mathematics: `\frac{1}{2}` and `0.5` are one answer.
+    r"""1.0 if an answer is mathematically equal to the item's gold answer: `\frac{1}{2}` equals `0.5`.
 
-    math-verify parses and compares with sympy, which an answer such as `9^{9^{9^9}}` or ten thousand brackets keeps busy for
-    minutes, and stops itself by signals, which only work in a main thread. So it runs in processes of its own, each limited in
-    memory and killed at the time limit; what was killed scores 0 and is counted as `math_timeout`.
+    math-verify parses and compares with sympy. Answers such as `9^{9^{9^9}}` or ten thousand brackets take it minutes, and its
+    own time limit uses signals, which only work in a main thread. So it runs in separate processes with limited memory, which
+    are killed at the time limit. The answer then scores 0 and is counted as `math_timeout`.
 
-    The answer is in the last turn, without its thinking: the last `\boxed{…}`, which must be complete; else what math-verify
-    finds in the last sentences. Two plain numbers, as `read_number` reads them (`1 1/2`, `\$32,\!348`, `1e-07`), are compared
-    exactly and without math-verify, which reads some of these otherwise. `10\%`, `10` and `0.1` are equal to a gold `10\%`.
+    The answer is in the last turn, without its thinking: the last `\boxed{…}`, which must be complete; without a box, the
+    expression that math-verify finds in the last sentences. Two plain numbers in a form that `read_number` supports (`1 1/2`,
+    `\$32,\!348`, `1e-07`) are compared exactly and without math-verify, which reads some of these forms differently. `10\%`,
+    `10` and `0.1` are equal to a gold `10\%`.
 
     Args:
-        field: The item's field with the gold answer, in LaTeX or as an expression.
-        extract: Takes the part of the last turn that holds the answer, None where there is none. By default all of it.
-        timeout_s: Bound of one comparison.
-        num_workers: Processes, None for one per core up to four.
-        max_chars: A longer answer is not compared: it scores 0 and is counted as `math_too_long`. What the policy wrote before
-            its box, or before the last sentences that fit, is not the answer and may be of any length.
-        name: The reward's name in logs.
+        field: Field of the item with the gold answer, in LaTeX or as an expression.
+        extract: Extracts the part of the last turn with the answer; returns None if there is none. None: the whole turn.
+        timeout_s: Time limit in seconds of one comparison.
+        num_workers: Number of processes. None: one per core, at most four.
+        max_chars: Maximum length of an answer. A longer one is not compared: it scores 0 and is counted as `math_too_long`.
+            Text before the box, or before the last sentences that fit, is not part of the answer and may have any length.
+        name: Name of the reward in logs.
 
     Raises:
-        ConfigError: A bound is not above 0.
+        ConfigError: A setting is not above 0.
     """
 
     counters = (MATH_TIMEOUT, MATH_TOO_LONG)
@@ -62,31 +63,31 @@ class MathAnswer:
         size = num_workers if num_workers is not None else min(os.cpu_count() or 1, 4)
         for bound, value in {"timeout_s": timeout_s, "num_workers": size, "max_chars": max_chars}.items():
             if value <= 0:
-                raise ConfigError(f"MathAnswer takes {bound} above 0, got {value}")
+                raise ConfigError(f"MathAnswer requires {bound} above 0, got {value}")
         self.__name__ = name
         self.field = field
         self.extract = extract
         self.timeout_s = timeout_s
         self.max_chars = max_chars
-        self._accepted: set[str] = set()  # gold answers that were checked: many items of a set share one
+        self._accepted: set[str] = set()  # gold answers that passed the check; many items share one
         self._workers: queue.Queue[_Worker] = queue.Queue()
         for _ in range(size):
             self._workers.put(_Worker(timeout_s))
 
     def __call__(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-        """The rewards of some rollouts."""
+        """Scores some rollouts."""
         with ThreadPoolExecutor(max_workers=self._workers.maxsize or len(rollouts)) as threads:
             return list(threads.map(self._score, rollouts))
 
     def close(self) -> None:
-        """Ends the processes. They are started again when needed."""
+        """Ends the processes. The next comparison starts them again."""
         workers = [self._workers.get(timeout=START_TIMEOUT_S) for _ in range(self._workers.qsize())]
         for worker in workers:
             worker.kill()
             self._workers.put(worker)
 
     def check_gold(self, item: Item) -> str | None:
-        """What is wrong with an item's gold answer, None where an answer that repeats it would be right."""
+        """Describes the fault of an item's gold answer; None if an answer that repeats it would score 1.0."""
         problem = gold_problem(lambda: gold_text(item, self.field))
         if problem is not None:
             return problem
@@ -109,7 +110,7 @@ class MathAnswer:
         part = turn if self.extract is None else self.extract(turn)
         boxed = part is not None and has_box(part)
         answer = None if part is None else last_boxed(part) if boxed else last_sentences(part, self.max_chars)
-        if not answer:  # nothing was written, or a box is not complete
+        if not answer:  # no answer, or an incomplete box
             return 0.0
         if len(answer) > self.max_chars:
             rollout.counts[MATH_TOO_LONG] += 1
@@ -129,7 +130,7 @@ class MathAnswer:
         except ValueError:
             if tries == 1:
                 raise
-            # What an earlier answer left in the process's memory may keep it from reading even a gold that was checked.
+            # Memory used by an earlier answer may prevent the process from reading even a gold answer that passed the check.
             worker.kill()
             return worker.compare(gold, answer)
         finally:
@@ -141,7 +142,7 @@ def _in_box(text: str) -> str:
 
 
 def _equal_numbers(answer: str, gold: str) -> bool | None:
-    """Whether two plain numbers are equal, None where one is none and math-verify has to look at them.
+    """Whether two plain numbers are equal; None if one is not a plain number, so that math-verify must compare.
 
     >>> _equal_numbers("0.1", "10%"), _equal_numbers("10", "10%"), _equal_numbers("$10", "10%"), _equal_numbers("x", "10%")
     (True, True, False, None)
@@ -155,12 +156,12 @@ def _equal_numbers(answer: str, gold: str) -> bool | None:
 
 
 def _share(amount: Amount) -> Fraction:
-    """What a number without a unit is, and a percentage as a share: 10 % is also 0.1."""
+    """The value of a number, of a percentage as a fraction: 10 % is 0.1."""
     return amount.value / 100 if amount.unit == PERCENT else amount.value
 
 
 def _for_math_verify(gold: str) -> str:
-    r"""A gold answer as math-verify reads it: of `1 1/2` it would take the 1.
+    r"""A gold answer in a form that math-verify reads correctly: of `1 1/2` it would read only the 1.
 
     >>> [_for_math_verify(gold) for gold in ("1 1/2", "10%", r"1 000\%", "1 1/2 percent", "x + 1")]
     ['3/2', '10\\%', '1000\\%', '3/200', 'x + 1']
@@ -168,20 +169,20 @@ def _for_math_verify(gold: str) -> str:
     amount = read_number(gold)
     if amount is None:
         return gold
-    # The sign lets it take 10 and 0.1 for 10 %. It divides by all that stands behind a slash: 3/2 % would be 150.
+    # With the sign, it accepts 10 and 0.1 for 10 %. It divides by everything after a slash: 3/2 % would be 150.
     is_whole_percentage = amount.unit == PERCENT and amount.value.denominator == 1
     return rf"{amount.value}\%" if is_whole_percentage else str(_share(amount))
 
 
 class _Worker:
-    """A process that compares answers, started when it is first needed and again after it was killed."""
+    """A process that compares answers. It is started on first use, and again after it was killed."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def compare(self, gold: str, answer: str) -> bool | None:
-        """Whether two answers are equal, None where the process did not say so in time.
+        """Whether two answers are equal; None if the process does not reply in time.
 
         Raises:
             RuntimeError: The process does not start.
@@ -200,14 +201,14 @@ class _Worker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel ends it when it can
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel ends it later
                 process.communicate(timeout=START_TIMEOUT_S)
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.kill()
-        # A file of its own: importing this package there would load torch into every worker.
+        # A separate script: importing this package would load torch into every worker.
         command = [sys.executable, "-P", str(WORKER), str(self._timeout_s)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
@@ -224,7 +225,7 @@ class _Worker:
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:  # it was killed, for its memory perhaps
+        except BrokenPipeError:  # the process was killed, possibly at its memory limit
             self.kill()
             return None
         ready, _, _ = select.select([process.stdout], [], [], timeout_s)

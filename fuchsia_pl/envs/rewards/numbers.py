@@ -1,6 +1,6 @@
-r"""Two readers of numbers: a strict one for a reward of the form, and a lenient one for the value.
+r"""Two readers of numbers: a strict one for rewards of the form, and a lenient one for the value.
 
-What each reads as the number 1072:
+Texts that each of them reads as the number 1072:
 
 | written                                                                  | strict | lenient |
 |--------------------------------------------------------------------------|--------|---------|
@@ -12,10 +12,10 @@ What each reads as the number 1072:
 | `"1072"`, `'1072'` and typographic quotes; invisible marks around it       | no     | yes     |
 | `1.072e3`, `1.072 \times 10^3`; for 1.5 `3/2`, `1 1/2`, `1\frac{1}{2}`    | no     | yes     |
 | `1072 clips`, `about 1072`, `x = 1072`, `1072 or 1073`, `1000 + 72`       | no     | no      |
-| `2144/2` (a division left to do), `10,72`, `0,072`, `(1072)`, `1072...`   | no     | no      |
+| `2144/2` (a division to compute), `10,72`, `0,072`, `(1072)`, `1072...`   | no     | no      |
 | digits of other scripts, numbers in words, `0x430`, `nan`                 | no     | no      |
 
-A unit counts where it is in `units.py`. A minus is `-` or U+2212. Both readers are exact: 0.3333 is not 1/3.
+Units are allowed if they are in `units.py`. A minus sign is `-` or U+2212. Both readers are exact: 0.3333 is not 1/3.
 """
 
 import re
@@ -27,13 +27,13 @@ from fuchsia_pl.envs.rewards.wrappers import unwrapped
 
 Scorer = Literal["lenient", "strict"]
 
-# Longer digit strings are no answers, and Python refuses or takes long to convert them.
+# Longer digit strings are not answers, and Python converts them slowly or not at all.
 MAX_NUMBER_CHARS = 60
 MAX_CHARS = 200
 MAX_EXPONENT = 300
 NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|\.(?=$))?", flags=re.ASCII)
 
-# How LaTeX and other alphabets' signs are spelled before a number is read.
+# Replacements of LaTeX commands and of signs of other alphabets, applied before a number is read.
 SPELLINGS = (
     (re.compile(r"\\!|\{\}"), ""),
     (re.compile(r"\{,\}"), ","),
@@ -63,11 +63,11 @@ AMOUNT = re.compile(
 
 
 class Amount(NamedTuple):
-    """A number as a person writes it.
+    """A number with its unit.
 
     Attributes:
-        value: Its exact value.
-        unit: Its unit in one spelling, "" where none is written.
+        value: Exact value.
+        unit: Unit in its canonical spelling; "" if there is none.
 
     >>> Amount(Fraction(50), "km/hour").unit
     'km/hour'
@@ -78,10 +78,10 @@ class Amount(NamedTuple):
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The strict reader: a bare decimal number, exactly; None for anything else, other scripts' digits included.
+    """The strict reader: the exact value of a bare decimal number; None for any other text, including digits of other scripts.
 
-    Thousands may be set apart by commas in groups of three; a dollar or euro sign before it, and a per cent sign or one
-    final full stop after it, are left out.
+    Commas may separate groups of three digits. A dollar or euro sign before the number, and a percent sign or one final full
+    stop after it, are ignored.
 
     >>> parse_number("$1,234.50"), parse_number("-3"), parse_number("1,23"), parse_number("three")
     (Fraction(2469, 2), Fraction(-3, 1), None, None)
@@ -98,7 +98,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def read_number(text: str) -> Amount | None:
-    r"""The lenient reader: a number in any of the forms of the table above, None for anything else.
+    r"""The lenient reader: a number in any form of the table above; None for any other text.
 
     >>> read_number("50 km/h"), read_number("72 or 73")
     (Amount(value=Fraction(50, 1), unit='km/hour'), None)
@@ -119,12 +119,12 @@ def read_number(text: str) -> Amount | None:
 
 
 def same_number(answer: str, gold: Amount, scorer: Scorer) -> bool:
-    """Whether an answer is a number that has the gold value. Where both have units, these must agree.
+    """Whether an answer is a number with the gold value. If both have units, the units must agree.
 
     Args:
-        answer: What the policy wrote.
-        gold: The number that is right.
-        scorer: Which reader reads the answer.
+        answer: Text of the answer.
+        gold: The correct number.
+        scorer: Reader of the answer.
 
     >>> same_number("$72", Amount(Fraction(72), ""), "lenient"), same_number("72%", Amount(Fraction(72), "$"), "lenient")
     (True, False)
@@ -140,7 +140,7 @@ def same_number(answer: str, gold: Amount, scorer: Scorer) -> bool:
 
 
 def _fraction(found: re.Match[str]) -> Fraction | None:
-    """A fraction or a mixed number. A division that comes out whole is a computation left to do, and no answer."""
+    """A fraction or a mixed number. A division with an integer result is not computed yet, so it is not an answer."""
     part = Fraction(int(found["over"]), int(found["under"]))
     if part.denominator == 1 or (found["whole"] and (part > 1 or len(found["over"]) > 2)):
         return None  # "1 100/300" may be 1 1/3 or 1100/300

@@ -1,4 +1,4 @@
-"""Rewards that read what the policy wrote as text: its form and its length."""
+"""Reward functions for the form and the length of the policy's text."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from fuchsia_pl.types import ConfigError, Rollout
 
 
 def format_tags(*tags: str, name: str = "format") -> Reward:
-    """Rewards a last turn that is nothing but `<a>…</a>`, `<b>…</b>`, … in this order, each once and not empty.
+    """Rewards a last turn that consists of `<a>…</a>`, `<b>…</b>`, … in this order, each once and not empty.
 
     reward = 1/2 (share of the opening and closing tags that occur exactly once) + 1/2 [the whole turn has the form]
 
-    The whole turn is read, with its thinking: the tags may be those that enclose it.
+    The whole turn is read, including its thinking: the tags may be the thinking marks.
 
     Args:
         tags: Names of the tags, in order.
-        name: The reward's name in logs.
+        name: Name of the reward in logs.
 
     Raises:
-        ConfigError: No tag is named.
+        ConfigError: No tag is given.
 
     >>> from fuchsia_pl.types import Completion, Turn
     >>> rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="")
@@ -27,7 +27,7 @@ def format_tags(*tags: str, name: str = "format") -> Reward:
     ([1.0], [0.25])
     """
     if not tags:
-        raise ConfigError("format_tags takes at least one tag")
+        raise ConfigError("format_tags requires at least one tag")
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
 
     def reward(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
@@ -38,18 +38,18 @@ def format_tags(*tags: str, name: str = "format") -> Reward:
 
 
 def length_penalty(free_tokens: int, max_tokens: int, name: str = "length") -> Reward:
-    """0 up to `free_tokens` sampled tokens, then falling linearly to -1 at `max_tokens` and beyond.
+    """0 up to `free_tokens` sampled tokens, then decreasing linearly to -1 at `max_tokens`; -1 beyond.
 
     Args:
-        free_tokens: Length that costs nothing.
-        max_tokens: Length that costs 1.
-        name: The reward's name in logs.
+        free_tokens: Number of tokens without a penalty.
+        max_tokens: Number of tokens with the full penalty of 1.
+        name: Name of the reward in logs.
 
     Raises:
         ConfigError: `free_tokens` is below 0, or not below `max_tokens`.
     """
     if not 0 <= free_tokens < max_tokens:
-        raise ConfigError(f"length_penalty takes 0 <= free_tokens < max_tokens, got {free_tokens} and {max_tokens}")
+        raise ConfigError(f"length_penalty requires 0 <= free_tokens < max_tokens, got {free_tokens} and {max_tokens}")
 
     def reward(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
         over = [(r.num_sampled_tokens - free_tokens) / (max_tokens - free_tokens) for r in rollouts]

@@ -1,8 +1,8 @@
-"""Units that may stand at a number. Other words do not: "72 thousand", "72 short" and "72 dozen" are not 72."""
+"""Units that may follow a number. Other words are rejected: "72 thousand", "72 short" and "72 dozen" are not 72."""
 
 import re
 
-# One spelling of each unit, and its others.
+# Canonical spelling of each unit, and its other spellings.
 SPELLINGS = {
     "$": ("us$", "usd", "dollar", "dollars", "us dollars", "bucks"),
     "€": ("eur", "euro", "euros"),
@@ -41,7 +41,7 @@ SPELLINGS = {
     "meter/second": ("m/s",),
     "km/hour": ("kph", "kmh"),
 }
-# Words that stand for several units, which are not one another: "72 pounds" may be £72 or 72 lb.
+# Words for several units, which are not equal to each other: "72 pounds" may be £72 or 72 lb.
 AMBIGUOUS = {"pound": ("£", "lb")}
 UNITS = {spelling: unit for unit, others in SPELLINGS.items() for spelling in (unit, *others)}
 SIGNS = ("US$", "$", "€", "£", "¥", "₹", "USD", "EUR", "GBP")
@@ -52,11 +52,11 @@ PER = re.compile(r"\s*/\s*|(?:^|\s+)(?:per|an?)\s+")
 
 
 def canonical_unit(currency: str, written: str) -> str | None:
-    """A number's unit in one spelling, "" where there is none, None where it is not known.
+    """The unit of a number in canonical spelling; "" if there is none, None if it is unknown.
 
     Args:
-        currency: The sign before the number, "" where there is none.
-        written: What stands behind the number.
+        currency: Currency sign before the number; "" if there is none.
+        written: Text after the number.
 
     >>> canonical_unit("$", ""), canonical_unit("", "Dollars"), canonical_unit("$", "per hour"), canonical_unit("", "dozen")
     ('$', '$', '$/hour', None)
@@ -72,7 +72,7 @@ def canonical_unit(currency: str, written: str) -> str | None:
 
 
 def same_unit(one: str, other: str) -> bool:
-    """Whether two units in their one spelling may be the same.
+    """Whether two units in canonical spelling may be the same.
 
     >>> same_unit("pound", "£"), same_unit("lb", "pound"), same_unit("£", "lb"), same_unit("£/hour", "pound/hour")
     (True, True, False, True)

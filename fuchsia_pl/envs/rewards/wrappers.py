@@ -1,4 +1,4 @@
-r"""Boxes and marks around an answer: LaTeX's `\boxed{…}` and `$…$`, Markdown's `**…**`, GSM8K's `####`, quotes."""
+r"""Removes boxes and marks around an answer: LaTeX's `\boxed{…}` and `$…$`, Markdown's `**…**`, GSM8K's `####`, quotes."""
 
 import re
 
@@ -27,7 +27,7 @@ BRACE = re.compile(r"\\.|[{}]", flags=re.DOTALL)  # an escaped brace is text
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{…}` of a text, stripped; None where there is none or the last one is not complete.
+    r"""The content of the last `\boxed{…}` in a text, stripped; None if there is none or the last one is incomplete.
 
     >>> last_boxed(r"\boxed{1}? no, \boxed{\frac{1}{2}} it is"), last_boxed(r"\boxed{1}, no, \boxed{\frac{1}{2")
     ('\\frac{1}{2}', None)
@@ -42,7 +42,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_sentences(text: str, max_chars: int) -> str:
-    """The last whole sentences and lines of a text that fit into `max_chars`; all of it where its last sentence does not.
+    """The last whole sentences and lines of a text that fit into `max_chars`; the whole text if its last sentence does not fit.
 
     >>> last_sentences("First I add. Then I am done. It is 3.", 24)
     'It is 3.'
@@ -54,12 +54,12 @@ def last_sentences(text: str, max_chars: int) -> str:
 
 
 def has_box(text: str) -> bool:
-    r"""Whether a text has a `\boxed{…}`, complete or not."""
+    r"""Whether a text contains a `\boxed{…}`, complete or not."""
     return BOX.search(text) is not None
 
 
 def unwrapped(text: str) -> str:
-    r"""A text without the marks that stand around the whole of it, and without one final full stop.
+    r"""Removes the marks that enclose the whole text, and one final full stop.
 
     >>> unwrapped(r"**$\boxed{72}$.**"), unwrapped("#### 72"), unwrapped(r"\boxed{72} or \boxed{73}")
     ('72', '72', '\\boxed{72} or \\boxed{73}')
@@ -94,7 +94,7 @@ def _without_one(text: str) -> str:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Position of the brace that closes one whose content begins at `start`; None where it is never closed."""
+    """Position of the closing brace, given the `start` of its content; None if there is none."""
     depth = 1
     for mark in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(mark.group(), 0)

@@ -1,1 +1,1 @@
-"""Tools: how a policy's calls are read, and the MCP servers that run them."""
+"""Tools: parsing of tool calls, and the MCP servers that run them."""

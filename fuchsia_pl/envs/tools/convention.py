@@ -1,7 +1,7 @@
-"""How a model writes tool calls and reads their results.
+"""Formats of tool calls and of their results.
 
-A model whose chat template knows tools is taken at its word: `Chat` renders a call through the template and finds out what
-stands around it. Every other model gets the plain convention, explained in its system message:
+If the chat template of a model supports tools, its format is used: `Chat` renders a call through the template and extracts the
+text around it. Every other model uses the plain convention, which the system message explains:
 
     <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>
     <tool_response>3</tool_response>
@@ -20,14 +20,14 @@ from fuchsia_pl.envs.tools.spec import ToolSpec
 
 @dataclass(frozen=True)
 class ToolConvention:
-    """How calls are written, and whose message their results are.
+    """Format of calls, and role of the messages with their results.
 
     Attributes:
-        opening: What stands before a call's JSON, "" where calls are JSON without tags, anywhere in a turn.
-        closing: What stands after it.
-        arguments_key: The key of the arguments in that JSON as the template writes it; the name's is "name".
-        role: The role of a result in the chat template.
-        is_native: Whether the chat template itself renders the tools.
+        opening: Text before the JSON of a call; "" if calls are JSON without tags, anywhere in a turn.
+        closing: Text after the JSON of a call.
+        arguments_key: Key of the arguments in the JSON of the template; the key of the name is "name".
+        role: Role of a result in the chat template.
+        is_native: Whether the chat template renders the tools.
 
     >>> PLAIN.read('<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', tools=[]).calls
     (ToolCall(name='add', arguments={'a': 1}, error=None),)
@@ -43,25 +43,25 @@ class ToolConvention:
 
     @property
     def stop(self) -> list[str]:
-        """Strings after which the policy waits for a result. A template with tools ends the turn by itself."""
+        """Strings after which a turn ends to wait for a result. A chat template with tools has its own end of a turn."""
         return [] if self.is_native else [self.closing]
 
     def read(self, text: str, tools: Sequence[ToolSpec]) -> TurnCalls:
-        """Finds the calls in a turn's text. A call that cannot be read has an `error`.
+        """Finds the calls in the text of a turn. A call that cannot be read has an `error`.
 
         Args:
-            text: The turn with its special tokens and without its thinking.
-            tools: What the policy may call: without tags, JSON is a call only where it names one of these or has arguments.
+            text: Text of the turn with its special tokens and without its thinking.
+            tools: Available tools. Without tags, JSON is a call only if it names one of these or has arguments.
         """
         if not self.opening:
             return read_bare(text, tools)
         return read_tagged(text, self.opening, self.closing, tools)
 
     def opaque(self, tools: Sequence[ToolSpec]) -> Opaque:
-        """The JSON of calls, in whose strings marks of thinking are text.
+        """The JSON of calls: thinking marks in its strings are ordinary text.
 
         Args:
-            tools: What the policy may call.
+            tools: Available tools.
 
         >>> from fuchsia_pl.envs.thinking import without_thinking
         >>> without_thinking('<think>3</think><tool_call>{"name": "</think>"}', opaque=PLAIN.opaque([]))
@@ -77,7 +77,7 @@ class ToolConvention:
         )
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """A call as a policy writes it.
+        """A call in this format.
 
         >>> PLAIN.call("add", {"a": 1})
         '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
@@ -85,7 +85,7 @@ class ToolConvention:
         return f"{self.opening}{json.dumps({'name': name, self.arguments_key: arguments})}{self.closing}"
 
     def result(self, text: str) -> str:
-        """The message that tells the policy a result."""
+        """The message with the result of a call."""
         return text if self.is_native else f"<tool_response>{text}</tool_response>"
 
 
@@ -93,7 +93,7 @@ PLAIN = ToolConvention("<tool_call>", "</tool_call>", "arguments", role="user", 
 
 
 def instructions(tools: Sequence[ToolSpec]) -> str:
-    """What the plain convention says to the policy in its system message."""
+    """Explanation of the plain convention for the system message."""
     described = "\n".join(json.dumps(tool.for_template()["function"], ensure_ascii=False) for tool in tools)
     return (
         f"You may call these tools:\n{described}\n"

@@ -1,4 +1,4 @@
-"""MCP servers of tools, over fastmcp: started, health-checked, restarted a bounded number of times, and stopped."""
+"""MCP servers of tools, through fastmcp: start, health check, a limited number of restarts, and stop."""
 
 import asyncio
 import contextlib
@@ -31,10 +31,10 @@ from fuchsia_pl.envs.user_code import contained
 from fuchsia_pl.scratch import OWNER_VARIABLE, scratch_file
 from fuchsia_pl.types import ConfigError, shortened
 
-# The keys of a request's and a result's `_meta` that a server may read and write.
+# Keys in the `_meta` of a request and of a result. A server may read the first and write the second.
 ROLLOUT_KEY = "fuchsia/rollout"
 STATUS_KEY = "fuchsia/status"
-# The client's own bound comes after the one it gives to the protocol, in case the protocol's never fires.
+# The client's own time limit is later than that of the protocol, in case that one has no effect.
 GRACE_S = 5.0
 LOG_TAIL_CHARS = 2000
 MAX_ERROR_CHARS = 500
@@ -42,11 +42,11 @@ SCRIPT_SUFFIXES = (".cjs", ".jar", ".js", ".mjs", ".py", ".sh", ".ts")
 
 
 class ToolServer:
-    """The running side of an `MCPServer`. All coroutines belong to one event loop.
+    """Client of a server and owner of its process. All coroutines run in one event loop.
 
     Args:
-        config: The server.
-        in_process: Tools of this process, in place of what the config names.
+        config: Configuration of the server.
+        in_process: Server in this process, used instead of the configured command or URL.
     """
 
     def __init__(self, config: MCPServer, in_process: FastMCP | None = None) -> None:
@@ -55,18 +55,18 @@ class ToolServer:
         self._in_process = in_process
         self._client: Client[Any] | None = None
         self._own: dict[str, Client[Any]] = {}  # with `per_rollout`
-        self._first_start: dict[str, int] = {}  # which start of the server holds a rollout's state
+        self._first_start: dict[str, int] = {}  # number of server starts when a rollout's state was created
         self._specs: list[ToolSpec] = []
         self._lock = asyncio.Lock()
         self._log = scratch_file("tools", ".log")
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a rollout has lost something when the server was restarted."""
+        """Whether a restart of the server loses the state of rollouts."""
         return self.config.per_rollout or self.config.end_session_tool is not None
 
     async def ensure_running(self) -> list[ToolSpec]:
-        """Starts the server, or asks one that runs whether it answers and restarts it if not; returns its tools.
+        """Starts the server, or restarts it if its health check fails; returns its tools.
 
         Raises:
             ToolServerError: It does not start, or has died too often.
@@ -76,7 +76,7 @@ class ToolServer:
                 return self._specs
             await self._drop()
             if self.num_starts > self.config.max_restarts:
-                died = f"died {self.num_starts} times, and max_restarts allows {self.config.max_restarts} restarts"
+                died = f"died {self.num_starts} times, but max_restarts allows {self.config.max_restarts} restarts"
                 raise ToolServerError(self._words(f"the tool server {self.config.name!r} {died}"))
             self._client = await self._connect()
             self.num_starts += 1
@@ -86,22 +86,22 @@ class ToolServer:
         return self._specs
 
     async def call(self, key: str, name: str, arguments: dict[str, Any]) -> ToolResult:
-        """Calls a tool on behalf of a rollout.
+        """Calls a tool for a rollout.
 
         Args:
-            key: The rollout's, the same in all of its calls.
-            name: The tool.
-            arguments: By name.
+            key: Key of the rollout, the same for all of its calls.
+            name: Name of the tool.
+            arguments: Arguments by name.
 
         Returns:
-            The result, or what went wrong in its place: the call could not be sent, was refused or took too long, or the
-            server died. Only the last costs the server, and with it what other rollouts have in flight there.
+            The result, or a description of the failure: the call could not be sent, was refused or exceeded its time limit, or
+            the server died. Only the death of the server also affects the pending calls of other rollouts.
 
         Raises:
-            ToolServerError: The server cannot be started again.
+            ToolServerError: The server cannot be restarted.
         """
         problem = unsendable(arguments)
-        if problem is not None:  # what breaks in the transport's own tasks would break the connection
+        if problem is not None:  # an error in the transport's own tasks would break the connection
             return ToolResult(f"Error: the call cannot be sent: {problem}", ToolStatus.INVALID_CALL)
         client = await self._client_for(key)
         if client is None:
@@ -114,26 +114,26 @@ class ToolServer:
                 )
         except TimeoutError:
             return _timed_out(limit)
-        except Exception as error:  # calls fail in many ways; only the server itself can tell whether it lives
+        except Exception as error:  # calls fail in many ways; a health check detects whether the server is alive
             if isinstance(error, MCPError) and error.code == REQUEST_TIMEOUT:
                 return _timed_out(limit)
             return _failed(error) if await self._answers(client) else await self._after_loss(client, error)
         return self._shown(result)
 
     async def end_session(self, key: str) -> None:
-        """Forgets a rollout: its connection, or its state in the server. A server that is dead has forgotten it already."""
+        """Closes the connection of a rollout, or clears its state in the server. A dead server has no state to clear."""
         self._first_start.pop(key, None)
         own = self._own.pop(key, None)
         if own is not None:
             await _close(own)
         elif self.config.end_session_tool is not None and self._client is not None:
-            # Whatever goes wrong here is found by the next health check.
+            # The next health check detects a failure.
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(self.config.call_timeout_s):
                     await self._client.call_tool(self.config.end_session_tool, {}, meta={ROLLOUT_KEY: key})
 
     async def stop(self) -> None:
-        """Ends every connection, and with it the processes of commands."""
+        """Closes every connection, which also ends the processes of commands."""
         async with self._lock:
             await asyncio.gather(self._drop(), *(_close(client) for client in self._own.values()))
             self._own.clear()
@@ -141,7 +141,7 @@ class ToolServer:
             self._log.unlink(missing_ok=True)
 
     async def _client_for(self, key: str) -> "Client[Any] | None":
-        """The connection of a rollout, None where its state is lost."""
+        """The connection of a rollout; None if its state is lost."""
         if self.config.per_rollout:
             if key not in self._own:
                 if key in self._first_start:
@@ -156,7 +156,7 @@ class ToolServer:
         return self._client
 
     async def _after_loss(self, client: "Client[Any]", error: Exception) -> ToolResult:
-        """Drops a connection that broke."""
+        """Drops a broken connection."""
         if client is self._client:
             self._client = None
         for key in [key for key, own in self._own.items() if own is client]:
@@ -170,7 +170,7 @@ class ToolServer:
         try:
             async with asyncio.timeout(self.config.start_timeout_s):
                 await client.list_tools()
-        except Exception:  # no answer is an answer: the server is restarted, and its death is counted
+        except Exception:  # any failure counts as a death: the server is restarted
             return False
         return True
 
@@ -180,7 +180,7 @@ class ToolServer:
         try:
             async with asyncio.timeout(self.config.start_timeout_s + GRACE_S):
                 await client.__aenter__()
-        except Exception as error:  # a server fails to start in many ways; each ends the run with its last words
+        except Exception as error:  # starts fail in many ways; each ends the run with the end of the server's log
             await _close(client)
             kind = ToolServerError if self.num_starts else ToolServerStartError
             raise kind(f"the tool server {self.config.name!r} did not start{self._why_not(error)}") from error
@@ -196,10 +196,10 @@ class ToolServer:
         if self.config.url is not None:
             return self.config.url
         program, *arguments = self.config.command or ()
-        # Without its owner's name it would outlive a run that was killed, if it does not look at its input.
+        # The watcher in `orphans.py` ends a server by this variable, if the run is killed and the server ignores its input.
         own = {OWNER_VARIABLE: os.environ[OWNER_VARIABLE]} if OWNER_VARIABLE in os.environ else {}
         environment = {**own, **(self.config.env or {})}
-        # Kept alive, the process would outlive its client.
+        # With keep_alive=True, the process would outlive its client.
         return StdioTransport(program, arguments, environment, keep_alive=False, log_file=self._log)
 
     async def _list_tools(self, client: "Client[Any]") -> list[ToolSpec]:
@@ -230,15 +230,15 @@ class ToolServer:
 
     def _words(self, what: str) -> str:
         log = self._log.read_text(errors="replace")[-LOG_TAIL_CHARS:] if self._log.exists() else ""
-        return f"{what}. The end of what it said:\n{log}" if log else what
+        return f"{what}. The end of its log:\n{log}" if log else what
 
 
 def missing_part(command: Sequence[str], search_path: str | None) -> str | None:
-    """What of a command that failed does not exist: its program, or a script that it names. None where both exist.
+    """The missing part of a command: its program, or a script in its arguments. None if both exist.
 
     Args:
         command: Program and arguments.
-        search_path: Folders of programs, None for this process's own.
+        search_path: Value of PATH for the program; None for that of this process.
 
     >>> missing_part(["no-such-program", "--fast"], None)
     "there is no program 'no-such-program'"
@@ -254,11 +254,11 @@ def missing_part(command: Sequence[str], search_path: str | None) -> str | None:
 
 
 def serve_functions(functions: Sequence[Callable[..., Any]], timeout_s: float) -> FastMCP:
-    """An MCP server in this process whose tools are Python functions; their annotations and docstrings become schemas.
+    """An MCP server in this process for Python functions. Their annotations and docstrings become schemas.
 
     Args:
-        functions: Sync or async.
-        timeout_s: When a call of one is given up.
+        functions: Sync or async functions.
+        timeout_s: Seconds after which a call is abandoned.
     """
     server: FastMCP = FastMCP("functions")
     for function in functions:
@@ -267,9 +267,9 @@ def serve_functions(functions: Sequence[Callable[..., Any]], timeout_s: float) -
 
 
 def _off_the_loop(function: Callable[..., Any], timeout_s: float) -> Callable[..., Any]:
-    """A coroutine function with the signature of `function`; a sync one runs in a thread that nothing waits for at exit.
+    """A coroutine function with the signature of `function`. A sync one runs in a thread that is not joined at exit.
 
-    Of what is no plain error, such as SystemExit, the server's own task would die: it becomes one.
+    An exception such as SystemExit would end the server's own task, so it is converted to a plain error.
     """
 
     @wraps(function)
@@ -286,19 +286,19 @@ def _timed_out(limit: float) -> ToolResult:
 
 
 def _failed(error: Exception) -> ToolResult:
-    """A call that failed while its server lives."""
+    """The result of a failed call to a server that is alive."""
     why = shortened(str(error) or type(error).__name__, MAX_ERROR_CHARS)
     if isinstance(error, MCPError):
         return ToolResult(f"Error: the tool's server refused the call ({why})", ToolStatus.ERROR)
-    if isinstance(error, ValidationError):  # a ValueError, but of what came back
+    if isinstance(error, ValidationError):  # a ValueError too, but about the reply
         return ToolResult(f"Error: the tool's server sent a malformed reply ({why})", ToolStatus.ERROR)
-    if isinstance(error, ValueError | TypeError):  # the client's own words for what it cannot put into a message
+    if isinstance(error, ValueError | TypeError):  # the client cannot serialise the arguments
         return ToolResult(f"Error: the call cannot be sent ({why})", ToolStatus.INVALID_CALL)
     return ToolResult(f"Error: the call failed ({why})", ToolStatus.ERROR)
 
 
 async def _close(client: "Client[Any]") -> None:
-    # A connection that cannot be closed in order is dead; its process was sent a signal by then.
+    # If closing fails, the connection is dead and its process has already been sent a signal.
     with contextlib.suppress(Exception):
         async with asyncio.timeout(GRACE_S):
             await client.close()

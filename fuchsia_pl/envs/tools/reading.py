@@ -1,6 +1,6 @@
 """Finds the tool calls in a turn's text and reads their JSON.
 
-The text is hostile: nothing in it raises, and the time is linear in its length. A call that cannot be read becomes a
+The text is hostile: no text raises, and the time is linear in its length. A call that cannot be read becomes a
 `ToolCall` with an error, which the policy reads.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 from fuchsia_pl.envs.thinking import any_of
 from fuchsia_pl.envs.tools.spec import ToolCall, ToolSpec
 
-# What a policy may write in one call. Servers that use pydantic refuse JSON that is nested more than 200 deep, and Python's
-# own reader raises a RecursionError near 1,000.
+# Limits of one call. Servers based on pydantic refuse JSON of more than 200 nested levels, and Python's decoder raises a
+# RecursionError near 1,000.
 MAX_CALL_CHARS = 100_000
 MAX_CALL_DEPTH = 64
 MAX_NUMBER_DIGITS = 4000
-# What is read of one turn: calls, and JSON objects among which calls without tags are looked for.
+# Limits of one turn: calls that are read, and JSON objects that are searched for calls without tags.
 MAX_CALLS = 64
 MAX_OBJECTS = 1000
-# Both words are common for the arguments, whichever of them the chat template shows.
+# Models use both keys for the arguments, regardless of the key in the chat template.
 ARGUMENTS_KEYS = ("arguments", "parameters")
-# Llama writes it before a call that its template shows without any tag.
+# Llama writes this token before a call, although its chat template shows calls without a tag.
 PYTHON_TAG = "<|python_tag|>"
 
 _SPACE = re.compile(r"\s*")
@@ -36,11 +36,11 @@ _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) 
 
 @dataclass(frozen=True)
 class TurnCalls:
-    """What was found in a turn.
+    """Calls found in a turn.
 
     Attributes:
-        calls: In order.
-        is_cut: Whether the text ends inside of a call's JSON, which further text might complete.
+        calls: The calls, in order.
+        is_cut: Whether the text ends inside the JSON of a call, which further text might complete.
 
     >>> TurnCalls((), is_cut=False).calls
     ()
@@ -52,14 +52,14 @@ class TurnCalls:
 
 @dataclass(frozen=True)
 class _Read:
-    """A JSON value in a text, or what is wrong at its place.
+    """A JSON value in a text, or the fault at its position.
 
     Attributes:
-        value: The value, None where it is no JSON.
-        end: Where reading stopped; the end of the text where nothing behind can be told apart from what is in the value.
-        error: What is wrong.
-        is_cut: Whether it might be right if the text went on.
-        is_beyond: Whether it is more than is ever read.
+        value: The value; None if it is not JSON.
+        end: Position where reading stopped; the end of the text if later text cannot be distinguished from the value's.
+        error: Description of the fault; None if there is none.
+        is_cut: Whether further text might complete the value.
+        is_beyond: Whether the value exceeds a limit.
     """
 
     value: Any
@@ -70,16 +70,16 @@ class _Read:
 
 
 def read_tagged(text: str, opening: str, closing: str, tools: Sequence[ToolSpec]) -> TurnCalls:
-    """Reads the calls that stand behind an opening tag.
+    """Reads the calls after an opening tag.
 
-    A tag counts wherever it stands outside of a call's JSON: the end of a call is where its JSON ends, so a string in it may
-    hold any tag.
+    Tags count everywhere outside of a call's JSON: the end of a call is the end of its JSON, so its strings may contain any
+    tag.
 
     Args:
-        text: The turn, without its thinking.
-        opening: The tag before a call's JSON.
-        closing: The tag that must follow it, "" where none does.
-        tools: The tools that there are.
+        text: Text of the turn, without its thinking.
+        opening: Tag before the JSON of a call.
+        closing: Tag that must follow the JSON; "" if none is required.
+        tools: Available tools.
     """
     calls: list[ToolCall] = []
     is_cut = False
@@ -87,7 +87,7 @@ def read_tagged(text: str, opening: str, closing: str, tools: Sequence[ToolSpec]
     while place >= 0 and len(calls) <= MAX_CALLS:
         body = place + len(opening)
         found, place, is_cut = _read_body(text, body, closing, tools)
-        if found[-1].error is not None:  # what is in its strings is no call
+        if found[-1].error is not None:  # its strings contain no calls
             place = max(place, end_of_json(text, body, (opening, closing)))
         calls += found
         place = text.find(opening, place)
@@ -95,14 +95,14 @@ def read_tagged(text: str, opening: str, closing: str, tools: Sequence[ToolSpec]
 
 
 def read_bare(text: str, tools: Sequence[ToolSpec]) -> TurnCalls:
-    """Reads the calls of a model that writes them as JSON without any tag.
+    """Reads calls that a model writes as JSON without tags.
 
-    An object is a call where it names a tool, or has a "name" and arguments. Any other JSON is part of an answer. What is
-    inside of another JSON value is no call, but the entries of a list are.
+    An object is a call if it names a tool, or has a "name" and arguments. Any other JSON is part of an answer. A value inside
+    another JSON value is not a call, except for the entries of a list.
 
     Args:
-        text: The turn, without its thinking.
-        tools: The tools that there are.
+        text: Text of the turn, without its thinking.
+        tools: Available tools.
     """
     calls: list[ToolCall] = []
     begins_a_call, place, is_cut = beginning(tools), 0, False
@@ -115,7 +115,7 @@ def read_bare(text: str, tools: Sequence[ToolSpec]) -> TurnCalls:
         if read.value is None:
             is_call = begins_a_call.match(text, found.start()) is not None
         place = max(read.end, found.end())
-        if read.error is not None and is_call:  # what is in its strings is no call
+        if read.error is not None and is_call:  # its strings contain no calls
             place = max(place, end_of_json(text, found.start(), ()))
         if read.error is None:
             calls += _calls(read.value, tools) if is_call else []
@@ -131,7 +131,7 @@ def read_bare(text: str, tools: Sequence[ToolSpec]) -> TurnCalls:
 
 
 def beginning(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
-    """How a call without tags begins, by which one is recognised whose JSON is wrong.
+    """Matches the beginning of a call without tags, to recognise a call with malformed JSON.
 
     >>> [bool(beginning([]).match(text)) for text in ('{"name": "Al", "age', '{"name": "f", "arguments', '{"arguments": {')]
     [False, True, True]
@@ -144,20 +144,20 @@ def beginning(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
 
 
 def end_of_json(text: str, place: int, stops: Sequence[str]) -> int:
-    """Finds the end of the JSON values at a place, also where they are malformed.
+    """Finds the end of the JSON values at a position, even if they are malformed.
 
-    Strings and brackets are followed and nothing else is checked, so that a string with a line break or an unknown escape in it
-    hides its content like any other.
+    Only strings and brackets are tracked, so that a string with a line break or an unknown escape hides its content like any
+    other.
 
     Args:
-        text: The turn.
-        place: Where the first value begins, after spaces.
-        stops: Texts that end malformed JSON where they stand outside of its strings: tags, marks of thinking. Empty texts are
-            left out.
+        text: Text of the turn.
+        place: Position of the first value, or of spaces before it.
+        stops: Texts that end malformed JSON if they occur outside of its strings: tags, thinking marks. Empty texts are
+            ignored.
 
     Returns:
-        The place behind the last value, `place` where there is no object or list, and the end of the text where a value does
-        not end or is longer than a call may be.
+        The position after the last value; `place` if there is no object or list; the end of the text if a value does not end
+        or exceeds the maximum length of a call.
 
     >>> end_of_json('{"a": "}<b>"} <b>', 0, ["<b>"]), end_of_json('{"a": <b>}', 0, ["<b>"]), end_of_json('{"a": "', 0, [])
     (13, 6, 7)
@@ -182,21 +182,21 @@ def end_of_json(text: str, place: int, stops: Sequence[str]) -> int:
 
 @lru_cache(maxsize=64)
 def _json_token(stops: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds what decides where JSON ends: stops, strings (the last one perhaps without its end) and brackets."""
+    """Matches the tokens that determine the end of JSON: stops, strings (the last one may be unterminated) and brackets."""
     stop = f"(?P<stop>{any_of(stops)})|" if stops else ""
     return re.compile(stop + r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[{}\[\]]', re.DOTALL)
 
 
 def unreadable(why: str) -> ToolCall:
-    """A call that the policy is told to be wrong."""
+    """A call with an error, which the policy reads."""
     return ToolCall("", {}, f"the call cannot be read: {why}")
 
 
 def unsendable(value: Any) -> str | None:
-    """Why a value cannot be sent to a tool as JSON, None where it can.
+    """The reason why a value cannot be sent to a tool as JSON; None if it can be sent.
 
     >>> unsendable({"a": [1, "é"]}), unsendable([float("inf")])
-    (None, 'it holds a number that is not finite, or one of more than 4000 digits')
+    (None, 'it contains a number that is not finite, or one of more than 4000 digits')
     """
     waiting = [(value, 1)]
     while waiting:
@@ -204,9 +204,9 @@ def unsendable(value: Any) -> str | None:
         if depth > MAX_CALL_DEPTH:
             return f"it is nested too deeply, {MAX_CALL_DEPTH} levels are allowed"
         if isinstance(part, float) and not math.isfinite(part):
-            return f"it holds a number that is not finite, or one of more than {MAX_NUMBER_DIGITS} digits"
+            return f"it contains a number that is not finite, or one of more than {MAX_NUMBER_DIGITS} digits"
         if isinstance(part, str) and not _is_unicode(part):
-            return "it is not JSON of Unicode text: a string holds half a surrogate pair"
+            return "it is not JSON of Unicode text: a string contains half of a surrogate pair"
         if isinstance(part, dict):
             waiting += [(inner, depth + 1) for pair in part.items() for inner in pair]
         elif isinstance(part, list):
@@ -215,7 +215,7 @@ def unsendable(value: Any) -> str | None:
 
 
 def _read_body(text: str, place: int, closing: str, tools: Sequence[ToolSpec]) -> tuple[list[ToolCall], int, bool]:
-    """The calls behind one opening tag, where reading stopped, and whether the text ends inside of their JSON."""
+    """The calls after one opening tag, the position where reading stopped, and whether the text ends inside their JSON."""
     calls: list[ToolCall] = []
     while True:
         read = _read_value(text, place)
@@ -227,8 +227,8 @@ def _read_body(text: str, place: int, closing: str, tools: Sequence[ToolSpec]) -
             return calls, place + len(closing), False
         if not text.startswith(("{", "["), place) or len(calls) > MAX_CALLS:
             break
-    # A call that is not closed is not made: the policy may not have finished it.
-    return [unreadable(f"it does not end in {closing}")] if closing else calls, read.end, False
+    # A call without its closing tag is not run: the policy may not have finished it.
+    return [unreadable(f"it does not end with {closing}")] if closing else calls, read.end, False
 
 
 def _read_value(text: str, place: int) -> _Read:
@@ -240,7 +240,7 @@ def _read_value(text: str, place: int) -> _Read:
         is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(window)
         if is_cut and len(window) > MAX_CALL_CHARS:
             return _too_long(text)
-        # Behind a string without an end there is no JSON: that would need another quote.
+        # No JSON can follow an unterminated string: the JSON would need another quote.
         return _Read(None, len(text) if is_cut else start + error.pos, f"it is not JSON ({error})", is_cut)
     except RecursionError:
         return _Read(None, len(text), "its JSON is nested too deeply", is_beyond=True)
@@ -252,7 +252,7 @@ def _too_long(text: str) -> _Read:
 
 
 def _calls(value: Any, tools: Sequence[ToolSpec]) -> list[ToolCall]:
-    """The calls that one JSON value holds, at least one."""
+    """The calls in one JSON value, at least one."""
     entries = value if isinstance(value, list) and value else [value]
     return [_call(entry, tools) for entry in entries[: MAX_CALLS + 1]]
 
@@ -260,11 +260,11 @@ def _calls(value: Any, tools: Sequence[ToolSpec]) -> list[ToolCall]:
 def _call(entry: Any, tools: Sequence[ToolSpec]) -> ToolCall:
     entry = _unwrapped(entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        return unreadable('it is no JSON object with a "name"')
+        return unreadable('it is not a JSON object with a "name"')
     name, given = entry["name"], [key for key in ARGUMENTS_KEYS if entry.get(key) is not None]
     if not given:
         taken = next((tool.argument_names() for tool in tools if tool.name == name), [])
-        why = f'it has no "arguments", and {name} takes {taken}'
+        why = f'it has no "arguments", but {name} takes {taken}'
         return unreadable(why[:500]) if taken else ToolCall(name, {}, None)
     if len(given) > 1 and entry[given[0]] != entry[given[1]]:
         return unreadable('it has "arguments" and "parameters" that differ')
@@ -274,19 +274,19 @@ def _call(entry: Any, tools: Sequence[ToolSpec]) -> ToolCall:
         is_whole = read.error is None and not arguments[read.end :].strip()
         arguments = read.value if is_whole else None
     if not isinstance(arguments, dict):
-        return unreadable(f'its "{given[0]}" are no JSON object')
+        return unreadable(f'its "{given[0]}" are not a JSON object')
     return ToolCall(name, arguments, None)
 
 
 def _unwrapped(entry: Any) -> Any:
-    """The call inside of OpenAI's form, {"type": "function", "function": {"name": …}}. Any other entry is returned as it is."""
+    """The call inside OpenAI's form, {"type": "function", "function": {"name": …}}. Any other entry is returned unchanged."""
     if isinstance(entry, dict) and "name" not in entry and isinstance(entry.get("function"), dict):
         return entry["function"]
     return entry
 
 
 def _is_call(value: Any, tools: Sequence[ToolSpec]) -> bool:
-    """Whether a JSON value that stands alone is a call."""
+    """Whether a JSON value without tags is a call."""
     value = _unwrapped(value)
     name = value.get("name") if isinstance(value, dict) else None
     return isinstance(name, str) and (
@@ -295,7 +295,7 @@ def _is_call(value: Any, tools: Sequence[ToolSpec]) -> bool:
 
 
 def _naming(tools: Sequence[ToolSpec]) -> re.Pattern[str]:
-    """Where a tool is named, or anything with arguments. It begins with fixed text, by which it is searched fast."""
+    """Matches the name of a tool, or any name before arguments. The pattern begins with fixed text, so the search is fast."""
     names = [re.escape(json.dumps(tool.name)) for tool in tools]
     any_name = r'"[^"\\]{1,100}"\s*,\s*"(?:arguments|parameters)"'
     return re.compile(rf'"name"\s*:\s*(?:{"|".join([*names, any_name])})')

@@ -1,4 +1,4 @@
-"""The nouns of tools: what the policy is told, what it calls, what comes back, and who runs it."""
+"""Data types of tools: descriptions, calls, results and servers."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,16 +11,16 @@ from jsonschema.validators import extend
 
 from fuchsia_pl.types import ConfigError
 
-# What a rollout counts for each call, beside how the call ended.
+# Counter of all calls in `Rollout.counts`, besides one counter per status.
 TOOL_CALLS = "tool_calls"
 
 
 class ToolServerError(RuntimeError):
-    """A server of tools did not start, or died more often than it may be restarted. The message holds its last words."""
+    """A tool server did not start, or died more often than it may be restarted. The message contains the end of its log."""
 
 
 class ToolServerStartError(ToolServerError, ConfigError):
-    """A server of tools did not start at the start of a run: its command or URL is wrong, or something is missing here."""
+    """A tool server did not start at the start of a run: its command or URL is wrong, or a dependency is missing."""
 
 
 def _each_name(_: Any, properties: Any, __: Any, ___: Any) -> Iterator[ValidationError]:
@@ -33,7 +33,7 @@ def _every_branch(validator: Any, branches: Any, instance: Any, _: Any) -> Itera
         yield from validator.descend(instance, branch)
 
 
-# A walk along a schema by jsonschema's own rules for references, whose "errors" are the names of properties.
+# Traverses a schema by jsonschema's rules for references. Its "errors" are the names of properties.
 _NAMES = extend(
     Draft202012Validator,
     {"properties": _each_name, "anyOf": _every_branch, "oneOf": _every_branch, "allOf": _every_branch},
@@ -42,11 +42,11 @@ _NAMES = extend(
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """What the policy is told of a tool.
+    """Description of a tool for the policy.
 
     Attributes:
-        name: What the policy calls it by.
-        description: What it does.
+        name: Name of the tool in calls.
+        description: Purpose of the tool.
         parameters: JSON schema of its arguments.
 
     >>> ToolSpec("add", "Adds.", {"type": "object"}).for_template()["function"]["name"]
@@ -58,18 +58,18 @@ class ToolSpec:
     parameters: Mapping[str, Any]
 
     def for_template(self) -> dict[str, Any]:
-        """The form that chat templates take."""
+        """The form that chat templates accept."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
     def argument_names(self) -> list[str]:
-        """Names of the arguments that the schema has, in itself or behind a reference or a choice.
+        """Names of the arguments in the schema, including those behind references and choices.
 
         >>> ToolSpec("f", "", {"anyOf": [{"$ref": "#/$defs/b"}, {}], "$defs": {"b": {"properties": {"x": {}}}}}).argument_names()
         ['x']
         """
         names: set[str] = set()
-        # A reference that leads nowhere or to itself is told when the arguments are checked: no argument fits it.
+        # A dangling or circular reference is reported when arguments are checked: no arguments match it.
         with contextlib.suppress(Exception):
             for error in _NAMES(dict(self.parameters)).iter_errors({}):
                 names |= {error.message} if error.validator == "properties" else set()
@@ -78,12 +78,12 @@ class ToolSpec:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call that the policy wrote.
+    """One call written by the policy.
 
     Attributes:
-        name: Of the tool, "" where the call cannot be read.
-        arguments: By name.
-        error: What is wrong with the call, for the policy to read; None where it is well-formed.
+        name: Name of the tool; "" if the call cannot be read.
+        arguments: Arguments by name.
+        error: Description of the fault, which the policy reads; None if the call is well-formed.
 
     >>> ToolCall("add", {"a": 1}, None).name
     'add'
@@ -95,7 +95,7 @@ class ToolCall:
 
 
 class ToolStatus(StrEnum):
-    """How a tool call ended. Each is counted as `tool_<status>`."""
+    """Outcome of a tool call. Each is counted as `tool_<status>`."""
 
     OK = "ok"
     ERROR = "error"
@@ -108,7 +108,7 @@ class ToolStatus(StrEnum):
 
 @dataclass(frozen=True)
 class ToolResult:
-    r"""What a call gave. Half a surrogate pair in its text, which no tokenizer and no file takes, is written out.
+    r"""Result of a call. Half of a surrogate pair in its text, which no tokenizer and no file accepts, is escaped.
 
     >>> ToolResult("3", ToolStatus.OK).status.value
     'ok'
@@ -120,28 +120,29 @@ class ToolResult:
     status: ToolStatus
 
     def __post_init__(self) -> None:
-        """Makes the text encodable: it came from another process, or from a function that a policy called."""
+        """Makes the text encodable: its origin is another process, or a function that a policy called."""
         object.__setattr__(self, "text", self.text.encode(errors="backslashreplace").decode())
 
 
 @dataclass(frozen=True)
 class MCPServer:
-    """A server of tools, as an environment names it: a command that speaks MCP over stdin and stdout, or a URL.
+    """Configuration of a tool server: a command that serves MCP over stdin and stdout, or a URL.
 
-    Every call carries the rollout's key in its `_meta`, by which a server can keep the state of rollouts apart (and may name
-    the status of its result there). For a server that keeps state but knows nothing of such keys, set `per_rollout`.
+    Each call contains the rollout's key in its `_meta`, with which a server can separate the state of rollouts; the `_meta` of
+    the result may contain its status. For a server that keeps state but does not use this key, set `per_rollout`.
 
     Attributes:
-        command: Program and arguments. It inherits PATH, HOME and the like, and no other variable of this process.
-        url: Of a server that runs already.
-        env: Variables for the command.
-        tools: Names of the tools that the policy may call, None for all.
-        end_session_tool: A tool without arguments that forgets a rollout's state; called when one ends, hidden from the policy.
-        per_rollout: Gives each rollout that calls a tool a connection of its own; with a command that is a process each.
-        start_timeout_s: Bound of a start and of each health check.
-        call_timeout_s: Bound of a call.
-        max_restarts: How often a server that died is started again during a run.
-        max_result_chars: What the policy reads of a result; the middle of a longer one is left out.
+        command: Program and arguments. It inherits PATH, HOME and similar variables, and no others of this process.
+        url: URL of a running server.
+        env: Environment variables of the command.
+        tools: Names of the tools that the policy may call; None for all.
+        end_session_tool: Tool without arguments that clears a rollout's state. It is called at the end of a rollout and hidden
+            from the policy.
+        per_rollout: Opens a separate connection for each rollout that calls a tool; with a command, a separate process.
+        start_timeout_s: Time limit in seconds of a start and of each health check.
+        call_timeout_s: Time limit in seconds of a call.
+        max_restarts: Maximum number of restarts of the server during a run.
+        max_result_chars: Maximum number of characters of a result that the policy reads. The middle of a longer one is omitted.
 
     >>> MCPServer(command=["python", "server.py"]).name
     'python server.py'
@@ -159,11 +160,11 @@ class MCPServer:
     max_result_chars: int = 4000
 
     def __post_init__(self) -> None:
-        """Refuses what could not be started or would never end."""
+        """Rejects settings with which the server could not start or a call would never end."""
         if (self.command is None) == (self.url is None):
             raise ConfigError(f"an MCPServer takes either a command or a url, got {self.command!r} and {self.url!r}")
         if self.command is not None and (isinstance(self.command, str) or not self.command):
-            raise ConfigError(f"MCPServer.command is a list of words, got {self.command!r}")
+            raise ConfigError(f"MCPServer.command must be a list of words, got {self.command!r}")
         bounds = {
             "start_timeout_s": self.start_timeout_s,
             "call_timeout_s": self.call_timeout_s,
@@ -177,5 +178,5 @@ class MCPServer:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the server in messages."""
         return self.url or " ".join(self.command or ())

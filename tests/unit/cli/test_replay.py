@@ -140,7 +140,7 @@ def test_a_recorded_step_of_another_model_is_refused(tiny_model, tmp_path, monke
     weights, settings = dict(content["weights"]), content["settings"]
     content["weights"].popitem()
     torch.save(content, file)
-    with pytest.raises(ConfigError, match=r"has other weights than the recorded step: model\..* has no place"):
+    with pytest.raises(ConfigError, match=r"has other weights than the recorded step: model\..* is unexpected"):
         replay_step(read_step(file), tmp_path)
     # A template is no part of it, and its file may be gone.
     gone = {**settings, "policy": {**settings["policy"], "chat_template": str(tmp_path / "gone.jinja")}}

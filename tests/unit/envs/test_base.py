@@ -18,14 +18,14 @@ def environment(functions, weights=None) -> TinyEnvironment:
     ("functions", "weights", "words"),
     [
         ([], {}, "TinyEnvironment.reward_functions is empty"),
-        ([even, even], {}, r"two functions of one name in \['even', 'even'\]"),
+        ([even, even], {}, r"two functions with the same name in \['even', 'even'\]"),
         ([even, ended], {"evne": 1.0}, r"reward_weights has \['evne'\]; the reward functions are \['even', 'ended'\]"),
         ([even], {"even": float("inf")}, r"reward_weights must be finite numbers, got \{'even': inf\}"),
-        ([lambda rollouts: [0.0]], {}, "has no name to log it by"),
-        ([partial(even)], {}, "has no name to log it by"),
+        ([lambda rollouts: [0.0]], {}, "has no name for logs"),
+        ([partial(even)], {}, "has no name for logs"),
     ],
 )
-def test_an_environment_that_could_not_be_trained_on_is_refused(functions, weights, words):
+def test_invalid_environments_are_refused(functions, weights, words):
     with pytest.raises(ValueError, match=words):
         check_environment(environment(functions, weights))
 
@@ -39,20 +39,20 @@ def test_an_environment_that_could_not_be_trained_on_is_refused(functions, weigh
         ("max_response_chars", 0, "max_response_chars must be a whole number, 1 or more, got 0"),
         ("max_response_chars", 9.5, "max_response_chars must be a whole number, 1 or more, got 9.5"),
         ("initial_reward_weights", {"odd": 1.0}, r"initial_reward_weights has \['odd'\]"),
-        ("thinking_marks", [("<think>", "")], r"thinking_marks is \[\('<think>', ''\)\]: it takes pairs"),
-        ("thinking_marks", "<think>", "thinking_marks is '<think>': it takes pairs"),
+        ("thinking_marks", [("<think>", "")], r"thinking_marks is \[\('<think>', ''\)\]: it must be pairs"),
+        ("thinking_marks", "<think>", "thinking_marks is '<think>': it must be pairs"),
         ("thinking_marks", [("<t>", "</t>"), ("<t>", "</u>")], "no opening mark twice"),
         ("initial_reward_weights", {"even": 1.0}, "needs ramp_steps of 1 or more, got 0"),
     ],
 )
-def test_attributes_that_cannot_work_are_refused(attribute, value, words):
+def test_invalid_attributes_are_refused(attribute, value, words):
     made = environment([even])
     setattr(made, attribute, value)
     with pytest.raises(ValueError, match=words):
         check_environment(made)
 
 
-def test_weights_move_in_a_straight_line_and_held_out_rollouts_get_the_last():
+def test_reward_weights_change_linearly_and_held_out_rollouts_use_the_final_ones():
     made = environment([even, ended], {"ended": 0.1})
     made.initial_reward_weights, made.ramp_steps = {"ended": 0.5}, 4
     check_environment(made)

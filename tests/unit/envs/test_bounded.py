@@ -22,21 +22,21 @@ def test_sync_and_async_functions_return_and_raise():
         asyncio.run(call_bounded(fail, 2, 1.0))
 
 
-def test_what_a_sync_function_returns_is_awaited_if_it_can_be():
+def test_an_awaitable_result_of_a_sync_function_is_awaited():
     async def double(value):
         return 2 * value
 
     assert asyncio.run(call_bounded(lambda value: double(value), 2, 1.0)) == 4
 
 
-def test_an_exhausted_iterator_is_told_at_once():
+def test_stop_iteration_is_reported_immediately():
     start = time.perf_counter()
     with pytest.raises(StrayError, match="StopIteration"):
         asyncio.run(call_bounded(lambda _: next(iter(())), None, 20.0))
     assert time.perf_counter() - start < 5
 
 
-def test_a_blocking_call_holds_up_nobody_else():
+def test_a_blocking_call_does_not_block_other_calls():
     async def both():
         start = time.perf_counter()
         await asyncio.gather(*(call_bounded(time.sleep, 0.3, 5.0) for _ in range(4)))
@@ -45,7 +45,7 @@ def test_a_blocking_call_holds_up_nobody_else():
     assert asyncio.run(both()) < 0.9  # one after the other they take 1.2 s
 
 
-def test_a_call_that_hangs_ends_within_its_bound_and_does_not_hold_up_the_loops_end():
+def test_a_hanging_call_ends_at_its_time_limit_and_does_not_block_the_end_of_the_loop():
     release = threading.Event()
     start = time.perf_counter()
     with pytest.raises(TimeoutError):
@@ -54,7 +54,7 @@ def test_a_call_that_hangs_ends_within_its_bound_and_does_not_hold_up_the_loops_
     release.set()
 
 
-def test_a_cancellation_from_outside_stays_one():
+def test_an_external_cancellation_is_propagated():
     async def cancelled():
         task = asyncio.ensure_future(call_bounded(asyncio.sleep, 30, 60.0))
         await asyncio.sleep(0.05)
@@ -79,7 +79,9 @@ def test_threads_that_run_on_are_counted_and_too_many_end_the_run(monkeypatch):
         return await call_bounded(lambda value: value, 7, 30.0)
 
     assert asyncio.run(hang_and_call(2)) == 7  # as many as are allowed
-    with pytest.raises(LeftThreadsError, match=r"^3 calls still run .* 2 are allowed: 3 of \S+<locals>\.hang\."):
+    with pytest.raises(
+        LeftThreadsError, match=r"^3 abandoned calls still run .* 2 are allowed: 3 of \S+<locals>\.hang\."
+    ):
         asyncio.run(hang_and_call(1))
     release.set()
     for thread in [thread for thread in threading.enumerate() if thread.name.endswith("hang")]:
@@ -88,7 +90,7 @@ def test_threads_that_run_on_are_counted_and_too_many_end_the_run(monkeypatch):
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["time is up", "cancelled from outside"])
-def test_a_coroutine_that_catches_its_cancellation_ends_within_its_bound_and_is_counted(monkeypatch, is_cancelled):
+def test_a_call_that_catches_its_cancellation_ends_at_its_time_limit_and_is_counted(monkeypatch, is_cancelled):
     monkeypatch.setattr(bounded, "MAX_LEFT_THREADS", 0)
     monkeypatch.setattr(bounded, "CANCEL_TIMEOUT_S", 0.05)
 
@@ -109,7 +111,7 @@ def test_a_coroutine_that_catches_its_cancellation_ends_within_its_bound_and_is_
         assert done == {call}
         assert call.cancelled() if is_cancelled else isinstance(call.exception(), TimeoutError)
         with pytest.raises(
-            LeftThreadsError, match=r"^1 calls still run .* 0 are allowed: 1 of \S+<locals>\.stubborn\."
+            LeftThreadsError, match=r"^1 abandoned calls still run .* 0 are allowed: 1 of \S+<locals>\.stubborn\."
         ):
             await call_bounded(lambda value: value, 7, 30.0)
         release.set()
@@ -119,7 +121,7 @@ def test_a_coroutine_that_catches_its_cancellation_ends_within_its_bound_and_is_
     assert asyncio.run(scenario()) == 7
 
 
-def test_a_call_that_is_cancelled_within_its_time_limit_is_not_left_behind(monkeypatch):
+def test_a_call_that_is_cancelled_before_its_time_limit_is_not_counted(monkeypatch):
     monkeypatch.setattr(bounded, "MAX_LEFT_THREADS", 0)
     release = threading.Event()
 
@@ -132,7 +134,7 @@ def test_a_call_that_is_cancelled_within_its_time_limit_is_not_left_behind(monke
     release.set()
 
 
-def test_threads_that_user_code_starts_itself_are_counted_too(monkeypatch):
+def test_threads_started_by_user_code_are_counted(monkeypatch):
     release = threading.Event()
     threads = [threading.Thread(target=release.wait, args=(60,), name=f"leak-{n}", daemon=True) for n in range(5)]
     monkeypatch.setattr(bounded, "MAX_OTHER_THREADS", threading.active_count() + 4)
@@ -145,7 +147,7 @@ def test_threads_that_user_code_starts_itself_are_counted_too(monkeypatch):
         thread.join(30)
 
 
-def test_a_call_apart_returns_raises_and_ends_nothing_but_itself():
+def test_call_apart_returns_raises_and_confines_an_exit():
     def leave(error):
         raise error
 

@@ -10,7 +10,7 @@ class Plain(SingleTurnEnvironment):
     """Takes the prompt as it is in the item."""
 
 
-def test_a_text_is_what_the_user_says_and_a_list_is_the_conversation():
+def test_a_text_becomes_a_user_message_and_a_list_is_used_unchanged():
     assert Plain().messages({"prompt": "3 plus 4?"}) == [QUESTION]
     asked = [{"role": "system", "content": "Be brief."}, QUESTION, {"role": "assistant", "content": "8"}, QUESTION]
     assert Plain().messages({"prompt": asked}) == asked  # and not "[{'role': …"
@@ -18,7 +18,7 @@ def test_a_text_is_what_the_user_says_and_a_list_is_the_conversation():
     assert conversation(Plain().messages, {"prompt": asked}) == asked
 
 
-def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
+def test_text_parts_are_joined_and_null_keys_are_dropped():
     parts = [{"type": "text", "text": "3 plus "}, {"type": "text", "text": "4?"}]
     assert prompt_messages({"p": [{"role": "user", "content": parts, "tool_calls": None}]}, "p") == [QUESTION]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
@@ -42,18 +42,18 @@ def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
         ([{"from": "human", "value": "a"}], r"message 0 has no 'role', it has \['from', 'value'\]"),
         ([{"role": "user"}], r"message 0 has no 'content', it has \['role'\]"),
         ([{"role": None, "content": "a"}], "message 0: its role is null"),
-        ([QUESTION, {"role": "user", "content": None}], r"message 1 \(user\): its content is null, and must be a text"),
+        ([QUESTION, {"role": "user", "content": None}], r"message 1 \(user\): its content is null, but must be a text"),
         ([{"role": "user", "content": 7}], "its content is the number 7"),
-        ([{"role": "user", "content": ""}], r"message 0 \(user\) is empty: it must ask something"),
+        ([{"role": "user", "content": ""}], r"message 0 \(user\) is empty: it must contain text"),
         ([{"role": "user", "content": []}], r"message 0 \(user\) is empty"),
-        ([{"role": "user", "content": ["a"]}], r"message 0 \(user\), part 0 is a text: the policy reads text alone"),
+        ([{"role": "user", "content": ["a"]}], r"message 0 \(user\), part 0 is a text: the policy reads only text"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
-            "part 0 is of type 'image_url': the policy reads text alone",
+            "part 0 is of type 'image_url': the policy reads only text",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "part 0 is of type 'text'"),
-        ([QUESTION, {"role": "assistant", "content": "7"}], "field 'p' ends in a message of the assistant"),
-        ([{"role": "", "content": "a"}], 'message 0: its role is empty, and must be a text such as "user"'),
+        ([QUESTION, {"role": "assistant", "content": "7"}], "field 'p' ends with a message of the assistant"),
+        ([{"role": "", "content": "a"}], 'message 0: its role is empty, but must be a text such as "user"'),
         ([{"role": " ", "content": "a"}], "message 0: its role is empty"),
         ("a \ud83d", "its content: character 2 is half of a surrogate pair, which no tokenizer can encode"),
         (
@@ -61,7 +61,7 @@ def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
             "message 0: its field 'role': character 2 is half of a surrogate pair",
         ),
         ([{**QUESTION, "name": "a\ud83d"}], "its field 'name': character 1 is half"),
-        ([{**QUESTION, "\ud83d": "a"}], "a name of its fields: character 0 is half"),
+        ([{**QUESTION, "\ud83d": "a"}], "the name of a field: character 0 is half"),
         (
             [{**QUESTION, "tool_calls": [{"function": {"name": "add", "arguments": {"a": [1, "\udfff"]}}}]}],
             "its field 'tool_calls': character 0 is half",
@@ -70,17 +70,17 @@ def test_parts_of_text_are_joined_and_keys_that_are_null_are_left_out():
         ([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "its content: character 0 is half"),
     ],
 )
-def test_what_is_no_prompt_is_refused(value, words):
+def test_invalid_prompts_are_refused(value, words):
     with pytest.raises(ConfigError, match=words):
         prompt_messages({"p": value}, "p")
 
 
-def test_a_whole_character_beyond_the_first_plane_is_text():
+def test_a_complete_surrogate_pair_is_text():
     asked = {**QUESTION, "name": "\U0001f600"}
     assert prompt_messages({"p": [asked]}, "p") == [asked]
 
 
-def test_a_missing_field_is_told_with_those_that_are_there():
+def test_the_error_for_a_missing_field_lists_the_existing_ones():
     with pytest.raises(
         ConfigError, match=r"has no field 'q', it has \['\(0, 1\)', 'n', 'prompt'\]: set \S+prompt_field"
     ):
@@ -103,17 +103,17 @@ def leaves(item):
         (leaves, r"messages\(item\) raised SystemExit: 0"),
     ],
 )
-def test_what_an_environment_returns_is_checked(messages, words):
+def test_the_result_of_messages_is_checked(messages, words):
     with pytest.raises(ConfigError, match=words):
         conversation(messages, {"prompt": "a"})
 
 
-def test_an_item_is_a_mapping():
-    with pytest.raises(ConfigError, match="it is a text, and an item is a mapping"):
+def test_an_item_that_is_not_a_mapping_is_refused():
+    with pytest.raises(ConfigError, match="it is a text, but an item must be a mapping"):
         conversation(Plain().messages, "3 plus 4?")
 
 
-def test_each_conversation_has_messages_of_its_own():
+def test_messages_are_copied():
     shared = [dict(QUESTION)]
     conversation(lambda item: shared, {})[0]["content"] = "changed"
     assert shared == [QUESTION]

@@ -50,14 +50,14 @@ def test_an_item_of_a_file_is_named_by_its_line(tmp_path):
     assert len(first_rows(items, 5)) == 2
 
 
-def test_a_check_that_raises_is_a_finding():
+def test_an_exception_of_a_check_is_reported():
     assert bad_golds(Golds(), [{"n": 2}, {"m": 2}, {"n": "x"}])[:2] == [
         "item 1: there is no field 'n'",
         "item 2: the check of its gold answer raised TypeError: not all arguments converted during string formatting",
     ]
 
 
-def test_a_split_of_unusable_golds_is_not_checked_to_its_end():
+def test_checking_stops_after_many_unusable_golds():
     checked = []
 
     class Counting(Golds):
@@ -70,8 +70,8 @@ def test_a_split_of_unusable_golds_is_not_checked_to_its_end():
     assert MAX_FOUND <= len(checked) < MAX_FOUND + 10
 
 
-def test_a_refusal_names_the_split_the_items_and_their_number():
-    with pytest.raises(ConfigError, match=r"Golds has gold answers in its train items .*: item 1: 3 is odd\. Mend"):
+def test_the_error_names_the_split_the_items_and_their_number():
+    with pytest.raises(ConfigError, match=r"Golds has gold answers in its train items .*: item 1: 3 is odd\. Correct"):
         check_golds(Golds(), "train", [{"n": 2}, {"n": 3}], [0, 1])
     assert check_golds(Golds(), "train", [{"n": 2}, {"n": 3}], [0]) == [0]
 

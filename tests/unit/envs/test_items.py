@@ -70,14 +70,14 @@ AS_WRITTEN = [
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a", "a.jsonl.gz"])
-def test_json_lines_keep_jsons_own_types(tmp_path, name):
+def test_json_lines_keep_json_types(tmp_path, name):
     rows = rows_of(write(tmp_path, name, "\ufeff" + "\r\n\n".join(line for line, _ in AS_WRITTEN)))
     assert rows == [row for _, row in AS_WRITTEN]
     assert [type(row.get("a")) for row in rows] == [type(row.get("a")) for _, row in AS_WRITTEN]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_a_json_array_holds_the_same_rows(tmp_path, name):
+def test_a_json_array_gives_the_same_rows(tmp_path, name):
     lines, rows = [line for line, _ in AS_WRITTEN], [row for _, row in AS_WRITTEN]
     assert rows_of(write(tmp_path, name, "\ufeff[" + ", \n".join(lines) + " ]\n")) == rows
     assert rows_of(write(tmp_path, name, json.dumps(rows, indent=2))) == rows
@@ -94,7 +94,7 @@ ROWS = st.lists(st.dictionaries(st.text() | SURROGATES, JSON_VALUES | SURROGATES
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(rows=ROWS, escaped=st.booleans(), indent=st.sampled_from([None, 1]))
-def test_a_row_of_any_json_value_survives_loading_bit_for_bit(tmp_path_factory, rows, escaped, indent):
+def test_any_json_row_is_loaded_exactly(tmp_path_factory, rows, escaped, indent):
     folder = tmp_path_factory.mktemp("rows")
     try:
         written = [json.dumps(row, ensure_ascii=escaped).encode() for row in rows]
@@ -124,16 +124,16 @@ def test_a_row_of_any_json_value_survives_loading_bit_for_bit(tmp_path_factory, 
             r"a\.jsonl, line 3, field 'a' cannot be read: Expecting value \(column 15\)",
         ),
         ("a.jsonl", '{"b": "x, "a": 1}', r"line 1, field 'b' cannot be read"),
-        ("a.jsonl", '{"b": {"x": 1, "x": 1}, "c": 2}', r"line 1, field 'b' .* the key 'x' stands twice in one object"),
-        ("a.jsonl", '{"a": 1, "b": 2, "a": 1}', r"line 1 cannot be read: the key 'a' stands twice"),
-        ("a.jsonl", '{"a": 1e400}', r"line 1, field 'a' .* the number 1e400 is larger than a float can hold"),
+        ("a.jsonl", '{"b": {"x": 1, "x": 1}, "c": 2}', r"line 1, field 'b' .* the key 'x' occurs twice in one object"),
+        ("a.jsonl", '{"a": 1, "b": 2, "a": 1}', r"line 1 cannot be read: the key 'a' occurs twice"),
+        ("a.jsonl", '{"a": 1e400}', r"line 1, field 'a' .* the number 1e400 is too large for a float"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"line 1, field 'a' cannot be read: Exceeds the limit"),
         ("a.jsonl", '{"a": ' + "[" * 100_000, r"line 1, field 'a' .* nested too deeply"),
-        ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 900 + "]" * 900 + "}", r"line 2, field 'a' .* up to 200 deep"),
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 900 + "]" * 900 + "}", r"line 2, field 'a' .* 200 levels of lists and objects are allowed"),
         ("a.json", '[{"a": ' + '{"b":' * 300 + "1" + "}" * 301 + "]", r"row 1, line 1, field 'a' .* nested too deeply"),
         ("a.jsonl", '{"a": "x\ty"}', r"line 1, field 'a' .* Invalid control character"),
-        ("a.jsonl", '{"a": 1} {"a": 2}', r"line 1 cannot be read: something stands after its end \(column 10\)"),
-        ("a.jsonl", '{"a": 1}\n"text"', r"line 2 cannot be read: it is a str, and a row is a JSON object"),
+        ("a.jsonl", '{"a": 1} {"a": 2}', r"line 1 cannot be read: there is text after its end \(column 10\)"),
+        ("a.jsonl", '{"a": 1}\n"text"', r"line 2 cannot be read: it is a str, but a row must be a JSON object"),
         ("a.jsonl", '{"a": 1}\n[1]', r"line 2 cannot be read: it is a list"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', r"line 2 cannot be read: byte 8 is not UTF-8"),
         ("a.jsonl", "{'no': json\n", r"line 1 cannot be read: Expecting property name"),
@@ -147,12 +147,20 @@ def test_a_row_of_any_json_value_survives_loading_bit_for_bit(tmp_path_factory, 
         (
             "a.json",
             '[{"a": 1}',
-            r"after row 1, line 1 cannot be read: the array goes on without a comma, or does not end",
+            r"after row 1, line 1 cannot be read: the array lacks a comma or its closing bracket",
         ),
         ("a.json", '[{"a": 1},]', r"row 2, line 1 cannot be read"),
-        ("a.json", '[{"a": 1}] {"a": 2}', r"a\.json cannot be read: something stands after the array's end"),
-        ("a.txt", "question\n", r"a\.txt begins with b'question', which is no row: a file of items is JSON lines"),
-        ("a.csv", 'a,b\n1,2\n"1\n1",\n3\n', r"a\.csv, line 5, field 'b' cannot be read: the row ends before it"),
+        ("a.json", '[{"a": 1}] {"a": 2}', r"a\.json cannot be read: there is text after the end of the array"),
+        (
+            "a.txt",
+            "question\n",
+            r"a\.txt begins with b'question', which is not a row: the supported formats are JSON lines",
+        ),
+        (
+            "a.csv",
+            'a,b\n1,2\n"1\n1",\n3\n',
+            r"a\.csv, line 5, field 'b' cannot be read: the row ends before this column",
+        ),
         ("a.csv", "a,b\n1,2,3\n", r"line 2 cannot be read: it has 3 values for 2 columns"),
         ("a.csv", "a,a\n1,2\n", r"line 1 cannot be read: the header must name each column once, got \['a', 'a'\]"),
         ("a.csv", 'a\n"1\n', r"line 2 cannot be read: unexpected end of data"),
@@ -170,7 +178,7 @@ def test_a_row_that_cannot_be_read_is_named_by_file_line_and_field(tmp_path, nam
     assert "\n" not in str(caught.value)
 
 
-def test_a_row_that_loads_is_read_again_wherever_the_stack_is(tmp_path):
+def test_a_loaded_row_is_readable_at_any_stack_depth(tmp_path):
     """The row itself is one of the 200 levels."""
     rows = rows_of(write(tmp_path, "a.jsonl", '{"a": ' + "[" * 199 + "]" * 199 + "}"))
 
@@ -181,13 +189,13 @@ def test_a_row_that_loads_is_read_again_wherever_the_stack_is(tmp_path):
     while value:
         (value,), depth = value, depth + 1
     assert depth == 198
-    with pytest.raises(ConfigError, match="up to 200 deep"):
+    with pytest.raises(ConfigError, match="200 levels of lists and objects are allowed"):
         rows_of(write(tmp_path, "b.jsonl", '{"a": ' + "[" * 200 + "]" * 200 + "}"))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(rows=ROWS, data=st.data())
-def test_an_array_that_is_cut_off_anywhere_is_refused(tmp_path_factory, rows, data):
+def test_a_truncated_array_is_refused(tmp_path_factory, rows, data):
     whole = json.dumps(rows)
     cut = data.draw(st.integers(1, len(whole) - 1))
     file = write(tmp_path_factory.getbasetemp(), "cut.json", whole[:cut])
@@ -195,7 +203,7 @@ def test_an_array_that_is_cut_off_anywhere_is_refused(tmp_path_factory, rows, da
         read_rows(str(file), "train", {})
 
 
-def test_csv_is_text_but_for_the_columns_that_are_declared(tmp_path):
+def test_csv_values_are_text_except_in_declared_columns(tmp_path):
     text = 'n,answer,day,"with, comma",share,flag,messages\n007,72,2024-01-05,"a ""b""\nc",.5,True,"[{""role"": ""user""}]"\n'
     file = write(tmp_path, "a.csv", "\ufeff" + text)
     row = dict.fromkeys(["n"], "007") | {"answer": "72", "day": "2024-01-05", "with, comma": 'a "b"\nc'}
@@ -215,29 +223,29 @@ def test_csv_is_text_but_for_the_columns_that_are_declared(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "value", "words"),
     [
-        ("int", "72.0", "'72.0' is no whole number"),
-        ("int", "1_000", "no whole number"),
-        ("int", "\u0667", "no whole number"),
-        ("int", '""', "'' is no whole number"),
-        ("float", "nan", "'nan' is no decimal number"),
-        ("float", "1e400", "larger than a float can hold"),
+        ("int", "72.0", "'72.0' is not an integer"),
+        ("int", "1_000", "is not an integer"),
+        ("int", "\u0667", "is not an integer"),
+        ("int", '""', "'' is not an integer"),
+        ("float", "nan", "'nan' is not a decimal number"),
+        ("float", "1e400", "too large for a float"),
         ("bool", "yes", "'yes' is neither true nor false"),
         ("json", "[1", "column"),
     ],
 )
-def test_a_value_that_is_not_of_its_declared_type_is_named(tmp_path, kind, value, words):
+def test_the_error_names_a_value_that_does_not_have_its_declared_type(tmp_path, kind, value, words):
     with pytest.raises(ConfigError, match=rf"a\.csv, line 3, field 'a' cannot be read: .*{words}"):
         rows_of(write(tmp_path, "a.csv", f"a\n{ {'json': '[]', 'bool': 'true'}.get(kind, '1') }\n{value}\n"), a=kind)
 
 
-def test_a_declaration_that_would_change_nothing_is_refused(tmp_path):
+def test_csv_types_without_effect_are_refused(tmp_path):
     file, lines = write(tmp_path, "a.csv", "a\n1\n"), write(tmp_path, "a.jsonl", '{"a": "1"}\n')
-    with pytest.raises(ConfigError, match=r"csv_types has \['b'\]; the columns of \S+a\.csv are \['a'\]"):
+    with pytest.raises(ConfigError, match=r"csv_types names \['b'\], but the columns of \S+a\.csv are \['a'\]"):
         rows_of(file, b="int")
-    with pytest.raises(ConfigError, match=r"csv_types declares \['a'\], and \S+a\.jsonl is no CSV file"):
+    with pytest.raises(ConfigError, match=r"csv_types declares \['a'\], but \S+a\.jsonl is not a CSV file"):
         rows_of(lines, a="int")
     with pytest.raises(
-        ConfigError, match=r"FromData\.csv_types declares \['a'\], and the train items are of no CSV file"
+        ConfigError, match=r"FromData\.csv_types declares \['a'\], but the train items are not from a CSV file"
     ):
         FromData({"a": "int"}, dataset="a/b").train_items()
     with pytest.raises(
@@ -276,10 +284,10 @@ def test_parquet_and_saved_folders_keep_their_types(tmp_path):
         train_file=str(tmp_path / "two"), validation_file=str(tmp_path / "two"), validation_split="held"
     )
     assert (list(environment.train_items()), list(environment.validation_items())) == (rows[1:], rows[:1])
-    with pytest.raises(ConfigError, match=r"two has the splits \['held', 'train'\], and none is named 'test'"):
+    with pytest.raises(ConfigError, match=r"two has no split 'test', its splits are \['held', 'train'\]"):
         FromData(validation_file=str(tmp_path / "two")).validation_items()
     with pytest.raises(
-        ConfigError, match=r"the folder \S+split=train was not saved by `save_to_disk`.*give such a folder"
+        ConfigError, match=r"the folder \S+split=train was not saved by `save_to_disk`.*name such a folder"
     ):
         rows_of(file.parent)
     numbers = Dataset.from_dict({"n": [1]})
@@ -288,7 +296,7 @@ def test_parquet_and_saved_folders_keep_their_types(tmp_path):
     assert type(rows_of(tmp_path / "formatted")[0]["n"]) is int
 
 
-def test_a_value_of_a_table_that_python_cannot_hold_is_named(tmp_path):
+def test_the_error_names_a_table_value_without_a_python_type(tmp_path):
     later = pyarrow.array([0, 10**15], pyarrow.timestamp("s"))  # some ten million years from now
     parquet.write_table(pyarrow.table({"n": [1, 2], "day": later}), tmp_path / "a.parquet")
     items = FromData(train_file=str(tmp_path / "a.parquet")).train_items()
@@ -310,7 +318,7 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
     ]
     (tmp_path / "[x].jsonl").write_text('{"n": "named"}')  # a file's name may look like a pattern
     assert rows_of(tmp_path / "[x].jsonl") == [{"n": "named"}]
-    with pytest.raises(ConfigError, match=r"init_args\.train_file: matches no file '\S+\*\.nothing'"):
+    with pytest.raises(ConfigError, match=r"init_args\.train_file: no file matches '\S+\*\.nothing'"):
         rows_of(tmp_path / "*.nothing")
     with pytest.raises(ConfigError, match=r"init_args\.train_file is an empty list"):
         FromData(train_file=[]).train_items()
@@ -324,13 +332,13 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
         (["--env.train_file+", "a.jsonl", "--env.train_file+", "b*.csv"], ["a.jsonl", "b*.csv"]),
     ],
 )
-def test_one_file_or_several_are_named_on_the_command_line(words, files):
+def test_one_or_several_files_on_the_command_line(words, files):
     parser = ArgumentParser()
     parser.add_class_arguments(GSM8K, "env")
     assert parser.parse_args(words).env.train_file == files
 
 
-def test_what_is_not_there_is_told(monkeypatch):
+def test_missing_sources_are_reported(monkeypatch):
     with pytest.raises(ConfigError, match=r"FromData has no train items: set data\.environment\.init_args\.train_file"):
         FromData().train_items()
     with pytest.raises(ConfigError, match=r"init_args\.validation_file: there is no file '\S+nowhere\.jsonl'"):
@@ -340,7 +348,7 @@ def test_what_is_not_there_is_told(monkeypatch):
         FromData(dataset="openai/gsm8k", dataset_config="main").train_items()
 
 
-def test_the_hub_is_asked_for_the_split_that_is_named(monkeypatch):
+def test_the_named_split_is_loaded_from_the_hub(monkeypatch):
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or [{"prompt": "q"}])
     environment = FromData(dataset="a/b", dataset_config="c", train_split="t", validation_split="v")

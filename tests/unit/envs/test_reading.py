@@ -117,7 +117,7 @@ def search(query, key="arguments"):
 @pytest.mark.parametrize(
     "query", ["<think>x</think>b", "a </think> b", "a <think> b", "<thinking></think>", 'say \\"</think>\\" twice']
 )
-def test_marks_of_thinking_in_a_calls_string_are_text(query):
+def test_thinking_marks_in_strings_of_a_call_are_text(query):
     call = ("search", {"query": query.replace('\\"', '"')})
     for convention, text in (
         (PLAIN, f"<tool_call>{search(query)}</tool_call>"),
@@ -149,7 +149,7 @@ def test_marks_of_thinking_in_a_calls_string_are_text(query):
         (f'<tool_call>{{"q": "{chr(92)}d}}</tool_call><think><tool_call>{search("a")}</tool_call>', ["Invalid"]),
     ],
 )
-def test_marks_outside_of_a_calls_strings_are_marks(text, found):
+def test_thinking_marks_outside_of_strings_count(text, found):
     calls = read(PLAIN, answered(PLAIN, text))
     assert len(calls) == len(found)
     for call, expected in zip(calls, found, strict=True):
@@ -161,7 +161,7 @@ def test_marks_outside_of_a_calls_strings_are_marks(text, found):
     [
         ('{"name": "search", "parameters": {"query": cats}}', "it is not JSON"),
         ('{"name": "nothing", "parameters": {"query": cats}}', "it is not JSON"),
-        ('{"name": "search"}', "it has no \"arguments\", and search takes ['query']"),
+        ('{"name": "search"}', "it has no \"arguments\", but search takes ['query']"),
         ('{"name": "search", "query": "cats"}', 'it has no "arguments"'),
         ('{"name": "search", "parameters": {"query": NaN}}', "a number that is not finite"),
         ('{"parameters": {"query": 1e999}, "name": "search"}', "a number that is not finite"),
@@ -178,12 +178,12 @@ def test_marks_outside_of_a_calls_strings_are_marks(text, found):
         ('{"function": {"arguments": {"query": cats}}}', "it is not JSON"),
     ],
 )
-def test_a_call_without_tags_that_cannot_be_read_says_why(text, words):
+def test_an_unreadable_call_without_tags_has_an_error(text, words):
     (error,) = read(BARE, text)
     assert words in error
 
 
-def test_a_list_behind_a_tag_needs_no_end():
+def test_a_list_of_calls_requires_no_closing_tag():
     assert read(LISTS, f"[TOOL_CALLS] [{GOOD}, {GOOD}]") == [ADD, ADD]
     assert read(LISTS, f"[TOOL_CALLS]{GOOD}\n{CATS} I wait.") == [ADD, SEARCH_CATS]
     assert read(LISTS, f"[{GOOD}]") == []
@@ -193,22 +193,22 @@ def test_a_list_behind_a_tag_needs_no_end():
     ("body", "words"),
     [
         ("{name: add}", "it is not JSON"),
-        ('{"arguments": {}}', 'no JSON object with a "name"'),
-        ('{"name": 3}', 'no JSON object with a "name"'),
-        ("17", 'no JSON object with a "name"'),
-        ("[]", 'no JSON object with a "name"'),
-        ('{"name": "add", "arguments": "1"}', '"arguments" are no JSON object'),
-        ('{"name": "add", "arguments": "{} {}"}', '"arguments" are no JSON object'),
-        ('{"name": "add", "parameters": [1]}', '"parameters" are no JSON object'),
+        ('{"arguments": {}}', 'not a JSON object with a "name"'),
+        ('{"name": 3}', 'not a JSON object with a "name"'),
+        ("17", 'not a JSON object with a "name"'),
+        ("[]", 'not a JSON object with a "name"'),
+        ('{"name": "add", "arguments": "1"}', '"arguments" are not a JSON object'),
+        ('{"name": "add", "arguments": "{} {}"}', '"arguments" are not a JSON object'),
+        ('{"name": "add", "parameters": [1]}', '"parameters" are not a JSON object'),
         ('{"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}', "that differ"),
-        ('{"name": "search"}', "it has no \"arguments\", and search takes ['query']"),
+        ('{"name": "search"}', "it has no \"arguments\", but search takes ['query']"),
         ('{"name": "search", "arguments": null}', 'it has no "arguments"'),
         ("[" * 50_000, "nested too deeply"),
         ("[" * 300 + "]" * 300, "nested too deeply"),
         ('{"name": "add", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}", "nested too deeply"),
         (
             f'{{"name": "add", "arguments": {json.dumps(json.dumps({"a": json.loads("[" * 300 + "]" * 300)}))}}}',
-            "no JSON object",
+            "not a JSON object",
         ),
         ("x" * (MAX_CALL_CHARS + 1), "it is not JSON"),
         ('"' + "x" * (MAX_CALL_CHARS + 1), f"it has more than {MAX_CALL_CHARS} characters"),
@@ -220,19 +220,19 @@ def test_a_list_behind_a_tag_needs_no_end():
         ('{"name": "add", "arguments": {"a": -Infinity}}', "a number that is not finite"),
         ('{"name": "add", "arguments": {"a": 1e999}}', "a number that is not finite"),
         ('{"name": "add", "arguments": {"a": ' + "9" * (MAX_NUMBER_DIGITS + 1) + "}}", "more than 4000 digits"),
-        (f"{GOOD} and more", "it does not end in </tool_call>"),
+        (f"{GOOD} and more", "it does not end with </tool_call>"),
     ],
 )
-def test_a_call_that_cannot_be_read_says_why(body, words):
+def test_an_unreadable_call_has_an_error(body, words):
     for convention in (PLAIN, ToolConvention("<tool_call>", "</tool_call>", "parameters", role="tool", is_native=True)):
         (call,) = convention.read(f"<tool_call>{body}</tool_call>", TOOLS).calls
         assert call.name == ""
         assert words in call.error
 
 
-def test_a_call_without_an_end_is_none():
+def test_a_call_without_its_closing_tag_is_not_run():
     (error,) = read(PLAIN, f"<tool_call>{GOOD}")
-    assert "does not end in </tool_call>" in error
+    assert "does not end with </tool_call>" in error
 
 
 def test_long_numbers_and_odd_keys_are_read():
@@ -256,7 +256,7 @@ def test_long_numbers_and_odd_keys_are_read():
         ('<tool_call>"' + "x" * MAX_CALL_CHARS + "</tool_call>", False),
     ],
 )
-def test_a_text_that_ends_in_the_middle_of_a_calls_json_might_go_on(text, is_cut):
+def test_a_text_that_ends_inside_the_json_of_a_call_is_cut(text, is_cut):
     assert PLAIN.read(text, TOOLS).is_cut is is_cut
 
 
@@ -277,7 +277,7 @@ def test_a_text_that_ends_in_the_middle_of_a_calls_json_might_go_on(text, is_cut
         ('{"name": "search", "parameters": {"query": cats}} </answer>', False),
     ],
 )
-def test_a_text_that_ends_in_the_middle_of_a_bare_calls_json_might_go_on(text, is_cut):
+def test_a_text_that_ends_inside_a_call_without_tags_is_cut(text, is_cut):
     assert BARE.read(text, TOOLS).is_cut is is_cut
 
 
@@ -298,7 +298,7 @@ def test_a_call_without_arguments_of_a_tool_that_has_some_is_refused_however_its
     tools = [ToolSpec("look", "Looks.", schema)]
     for convention, text in ((PLAIN, '<tool_call>{"name": "look"}</tool_call>'), (BARE, '{"name": "look"}')):
         (call,) = convention.read(text, tools).calls
-        assert call.error == (names and f'the call cannot be read: it has no "arguments", and look takes {names}')
+        assert call.error == (names and f'the call cannot be read: it has no "arguments", but look takes {names}')
 
 
 def test_openais_form_is_a_call_in_every_convention():
@@ -307,7 +307,7 @@ def test_openais_form_is_a_call_in_every_convention():
     assert [read(convention, text) for convention, text in texts] == [[SEARCH_CATS]] * 3
 
 
-def test_only_so_many_calls_of_a_turn_are_read():
+def test_the_number_of_calls_per_turn_is_limited():
     for convention, text in (
         (PLAIN, f"<tool_call>{GOOD}</tool_call>" * 1000),
         (PLAIN, "<tool_call>" + json.dumps([json.loads(GOOD)] * 1000) + "</tool_call>"),
@@ -360,7 +360,7 @@ def test_four_megabytes_of_anything_are_read_in_linear_time(convention, piece):
     assert time.process_time() - start < 20.0  # 0.6 to 2.3 s
 
 
-def test_what_cannot_be_sent():
+def test_values_that_cannot_be_sent_as_json():
     nested = 1
     for _ in range(MAX_CALL_DEPTH - 1):
         nested = [nested]
@@ -415,7 +415,7 @@ PIECES = st.one_of(
 
 @given(st.lists(PIECES, max_size=4))
 @settings(derandomize=True, deadline=None, max_examples=60)
-def test_what_was_said_is_called_what_was_thought_is_not_wherever_the_turn_is_cut_off(pieces):
+def test_calls_outside_of_thinking_are_read_at_any_truncation(pieces):
     text = "".join(piece for piece, _ in pieces)
     said = [(call["name"], call["arguments"]) for _, call in pieces if call is not None]
     assert read(PLAIN, answered(PLAIN, text)) == said
@@ -428,7 +428,7 @@ def test_what_was_said_is_called_what_was_thought_is_not_wherever_the_turn_is_cu
 
 @given(st.lists(CALLS, min_size=1, max_size=2), st.sampled_from(["; ", "\n", ", ", "\nand\n"]))
 @settings(derandomize=True, deadline=None, max_examples=40)
-def test_calls_without_tags_are_read_wherever_the_turn_is_cut_off(calls, joint):
+def test_calls_without_tags_are_read_at_any_truncation(calls, joint):
     text = "<|python_tag|>" + joint.join(json.dumps(call) for call in calls)
     said = [(call["name"], call["arguments"]) for call in calls]
     assert read(BARE, answered(BARE, text)) == said
@@ -467,7 +467,7 @@ HOSTILE = st.lists(st.sampled_from([*TAGS, *JSON, "\ud83d", "\x00", " ", "\n"]) 
 
 @given(HOSTILE)
 @settings(derandomize=True, deadline=None, max_examples=500)
-def test_no_text_raises_and_every_call_that_is_made_can_be_sent(text):
+def test_no_text_raises_and_every_call_can_be_sent(text):
     for convention in (PLAIN, BARE, LISTS):
         for call in convention.read(answered(convention, text), TOOLS).calls:
             assert call.error is not None or unsendable(call.arguments) is None

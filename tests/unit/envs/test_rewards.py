@@ -120,7 +120,7 @@ def test_matches_by_hand():
     assert exact_match(extract=unstripped)(rollouts) == [0.0, 1.0]
     assert exact_match(extract=inside)(rollouts) == [0.0, 1.0]
     assert exact_match("gold", name="same")([said(" yes ", {"gold": "yes"})]) == [1.0]
-    with pytest.raises(ValueError, match="gold answer 'many' is no number"):
+    with pytest.raises(ValueError, match="gold answer 'many' is not a number"):
         number_match()([said("3", {"answer": "many"})])
 
 
@@ -153,17 +153,17 @@ NO_TEXT = [
     (None, "None in 'answer' is neither text nor a number"),
     (True, "True in 'answer' is neither text nor a number"),
     ({"a": 1}, "is neither text nor a number"),
-    (["1", "2"], "is a list, and a reward takes one answer"),
+    (["1", "2"], "is a list, but a reward requires one answer"),
     (float("nan"), "is not finite"),
     ("  ", "is empty"),
 ]
 
 
 @pytest.mark.parametrize(("gold", "words"), NO_TEXT)
-def test_a_gold_that_is_no_text_is_refused_by_every_reward(math, gold, words):
+def test_an_invalid_gold_is_refused_by_every_reward(math, gold, words):
     for reward in (exact_match(), number_match(), math):
         assert words in reward.check_gold({"answer": gold})
-        assert "there is no field 'answer', there are ['gold']" in reward.check_gold({"gold": gold})
+        assert "there is no field 'answer', the fields are ['gold']" in reward.check_gold({"gold": gold})
 
 
 @pytest.mark.parametrize(
@@ -179,23 +179,23 @@ def test_golds_that_are_numbers_are_accepted_and_earned(math, gold):
     assert math(wrong) == number_match(extract=last_boxed)(wrong) == [0.0] * 6
 
 
-def test_a_whole_gold_may_be_larger_than_any_float():
+def test_an_integer_gold_may_be_too_large_for_a_float():
     large = 10**400
     assert exact_match().check_gold({"answer": large}) is None
     assert exact_match()([said(str(large), {"answer": large}), said("1e400", {"answer": large})]) == [1.0, 0.0]
-    assert "is no number" in number_match().check_gold({"answer": large})  # more digits than an answer may have
-    assert "is a number of too many digits" in exact_match().check_gold({"answer": 10**5000})
+    assert "is not a number" in number_match().check_gold({"answer": large})  # more digits than an answer may have
+    assert "is a number with too many digits" in exact_match().check_gold({"answer": 10**5000})
 
 
 @pytest.mark.parametrize(
     ("gold", "words"),
     [
-        ("many", "'many' is no number"),
-        ("1,2", "'1,2' is no number"),
-        ("x + 1", "is no number"),
+        ("many", "'many' is not a number"),
+        ("1,2", "'1,2' is not a number"),
+        ("x + 1", "is not a number"),
     ],
 )
-def test_a_gold_that_is_no_number_is_refused_where_numbers_are_compared(gold, words):
+def test_number_match_refuses_a_gold_that_is_not_a_number(gold, words):
     assert words in number_match().check_gold({"answer": gold})
     assert exact_match().check_gold({"answer": gold}) is None
 
@@ -244,7 +244,7 @@ def math():
         ("\\text{Evelyn}", "\\boxed{\\text{Briana}}", 0.0),
     ],
 )
-def test_mathematics_is_compared_and_not_text(math, gold, answer, score):
+def test_answers_are_compared_as_mathematics(math, gold, answer, score):
     assert math([said(answer, {"answer": gold})]) == [score]
 
 
@@ -306,7 +306,7 @@ def test_answers_are_compared_from_any_thread(math):
         ("1234567 " * 131_072, "math_too_long"),
     ],
 )
-def test_a_hostile_answer_scores_nothing_is_counted_and_holds_up_nobody(math, answer, count):
+def test_a_hostile_answer_scores_0_is_counted_and_does_not_block_others(math, answer, count):
     rollouts = [said(answer, {"answer": "3"}), said("$3$", {"answer": "3"})]
     start = time.perf_counter()
     assert math(rollouts) == [0.0, 1.0]
@@ -326,7 +326,7 @@ def test_no_process_is_left_behind():
     reward.close()
 
 
-def test_what_comes_before_the_answer_may_be_of_any_length(math):
+def test_text_before_the_answer_may_have_any_length(math):
     long = "I add two numbers and look at the sum. " * 72  # 2,808 characters
     rollouts = [
         said(f"{long}\\boxed{{3}}", {"answer": "3"}),
@@ -361,7 +361,7 @@ def test_golds_are_checked_in_the_worker_processes(math):
     assert "does not read the gold answer '((((" in math.check_gold({"answer": "(" * 1900})
 
 
-def test_a_gold_answer_that_is_no_mathematics_is_told(math):
+def test_a_gold_answer_that_is_not_mathematics_is_reported(math):
     with pytest.raises(ValueError, match="cannot read the gold answer '\\$'"):
         math([said("$3$", {"answer": "$"})])
     with pytest.raises(ConfigError, match="timeout_s above 0, got 0"):
@@ -451,7 +451,7 @@ def test_a_judges_score_is_read_or_counted(endpoint, reply, score):
     assert "<answer_to_grade>\n[assistant]\nthe answer\n</answer_to_grade>" in user["content"]
 
 
-def test_a_judge_reads_no_thinking_and_nothing_where_there_is_no_answer(endpoint):
+def test_a_judge_does_not_read_thinking_and_is_not_called_for_an_empty_answer(endpoint):
     Endpoint.replies = [(200, "Score: 7")]
     rollout, silent = said("<think>secret</think>the answer"), said("<think>it would be the answer")
     rollout.messages.insert(0, {"role": "user", "content": "<think>mine</think>?"})
@@ -461,7 +461,7 @@ def test_a_judge_reads_no_thinking_and_nothing_where_there_is_no_answer(endpoint
     assert judge.describe(rollout) == "[user]\n<think>mine</think>?\n\n[assistant]\nthe answer"
 
 
-def test_a_judge_is_asked_again_after_a_failure_a_bounded_number_of_times(endpoint):
+def test_a_failed_judge_request_is_retried_at_most_max_retries_times(endpoint):
     Endpoint.replies = [(500, ""), (200, "Score: 1")]
     assert asyncio.run(Judge("judge", "x", endpoint, max_retries=1)([said("a")])) == [0.1]
     Endpoint.asked, Endpoint.replies = [], [(500, "")]
@@ -472,7 +472,7 @@ def test_a_judge_is_asked_again_after_a_failure_a_bounded_number_of_times(endpoi
         Judge("judge", "x", endpoint, max_retries=-1)
 
 
-def test_a_judges_key_comes_from_the_variable_that_is_named_and_its_bound_holds(endpoint, monkeypatch):
+def test_a_judge_uses_the_named_api_key_variable_and_its_time_limit(endpoint, monkeypatch):
     Endpoint.replies = [(200, "Score: 1")]
     monkeypatch.setenv("JUDGE_KEY", "sesame")
     asyncio.run(Judge("judge", "x", endpoint, api_key_variable="JUDGE_KEY")([said("a")]))

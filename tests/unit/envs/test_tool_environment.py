@@ -89,24 +89,24 @@ def test_a_call_its_result_and_an_answer_are_one_conversation(chat):
 @pytest.mark.parametrize(
     ("turn", "words"),
     [
-        (call("subtract", a=1), "there is no tool 'subtract', there are ['add',"),
+        (call("subtract", a=1), "there is no tool 'subtract', the tools are ['add',"),
         (call("add", a=1), "its arguments do not fit add: 'b' is a required property"),
         (call("add", a=1, b="two"), "its arguments do not fit add: 'two' is not of type 'integer'"),
         ("<tool_call>{add}</tool_call>", "the call cannot be read: it is not JSON"),
         ("<tool_call>" + "[" * 3000 + "</tool_call>", "the call cannot be read:"),
         (call("echo", value=json.loads("[" * 300 + "]" * 300)), "the call cannot be read: it is nested too deeply"),
         ('<tool_call>{"name": "echo", "arguments": {"value": 1e999}}</tool_call>', "a number that is not finite"),
-        ('<tool_call>{"name": "echo", "value": 1}</tool_call>', "it has no \"arguments\", and echo takes ['value']"),
+        ('<tool_call>{"name": "echo", "value": 1}</tool_call>', "it has no \"arguments\", but echo takes ['value']"),
     ],
 )
-def test_a_call_that_cannot_be_made_is_told_to_the_policy_and_counted(chat, turn, words):
+def test_the_policy_reads_the_error_of_an_invalid_call_and_it_is_counted(chat, turn, words):
     (rollout,), _ = play(chat, Tools(), turn, "sorry")
     assert words in rollout.messages[2]["content"]
     assert rollout.counts == {TOOL_CALLS: 1, "tool_invalid_call": 1}
     assert rollout.status is RolloutStatus.COMPLETED
 
 
-def test_calls_that_are_nested_deep_never_end_a_run_nor_lose_the_state_of_others(chat):
+def test_deeply_nested_calls_neither_end_a_run_nor_lose_state_of_other_rollouts(chat):
     environment = Tools(end_session_tool="forget", max_restarts=0)
     deep = call("echo", value=json.loads("[" * 300 + "]" * 300))
     environment.max_steps = 8
@@ -125,14 +125,14 @@ def test_calls_that_are_nested_deep_never_end_a_run_nor_lose_the_state_of_others
         "<thinking><tool_call>{}</tool_call></thinking>The answer is 4.",
     ],
 )
-def test_a_call_that_was_only_thought_of_is_not_made(chat, turn):
+def test_a_call_inside_thinking_is_not_run(chat, turn):
     (rollout,), _ = play(chat, Tools(), turn, "never said")
     assert (rollout.status, len(rollout.turns)) == (RolloutStatus.COMPLETED, 1)
     assert rollout.counts == {}
     assert rollout.turns[0].answer.strip() == "The answer is 4."
 
 
-def test_other_marks_of_thinking_are_a_setting(chat):
+def test_thinking_marks_are_configurable(chat):
     turn = '[THINK]<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>[/THINK]<think>'
     environment = Tools()
     environment.thinking_marks = [("[THINK]", "[/THINK]")]
@@ -153,13 +153,13 @@ def test_a_schema_that_fails_on_arguments_is_a_call_that_the_policy_reads(chat):
     assert rollout.counts == {TOOL_CALLS: 1, "tool_invalid_call": 1}
 
 
-def test_calls_of_a_turn_run_in_order_and_only_so_many(chat):
+def test_calls_of_a_turn_run_in_order_up_to_the_limit(chat):
     environment = Tools()
     environment.max_calls_per_turn = 2
     (rollout,), _ = play(chat, environment, call("count") + call("count") + call("count"), "done")
     results = [message["content"] for message in rollout.messages[2:5]]
     assert results[:2] == ["<tool_response>1</tool_response>", "<tool_response>2</tool_response>"]
-    assert "2 calls a turn are allowed" in results[2]
+    assert "2 calls per turn are allowed" in results[2]
     assert rollout.counts == {TOOL_CALLS: 3, "tool_ok": 2, "tool_invalid_call": 1}
 
 
@@ -181,7 +181,7 @@ def test_siblings_do_not_share_state_and_neither_do_rounds(chat):
         (call("fail"), "error"),
     ],
 )
-def test_a_tool_that_hangs_floods_or_fails_becomes_text_and_the_rollout_goes_on(chat, turn, status):
+def test_a_tool_that_hangs_floods_or_fails_becomes_text_and_the_rollout_continues(chat, turn, status):
     start = time.perf_counter()
     (rollout,), _ = play(chat, Tools(), turn, "I see.")
     assert time.perf_counter() - start < 15
@@ -223,7 +223,7 @@ def test_functions_are_tools_like_any_other(chat):
     assert rollout.messages[2]["content"] == "<tool_response>42</tool_response>"
 
 
-def test_an_environment_without_tools_or_with_two_of_a_name_is_refused():
+def test_an_environment_without_tools_or_with_duplicate_names_is_refused():
     nothing = Functions()
     nothing.functions = []
     with pytest.raises(ConfigError, match="Functions has no tools"):
@@ -246,7 +246,7 @@ async def _prepare_and_close(environment):
         await environment.close()
 
 
-def test_a_template_that_knows_tools_has_the_conversation_its_own_way(tmp_path):
+def test_a_chat_template_with_tools_uses_its_own_format(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
     tokenizer.save_pretrained(tmp_path)
@@ -263,7 +263,7 @@ def test_a_template_that_knows_tools_has_the_conversation_its_own_way(tmp_path):
     assert rollout.token_ids == [*rendered, *chat.encode_turn("They are 3 and 7.")]
 
 
-def test_the_bound_of_functions_is_used(chat):
+def test_the_time_limit_of_functions_is_used(chat):
     environment = Functions()
     environment.function_timeout_s = 0.2
 
@@ -277,7 +277,7 @@ def test_the_bound_of_functions_is_used(chat):
     assert "within 0.2 s" in rollout.messages[2]["content"]
 
 
-def test_a_count_that_nobody_declared_is_told(chat):
+def test_an_undeclared_counter_is_reported(chat):
     environment = TinyEnvironment()
     check_environment(environment)
     (rollout,), _ = play(chat, Functions(), "42")

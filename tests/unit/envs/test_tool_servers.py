@@ -40,7 +40,7 @@ def with_server(scenario, config: MCPServer | None = None, in_process=None):
     return result
 
 
-def test_tools_are_learned_and_called():
+def test_tools_are_listed_and_called():
     async def scenario(server):
         specs = {spec.name: spec for spec in await server.ensure_running()}
         assert specs["add"].description == "Adds two numbers."
@@ -62,7 +62,7 @@ def test_tools_are_learned_and_called():
         ("die", {}, ToolStatus.SERVER_DIED, "has died"),
     ],
 )
-def test_a_call_that_goes_wrong_ends_within_its_limit_under_its_own_status(tool, arguments, status, words):
+def test_a_failed_call_ends_within_its_time_limit_with_its_own_status(tool, arguments, status, words):
     async def scenario(server):
         await server.ensure_running()
         start = time.perf_counter()
@@ -79,7 +79,7 @@ def test_a_call_that_goes_wrong_ends_within_its_limit_under_its_own_status(tool,
     with_server(scenario, MCPServer(command=COMMAND, call_timeout_s=limit, max_result_chars=200))
 
 
-def test_the_states_of_rollouts_are_kept_apart_and_forgotten_at_their_end():
+def test_the_state_of_rollouts_is_separate_and_cleared_at_their_end():
     async def scenario(server):
         assert "forget" not in [spec.name for spec in await server.ensure_running()]
         calls = [await server.call(key, "count", {}) for key in ("a", "a", "b", "a")]
@@ -117,12 +117,12 @@ async def fail_alone(server, status, calls):
 STATEFUL = MCPServer(command=COMMAND, end_session_tool="forget", max_restarts=0)
 
 
-def test_a_call_that_cannot_be_sent_costs_no_server():
+def test_a_call_that_cannot_be_sent_does_not_restart_the_server():
     calls = [
         ("echo", nested(300), "the call cannot be sent: it is nested too deeply"),
         ("echo", {"value": "\ud83d"}, "the call cannot be sent: it is not JSON of Unicode text"),
         ("echo", {"\ud83d": 1}, "the call cannot be sent: it is not JSON of Unicode text"),
-        ("echo", {"value": float("nan")}, "the call cannot be sent: it holds a number that is not finite"),
+        ("echo", {"value": float("nan")}, "the call cannot be sent: it contains a number that is not finite"),
     ]
     with_server(lambda server: fail_alone(server, ToolStatus.INVALID_CALL, calls), STATEFUL)
 
@@ -141,7 +141,7 @@ def test_a_malformed_reply_is_the_servers_fault_and_not_the_calls(monkeypatch):
     with_server(scenario, MCPServer(command=COMMAND))
 
 
-def test_what_only_the_client_or_the_server_finds_out_costs_no_server_either(monkeypatch):
+def test_errors_found_by_the_client_or_the_server_do_not_restart_the_server(monkeypatch):
     monkeypatch.setattr("fuchsia_pl.envs.tools.mcp.unsendable", lambda arguments: None)
 
     async def scenario(server):
@@ -154,7 +154,7 @@ def test_what_only_the_client_or_the_server_finds_out_costs_no_server_either(mon
     with_server(scenario, STATEFUL)
 
 
-def test_a_call_that_is_refused_or_whose_answer_cannot_be_read_costs_no_server():
+def test_a_refused_call_or_an_unreadable_reply_does_not_restart_the_server():
     calls = [
         ("misfit", {}, "Error: the call failed (Invalid structured content"),
         ("subtract", {}, "subtract"),
@@ -165,7 +165,7 @@ def test_a_call_that_is_refused_or_whose_answer_cannot_be_read_costs_no_server()
 
 
 @pytest.mark.parametrize("is_here", [True, False], ids=["a function", "a server"])
-def test_half_a_surrogate_pair_in_a_result_costs_one_call(is_here):
+def test_half_a_surrogate_pair_in_a_result_affects_one_call(is_here):
     """The library cannot put it into a message; what it reports in its place is text that files and tokenizers take."""
 
     def half() -> str:
@@ -185,7 +185,7 @@ def test_half_a_surrogate_pair_in_a_result_costs_one_call(is_here):
         with_server(scenario, MCPServer(command=COMMAND, max_restarts=0))
 
 
-def test_a_protocol_error_of_a_server_that_lives_is_a_refusal():
+def test_a_protocol_error_of_a_live_server_is_a_refusal():
     async def scenario(server):
         await server.ensure_running()
 
@@ -203,7 +203,7 @@ def test_a_protocol_error_of_a_server_that_lives_is_a_refusal():
     with_server(scenario, MCPServer(url="functions"), serve_functions([add], 30.0))
 
 
-def test_values_at_the_bounds_are_sent():
+def test_values_at_the_limits_are_sent():
     async def scenario(server):
         await server.ensure_running()
         for value, kind in ((nested(60)["value"], "list"), (10**3999, "int"), ({"": {"a b": None}}, "dict")):
@@ -213,7 +213,7 @@ def test_values_at_the_bounds_are_sent():
     with_server(scenario)
 
 
-def test_a_rollout_may_have_a_process_of_its_own():
+def test_per_rollout_starts_one_process_per_rollout():
     async def scenario(server):
         await server.ensure_running()
         calls = [await server.call(key, "count_all", {}) for key in ("a", "a", "b")]
@@ -229,7 +229,7 @@ def test_a_rollout_may_have_a_process_of_its_own():
     with_server(scenario, MCPServer(command=COMMAND, per_rollout=True))
 
 
-def test_a_rollout_whose_state_died_with_the_server_is_told_and_the_next_one_starts_afresh():
+def test_a_rollout_with_lost_state_is_reported_and_the_next_one_has_fresh_state():
     async def scenario(server):
         await server.ensure_running()
         await server.call("a", "count", {})
@@ -250,13 +250,13 @@ def test_a_server_is_restarted_a_bounded_number_of_times_and_then_ends_the_run_w
         for _ in range(3):
             await server.ensure_running()
             await server.call("k", "die", {})
-        with pytest.raises(ToolServerError, match=r"died 3 times, and max_restarts allows 2 restarts"):
+        with pytest.raises(ToolServerError, match=r"died 3 times, but max_restarts allows 2 restarts"):
             await server.ensure_running()
 
     with_server(scenario, MCPServer(command=COMMAND, max_restarts=2))
 
 
-def test_a_health_check_finds_a_server_that_no_longer_answers_and_restarts_it():
+def test_a_health_check_restarts_an_unresponsive_server():
     async def scenario(server):
         await server.ensure_running()
         pid = int((await server.call("k", "process", {})).text)
@@ -298,7 +298,7 @@ def test_a_server_that_does_not_want_to_die_is_gone_within_a_bound():
     ],
     ids=["no program", "ends at once", "never answers"],
 )
-def test_a_server_that_does_not_start_ends_the_run_within_the_bound(command):
+def test_a_server_that_does_not_start_ends_the_run_within_the_time_limit(command):
     async def scenario(server):
         start = time.perf_counter()
         with pytest.raises(ToolServerError, match="did not start") as caught:
@@ -309,10 +309,10 @@ def test_a_server_that_does_not_start_ends_the_run_within_the_bound(command):
     words = with_server(scenario, MCPServer(command=command, start_timeout_s=3))
     assert command[-1] in words or command[0] in words
     if "licence" in command[-1]:
-        assert "The end of what it said:\nno licence" in words
+        assert "The end of its log:\nno licence" in words
 
 
-def test_tools_are_chosen_by_name_and_a_name_that_is_missing_is_told():
+def test_tools_are_selected_by_name_and_a_missing_name_is_reported():
     async def scenario(server):
         assert [spec.name for spec in await server.ensure_running()] == ["add"]
 
@@ -347,7 +347,7 @@ def test_a_server_behind_a_url_is_used_and_left_running():
         process.wait()
 
 
-def test_functions_of_this_process_are_tools_and_one_that_hangs_ends_at_its_limit():
+def test_python_functions_are_tools_and_a_hanging_one_ends_at_its_time_limit():
     def shout(text: str, times: int = 1) -> str:
         """Says it loudly.
 
@@ -384,18 +384,18 @@ def test_functions_of_this_process_are_tools_and_one_that_hangs_ends_at_its_limi
     [
         ({}, "either a command or a url"),
         ({"command": ["a"], "url": "b"}, "either a command or a url"),
-        ({"command": "python server.py"}, "is a list of words"),
-        ({"command": []}, "is a list of words"),
+        ({"command": "python server.py"}, "must be a list of words"),
+        ({"command": []}, "must be a list of words"),
         ({"command": ["a"], "call_timeout_s": 0}, "call_timeout_s must be above 0, got 0"),
         ({"command": ["a"], "max_restarts": -1}, "max_restarts must be 0 or more, got -1"),
     ],
 )
-def test_a_server_that_could_not_be_started_or_would_never_end_is_refused(settings, words):
+def test_invalid_server_settings_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         MCPServer(**settings)
 
 
-def test_a_server_gets_the_variables_it_was_given_and_no_others(monkeypatch):
+def test_a_server_gets_only_the_configured_variables(monkeypatch):
     monkeypatch.setenv("A_SECRET", "hunter2")
     code = (
         "import os\nfrom fastmcp import FastMCP\ns = FastMCP('e')\n"
@@ -410,7 +410,7 @@ def test_a_server_gets_the_variables_it_was_given_and_no_others(monkeypatch):
     assert with_server(scenario, MCPServer(command=[sys.executable, "-c", code], env={"GIVEN": "yes"})) == "None yes"
 
 
-def test_a_function_that_ends_the_process_is_an_error_that_the_policy_reads():
+def test_a_function_that_exits_becomes_an_error_that_the_policy_reads():
     def leave(code: int) -> str:
         raise SystemExit(code)
 

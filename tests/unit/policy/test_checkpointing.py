@@ -102,5 +102,5 @@ def test_four_bit_weights_are_refused_where_they_cannot_work(tiny_model, monkeyp
     with pytest.raises(ConfigError, match=r"needs an adapter.*lora\.enabled: true"):
         PolicyConfig("", lora=LoRASettings(enabled=False), quantization="nf4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match='quantization="nf4" needs a CUDA device, and torch sees none'):
+    with pytest.raises(ConfigError, match='quantization="nf4" needs a CUDA device, and torch finds none'):
         Policy(PolicyConfig("", quantization="nf4"), tiny_model, with_reference=False)

@@ -27,5 +27,5 @@ def test_sizes_need_a_token(name):
 
 
 def test_a_chat_template_must_be_there():
-    with pytest.raises(ValueError, match=r"model\.policy\.chat_template='no.jinja' is no template"):
+    with pytest.raises(ValueError, match=r"model\.policy\.chat_template='no.jinja' is not a template"):
         PolicyConfig(name="m", chat_template="no.jinja")

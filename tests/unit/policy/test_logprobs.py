@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores, fastest_chunk_tokens
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs, fastest_chunk_tokens
 
 
 def make_case(num_positions: int, vocabulary: int, dtype=torch.float64):
@@ -26,7 +26,7 @@ def test_chunks_change_neither_value_nor_gradient(num_positions, chunk_tokens):
     weights = torch.linspace(-1, 1, num_positions)
     (naive * weights).sum().backward()
     hidden.requires_grad_()
-    chunked = chunked_scores(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens)[0]
+    chunked = chunked_logprobs(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens)[0]
     (chunked * weights).sum().backward()
     torch.testing.assert_close(chunked, naive)
     torch.testing.assert_close(hidden.grad, naive_hidden.grad)
@@ -36,7 +36,7 @@ def test_two_tokens_by_hand_at_temperature_two():
     # logits (2 ln 3, 0) at temperature 2 are (ln 3, 0): probabilities 3/4 and 1/4
     hidden = torch.tensor([[2 * torch.log(torch.tensor(3.0))]]).repeat(2, 1)
     head = OutputHead(torch.tensor([[1.0], [0.0]]))
-    logprobs = chunked_scores(head, hidden, torch.tensor([0, 1]), torch.full((2,), 2.0), chunk_tokens=1)[0]
+    logprobs = chunked_logprobs(head, hidden, torch.tensor([0, 1]), torch.full((2,), 2.0), chunk_tokens=1)[0]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.75, 0.25]))
 
 
@@ -48,7 +48,7 @@ def test_bias_scale_and_cap_by_hand():
 
 def test_no_position_is_empty_but_reaches_the_parameters():
     hidden = torch.zeros(0, 8, requires_grad=True)
-    logprobs = chunked_scores(OutputHead(torch.zeros(5, 8)), hidden, torch.zeros(0).long(), torch.zeros(0), 4)[0]
+    logprobs = chunked_logprobs(OutputHead(torch.zeros(5, 8)), hidden, torch.zeros(0).long(), torch.zeros(0), 4)[0]
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
     assert hidden.grad is not None
@@ -68,7 +68,7 @@ def test_the_gradients_of_logprob_and_entropy_are_those_of_their_definitions(sca
             leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight, bias) if leaf is not None]
             if ours:
                 head = OutputHead(*leaves[1:], scale=scale, softcap=softcap)
-                logprobs, entropies = chunked_scores(head, leaves[0], labels, temperatures, chunk_tokens=4)
+                logprobs, entropies = chunked_logprobs(head, leaves[0], labels, temperatures, chunk_tokens=4)
             else:
                 logits = scale * torch.nn.functional.linear(leaves[0], *leaves[1:])
                 logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -92,11 +92,11 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
 def peak_gb(num_tokens: int) -> float:
     program = f"""
 import resource, torch
-from fuchsia_pl.policy.logprobs import OutputHead, chunked_scores, fastest_chunk_tokens
+from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs, fastest_chunk_tokens
 head = OutputHead(torch.randn(150_000, 16, dtype=torch.bfloat16))
 hidden = torch.randn({num_tokens}, 16, dtype=torch.bfloat16).requires_grad_()
 labels, temperatures = torch.arange({num_tokens}), torch.ones({num_tokens})
-chunked_scores(head, hidden, labels, temperatures, fastest_chunk_tokens(head))[0].sum().backward()
+chunked_logprobs(head, hidden, labels, temperatures, fastest_chunk_tokens(head))[0].sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
@@ -112,7 +112,7 @@ def test_bfloat16_softmax_is_float32():
     # The logits are those of bfloat16; the softmax over them must add no error of that size.
     hidden, weight, labels, _ = make_case(64, vocabulary=1000)
     hidden, weight = (4 * hidden).bfloat16(), weight.bfloat16()
-    logprobs = chunked_scores(OutputHead(weight), hidden, labels, torch.ones(64), chunk_tokens=16)[0]
+    logprobs = chunked_logprobs(OutputHead(weight), hidden, labels, torch.ones(64), chunk_tokens=16)[0]
     exact = torch.log_softmax(torch.nn.functional.linear(hidden, weight).double(), dim=1)
     exact = exact.gather(1, labels.unsqueeze(1)).squeeze(1)
     assert (logprobs.double() - exact).abs().max() < 1e-4
@@ -132,5 +132,5 @@ def test_the_logits_of_all_positions_never_exist_together():
             return out
 
     with Largest():
-        chunked_scores(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens=8)[0].sum().backward()
+        chunked_logprobs(OutputHead(weight), hidden, labels, temperatures.float(), chunk_tokens=8)[0].sum().backward()
     assert largest == 8 * 500

@@ -153,7 +153,7 @@ def test_the_configs_learning_rate_is_scheduled_from_the_first_step_on():
 def test_another_class_of_optimizer_starts_without_momenta_and_cannot_be_the_checkpoints():
     checkpoint = saved(Recipe(ADAM, None), 5)
     sgd = Recipe(partial(torch.optim.SGD, lr=0.1, momentum=0.9), None)
-    with pytest.raises(ConfigError, match=r"--resume.optimizer checkpoint cannot be followed.*another class"):
+    with pytest.raises(ConfigError, match=r"--resume.optimizer checkpoint is impossible.*another class"):
         resumed(checkpoint, sgd, ResumeChoice(optimizer="checkpoint"))
     decision = resumed(checkpoint, sgd, ResumeChoice(optimizer="config"))
     decision.put_into(checkpoint)

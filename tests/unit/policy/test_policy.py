@@ -239,13 +239,13 @@ def test_rank_scale_and_targets_change_the_adapter(tiny_model):
 
 def test_the_chunk_size_of_the_config_is_used(tiny_model, monkeypatch):
     seen = []
-    original = policy_module.chunked_scores
+    original = policy_module.chunked_logprobs
 
     def record(head, hidden, labels, temperatures, chunk_tokens):
         seen.append(chunk_tokens)
         return original(head, hidden, labels, temperatures, chunk_tokens)
 
-    monkeypatch.setattr(policy_module, "chunked_scores", record)
+    monkeypatch.setattr(policy_module, "chunked_logprobs", record)
     config = PolicyConfig(name="", dtype="float32", logprob_chunk_tokens=3)
     Policy(config, tiny_model, with_reference=False).output(make_batch())
     assert seen == [3]

@@ -50,8 +50,12 @@ def test_every_schedule_of_steps_can_be_named(name):
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("cosin", {}, "name='cosin', which is not a schedule of steps alone: use one of linear, cosine"),
-        ("reduce_lr_on_plateau", {}, "use lightning.pytorch.cli.ReduceLROnPlateau, which takes the metric to watch"),
+        ("cosin", {}, "name='cosin', which does not depend on steps alone: use one of linear, cosine"),
+        (
+            "reduce_lr_on_plateau",
+            {},
+            "use lightning.pytorch.cli.ReduceLROnPlateau, which takes the metric as its monitor",
+        ),
         ("cosine", {}, "requires `num_training_steps`"),
         ("linear", {"num_training_steps": 3, "options": {"cycles": 2}}, "unexpected keyword argument 'cycles'"),
     ],
@@ -109,11 +113,11 @@ def test_a_plateau_is_watched_by_its_monitor(tiny_model, tmp_path, monitor, expe
     [
         (
             torch.optim.lr_scheduler.ReduceLROnPlateau,
-            "no metric to watch: use lightning.pytorch.cli.ReduceLROnPlateau with",
+            "has no `monitor`: use lightning.pytorch.cli.ReduceLROnPlateau with",
         ),
         (
             partial(ReduceLROnPlateau, monitor="validation/reward/mean"),
-            "watches validation/reward/mean, and .*is 0: watch",
+            "monitors validation/reward/mean, but .*is 0: monitor",
         ),
         (partial(TransformersSchedule, name="cosine"), "requires `num_training_steps`"),
         (partial(torch.optim.lr_scheduler.StepLR), "model.lr_scheduler cannot be made from its settings: .*step_size"),

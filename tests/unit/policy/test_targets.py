@@ -38,8 +38,8 @@ def test_names_that_exist_are_taken(blank, targets):
         (["q_proj", "no_proj"], "'no_proj' matches no layer of the model"),
         (["q_proj", "q_pro"], "'q_pro' matches no layer of the model"),
         (r"layers\.\d+\.q_proj", r"q_proj' matches no layer of the model"),
-        (["q_proj", "input_layernorm"], "'input_layernorm' matches LlamaRMSNorm, which is no linear layer"),
-        ("self_attn", "'self_attn' matches LlamaAttention, which is no linear layer"),
+        (["q_proj", "input_layernorm"], "'input_layernorm' matches LlamaRMSNorm, which is not a linear layer"),
+        ("self_attn", "'self_attn' matches LlamaAttention, which is not a linear layer"),
     ],
 )
 def test_a_name_that_is_no_linear_layer_is_refused_even_beside_one_that_is(blank, tiny_model, targets, words):

@@ -175,7 +175,7 @@ def test_an_item_without_a_prompt_is_named_by_its_row_and_field(tmp_path, tiny_m
         collector.fitting(read_rows(str(file), "train", {}), "held-out")
     for items, problem in [
         ([{"prompt": "a"}, {"q": "a"}], r"the item has no field 'prompt', it has \['q'\]"),
-        ([{"prompt": "a"}, "b"], "it is a text, and an item is a mapping"),
+        ([{"prompt": "a"}, "b"], "it is a text, but an item must be a mapping"),
         ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": ""}]}], "field 'prompt', message 0"),
     ]:
         with pytest.raises(ConfigError, match=f"^training item 1: {problem}"):
