@@ -1,4 +1,4 @@
-# `make quickstart` trains a real model, `make test` passes the tests, `make mutants` checks that the tests of the objectives
+# `make quickstart` trains a real model, `make test` passes the tests, `make fast` the quick ones, `make mutants` checks that the tests of the objectives
 # notice every mistake, `make chaos` kills and continues a run a hundred times, `make fuzz` reads thousands of mutated configs
 # and files, `make soak` trains 600 steps and counts memory, `make bench` measures the tables of tests/README.md, `make setup` only installs.
 # Variables: EXTRA=cpu|gpu (default: gpu where nvidia-smi answers), PYTHON, VENV, ARGS (added to the quickstart's command).
@@ -14,7 +14,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready-$(EXTRA)
 READY_DEV := $(VENV)/.ready-$(EXTRA)-dev
 
-.PHONY: quickstart test setup check bench mutants chaos fuzz soak clean
+.PHONY: quickstart test fast setup check bench mutants chaos fuzz soak clean
 
 quickstart: $(READY)
 	$(BIN)/fuchsia fit --config quickstart.yaml $(ARGS)
@@ -24,6 +24,9 @@ setup: $(READY)
 test: $(READY_DEV) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m engine
+
+fast: $(READY_DEV) check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not engine and not slow" -n 2 tests/unit tests/contracts/test_structure.py
 
 check: $(READY_DEV)
 	$(BIN)/ruff check .
