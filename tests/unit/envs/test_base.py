@@ -41,7 +41,7 @@ def test_invalid_environments_are_refused(functions, weights, words):
         ("initial_reward_weights", {"odd": 1.0}, r"initial_reward_weights has \['odd'\]"),
         ("thinking_marks", [("<think>", "")], r"thinking_marks is \[\('<think>', ''\)\]: it must be pairs"),
         ("thinking_marks", "<think>", "thinking_marks is '<think>': it must be pairs"),
-        ("thinking_marks", [("<t>", "</t>"), ("<t>", "</u>")], "no opening mark twice"),
+        ("thinking_marks", [("<t>", "</t>"), ("<t>", "</u>")], "without repeated opening marks"),
         ("initial_reward_weights", {"even": 1.0}, "needs ramp_steps of 1 or more, got 0"),
     ],
 )

@@ -142,7 +142,8 @@ def test_masked_tokens_get_exactly_zero_gradient_even_where_they_are_not_numbers
 
 @pytest.mark.parametrize("loss_type", sorted(PRESETS))
 def test_a_batch_without_kept_tokens_is_zero_with_a_graph(loss_type):
-    nothing = replace(BATCH, loss_mask=torch.zeros_like(BATCH.loss_mask), denominators=denominators(0, 0))
+    step = replace(BATCH.step, denominators=denominators(0, 0))
+    nothing = replace(BATCH, loss_mask=torch.zeros_like(BATCH.loss_mask), step=step)
     output, gradient = loss_and_gradient(LossConfig(loss_type), nothing, POLICY)
     assert output.loss.item() == 0.0
     assert (gradient == 0).all()
