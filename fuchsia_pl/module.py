@@ -355,7 +355,13 @@ class GRPOModule(LightningModule):
             raise ConfigError(
                 f"the checkpoint {path} is a folder of parts, which FSDP2Strategy alone loads: give a file"
             )
-        stored = parsed_settings(checkpoint[SETTINGS_KEY])
+        try:
+            stored = parsed_settings(checkpoint[SETTINGS_KEY])
+        except Exception as error:  # of several classes of jsonargparse; another version has other settings
+            raise ConfigError(
+                f"the checkpoint {path} has settings of another version: {' '.join(str(error).split())[:300]}. Pass `policy` and "
+                "`loss`, or start from its exported adapter with model.policy.lora.init_from"
+            ) from error
         module = cls(policy or stored["policy"], loss or stored["loss"])
         module.configure_model()
         module.on_load_checkpoint(checkpoint)

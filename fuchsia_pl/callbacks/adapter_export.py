@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fuchsia_pl.callbacks.access import callbacks_of, is_trial, policy_of
+from fuchsia_pl.callbacks.access import callbacks_of, is_trial, module_of, policy_of
 from fuchsia_pl.callbacks.weight_average import WeightAverage
 from fuchsia_pl.files import writing
 from fuchsia_pl.policy.policy import Policy
@@ -42,9 +43,10 @@ class AdapterExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the weights of the checkpoint if no step was left to train and Lightning skipped `on_train_end`."""
-        if not self._has_exported and not is_trial(trainer):
-            policy_of(trainer).to_device(trainer.strategy.root_device)  # its teardown moved them to the host
+        if module_of(trainer).loaded_step and not self._has_exported and not is_trial(trainer):
+            policy_of(trainer).to_device(trainer.strategy.root_device)  # Lightning's teardown moved it to the host
             self._export(trainer)
+            policy_of(trainer).to_device(torch.device("cpu"))
 
     def _export(self, trainer: Trainer) -> None:
         if is_trial(trainer):

@@ -15,7 +15,7 @@ class Setting:
     Attributes:
         key: Our dotted key.
         example: An accepted value, as on the command line.
-        trl: Names in TRL's GRPOConfig, ModelConfig and ScriptArguments.
+        trl: Names in TRL's GRPOConfig, and the most used of its ModelConfig and ScriptArguments.
         verl: Names in verl's trainer configs; as much of the dotted key as identifies them.
         fuchsia: Names in the first Fuchsia's YAML, likewise.
         note: The difference, if the meaning is another.

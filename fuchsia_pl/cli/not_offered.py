@@ -9,7 +9,7 @@ class NotOffered:
 
     Attributes:
         reason: The reason and what to do, as sentences without the last full stop.
-        trl: Names in TRL's GRPOConfig and ModelConfig, and in the TrainingArguments of transformers.
+        trl: Names in TRL's GRPOConfig and in the TrainingArguments of transformers.
         verl: Names in verl's trainer configs; as much of the dotted key as identifies them.
         fuchsia: Names in the first Fuchsia's YAML, likewise.
 

@@ -82,13 +82,13 @@ class _Capture(Callback):
         self.endless: list[tuple[str, ...]] = []
         self.endless_metrics: tuple[str, ...] = ()
         self._batch: Batch | None = None
-        self._scores: dict[str, Tensor | None] = {}
+        self._outputs: dict[str, Tensor | None] = {}
 
-    def keep_scores(self, policy: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def keep_outputs(self, policy: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor | None]) -> None:
         """A forward hook of the policy."""
         if torch.is_grad_enabled():
             names = ("the policy's logprobs", "the policy's entropies", "the critic's values")
-            self._scores = dict(zip(names, outputs, strict=True))
+            self._outputs = dict(zip(names, outputs, strict=True))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._batch = batch
@@ -98,7 +98,7 @@ class _Capture(Callback):
         batch = self._batch
         assert batch is not None
         found = {
-            **self._scores,
+            **self._outputs,
             "logprobs before the first update": pl_module.trainer_logprobs[len(self.losses)],
             "the reference's logprobs": pl_module.ref_logprobs,
             "the sampler's logprobs": batch.sampling_logprobs,
@@ -130,7 +130,7 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
     """
     module, capture = _module(recorded), _Capture()
     assert module.policy is not None
-    hook = module.policy.register_forward_hook(capture.keep_scores)
+    hook = module.policy.register_forward_hook(capture.keep_outputs)
     trainer = Trainer(
         accelerator="cpu" if recorded.device == "cpu" else "auto",
         devices=1,

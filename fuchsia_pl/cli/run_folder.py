@@ -44,7 +44,8 @@ def find_config(name: str) -> str:
     candidates = [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))]
     found = [candidate for candidate in candidates if candidate.is_file()]
     if found:
-        if found[0].parent.is_relative_to(CONFIG_FOLDER) and found[-1].is_relative_to(OWN_CONFIG_FOLDER):
+        is_packaged = found[0].is_relative_to(CONFIG_FOLDER)
+        if is_packaged and found[-1].is_relative_to(OWN_CONFIG_FOLDER) and not found[-1].samefile(found[0]):
             logger.warning("--config %s is the packaged config; for your own, write --config %s", name, found[-1])
         _check_text(found[0])
         return str(found[0])

@@ -43,11 +43,10 @@ def import_function(setting: str, path: str, parameters: Sequence[str]) -> Calla
         ) from error
     if not callable(function):
         raise ConfigError(f'{setting} "{path}" is a {type(function).__name__}: it must be a function')
-    signature = inspect.signature(function)
     try:
-        signature.bind(*parameters)
-    except TypeError as error:
-        raise ConfigError(f'{setting} "{path}" takes {signature}: it must take ({", ".join(parameters)})') from error
+        inspect.signature(function).bind(*parameters)
+    except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
+        raise ConfigError(f'{setting} "{path}" must take ({", ".join(parameters)}): {error}') from error
     return function
 
 

@@ -257,10 +257,10 @@ def check_surrogate(name: str, settings: SurrogateSettings) -> None:
     spec = surrogate_spec(name)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     logprobs = torch.tensor([[-0.5, -1.0, 0.0], [-0.1, -2.0, -0.7]], requires_grad=True)
-    log_ratio = ratio_log("token", logprobs, torch.where(mask, logprobs.detach() - 0.1, 0.0), mask)
     advantages = torch.tensor([[1.5, 1.5, 0.0], [-0.5, -0.5, -0.5]])
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            log_ratio = ratio_log("token", logprobs, torch.where(mask, logprobs.detach() - 0.1, 0.0), mask)
             loss, _ = spec.function(SurrogateInputs(logprobs, log_ratio, advantages, mask, settings))
     except ConfigError:
         raise

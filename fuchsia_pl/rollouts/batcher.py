@@ -43,11 +43,11 @@ def count_over_ranks(
     """
     local = count_denominators(samples, max_completion_tokens)
     num_learnable = sum(any(sample.advantages) or sample.old_values != sample.value_targets for sample in samples)
-    num_scored = sum(sample.rollout.num_sampled_tokens for sample in effective)
-    counts = torch.tensor([local.num_tokens, local.num_rows, num_scored, num_learnable], dtype=torch.int64)
-    num_tokens, num_rows, num_scored, num_learnable = add_up(counts).tolist()
+    num_forward = sum(sample.rollout.num_sampled_tokens for sample in effective)
+    counts = torch.tensor([local.num_tokens, local.num_rows, num_forward, num_learnable], dtype=torch.int64)
+    num_tokens, num_rows, num_forward, num_learnable = add_up(counts).tolist()
     reason = NO_ROWS if num_rows == 0 else NO_ADVANTAGE if num_learnable == 0 else None
-    return Denominators(num_tokens, num_rows, max_completion_tokens, num_scored), reason
+    return Denominators(num_tokens, num_rows, max_completion_tokens, num_forward), reason
 
 
 def num_used_tokens(rollout: Rollout) -> int:

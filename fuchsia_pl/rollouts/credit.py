@@ -112,7 +112,8 @@ def credit_inputs(
     penalties = _per_rollout([[r.rewards.get(OVERLONG, 0.0) for r in group.rollouts] for group in groups])
     turn_ends = torch.zeros(len(rollouts), max(lengths, default=0), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
-        ends = torch.tensor([len(turn.completion.token_ids) for turn in rollout.turns]).cumsum(dim=0) - 1
+        turns = [len(turn.completion.token_ids) for turn in rollout.turns]
+        ends = torch.tensor(turns, dtype=torch.int64).cumsum(dim=0) - 1  # of a rollout without turns: empty
         turn_ends[row, ends[ends >= 0]] = True
     return CreditInputs(
         rewards=rewards,
@@ -157,7 +158,8 @@ def kl_fraction(groups: Sequence[RolloutGroup], signals: TrainerSignals) -> tupl
     """Sum of the KL over the sampled tokens of some groups, and their number; None where there is no KL in the reward."""
     if signals.kl is None:
         return None
-    return float(signals.kl.sum()), float(sum(r.num_sampled_tokens for group in groups for r in group.rollouts))
+    num_tokens = sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts)
+    return float(sum(row.sum() for row in signals.kl)), float(num_tokens)
 
 
 def _per_rollout(values: Sequence[Sequence[float | None]]) -> Tensor:

@@ -322,6 +322,13 @@ def test_a_missing_config_is_told_with_those_that_exist(config, capsys):
     assert "quickstart.yaml" in refused(capsys, "fit", "--config=quikstart.yaml")
 
 
+def test_a_packaged_config_is_no_second_file_in_a_checkout(monkeypatch, caplog):
+    """There `./configs` is the packaged folder itself."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert find_configs(["fit", "--config", "quickstart.yaml"])[-1] == str(CONFIG_FOLDER / "quickstart.yaml")
+    assert not caplog.messages
+
+
 def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     packaged = str(CONFIG_FOLDER / "quickstart.yaml")

@@ -196,32 +196,49 @@ def test_a_run_that_was_killed_before_its_export_leaves_the_adapter_when_it_is_r
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in first.items())
 
 
-class StopsInValidation(Callback):
-    """Ends a run in the middle of the validation after a step, as a kill does."""
+class StopsAtStep(Callback):
+    """Ends a run in the validation after a step, or at the start of the next epoch, as a kill does."""
 
     def __init__(self, step):
         self.step = step
 
     def on_validation_start(self, trainer, pl_module):
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer, pl_module):
         if trainer.global_step == self.step:
             raise RuntimeError("killed")
 
 
 class CountsValidations(Callback):
     def __init__(self):
-        self.steps = []
+        self.found = []
 
     def on_validation_end(self, trainer, pl_module):
-        # The last two are what a logger gets as step and epoch.
-        self.steps.append(
-            (trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.current_epoch)
-        )
+        # Optimizer steps, and the step and the epoch that loggers get.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.found.append((trainer.global_step, step, trainer.current_epoch))
 
 
-@pytest.mark.parametrize("step", [2, 4], ids=["within the run", "at its end"])
-@pytest.mark.parametrize("is_logged", [False, True])
-def test_a_validation_that_a_kill_cut_off_is_made_up_for(tiny_model, tmp_path, step, is_logged):
+AFTER_2, AFTER_4 = (2, 1, 0), (4, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "every_n_epochs", "is_logged", "expected"),
+    [
+        (2, 1, False, [AFTER_2, AFTER_4]),
+        (2, 1, True, [AFTER_4]),
+        (4, 1, False, [AFTER_4]),
+        (4, 1, True, []),
+        (2, 2, False, [AFTER_4]),  # none is due after step 2
+        (4, 2, False, [AFTER_4]),
+    ],
+)
+def test_a_validation_that_a_kill_cut_off_is_repeated(
+    tiny_model, tmp_path, stop_at, every_n_epochs, is_logged, expected
+):
     settings = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 1.0, "enable_checkpointing": True}
+    settings["check_val_every_n_epoch"] = every_n_epochs
 
     def run(folder, *callbacks, ckpt_path=None, **more):
         counts, module = CountsValidations(), make_module(tiny_model)
@@ -229,16 +246,32 @@ def test_a_validation_that_a_kill_cut_off_is_made_up_for(tiny_model, tmp_path, s
             folder, RunCheckpoint(every_n_steps=1), OwedValidation(), counts, *callbacks, **settings, **more
         )
         trainer.fit(module, datamodule=make_data(module, steps_per_epoch=2), ckpt_path=ckpt_path)
-        return counts.steps
+        return counts.found
 
-    assert run(tmp_path / "straight") == [(2, 1, 0), (4, 3, 1)]
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path / "killed", StopsInValidation(step))
-    earlier = [{"step": str(step - 1), "validation/reward/mean": "1.0" if is_logged else ""}]
+        run(tmp_path / "killed", StopsAtStep(stop_at))
+    earlier = [{"step": str(stop_at - 1), "validation/reward/mean": "1.0" if is_logged else ""}]
     logger = RunMetrics(tmp_path / "x/resumed/0", earlier)
-    found = run(tmp_path / "resumed", ckpt_path=tmp_path / "killed/checkpoints/last.ckpt", logger=logger)
-    assert found == [(2, 1, 0), (4, 3, 1)][step // 2 - 1 + is_logged :]
+    last = tmp_path / "killed/checkpoints/last.ckpt"
+    assert run(tmp_path / "resumed", ckpt_path=last, logger=logger) == expected
     assert (tmp_path / "resumed/checkpoints/last.ckpt").exists()
-    if not is_logged:  # a checkpoint from the end of a run was saved after its last validation
-        counted = run(tmp_path / "again", ckpt_path=tmp_path / "resumed/checkpoints/last.ckpt")
-        assert counted == [(4, 3, 1)]
+
+
+def test_only_metrics_of_the_run_before_tell_that_a_validation_is_missing(tiny_model, tmp_path):
+    """A checkpoint from the end of a run was saved after its last validation."""
+
+    def run(name, max_steps=2, ckpt_path=None, **settings):
+        counts, module = CountsValidations(), make_module(tiny_model)
+        callbacks = (RunCheckpoint(every_n_steps=1), AdapterExport(), OwedValidation(), counts)
+        settings |= {"max_steps": max_steps, "limit_val_batches": 1.0, "enable_checkpointing": True}
+        trainer = make_trainer(tmp_path / name, *callbacks, **settings)
+        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=2), ckpt_path=ckpt_path)
+        return counts.found
+
+    assert run("first") == [AFTER_2]
+    last = tmp_path / "first/checkpoints/last.ckpt"
+    assert run("without", ckpt_path=last) == []
+    assert run("with", ckpt_path=last, logger=RunMetrics(tmp_path / "x/with/0", [])) == [AFTER_2]
+    assert run("no step", max_steps=0) == []
+    assert not (tmp_path / "no step/adapter").exists()
+    assert not (tmp_path / "no step/checkpoints").exists()

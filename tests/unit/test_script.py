@@ -3,6 +3,8 @@
 import asyncio
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from fuchsia_pl import (
     AdapterSync,
     GRPOModule,
-    LoRASettings,
-    LossConfig,
-    PolicyConfig,
-    RolloutDataModule,
-    SamplingConfig,
+    VLLMColocatedEngine,
     default_callbacks,
 )
 from fuchsia_pl.callbacks.console import ConsoleReport
@@ -26,21 +24,42 @@ from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.callbacks.run_metrics import RunMetrics
 from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
-from tests.doubles import ADAM, TinyEngine, TinyEnvironment, make_data, make_module
+from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module
 
+README = Path(__file__).parents[2] / "README.md"
 QUIET = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
 BARE = {**QUIET, "logger": False, "accelerator": "cpu"}
 
 
+SMALLER = {
+    '"HuggingFaceTB/SmolLM2-135M-Instruct"': 'MODEL, dtype="float32"',
+    "group_size=8, max_completion_tokens=32, max_length=128": "group_size=4, max_completion_tokens=6, max_length=40",
+    "Arithmetic(), engine": "TinyEnvironment(), with_tiny_engine(engine)",
+    "batch_size=8": "batch_size=5",
+    'Trainer(max_steps=25, precision="bf16-mixed"': "kept(Trainer)(max_steps=2",
+}
+
+
 def script(folder, engine) -> Trainer:
-    """The script of README.md, with the tiny model, engine and environment."""
-    policy = PolicyConfig(name=str(folder), dtype="float32", lora=LoRASettings(r=4, alpha=8))
-    module = GRPOModule(policy, LossConfig(loss_type="grpo"), ADAM)
-    sampling = SamplingConfig(group_size=4, max_completion_tokens=6, max_length=40)
-    data = RolloutDataModule(TinyEnvironment(), engine, module.learner, sampling, batch_size=5)
-    trainer = Trainer(max_steps=2)
-    trainer.fit(module, data)
-    return trainer
+    """Runs the script of README.md with the tiny model, engine and environment."""
+    (text,) = re.findall(r"```python\n(.*?)```", README.read_text().split("## In Python")[1], re.DOTALL)
+    for there, here in SMALLER.items():
+        assert there in text, there
+        text = text.replace(there, here)
+    made: list[Trainer] = []
+
+    def kept(kind):
+        return lambda **settings: made.append(kind(**settings)) or made[0]
+
+    def with_tiny_engine(given):
+        assert isinstance(given, VLLMColocatedEngine)
+        return engine
+
+    names = {"MODEL": str(folder), "TinyEnvironment": TinyEnvironment, "__name__": "script"}
+    names |= {"kept": kept, "with_tiny_engine": with_tiny_engine}
+    exec(text, names)
+    names["main"]()
+    return made[0]
 
 
 def num_steps_in(folder) -> dict[int, int]:
@@ -113,9 +132,9 @@ def test_all_default_callbacks_in_a_trainer_made_by_hand(tiny_model, tmp_path, r
 
     asyncio.run(cell()) if runs_loop else trainer.fit(module, make_data(module, steps_per_epoch=2))
     assert [callback for callback in trainer.callbacks if callback in callbacks] == [
-        *callbacks[:-2],
-        callbacks[-1],
-        callbacks[-2],  # Lightning calls checkpoints last
+        *callbacks[:-3],
+        *callbacks[-2:],
+        callbacks[-3],  # Lightning calls checkpoints last
     ]
     rows = list(csv.DictReader((tmp_path / "csv/metrics.csv").open()))
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]

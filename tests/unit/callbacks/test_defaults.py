@@ -31,6 +31,7 @@ IN_ORDER = [
     "LastRow",
     "RunCheckpoint",
     "Resume",
+    "OwedValidation",
 ]
 
 

@@ -52,7 +52,7 @@ def test_a_refused_setting_is_one_line_and_debug_adds_the_traceback(command, cap
 def test_a_surrogate_in_the_working_directory_is_found_and_refused_in_one_line(command, capsys, tmp_path):
     (tmp_path / "my_losses.py").write_text("def two(one, other): ...")
     for name, words in {
-        "my_losses.two": 'error: model.loss.surrogate "my_losses.two" takes (one, other): it must take (inputs)',
+        "my_losses.two": 'error: model.loss.surrogate "my_losses.two" must take (inputs): missing',
         "my_losses.none": 'error: model.loss.surrogate "my_losses.none" cannot be imported: AttributeError',
     }.items():
         assert command("fit", "--config", "tiny.yaml", "--model.loss.surrogate", name) == 2

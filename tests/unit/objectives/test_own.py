@@ -46,6 +46,12 @@ def test_an_own_surrogate_may_use_every_setting(own):
     assert config.resolved()["clip_low"] == 0.1
 
 
+def test_an_own_surrogate_is_tried_with_gradient_also_where_there_is_none(own):
+    own(LOSS)
+    with torch.no_grad():
+        assert LossConfig("grpo", surrogate="my_module.my_loss").parts.surrogate == "my_module.my_loss"
+
+
 def test_an_own_advantage_may_have_groups_of_one_and_refills(own):
     own(ADVANTAGE)
     assert LossConfig("dapo", advantage="my_module.my_advantage").parts.max_refills == 3
@@ -56,8 +62,9 @@ def test_an_own_advantage_may_have_groups_of_one_and_refills(own):
     [
         ("", "AttributeError: module 'my_module' has no attribute 'my_loss'"),
         ("raise OSError('no disk')", "cannot be imported: OSError: no disk"),
+        ("from torch import relu as my_loss", r"must take \(inputs\): no signature found for builtin"),
         ("my_loss = 3", "is a int: it must be a function"),
-        (LOSS.replace("(inputs)", "(inputs, config)"), r"takes \(inputs, config\): it must take \(inputs\)"),
+        (LOSS.replace("(inputs)", "(inputs, config)"), r"must take \(inputs\): missing a required argument"),
         (LOSS.replace("return -ratio", "raise KeyError(3)\n    return -ratio"), "raised KeyError: 3"),
         (
             LOSS.replace(", torch.zeros_like(inputs.loss_mask)", ""),
@@ -88,7 +95,7 @@ def test_an_own_surrogate_that_does_not_fit_is_refused_in_one_line(own, source, 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (ADVANTAGE.replace(", over_ranks", ""), r"takes \(inputs\): it must take \(inputs, over_ranks\)"),
+        (ADVANTAGE.replace(", over_ranks", ""), r"must take \(inputs, over_ranks\): too many"),
         (ADVANTAGE.replace("0.5)", "'a')"), "raised TypeError"),
         (ADVANTAGE.replace(", None", ""), "must return advantages per token, and None"),
         (ADVANTAGE.replace("None", "inputs.rewards"), "must return advantages per token, and None"),

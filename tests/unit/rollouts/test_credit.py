@@ -278,6 +278,20 @@ def test_a_kl_or_a_value_that_is_not_finite_is_named():
         make_samples(LossConfig("ppo", advantage="gae"), make_groups([group]), {}, signals, lambda values: values)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "rloo", "reinforce", "reinforce_pp", "dapo"])
+def test_a_rollout_that_failed_before_its_first_turn_is_left_out(loss_type):
+    failed = Rollout({}, item_index=0, sibling=2, temperature=1.0, prompt="", rewards={}, reward=None)
+    failed.start([1])
+    failed.finish(RolloutStatus.ENV_ERROR)
+    config = LossConfig(loss_type)
+    with_it, without = (make_groups([[*pair(), *more]]) for more in ([failed], []))
+    for groups in (with_it, without):
+        penalise_overlong(config, groups, max_completion_tokens=8)
+    made = [make_samples(config, groups, {}, NO_SIGNALS, lambda values: values) for groups in (with_it, without)]
+    assert [sample.advantages for sample in made[0]] == [sample.advantages for sample in made[1]]
+    assert len(made[0]) == 2
+
+
 def test_the_tensors_of_credit_assignment_by_hand():
     # two turns of 2 and 1 sampled tokens with an answer between them, and a turn of 1; DAPO's slope is 2 of at most 4 tokens
     two_turns, short = rollout(2, 1.0, right=1.0, judge=None), rollout(1, None, right=None, judge=None)
