@@ -21,7 +21,7 @@ class OwedValidation(Callback):
         self._is_resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets a run without steps left start and end as others do, with all hooks."""
+        """Makes Lightning call the hooks of start and end also in a run without steps left."""
         self._is_resumed = False
         if stage == "fit" and not isinstance(trainer.fit_loop, _StartedFitLoop):
             loop = _StartedFitLoop(trainer, trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs)
@@ -29,11 +29,11 @@ class OwedValidation(Callback):
             trainer.fit_loop = loop
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning calls this for a run that resumes only."""
+        """Lightning calls this only if a run resumes."""
         self._is_resumed = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validates as Lightning does after a batch: the figures get the step of the checkpoint."""
+        """Validates as Lightning does after a batch. The metrics are logged at the step of the checkpoint."""
         epoch_loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         if not self._is_resumed or fetcher is None or not epoch_loop._should_check_val_fx(fetcher):
@@ -41,7 +41,7 @@ class OwedValidation(Callback):
         last_step = trainer.global_step - 1
         if any(_has_validated(logger, last_step) for logger in trainer.loggers):
             return
-        # What loggers get as epoch and step. A checkpoint of the end of a run is ahead of both.
+        # Epoch and step for the loggers. In a checkpoint from the end of a run, both counters are too high.
         epochs = trainer.fit_loop.epoch_progress.current
         completed, num_steps = epochs.completed, epoch_loop._batches_that_stepped
         epochs.completed = last_step * trainer.accumulate_grad_batches // int(trainer.num_training_batches)
@@ -65,7 +65,7 @@ class _StartedFitLoop(_FitLoop):
 
 
 def _has_validated(logger: Any, step: int) -> bool:
-    """Whether the rows that a run took over contain held-out figures of a step."""
+    """Whether the rows copied from the earlier run contain held-out metrics of a step."""
     rows = logger.earlier if isinstance(logger, RunMetrics) else ()
     return any(
         row.get("step") == str(step) and any(value and name.startswith(HELD_OUT) for name, value in row.items())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, what goes on from it, and what is refused."""
+"""Contents of a checkpoint, the state that a resume restores, and refused checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ class RecordRows(AdapterSync):
 
 
 class CopyCheckpoint(RunCheckpoint):
-    """Keeps a copy of the checkpoint of step 2, as a run killed later would have left it."""
+    """Keeps a copy of the checkpoint of step 2, as after a later kill."""
 
     def on_train_batch_end(self, trainer, *args):
         super().on_train_batch_end(trainer, *args)
@@ -48,7 +48,7 @@ class CopyCheckpoint(RunCheckpoint):
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed in mid-epoch", "ended after two steps"])
 def test_five_steps_are_two_steps_saved_loaded_and_three_more(tiny_model, tmp_path, killed):
-    """Bit for bit, with dropout drawing from torch's generator and validation on the way."""
+    """Bit for bit, with dropout from torch's generator and validations."""
 
     def run(name, max_steps, ckpt_path=None):
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
 
 
 class Stop(Callback):
-    """Asks for the end after some micro-batches, as a time limit does."""
+    """Stops the trainer after some micro-batches, as a time limit does."""
 
     def __init__(self, num_batches: int) -> None:
         self.num_batches = num_batches
@@ -197,7 +197,7 @@ def test_a_run_that_was_killed_before_its_export_leaves_the_adapter_when_it_is_r
 
 
 class StopsInValidation(Callback):
-    """Ends a run in the middle of the validation after a step, as a kill does."""
+    """Ends a run during the validation after a step, as a kill does."""
 
     def __init__(self, step):
         self.step = step
@@ -212,7 +212,7 @@ class CountsValidations(Callback):
         self.steps = []
 
     def on_validation_end(self, trainer, pl_module):
-        # The last two are what a logger gets as step and epoch.
+        # The last two are the step and the epoch of the logger.
         self.steps.append(
             (trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.current_epoch)
         )
