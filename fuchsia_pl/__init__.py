@@ -42,7 +42,7 @@ _MODULES = {
     "default_callbacks": "fuchsia_pl.callbacks.defaults",
 }
 
-if not TYPE_CHECKING:  # a type checker would take any name as one that this function returns
+if not TYPE_CHECKING:  # type checkers would accept any attribute name because of this function
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""`python -m fuchsia_pl` is `fuchsia`."""
+"""Runs the `fuchsia` command as `python -m fuchsia_pl`."""
 
 from fuchsia_pl.cli import main
 

@@ -245,9 +245,7 @@ class RolloutDataModule(LightningDataModule):
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end on the run's event loop."""
-        return self._loop_thread.run(
-            coroutine, None
-        )  # without a limit: environments and engines have limits of their own
+        return self._loop_thread.run(coroutine, None)  # without a time limit: environments and engines have their own
 
     @property
     def _loop_thread(self) -> LoopThread:

@@ -231,7 +231,7 @@ class GRPOModule(LightningModule):
             evaluated = self._policy.evaluated_output(batch) if self._policy.has_dropout else policy_output
             self.trainer_logprobs = [*self.trainer_logprobs[:micro_batch], evaluated.logprobs.detach()]
         trainer_logprobs = self.trainer_logprobs[micro_batch]
-        # At the first update both logprobs come from one forward: the ratio is exactly 1, and dropout clips no token.
+        # At the first update one forward computes both logprobs: the ratio is exactly 1, and dropout clips no token.
         old_logprobs = policy_output.logprobs.detach() if info.policy_update == 0 else trainer_logprobs
         output = policy_loss(self.loss_config, batch, policy_output, old_logprobs, trainer_logprobs, self.ref_logprobs)
         gap = logprob_gap(batch, trainer_logprobs)

@@ -1,8 +1,8 @@
-"""Kills a run again and again, at random moments, and continues it each time: `python -m tests.chaos [kills] [seed]`.
+"""Kills a run repeatedly at random moments and resumes it each time: `python -m tests.chaos [kills] [seed]`.
 
-The runs are real processes with real files, a real tool server and an engine in a process of its own. Each is the `fuchsia`
-command, forked here so that everything is imported once. After all kills the run ends with the weights, the rollouts and the
-metrics of a run that nothing disturbs, and no process or file is left.
+The runs are real processes with real files, a real tool server and an engine in a separate process. Each is the `fuchsia`
+command, forked here so that everything is imported once. After all kills, weights, rollouts and metrics must equal those of
+an undisturbed run, and no process or file may be left.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from tests.process_engine import SAMPLER
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 TARGETS = ("trainer", "trainer", "trainer", "engine", "tool server")
-# In order, or before the command handles signals, or by one that nothing handles.
+# Exit codes: complete, an orderly end by a signal, a signal before the handlers are installed, or one without a handler.
 CODES = (0, 143, 130, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)
 NUM_STEPS = 8
-END_S = 60.0  # bound of a run's end after a signal; a run takes a few seconds in all
+END_S = 60.0  # time limit for the end of a run after a signal; a whole run takes a few seconds
 GONE_S = 10.0
 TOOL_SERVER = str(Path(__file__).with_name("one_tool.py"))
 CONFIG = """
@@ -56,7 +56,7 @@ data:
 
 
 class Calculator(ToolEnvironment, TinyEnvironment):
-    """Has a real tool server, which is started, checked before each phase and restarted."""
+    """An environment with a real tool server, which is started, checked before each phase and restarted."""
 
     def __init__(self) -> None:
         TinyEnvironment.__init__(self)
@@ -66,13 +66,13 @@ class Calculator(ToolEnvironment, TinyEnvironment):
 
 @dataclass
 class Chaos:
-    """A run that is killed and continued.
+    """A run that is killed and resumed.
 
     Attributes:
-        root: Where everything is.
-        numbers: Decides what is killed, how and when.
-        counts: What happened how often.
-        longest_s: Seconds of a whole run, which bound the random moments.
+        root: Folder of all files.
+        numbers: Random choice of the process, the signal and the moment.
+        counts: Number of each kind of event.
+        longest_s: Seconds of a whole run, the bound of the random moments.
         pids: All processes that it launched.
     """
 
@@ -83,7 +83,7 @@ class Chaos:
     pids: set[int] = field(default_factory=set)
 
     def launch(self, folder: str, checkpoint: Path | None) -> int:
-        """Starts the command in a process of its own; returns its id."""
+        """Starts the command in a new process; returns its id."""
         words = [
             "fit",
             "--config",
@@ -117,19 +117,19 @@ class Chaos:
             os._exit(code)
 
     def newest(self, folder: str) -> Path | None:
-        """The checkpoint that the next run continues from."""
+        """The checkpoint from which the next run resumes."""
         files = (self.root / folder).glob("chaos/*/checkpoints/last.ckpt")
         return max(files, key=lambda file: int(file.parts[-3]), default=None)
 
     def disturb(self, process: psutil.Process) -> str:
-        """Sends one of the signals to one of the run's processes; returns which, or "nothing" where the run has ended."""
+        """Sends a random signal to a random process of the run; returns its name, or "nothing" if the run has ended."""
         target, number = self.numbers.choice(TARGETS), self.numbers.choice(SIGNALS)
         children = process.children(recursive=True)
         parts = {
             "engine": [child for child in children if SAMPLER in child.cmdline()],
             "tool server": [child for child in children if TOOL_SERVER in child.cmdline()],
         }.get(target, [])
-        if not parts:  # it has not started yet, or is not meant
+        if not parts:  # it has not started yet, or is not the target
             target, parts = "trainer", [process]
         if parts[0].status() == psutil.STATUS_ZOMBIE:
             return "nothing"
@@ -139,24 +139,24 @@ class Chaos:
         return target
 
     def step(self, folder: str) -> bool:
-        """Runs from the newest checkpoint and disturbs once; returns whether the run came to its end."""
+        """Runs from the newest checkpoint and sends one signal; returns whether the run was completed."""
         process = psutil.Process(self.launch(folder, self.newest(folder)))
         time.sleep(self.numbers.uniform(0.0, self.longest_s))
         mine, target = list[psutil.Process](), "nothing"
-        with contextlib.suppress(psutil.NoSuchProcess):  # a process that ends at this moment
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
             mine = process.children(recursive=True)
             target = self.disturb(process)
         code = self.wait(process.pid, folder)
         self.check_gone(mine, folder)
         self.counts[f"exit code {code}"] += 1
-        # What dies beside the trainer is started again, but for a tool server that dies while it starts: that is one line.
+        # Engine and tool server are restarted. Only a tool server that dies during its start ends the run, with one line.
         in_one_line = code in (1, 2) and "error: " in self.log_of(folder) and "Traceback" not in self.log_of(folder)
         is_right = code in CODES if target == "trainer" else code == 0 or (target == "tool server" and in_one_line)
         assert is_right, f"{target}: {code}: {self.log_of(folder)}"
         return code == 0
 
     def wait(self, pid: int, folder: str) -> int:
-        """The exit code of a run, which has to end within a bound."""
+        """The exit code of a run, which must end within `END_S`."""
         end = time.monotonic() + END_S
         while time.monotonic() < end:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -166,16 +166,16 @@ class Chaos:
         raise AssertionError(f"a run did not end: {self.log_of(folder)}")
 
     def log_of(self, folder: str) -> str:
-        """The end of what the runs of a folder have printed."""
+        """The end of the output of the runs in a folder."""
         return (self.root / f"{folder}.log").read_text()[-3000:]
 
     def check_gone(self, parts: list[psutil.Process], folder: str) -> None:
-        """No process of a run that has ended is left after `GONE_S`."""
+        """Checks that no process of an ended run is left after `GONE_S`."""
         _, alive = psutil.wait_procs(parts, GONE_S)
         assert not alive, f"left behind: {alive} {self.log_of(folder)}"
 
     def run(self, num_kills: int) -> None:
-        """Kills as often as told, in as many whole runs as that takes, and compares each with one that is left alone."""
+        """Kills `num_kills` times, in as many whole runs as needed, and compares each with an undisturbed run."""
         (self.root / "chaos.yaml").write_text(
             CONFIG.format(model=save_tiny_model(self.root / "model"), steps=NUM_STEPS)
         )
@@ -188,7 +188,7 @@ class Chaos:
         while self.counts["kills"] < num_kills:
             folder, is_done = f"killed-{number}", False
             while not is_done:
-                if self.counts["kills"] >= num_kills:  # the rest in peace
+                if self.counts["kills"] >= num_kills:  # the rest without a signal
                     assert self.wait(self.launch(folder, self.newest(folder)), folder) == 0, self.log_of(folder)
                     break
                 is_done = self.step(folder)
@@ -200,7 +200,7 @@ class Chaos:
 
 
 def left_behind(pids: set[int]) -> list[str]:
-    """Temporary files and folders of these processes, which have ended."""
+    """Temporary files and folders that these ended processes have left."""
     places = (scratch.RAM_BACKED, Path(tempfile.gettempdir()))
     names = [found for place in places for file in place.iterdir() if (found := scratch.NAME.match(file.name))]
     return [found.string for found in names if int(found["pid"]) in pids]
@@ -208,7 +208,7 @@ def left_behind(pids: set[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves that has to be the same."""
+    """Results of a run that must be reproduced."""
 
     weights: dict[str, torch.Tensor]
     rollouts: dict[int, list[str]]  # by step
@@ -216,7 +216,7 @@ class Result:
 
 
 def result_of(root: Path) -> Result:
-    """Of the last of the runs in a folder, and the rollouts of all of them: later runs take the place of earlier ones."""
+    """Results of the last run in a folder, and rollouts of all runs there: those of later runs replace those of earlier ones."""
     runs = sorted((root / "chaos").iterdir(), key=lambda folder: int(folder.name))
     rollouts: dict[int, list[str]] = {}
     for run in runs:
@@ -234,7 +234,7 @@ def result_of(root: Path) -> Result:
 
 
 def compare(found: Result, wanted: Result, name: str) -> None:
-    """Raises AssertionError where a killed run differs from one that was left alone."""
+    """Raises AssertionError if a killed run differs from an undisturbed one."""
     assert found.weights.keys() == wanted.weights.keys()
     for key, tensor in wanted.weights.items():
         assert torch.equal(found.weights[key], tensor), f"{name}: {key}"
@@ -248,7 +248,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     arguments = [int(word) for word in sys.argv[1:]]
     with tempfile.TemporaryDirectory(prefix="chaos-") as made:
-        # Classes are found under the name that the config has for them, not under `__main__`.
+        # The config names the classes by this module's path, not by `__main__`.
         from tests import chaos
 
         driver = chaos.Chaos(Path(made), random.Random(arguments[1] if len(arguments) > 1 else 0))

@@ -1,4 +1,4 @@
-"""Fixtures that many tests share."""
+"""Fixtures shared by many tests."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_run_of_weights_and_biases_goes_on() -> Iterator[None]:
-    """A run that one test leaves open would be taken up by the next logger of this process."""
+    """Closes a run that a test has left open: the next logger of this process would continue it."""
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
@@ -26,14 +26,14 @@ def no_run_of_weights_and_biases_goes_on() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Seeds torch before a test and its fixtures, so that what an adapter starts from does not depend on the tests before."""
+    """Seeds torch before a test and its fixtures, so that initial adapter weights do not depend on earlier tests."""
     import torch
 
     torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what this machine cannot run as skipped, with the reason, and runs what starts engines last."""
+    """Skips tests that this machine cannot run, with the reason, and orders tests that start engines last."""
     import torch
 
     runs_engines = HAS_BFLOAT16 or os.environ.get(FLOAT32_VARIABLE) == "1"

@@ -1,4 +1,4 @@
-"""The doubles of the unit tests, all of them: a tiny model folder, an engine that samples from it, and an environment."""
+"""Test doubles of the unit tests: a tiny model folder, engines, environments, and small builders."""
 
 import asyncio
 import os
@@ -62,9 +62,9 @@ def save_tiny_model(folder: Path) -> Path:
 
 
 class TinyEngine(Engine):
-    """Samples from a transformers model in this process. `applied` scales what it makes of an adapter: 1 is right.
+    """Samples from a transformers model in this process. `applied` scales the effect of the adapter; 1 is correct.
 
-    While it sleeps it refuses everything, and afterwards its weights are not numbers until an adapter is loaded.
+    While it sleeps, it refuses every call. After that its weights are NaN until an adapter is loaded.
     """
 
     can_sleep = True
@@ -140,7 +140,7 @@ class TinyEngine(Engine):
 
 
 def even(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
-    """The share of even ids among the sampled: every group has a spread, and it can be learned."""
+    """The share of even ids among the sampled ones: every group has spread, and a policy can learn it."""
     return [sum(t % 2 == 0 for t in r.turns[0].completion.token_ids) / r.num_sampled_tokens for r in rollouts]
 
 
@@ -170,7 +170,7 @@ def constant(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
 
 
 class Constant(TinyEnvironment):
-    """No group ever has siblings that differ."""
+    """All siblings have the same reward, so no group has spread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def even_items(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
 
 
 class Spread(TinyEnvironment):
-    """Siblings differ for items with an even number, the others never."""
+    """Groups of items with an even number have spread, the others have none."""
 
     def __init__(self, num_items: int = 20) -> None:
         super().__init__(num_items)
@@ -237,7 +237,7 @@ def denominators(num_tokens: int, num_rows: int = 1, max_completion_tokens: int 
 
 
 class SayingEngine(Engine):
-    """Says what a function makes of the prompt's ids and the turn's number in its conversation; remembers what it was asked."""
+    """Returns the ids and the finish reason that `say(prompt_ids, sampling)` computes; records requests and answers."""
 
     policy_version = 0
 
@@ -261,7 +261,7 @@ class SayingEngine(Engine):
 
 
 class RecordedEngine(Engine):
-    """Says the same to the same prompt and seed, whatever weights it was given and in whichever process. May be slow, or fail."""
+    """Returns the same ids for the same prompt and seed, with any weights and in any process. May be slow, or fail."""
 
     def __init__(self, seconds: float = 0.0, fails_at: int | None = None, on_rank: int = 0) -> None:
         self.seconds = seconds
@@ -309,9 +309,9 @@ def said(text: str, item=None, counts=(), status: RolloutStatus = RolloutStatus.
 
 
 class WritingEngine(Engine):
-    """Writes given turns one after the other, and ends behind a stop string as vLLM does, in the middle of a turn too.
+    """Returns given turns in order. Like vLLM it stops after a stop string, also in the middle of a turn.
 
-    A request whose prompt ends in what it wrote last goes on with the same turn. Versions count the requests.
+    If a prompt ends with the ids that it returned last, it continues that turn. The policy version is the number of requests.
     """
 
     def __init__(self, chat: Chat, *turns: str) -> None:

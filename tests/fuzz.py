@@ -1,6 +1,6 @@
-"""Mutated configs and files: a clear error or a right result, and nothing else. `python -m tests.fuzz [number] [seed]`.
+"""Mutated configs and files must give a clear error or a correct result: `python -m tests.fuzz [number] [seed]`.
 
-Every input is made from its own seed, so that one that fails can be made again: `python -m tests.fuzz 1 SEED KIND`.
+Every input has its own seed, so that a failing one can be reproduced: `python -m tests.fuzz 1 SEED KIND`.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from fuchsia_pl.policy.tensor_files import shapes_in_file
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer, save_tiny_model
 
-BOUND_S = 30  # of one input; the slowest takes a second
+BOUND_S = 30  # seconds for one input; the slowest takes one second
 MARK = "executed"
-# What a file must never run when it is read.
+# Code in a file that must never run while it is read.
 PICKLE = f"cposix\nsystem\n(S'touch {MARK}'\ntR.".encode()
 VALUES = [
     *("", "null", "true", "-1", "0", "1e308", ".nan", ".inf", "9" * 20, "0x10", "1:2:3", "[]", "{}", "[1, [2, [3]]]"),
@@ -84,13 +84,13 @@ ROWS = [
 
 @dataclass(frozen=True)
 class Target:
-    """What is mutated and who reads it.
+    """Files to mutate, and the function that reads them.
 
     Attributes:
-        files: The whole files, by name.
-        read: Reads a folder of such files; returns what has to be the same where nothing is refused, or None.
-        is_text: Whether lines are changed too, not only bytes.
-        is_exact: Whether a changed file that is read has to give what the whole one gives.
+        files: The intact files, by name.
+        read: Reads a folder of such files; returns the content that must be unchanged if nothing is refused, or None.
+        is_text: Whether lines are mutated in addition to bytes.
+        is_exact: Whether an accepted mutated file must give the content of the intact one.
     """
 
     files: dict[str, bytes]
@@ -100,14 +100,14 @@ class Target:
 
 
 def mutated(content: bytes, numbers: random.Random, is_text: bool) -> bytes:
-    """A content with one to three changes."""
+    """The content with one to three mutations."""
     for _ in range(numbers.randint(1, 3)):
         content = (changed_line if is_text and numbers.random() < 0.8 else changed_bytes)(content, numbers)
     return content
 
 
 def changed_bytes(content: bytes, numbers: random.Random) -> bytes:
-    """Bits flipped, a part missing, doubled, zeroed or exchanged for a pickle, or nothing left."""
+    """Flips bits, removes, doubles or zeroes a part, replaces it by a pickle, or removes everything."""
     place = numbers.randrange(len(content) + 1)
     end = min(len(content), place + numbers.choice([1, 16, 4096]))
     return numbers.choice(
@@ -125,7 +125,7 @@ def changed_bytes(content: bytes, numbers: random.Random) -> bytes:
 
 
 def changed_line(content: bytes, numbers: random.Random) -> bytes:
-    """A value exchanged, a name misspelt, a line missing, doubled, moved or indented."""
+    """Replaces a value, misspells a name, or removes, doubles, moves or indents a line."""
     lines = content.decode(errors="replace").split("\n")
     at = numbers.randrange(len(lines))
     line, value = lines[at], numbers.choice(VALUES)
@@ -148,7 +148,7 @@ def changed_line(content: bytes, numbers: random.Random) -> bytes:
 
 
 def make_targets(root: Path) -> dict[str, Target]:
-    """The files of a short run, whole."""
+    """The intact files of a short run."""
     model = save_tiny_model(root / "model")
     module = make_module(model)
     trainer = make_trainer(root, AdapterExport(), FiniteGuard(record_steps=(1,)), max_steps=1)
@@ -172,7 +172,7 @@ def make_targets(root: Path) -> dict[str, Target]:
 
 
 def read_config(folder: Path) -> object:
-    """Everything of the command but the run."""
+    """Runs the command up to the printed config, without training."""
     FuchsiaCLI(
         ["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(folder), "--print_config"]
     )
@@ -186,20 +186,20 @@ def read_weights(folder: Path) -> object:
 
 
 def read_adapter(folder: Path) -> object:
-    """What is checked of an adapter before an engine starts."""
+    """Makes the checks of an adapter that precede the start of an engine."""
     check_adapter(LoRASettings(r=4, alpha=8, init_from=str(folder)))
     shapes_in_file(folder / "adapter_model.safetensors")
     return None
 
 
 def read_recorded(folder: Path) -> object:
-    """A step for `fuchsia replay`."""
+    """Reads a recorded step, as `fuchsia replay` does."""
     read_step(folder / "step-1.pt")
     return None
 
 
 def read_rows(folder: Path) -> object:
-    """Every row has a question and a number as its gold."""
+    """Reads the rows of GSM8K and renders each prompt."""
     file = str(folder / "rows.jsonl")
     environment = GSM8K(train_file=file, validation_file=file)
     for item in environment.train_items():
@@ -208,7 +208,7 @@ def read_rows(folder: Path) -> object:
 
 
 def examine(target: Target, folder: Path, expected: object) -> str:
-    """How a mutated input ends: "refused", "taken" or, with its traceback, anything else."""
+    """Outcome of a mutated input: "refused", "taken", or any other outcome with its traceback."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
@@ -231,7 +231,7 @@ def examine(target: Target, folder: Path, expected: object) -> str:
 
 @contextlib.contextmanager
 def bounded(seconds: int) -> Iterator[None]:
-    """Inside the `with` block, what takes longer is a TimeoutError."""
+    """Raises TimeoutError if the `with` block takes longer."""
 
     def stop(*_: object) -> NoReturn:
         raise TimeoutError(f"longer than {seconds} s")
@@ -249,7 +249,7 @@ def fuzz(root: Path, number: int, seed: int, kinds: tuple[str, ...] = ()) -> tup
     """Examines `number` mutated inputs of each kind.
 
     Returns:
-        How many ended how, and what went wrong, each with the seed that makes it again.
+        Number of inputs by outcome, and the failures, each with the seed that reproduces it.
     """
     targets, counts, faults = make_targets(root), Counter[str](), list[str]()
     folder, before = root / "mutated", Path.cwd()
@@ -257,7 +257,7 @@ def fuzz(root: Path, number: int, seed: int, kinds: tuple[str, ...] = ()) -> tup
     try:
         for kind in kinds or tuple(targets):
             target, expected = targets[kind], None
-            for index in range(-1, number):  # the first is whole
+            for index in range(-1, number):  # the first one is intact
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 numbers = random.Random(f"{kind} {seed + index}")

@@ -1,4 +1,4 @@
-"""A model hub on this machine that gives out files, and may break off in the middle of one."""
+"""A model hub on this machine, which may interrupt a download."""
 
 import json
 import threading
@@ -12,15 +12,15 @@ NAME = "someone/model"
 
 @contextmanager
 def hub(files: dict[str, bytes], breaks_in: str | None = None, after_bytes: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """Serves a repository. Once it broke off, every later connection is closed without an answer.
+    """Serves a repository. After an interrupted download, it closes every connection without an answer.
 
     Args:
         files: Contents by name.
-        breaks_in: The file whose download it breaks off.
-        after_bytes: How much of it is sent.
+        breaks_in: The file with the interrupted download.
+        after_bytes: Number of bytes that are sent before.
 
     Yields:
-        Its address, and the requests that it got.
+        Its address, and the requests that it has received.
     """
     requests: list[str] = []
     is_gone = threading.Event()

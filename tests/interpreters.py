@@ -1,4 +1,4 @@
-"""A running server of interpreters, as tests call it."""
+"""A running server of interpreters for tests."""
 
 import asyncio
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SERVER = "fuchsia_pl.library.function_calling.server"
 COMMAND = [sys.executable, "-P", "-m", SERVER, "--time-limit-s", "1.5", "--memory-mb", "512"]
 MARKER = "fuchsia-left-behind"
-# Runs the rest of the command as a user without rights, who can enter the folders of this Python (needs root).
+# Runs the rest of the command as an unprivileged user who can enter the folders of this Python (requires root).
 _AS_USER = """
 import os, sys
 from fuchsia_pl.library.function_calling import mounts
@@ -24,7 +24,7 @@ closed = [str(mounts.closed_ancestor(mounts.Path(folder))) for folder in mounts.
 mounts.cover(closed, {}, mounts.python_folders())
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 """
-# Runs it where the system allows no namespaces.
+# Runs it on a system without namespaces.
 _APART_FROM_NOTHING = "from fuchsia_pl.library.function_calling import syscalls; syscalls.deny()\n"
 _EXEC = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
 AS_USER = [sys.executable, "-P", "-c", _AS_USER + _EXEC]
@@ -36,13 +36,13 @@ class Interpreter:
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self.runner = asyncio.Runner()
-        # The code beside these tests, whatever is installed.
+        # Imports the code of this checkout, not an installed package.
         config = MCPServer(command=command, env={"PYTHONPATH": str(ROOT)}, end_session_tool="end_session")
         self.server = ToolServer(config)
         self.runner.run(self.server.ensure_running())
 
     def cells(self, *codes: str, key: str = "a") -> list[tuple[str, str]]:
-        """Runs cells of a rollout; returns what the policy reads, and the statuses."""
+        """Runs cells of a rollout; returns the results for the policy, and the statuses."""
 
         async def run():
             found = []
@@ -54,7 +54,7 @@ class Interpreter:
         return self.runner.run(run())
 
     def sessions(self, number: int, at_a_time: int = 4) -> None:
-        """Runs a cell in each of some rollouts, and ends them."""
+        """Runs one cell in each of some rollouts, then ends the rollouts."""
 
         async def sessions(start: int) -> None:
             for key in (f"session {i}" for i in range(start, number, at_a_time)):
@@ -78,18 +78,18 @@ class Interpreter:
 
 
 def descendants() -> set[psutil.Process]:
-    """All processes below this one."""
+    """All descendants of this process."""
     return set(psutil.Process().children(recursive=True))
 
 
 def runs(process: psutil.Process, module: str) -> bool:
-    """Whether a process is a running one of this module."""
+    """Whether a process runs this module."""
     try:
         return module in process.cmdline()
-    except psutil.Error:  # it has ended, or nobody has asked for its exit code yet
+    except psutil.Error:  # it has ended, or its parent has not reaped it yet
         return False
 
 
 def marked() -> list[psutil.Process]:
-    """Processes that a cell has started and marked."""
+    """Processes that a cell has started with the marker in the command line."""
     return [p for p in psutil.process_iter(["cmdline"]) if MARKER in " ".join(p.info["cmdline"] or [])]

@@ -1,5 +1,5 @@
-"""What the test of kills runs: six steps at once, and six that are killed within the fourth and resumed, each run in processes of
-its own. They are forked from one process that has imported everything.
+"""Runs for the test of kills: six steps without an interruption, and six that are killed within the fourth and resumed. Each run
+has its own processes. They are forked from one process that has imported everything.
 
 python -m tests.killed MODEL_FOLDER FOLDER
 """
@@ -21,14 +21,14 @@ from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoin
 from fuchsia_pl.objectives.config import LossConfig
 from tests.doubles import make_data, make_module, make_trainer
 
-# Number of ranks and of updates of each phase; and the step of the last checkpoint before the kill.
+# (number of ranks, updates per phase) -> step of the last checkpoint before the kill.
 CASES = {(1, 1): 3, (2, 2): 2}
-KILLED_IN = 3  # counted from 0; with two updates the second of the second phase
+KILLED_IN = 3  # counted from 0; with two updates per phase it is the second update of the second phase
 NUM_STEPS = 6
 
 
 class Killed(Callback):
-    """Ends its process as the kernel does, between the two micro-batches of a step."""
+    """Kills its process with SIGKILL between the two micro-batches of a step."""
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_step == KILLED_IN:
@@ -36,7 +36,7 @@ class Killed(Callback):
 
 
 def fit(model: Path, root: Path, num_updates: int, rank: int, environment: dict[str, str], ckpt: Path | None) -> None:
-    """One rank of a run."""
+    """Runs one rank."""
     os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if environment else {})
     torch.manual_seed(0)
     module = make_module(model, LossConfig("ppo", num_policy_updates=num_updates), dropout=0.1)
@@ -59,9 +59,9 @@ def fit(model: Path, root: Path, num_updates: int, rank: int, environment: dict[
 
 
 def run(model: Path, root: Path, num_ranks: int, num_updates: int, ckpt: Path | None = None) -> list[int | None]:
-    """All ranks of a run; returns their exit codes."""
+    """Runs all ranks; returns their exit codes."""
     environment = {}
-    if num_ranks > 1:  # what torchrun sets
+    if num_ranks > 1:  # the variables that torchrun sets
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What this machine computes in: bfloat16 as the configs have it, float32 where the CPU has no instructions for that."""
+"""Number format of tests on this machine: bfloat16 as in the configs, float32 on a CPU without instructions for it."""
 
 import torch
 
@@ -6,6 +6,6 @@ from fuchsia_pl.policy.cpu import has_bfloat16
 
 HAS_BFLOAT16 = torch.cuda.is_available() or has_bfloat16(torch.cpu.get_capabilities())
 DTYPE = "bfloat16" if HAS_BFLOAT16 else "float32"
-FLOAT32_VARIABLE = "FUCHSIA_TEST_FLOAT32"  # 1 runs tests with engines where it is slow
-# Added to the commands of real models.
+FLOAT32_VARIABLE = "FUCHSIA_TEST_FLOAT32"  # "1" also runs tests with engines where bfloat16 is slow
+# Options that are added to commands with real models.
 OVERLAY = [] if HAS_BFLOAT16 else ["--config", "overlays/float32.yaml"]

@@ -1,7 +1,7 @@
 """Changes signs, masks, shifts and denominators of `fuchsia_pl/objectives` one at a time and runs the unit tests on each.
 
-Run as `python -m tests.mutants` from the root of the repository, while nobody edits what is tested. What only refuses bad
-input is not mutated, nor are constants of a module, defaults, annotations and messages.
+Run as `python -m tests.mutants` from the root of the repository, and do not edit the code meanwhile. Code that only
+validates input is not mutated, nor are constants of a module, defaults, annotations and messages.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from typing import NoReturn
 PACKAGE = "fuchsia_pl.objectives"
 FOLDER = Path("fuchsia_pl/objectives")
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:anyio"]
-# Ten seconds, so after all others; and half a minute to import what it compares with, so not at all.
+# The first takes ten seconds, so it runs last. The second needs half a minute for its imports, so it never runs.
 SLOW, LEFT_OUT = "test_exact_gradient.py", "test_trl_parity.py"
-# Third parties that the tests' doubles import: the parent imports them, so that no child has to.
+# Libraries that the tests' doubles import. The parent process imports them, so that no child process has to.
 WARM = ("pytest", "torch", "lightning.pytorch.cli", "peft", "transformers.models.llama.modeling_llama")
 TIME_LIMIT_S = 120
-# What pytest, or the clock, says of a mutant that was noticed: a test failed, a module could not be imported, no end.
+# Exit codes for a detected mutant: a test failed, a module could not be imported, or the time limit was exceeded.
 KILLED = {1, 2, -signal.SIGALRM}
 
-# Mutants that no test can tell from the original, and why.
+# Mutants that are equivalent to the original, with the reason.
 EQUIVALENT: dict[str, str] = {
     "returns.py:gae:zeros_like:1": "every position is written before the tensor is read",
 }
@@ -48,7 +48,7 @@ Changes = Iterator[tuple[str, ast.expr]]
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change at one place: file:function:operator:nth, the changed lines before and after, and the whole file after."""
+    """One mutation: its id file:function:operator:nth, the changed lines before and after, and the whole mutated file."""
 
     id: str
     line: int
@@ -78,7 +78,7 @@ def _functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, li
 
 
 def _formulas(node: ast.AST) -> Iterator[ast.expr]:
-    """The expressions of a statement that take part in a result, the outer before the inner."""
+    """The expressions of a statement that affect its result, outer ones first."""
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.arguments):
         return
     if isinstance(node, ast.expr):
@@ -90,7 +90,7 @@ def _formulas(node: ast.AST) -> Iterator[ast.expr]:
 
 
 def _changes(node: ast.expr) -> Changes:
-    """Each operator that applies to this very expression, with what it puts in its place."""
+    """Each operator that applies to this expression itself, with the replacement."""
     match node:
         case ast.UnaryOp(ast.USub() | ast.Invert() | ast.Not() as op, operand):
             yield _name(op), operand
@@ -136,7 +136,7 @@ def _changes_of_method(node: ast.Call, receiver: ast.expr, name: str) -> Changes
         yield name, ast.Call(ast.Attribute(receiver, RENAMED[name]), node.args, node.keywords)
     if name in DROPPED:
         yield name, receiver
-    # One that only lifts a count to 1, or a rounding error to 0, often changes nothing.
+    # A bound that only raises a count to 1, or a rounding error to 0, often has no effect.
     if name == "clamp" and [keyword.arg for keyword in node.keywords] != ["min"]:
         yield name, receiver
     if name == "where":
@@ -155,7 +155,7 @@ def _name(op: ast.AST) -> str:
 
 
 def _spliced(source: str, node: ast.expr, replacement: ast.expr) -> tuple[str, str, str]:
-    """The changed lines before and after, and the whole source after."""
+    """The changed lines before and after, and the whole mutated source."""
     lines = source.encode().splitlines(keepends=True)  # ast counts columns in bytes
     first, last = node.lineno - 1, node.end_lineno
     head, tail = lines[first][: node.col_offset], lines[last - 1][node.end_col_offset :]
@@ -169,7 +169,7 @@ def _spliced(source: str, node: ast.expr, replacement: ast.expr) -> tuple[str, s
 
 
 def is_killed(mutant: Mutant | None) -> bool:
-    """Whether the unit tests fail in a child process that has the mutant in place of its module; None is the original."""
+    """Whether the unit tests fail in a child process that imports the mutant as its module; None is the original."""
     assert PACKAGE not in sys.modules, "the children would inherit modules that are not mutated"
     child = os.fork() or _run_tests_and_exit(mutant)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -182,7 +182,7 @@ def _run_tests_and_exit(mutant: Mutant | None) -> NoReturn:
     import pytest
 
     code = 1
-    gc.freeze()  # else pytest looks for garbage in all of torch
+    gc.freeze()  # otherwise pytest collects the garbage of all of torch
     try:
         signal.alarm(TIME_LIMIT_S)
         if mutant is None:
@@ -193,14 +193,14 @@ def _run_tests_and_exit(mutant: Mutant | None) -> NoReturn:
             stem = mutant.id.split(".py:")[0]
             module = _installed(mutant, stem)
             code = pytest.main([*PYTEST, *_tests(stem)])
-            if sys.modules[module.__name__] is not module:  # read anew from the disk, so the original was tested
+            if sys.modules[module.__name__] is not module:  # read from the disk again, so the original was tested
                 code = pytest.ExitCode.INTERNAL_ERROR
     finally:
         os._exit(code)
 
 
 def _installed(mutant: Mutant, stem: str) -> ModuleType:
-    """The mutated module, in the place where every import and pytest's doctests look for it first."""
+    """The mutated module, installed where imports and pytest's doctests look first."""
     spec = importlib.util.find_spec(f"{PACKAGE}.{stem}")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     setattr(sys.modules[PACKAGE], stem, module)
@@ -209,14 +209,14 @@ def _installed(mutant: Mutant, stem: str) -> ModuleType:
 
 
 def _tests(stem: str) -> list[str]:
-    """The doctests and the unit tests; those first that are likely to notice a mutant of this module, and soon."""
+    """The doctests and the unit tests; first those that are fast and likely to detect a mutant of this module."""
     files = [file for file in Path("tests/unit/objectives").glob("test_*.py") if file.name != LEFT_OUT]
     files.sort(key=lambda file: (file.stem != f"test_{stem}", file.name == SLOW, file))
     return [str(FOLDER), *map(str, files), *map(str, Path("tests/unit/rollouts").glob("test_credit.py"))]
 
 
 def main() -> int:
-    """Runs what the command line asks for; 1 where a mutant survived, or one called equivalent was killed."""
+    """Runs the mutants of the command line; returns 1 if a mutant survived, or one listed as equivalent was killed."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--list", action="store_true", help="say what each mutant changes, and run nothing")
     parser.add_argument("--only", default="", help="only mutants with this in their id, file:function:operator:nth")

@@ -1,4 +1,4 @@
-"""An engine whose samples come from a process of its own, which can be killed like vLLM's."""
+"""An engine that samples in a separate process, which can be killed like vLLM's."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from fuchsia_pl.engines.restarts import NO_START, Restarts
 from fuchsia_pl.types import Completion
 from tests.doubles import EOS
 
-# Ids depend on the prompt, the seed and the version that was loaded last. The end of its input ends the process.
+# Ids depend on the prompt, the seed and the version that was loaded last. The process ends when its input is closed.
 SAMPLER = """
 import json, random, sys
 version = -1
@@ -28,7 +28,7 @@ for line in sys.stdin:
 
 
 class ProcessEngine(Engine):
-    """Ends and restarts as `VLLMColocatedEngine` does, in a hundredth of the time."""
+    """Ends and restarts like `VLLMColocatedEngine`, in a hundredth of the time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -1,4 +1,4 @@
-"""What the tests of several ranks run: each process is a rank that Lightning launches, over gloo.
+"""Runs for the tests of several ranks: each process is a rank that Lightning launches, over gloo.
 
 python -m tests.ranks equal|resume|uneven|fails|nonfinite|owed MODEL_FOLDER FOLDER STRATEGY [NUMBER]
 """
@@ -33,7 +33,7 @@ STRATEGIES = {
     "fsdp": lambda: {"devices": 2, "strategy": FSDP2Strategy()},
     "fsdp-folder": lambda: {"devices": 2, "strategy": FSDP2Strategy(save_distributed_checkpoint=True)},
 }
-# Names of what is trained and how; each has its own way through sharding.
+# Kinds of policies by name; sharding handles each of them differently.
 POLICIES = {
     "adapter": {},
     "adapter, clipped": {"clip": 0.05},
@@ -44,13 +44,13 @@ POLICIES = {
 }
 
 
-# Adam makes steps of one length from gradients that are nothing but rounding.
+# SGD, since Adam makes full steps even from gradients that are only rounding errors.
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
 
 
 def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, optimizer=SGD, ckpt_path=None) -> Trainer:
-    """Trains on recorded rollouts and leaves a checkpoint and the export behind."""
+    """Trains on recorded rollouts; writes a checkpoint and the export."""
     seed_everything(0, verbose=False)
     chosen = dict(POLICIES[policy])
     clip, loss = chosen.pop("clip", None), chosen.pop("loss", LossConfig(beta=0.01))
@@ -78,27 +78,27 @@ def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, opt
 
 
 def equal(model: Path, root: Path, strategy: str) -> None:
-    """Five steps of each kind of policy."""
+    """Trains five steps of each kind of policy."""
     for number, policy in enumerate(POLICIES):
         fit(model, root / str(number), strategy, policy, num_steps=5)
 
 
 def resume(model: Path, root: Path, strategy: str) -> None:
-    """Two steps by one strategy and three more by another."""
+    """Trains two steps with one strategy, then three more with another."""
     before, after = strategy.split("+")
-    for num_steps in (1, 2):  # the second checkpoint takes the place of the first
+    for num_steps in (1, 2):  # the second checkpoint replaces the first
         fit(model, root / "before", before, "adapter", num_steps, ADAM)
     saved = root / "before/end.ckpt"
-    if saved.is_dir() and not int(os.environ.get("LOCAL_RANK", "0")):  # as a kill between the two renames leaves it
+    if saved.is_dir() and not int(os.environ.get("LOCAL_RANK", "0")):  # the state after a kill between the two renames
         saved.rename(saved.with_name(".end.ckpt.older"))
     if after == "one" and int(os.environ.get("LOCAL_RANK", "0")):
-        return  # the second process would be a second run that writes the same files
+        return  # otherwise the second process would be another run that writes the same files
     fit(model, root / "after", after, "adapter", 5, ADAM, ckpt_path=root / "before/end.ckpt")
     fit(model, root / "straight", after, "adapter", 5, ADAM)
 
 
 class RandomSpread(TinyEnvironment):
-    """Siblings of an item differ or not by the toss of a coin."""
+    """Each item's group has spread or not, at random."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(num_items=60)
@@ -113,7 +113,7 @@ class RandomSpread(TinyEnvironment):
 
 
 def uneven(model: Path, root: Path, strategy: str, num_patterns: int) -> None:
-    """Many short runs in which each rank drops and refills other groups; every other also cuts its micro-batches otherwise."""
+    """Makes short runs in which each rank drops and refills other groups, with random numbers of micro-batches."""
     for seed in range(num_patterns):
         numbers = random.Random(seed)
         seed_everything(0, verbose=False)
@@ -170,7 +170,7 @@ def owed(model: Path, root: Path, strategy: str, is_logged: int) -> None:
 
 
 class FailingLoad(RecordedEngine):
-    """Does not take version 1 on its rank."""
+    """Refuses the version `fails_at` on the rank `on_rank`."""
 
     async def load_weights(self, path: Path, version: int) -> None:
         if version == self.fails_at:
@@ -179,7 +179,7 @@ class FailingLoad(RecordedEngine):
 
 
 def fails(model: Path, root: Path, strategy: str, rank: int) -> None:
-    """A rank whose engine fails, at a sync (ranks 0 and 1) or while it samples (ranks 10 and 11); the run must end."""
+    """The engine of one rank fails, at a sync (ranks 0 and 1) or while it samples (ranks 10 and 11); the run must end."""
     seed_everything(0, verbose=False)
     config = PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8))
     module = GRPOModule(config, LossConfig(), ADAM)
@@ -189,7 +189,7 @@ def fails(model: Path, root: Path, strategy: str, rank: int) -> None:
 
 
 class PoisonedRank(Callback):
-    """Writes a NaN into what rank 1 alone has, in step 1 (counted from 0)."""
+    """Writes NaN into a gradient, a loss or the optimizer state of rank 1 alone, in step 1 (counted from 0)."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -200,7 +200,7 @@ class PoisonedRank(Callback):
     def on_after_backward(self, trainer, pl_module):
         if self._acts(trainer, "gradient"):
             gradients = [local(p.grad) for p in pl_module.policy.trainable_parameters() if p.grad is not None]
-            for part in gradients:  # FSDP has none before the last micro-batch
+            for part in gradients:  # FSDP has no gradients before the last micro-batch
                 part.fill_(torch.nan)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -217,7 +217,7 @@ class PoisonedRank(Callback):
 
 
 def nonfinite(model: Path, root: Path, strategy: str) -> None:
-    """A NaN on one rank, in one step of three: all ranks skip it, or all stop where it is in the optimizer's state."""
+    """A NaN on one rank in one of three steps: all ranks skip the step, or stop if it is in the optimizer state."""
     for what in ("gradient", "loss", "state"):
         seed_everything(0, verbose=False)
         config = PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8))

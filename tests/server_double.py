@@ -1,4 +1,4 @@
-"""The double of a vLLM server: its endpoints as `VLLMServerEngine` uses them, over real HTTP, and the ways in which it fails."""
+"""The double of a vLLM server: the endpoints that `VLLMServerEngine` uses, over real HTTP, and its failures."""
 
 import asyncio
 import json
@@ -25,24 +25,24 @@ class _Http(ThreadingHTTPServer):
 
 
 class FakeServer:
-    """Answers with two ids whose logprobs are the sum of the asked adapter's weights, through a prefix cache as vLLM has one.
+    """Answers with two ids. Their logprobs are the sum of the requested adapter's weights, through a prefix cache like vLLM's.
 
-    `mode` is what happens to completions: "well", "hang" (no answer), "cut" (the connection is closed), or a status code.
+    `mode` is the treatment of completions: "well", "hang" (no answer), "cut" (the connection is closed), or a status code.
     """
 
     def __init__(self, model: str = "/models/tiny", max_model_len: int = 64, api_key: str | None = None) -> None:
         self.model, self.max_model_len, self.api_key = model, max_model_len, api_key
         self.mode: str | int = "well"
         self.health: str | int = 200
-        self.change: dict = {}  # laid over the one choice of each answer
-        self.answers: dict = {}  # laid over each answer
+        self.change: dict = {}  # replaces fields of the one choice of each answer
+        self.answers: dict = {}  # replaces fields of each answer
         self.bodies: list[dict] = []
         self.loads: list[str] = []
         self.unloads: list[str] = []
         self.release = threading.Event()
-        self.takes_weights = False  # as a vLLM in development mode, whose own weights can be replaced
-        self.controls: list[str] = []  # what was asked of it in that mode, less what it serves
-        self.resets = True  # whether it gives its prefix cache up
+        self.takes_weights = False  # like vLLM in development mode, which accepts new weights of its model
+        self.controls: list[str] = []  # requests in that mode, except `GET /weight_info`
+        self.resets = True  # whether it clears its prefix cache
         self._open(port=0)
 
     @property
@@ -69,7 +69,7 @@ class FakeServer:
         self.release.set()
 
     def restart(self) -> None:
-        """On the same port, with nothing loaded."""
+        """Starts it again on the same port, without adapters."""
         self.mode, self.health, self.release = "well", 200, threading.Event()
         self._open(self.port)
 
@@ -184,7 +184,7 @@ def wait_until(condition, timeout_s: float = 5.0) -> None:
 
 
 def load(engine, root: Path, version: int, weight: float = -0.25) -> None:
-    """Gives the engine an adapter whose weights add up to `weight`, which the double returns as every logprob."""
+    """Loads an adapter into the engine. Its weights sum to `weight`, which the double returns as every logprob."""
     folder = root / f"adapter-{version}-{weight}"
     folder.mkdir(exist_ok=True)
     save_file({"a": torch.tensor([weight])}, folder / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""File systems that are small, full or read-only, mounted for one test."""
+"""Small, full or read-only file systems, mounted for one test."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ FILLER = ".filler"
 
 @contextlib.contextmanager
 def mounted(folder: Path, size: str = "4m") -> Iterator[Path]:
-    """A tmpfs of its own; the test is skipped where this user cannot mount one."""
+    """Mounts a tmpfs; the test is skipped if this user cannot mount one."""
     folder.mkdir(exist_ok=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
@@ -31,7 +31,7 @@ def make_read_only(folder: Path) -> None:
 
 
 def fill(folder: Path, spare: int = 0) -> None:
-    """Leaves so many bytes free, rounded up to the page."""
+    """Fills a disk except for a number of bytes, rounded up to whole pages."""
     state = os.statvfs(folder)
     with (folder / FILLER).open("ab", buffering=0) as stream:
         stream.write(bytes(max(state.f_bavail * state.f_bsize - spare, 0)))

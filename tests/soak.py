@@ -1,6 +1,6 @@
-"""A long run of small steps, whose memory, descriptors and threads have to stay as they are: `python -m tests.soak [steps]`.
+"""A long run of small steps. Its memory, descriptors and threads must not grow: `python -m tests.soak [steps]`.
 
-Trainer, engine process and tool server are counted apart, and what the run has in memory-backed and temporary folders too.
+Trainer, engine process and tool server are measured separately, and so are the files in RAM-backed and temporary folders.
 """
 
 import os
@@ -21,14 +21,14 @@ from tests.process_engine import SAMPLER
 
 MB = 2**20
 LOOK_S = 0.5
-# Between the second and the last third of a run.
+# Allowed growth from the second to the last third of a run.
 MAX_GROWTH_MB = 8.0
 MAX_GROWTH = 2.0
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the processes of a run have at a moment: by role, megabytes, descriptors and threads; and scratch folders."""
+    """Resources of a run at one moment: megabytes, descriptors and threads by role, and bytes in scratch folders."""
 
     megabytes: dict[str, float]
     descriptors: dict[str, float]
@@ -37,7 +37,7 @@ class Look:
 
 
 def roles_of(trainer: psutil.Process) -> dict[str, psutil.Process]:
-    """The processes of a run that stay as long as it does."""
+    """The processes of a run, by role, that live until its end."""
     roles = {"trainer": trainer}
     for child in trainer.children(recursive=True):
         words = child.cmdline()
@@ -49,7 +49,7 @@ def roles_of(trainer: psutil.Process) -> dict[str, psutil.Process]:
 
 
 def look_at(trainer: psutil.Process) -> Look:
-    """One look at a running run."""
+    """Measures a run in progress."""
     roles = roles_of(trainer)
     mine = scratch.NAME.match
     folders = [
@@ -64,7 +64,7 @@ def look_at(trainer: psutil.Process) -> Look:
 
 
 def growth(looks: list[Look]) -> list[tuple[str, float, float, float]]:
-    """By name: the median of the second third of the looks, that of the last third, and how much more may be."""
+    """Name, median of the second third of the looks, median of the last third, and allowed growth of each quantity."""
     third = len(looks) // 3
     rows = []
     for what, allowed in (("megabytes", MAX_GROWTH_MB), ("descriptors", MAX_GROWTH), ("threads", MAX_GROWTH)):
@@ -81,7 +81,7 @@ def growth(looks: list[Look]) -> list[tuple[str, float, float, float]]:
 
 
 def soak(root: Path, num_steps: int) -> list[tuple[str, float, float, float]]:
-    """Trains `num_steps` steps and looks at the processes meanwhile; see `growth`."""
+    """Trains `num_steps` steps and measures the processes meanwhile; see `growth` for the result."""
     model = save_tiny_model(root / "model")
     (root / "soak.yaml").write_text(CONFIG.format(model=model, steps=num_steps))
     words = [
@@ -107,7 +107,7 @@ def soak(root: Path, num_steps: int) -> list[tuple[str, float, float, float]]:
             time.sleep(LOOK_S)
             try:
                 looks.append(look_at(trainer))
-            except (psutil.Error, OSError):  # a process or a file that is just going
+            except (psutil.Error, OSError):  # a process or a file that has just ended or gone
                 continue
     assert run.returncode == 0, (root / "log").read_text()[-3000:]
     return growth([each for each in looks if len(each.megabytes) == 3])

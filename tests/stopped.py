@@ -1,6 +1,6 @@
-"""Runs that get a signal in the middle of something: real processes, which are forked here to import everything only once.
+"""Runs that receive a signal at a given point: real processes, forked here so that everything is imported once.
 
-python -m tests.stopped: reads runs from standard input, one a line as JSON, and writes their exit codes.
+python -m tests.stopped: reads runs from standard input, one JSON value per line; writes exit code and seconds.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.doubles import RecordedEngine, TinyEnvironment
 
 
 def hit(where: str, step: int = 0) -> None:
-    """Sends this process the signal that the run is to get here, if it is."""
+    """Sends the configured signal to this process if it is configured for this point."""
     wanted = json.loads(os.environ.get("TEST_SIGNAL", "{}"))
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if wanted.get("where") != where or wanted.get("step", 0) != step or wanted.get("rank", rank) != rank:
@@ -33,13 +33,13 @@ def hit(where: str, step: int = 0) -> None:
         os.kill(os.getpid(), number)
     time.sleep(wanted.get("lasts", 0))
     if wanted.get("hangs"):
-        with torch.no_grad():  # deep in a call that no handler interrupts
+        with torch.no_grad():  # in a call that no handler interrupts
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
             signal.sigwait({signal.SIGALRM})
 
 
 class SignalledEngine(RecordedEngine):
-    """Samples the recorded; slowly, where a signal is to come in the middle of it."""
+    """A RecordedEngine that sends the configured signal at its start, in a sync or while it samples."""
 
     def start(self, spec) -> None:
         hit("start")
@@ -66,7 +66,7 @@ class SignalledEnvironment(TinyEnvironment):
 
 
 class SignalAt(Callback):
-    """Within a step, at its optimizer step, and at the end of training."""
+    """Sends the configured signal within a step, at its optimizer step, at the end of training or in a save."""
 
     def on_train_batch_end(self, trainer, *args) -> None:
         hit("batch", trainer.fit_loop.epoch_loop.batch_progress.total.ready)
@@ -82,7 +82,7 @@ class SignalAt(Callback):
 
 
 def leave(rollouts, *args, **kwargs):
-    """A reward that ends the process as if all were well."""
+    """A reward function that ends the process with exit code 0."""
     os._exit(0)
 
 
@@ -94,7 +94,7 @@ class Leaving(TinyEnvironment):
 
 
 def run(words: list[str], wanted: dict[str, object], output: str) -> None:
-    """The process of one run."""
+    """Runs one command in this process."""
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -108,7 +108,7 @@ def run(words: list[str], wanted: dict[str, object], output: str) -> None:
 
 
 def serve() -> None:
-    """Forks a process for each line, and writes how it ended."""
+    """Forks a process for each input line, and writes its exit code and its duration."""
     torch.set_num_threads(1)
     assert scratch.started_at(os.getpid())
     for line in sys.stdin:

@@ -24,21 +24,21 @@ def add(a: int, b: int) -> int:
 
 @server.tool
 async def count(context: Context) -> int:
-    """How often this rollout has called."""
+    """Returns the number of calls of this rollout."""
     counters[key(context)] = counters.get(key(context), 0) + 1
     return counters[key(context)]
 
 
 @server.tool
 def count_all() -> int:
-    """How often this process was called."""
+    """Returns the number of calls of this process."""
     counters["all"] = counters.get("all", 0) + 1
     return counters["all"]
 
 
 @server.tool
 async def forget(context: Context) -> str:
-    """Forgets a rollout."""
+    """Clears the state of a rollout."""
     return str(counters.pop(key(context), 0))
 
 
@@ -51,26 +51,26 @@ async def sleep(seconds: float) -> str:
 
 @server.tool
 def block(seconds: float) -> str:
-    """Sleeps in a thread, deaf to being cancelled."""
+    """Sleeps in a thread and ignores its cancellation."""
     time.sleep(seconds)
     return "blocked"
 
 
 @server.tool
 def flood(num_chars: int) -> str:
-    """Says very much."""
+    """Returns a very long text."""
     return "x" * num_chars
 
 
 @server.tool
 def echo(value) -> str:
-    """Says what kind of value it was given."""
+    """Returns the type of its argument."""
     return type(value).__name__
 
 
 @server.tool(output_schema={"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
 def misfit() -> ToolResult:
-    """Breaks the promise of its own schema."""
+    """Returns a value that violates its own schema."""
     return ToolResult(content="broken", structured_content={"n": "no number"})
 
 
@@ -82,19 +82,19 @@ def half() -> str:
 
 @server.tool
 def fail() -> str:
-    """Raises."""
+    """Raises an error."""
     raise ValueError("by hand")
 
 
 @server.tool
 def die() -> str:
-    """Ends the process in the middle of the call."""
+    """Ends the process during the call."""
     os._exit(3)
 
 
 @server.tool
 def process() -> int:
-    """The process's id."""
+    """Returns the id of the process."""
     return os.getpid()
 
 

@@ -18,7 +18,7 @@ SYSTEM = (
     "Answer the question. Use the tool for every computation, never your head. When you have its result, give the answer as a "
     "bare number inside <answer> and </answer>."
 )
-# Examples are generated from a seed of their own, so that none is also a question.
+# Examples are generated from a separate seed, so that none of them is also a question.
 EXAMPLE_SEED = 1
 
 

@@ -59,7 +59,7 @@ class BoundedOutput:
         """Does nothing: there is no underlying stream."""
 
     def isatty(self) -> bool:
-        """False."""
+        """False: the output is not a terminal."""
         return False
 
     def text(self) -> str:

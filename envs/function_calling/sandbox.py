@@ -66,7 +66,7 @@ class Limits:
         memory_mb: Address space of each of its processes, and memory of all of them together, in MiB.
         file_mb: Size of each file, and of all written files together, in MiB.
         cpu_s: CPU seconds of each process over its lifetime.
-        num_processes: Number of concurrent processes, if they have a user or a namespace of their own.
+        num_processes: Number of concurrent processes, if they have a separate user or namespace.
         num_files: Open files of each process.
     """
 
@@ -108,8 +108,8 @@ class Offer:
     """Parts of the sandbox that the system supports.
 
     Attributes:
-        is_apart: Namespaces of its own.
-        hides_files: Mounts of its own.
+        is_apart: Separate namespaces.
+        hides_files: Separate mounts.
         is_filtered: A filter of system calls.
         gives_up_rights: Dropping of all privileges; as root, by a change of the user.
     """

@@ -1,6 +1,6 @@
 """Typed access of callbacks to the parts of a run: module, policy, data module and other callbacks.
 
-Lightning declares the module of a trainer as any LightningModule, and declares its data module and its callbacks not at all.
+Lightning types the module of a trainer as LightningModule, and does not type its data module and its callbacks.
 """
 
 from typing import TypeVar

@@ -30,7 +30,7 @@ class AdapterExport(Callback):
         self._has_exported = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing of this run is exported yet."""
+        """Resets the flag of an earlier run: this run has exported nothing yet."""
         self._has_exported = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

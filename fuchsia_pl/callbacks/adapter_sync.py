@@ -79,7 +79,7 @@ class AdapterSync(Callback):
         data_of(trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the same check, for a trainer whose data module does not call `check_run`."""
+        """Makes the same check, for a trainer with a data module that does not call `check_run`."""
         self.check_run(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,11 +234,11 @@ class AdapterSync(Callback):
             partial.rename(folder)
         failure: Exception | None = None
         with data.paused():
-            # Ranks may share servers, whose weights must not change during requests of another rank.
+            # Ranks may share servers. Their weights must not change during requests of another rank.
             trainer.strategy.barrier("sync")
             try:
                 run_blocking(engine.load_weights(folder, version))
-            except Exception as error:  # of any kind: the other ranks must learn of it
+            except Exception as error:  # any exception: the other ranks must be informed of it
                 failure = error
             finally:
                 shutil.rmtree(folder, ignore_errors=True)

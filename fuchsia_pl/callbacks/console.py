@@ -214,7 +214,7 @@ def completion_panel(sample: Sample) -> Panel:
 
 
 def conversation_text(rollout: Rollout) -> str:
-    """The conversation after the prompt. Each answer of the environment is on a line of its own.
+    """The conversation after the prompt. Each response of the environment is on a separate line.
 
     >>> conversation_text(Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="2 plus 2?"))
     ''

@@ -20,14 +20,14 @@ Place = tuple[dict[str, Any], str]  # optimizer state of one weight, and the nam
 
 
 class DeviceOwner(Enum):
-    """The side whose weights are on the device."""
+    """The side that has its weights on the device."""
 
     TRAINER = "trainer"
     ENGINE = "engine"
 
 
 class HotSwap(Callback):
-    """Moves the trainer's weights and optimizer to host memory while the engine samples, and lets the engine sleep otherwise.
+    """Moves the trainer's weights and optimizer to host memory while the engine samples; otherwise puts the engine to sleep.
 
     The device then holds the larger of the two and never both: one side is moved off before the other is loaded. The cost is
     the time of the transfers, twice per phase, and host memory for the side that is moved off. Not tested on a GPU.

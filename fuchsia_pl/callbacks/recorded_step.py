@@ -138,7 +138,7 @@ def read_step(path: Path) -> RecordedStep:
     """Reads a recorded step. It executes no code of the file.
 
     Raises:
-        ConfigError: The file is no recorded step, or is damaged.
+        ConfigError: The file is not a recorded step, or is damaged.
     """
     content = _read(path)
     if content.get("weights") is None:

@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint. Lightning writes those whose path is a URL."""
+        """Writes a checkpoint. Lightning writes those with a URL as the path."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -79,7 +79,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._current: int | None = None  # step of `last.ckpt`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sets the folder to that of the run, whatever the loggers are."""
+        """Sets the folder to that of the run, with any loggers."""
         self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         num_updates = module_of(trainer).loss_config.num_policy_updates
         self._every_n_train_steps = math.ceil(self.every_n_steps / num_updates) * num_updates

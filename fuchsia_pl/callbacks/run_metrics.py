@@ -97,7 +97,7 @@ def rows_before(folder: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
     logged = read_rows(path) if path.is_file() else []
     rows = [row for row in logged if row.get("step", "").isdecimal() and int(row["step"]) < num_steps]
     last = {str(name): str(value) for name, value in checkpoint.get(ROW_KEY, {}).items()}
-    # Other parts log rows with other metrics for the same step.
+    # Other callbacks log further rows with other metrics for the same step.
     is_logged = any(row["step"] == last.get("step") and all(row.get(name) for name in last) for row in rows)
     if last and not is_logged:
         rows.append(last)

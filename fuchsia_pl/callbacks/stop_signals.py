@@ -67,7 +67,7 @@ class StopSignals(Callback):
         self._has_installed = False
         self._is_within_phase = False
         self._between: dict[str, Any] | None = (
-            None  # of a checkpoint, what changes between phases though nothing is trained
+            None  # entries of a checkpoint that change between phases although nothing is trained
         )
 
     def check_run(self, trainer: Trainer) -> None:

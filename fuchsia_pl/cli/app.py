@@ -60,7 +60,7 @@ class SaveRunConfig(SaveConfigCallback):
         file = Path(trainer.default_root_dir) / SAVED_CONFIG
         with writing(file):
             self.parser.save(self.config, str(file), skip_unset=False, overwrite=True, multifile=False)
-        # The objective with all parts of its preset. Given as one more --config, it fixes every part.
+        # The objective with all parts of its preset. As an additional --config, it fixes every part.
         loss = cast(GRPOModule, pl_module).loss_config.resolved()
         objective = Path(trainer.default_root_dir) / SAVED_OBJECTIVE
         with writing(objective):
@@ -73,7 +73,7 @@ class FuchsiaCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self.arguments: list[str] = []
         self.run_folder = Path()
-        self._earlier: list[Row] = []  # of metrics, where a run is resumed
+        self._earlier: list[Row] = []  # metrics of the run that this one resumes
         super().__init__(
             GRPOModule,
             RolloutDataModule,
@@ -99,9 +99,9 @@ class FuchsiaCLI(LightningCLI):
         """Adds a section for each default callback, and links what two parts share."""
         for section, callback in DEFAULT_CALLBACKS.items():
             parser.add_lightning_class_args(callback, section)
-        # Item order and sampling seeds come from the run's one seed.
+        # The run's one seed determines item order and sampling seeds.
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_run_seed)
-        # Model folder, dtype, adapter rank and objective: the engine serves what the trainer trains, and how.
+        # Links model folder, dtype, adapter rank and objective, so that engine and trainer use the same ones.
         parser.link_arguments("model.learner", "data.learner", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -111,7 +111,7 @@ class FuchsiaCLI(LightningCLI):
             self.config = parser.parse_args(self.arguments)
 
     def found_configs(self, parser: LightningArgumentParser, args: ArgsType) -> list[str]:
-        """The command line with a file in place of each config's name."""
+        """The command line with each config name replaced by the path of its file."""
         assert isinstance(args, list), "a command line is a list of words"
         try:
             return find_configs(args)
@@ -119,7 +119,7 @@ class FuchsiaCLI(LightningCLI):
             parser.error(str(error), error)
 
     def _parse_ckpt_path(self) -> None:
-        """Replaces Lightning's method, which unpacks the checkpoint and uses its settings in place of the config's."""
+        """Replaces Lightning's method, which unpacks the checkpoint and uses its settings instead of the config's."""
 
     def instantiate_classes(self) -> None:
         """Makes the run folder and all objects of the config; reports settings that they refuse as configuration errors."""
@@ -179,14 +179,14 @@ class FuchsiaCLI(LightningCLI):
             with self._refusals():
                 super()._run_subcommand(subcommand)
         except BaseException:
-            if stopping.signum is not None:  # after an error, other ranks may wait for this one without end
+            if stopping.signum is not None:  # after an error, other ranks may wait for this one forever
                 await_ranks(self.trainer)
             raise
         await_ranks(self.trainer)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Inside the `with` block, a refused setting ends the program in one line, and removes the folder if nothing ran."""
+        """Inside the `with` block, a refused setting ends the program with one line, and the folder is removed if nothing ran."""
         try:
             yield
         except (ConfigError, MisconfigurationException) as error:

@@ -41,7 +41,7 @@ class ConsoleHandler(logging.Handler):
         return line if error is None else f"{line} ({type(error).__name__}: {' '.join(str(error).split())})"
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes it, unless the same line was written before."""
+        """Writes the record, unless the same line was written before."""
         try:
             line = self.line(record)
         except Exception:  # a message that does not fit its arguments: logging reports it and continues
@@ -72,7 +72,7 @@ class LogFile(logging.FileHandler):
 
 
 def show_warnings() -> None:
-    """Writes warnings and errors to stderr, of this package and of all loggers without a handler of their own."""
+    """Writes warnings and errors to stderr, of this package and of all loggers without handlers."""
     logging.getLogger().addHandler(ConsoleHandler(logging.WARNING))
 
 

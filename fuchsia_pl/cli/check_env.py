@@ -1,8 +1,8 @@
 """`fuchsia check-env`: checks that an environment rewards the gold answer most and survives hostile texts.
 
-Nothing is trained, and of the model only the tokenizer is loaded. The checks of the start of `fuchsia fit` run first. Then texts
-take the place of the policy's output in the collector that training uses, so prompts, tools, reward functions and time limits are
-the real ones.
+Nothing is trained, and of the model only the tokenizer is loaded. First, the checks of the start of `fuchsia fit` run. Then
+fixed texts replace the policy's output in the collector that training uses, so prompts, tools, reward functions and time limits
+are those of training.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def report(console: Console, found: Examination) -> None:
 
 
 def _table(played: Sequence[Played]) -> Table:
-    """A row for each text: its rewards over all items and siblings, and how its rollouts ended."""
+    """A row for each text: its rewards over all items and siblings, and the statuses of its rollouts."""
     by_name = {name: [one for one in played if one.name == name] for name in dict.fromkeys(p.name for p in played)}
     rewards = next((list(one.rollouts[0].rewards) for one in played if one.rollouts), [])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

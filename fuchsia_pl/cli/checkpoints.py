@@ -35,7 +35,7 @@ def find_checkpoint(given: str, runs: Path, console: Console) -> Path:
         console: Where the choice is printed.
 
     Raises:
-        ConfigError: There is none, or the value is a kind of address that this program does not use.
+        ConfigError: There is none, or the value is a kind of address that is not supported.
     """
     if given == LAST:
         path, step = _last(runs, console)
@@ -165,7 +165,7 @@ def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
     """The metrics of a checkpoint's steps, from the folder of the run that saved it.
 
     Removes incomplete last lines of that run's logs of rollouts, which a kill leaves. A checkpoint may have been copied to any
-    folder: files in a folder that is not a run's are left alone.
+    folder: files in a folder that is not a run folder are not changed.
 
     Args:
         path: Path of the checkpoint.
@@ -198,7 +198,7 @@ def check_checkpoint(
         strategy: The strategy of the run.
 
     Raises:
-        ConfigError: It is of another adapter, or is a folder and the strategy reads files.
+        ConfigError: It contains another adapter, or it is a folder and the strategy reads files.
     """
     if "state_dict" not in checkpoint and not isinstance(strategy, FSDP2Strategy):
         raise ConfigError(

@@ -1,7 +1,7 @@
 """A class that replaces another class in a config starts from its own defaults.
 
-jsonargparse keeps every argument of the old class whose name the new class has too. So `--model.optimizer torch.optim.SGD` over a
-config of AdamW would use AdamW's learning rate and weight decay.
+jsonargparse keeps every argument of the old class if the new class has one of the same name. So `--model.optimizer
+torch.optim.SGD` over a config of AdamW would use AdamW's learning rate and weight decay.
 """
 
 import inspect
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def fresh_arguments() -> Iterator[None]:
     """Inside the `with` block, parsers drop all arguments of a class that is replaced, and a warning names them.
 
-    The patched function is the one place in which jsonargparse decides which arguments stay, for configs and command lines alike.
+    The patched function is the only place where jsonargparse chooses the arguments that stay, for configs and command lines.
     jsonargparse has no setting for it.
     """
     original = _typehints.discard_init_args_on_class_path_change

@@ -1,6 +1,6 @@
-"""The commands of `fuchsia`, the page that lists them, and the options of those that have options of their own.
+"""The commands of `fuchsia`, the page that lists them, and the options of the commands that define their own.
 
-Nothing here imports a library: `fuchsia --help` must not wait for torch.
+This module imports no libraries, so that `fuchsia --help` does not load torch.
 """
 
 import argparse

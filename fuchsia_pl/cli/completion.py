@@ -1,4 +1,4 @@
-"""Completion for bash: a script with all commands and settings in it, since a call of Python at each TAB takes too long."""
+"""Completion for bash: a script that contains all commands and settings, since a call of Python at each TAB takes too long."""
 
 from fuchsia_pl.cli.commands import COMMANDS, DEBUG_OPTION, HELP_ALL_OPTION, HELP_OPTIONS, OPTIONS, RUN_COMMANDS
 from fuchsia_pl.cli.help_page import Table
@@ -49,7 +49,7 @@ def bash_completion(table: Table) -> str:
 
 
 def _options(command: str, table: Table) -> list[str]:
-    """The options of a command; `check-env` and `serve` have those of `fit` and their own."""
+    """The options of a command; `check-env` and `serve` have those of `fit` and additional ones."""
     own = (
         [word for action in OPTIONS[command]()._actions for word in action.option_strings] if command in OPTIONS else []
     )

@@ -24,7 +24,7 @@ def leave_stopped(words: list[str], end: BaseException | None) -> NoReturn:
     lines = last_words(words, end) if is_first_rank() else error_words(end)
     if lines:
         stopping.write_line("\n".join(lines))
-    # Lightning kills the first rank, which may be saving, when a rank that it started ends with anything but 0.
+    # If a rank that Lightning started ends with a code other than 0, Lightning kills the first rank, which may be saving.
     sys.exit(0 if is_launched() else 128 + stopping.signum)
 
 
@@ -48,7 +48,7 @@ def last_words(words: list[str], end: BaseException | None) -> list[str]:
 
 
 def error_words(end: BaseException | None) -> list[str]:
-    """The line about an error that ended the run in place of the signal, if there was one. It may be the error of any one rank.
+    """The line about an error that ended the run before the signal did, if there was one. It may be the error of any rank.
 
     >>> error_words(Stopped(15)), error_words(OSError("no space"))
     ([], ['error while the run ended: OSError: no space'])

@@ -1,4 +1,4 @@
-"""Examines an environment: the checks of the start of a run, then texts in place of the policy's output."""
+"""Examines an environment: the checks of the start of a run, then rollouts with fixed texts as the policy's output."""
 
 from dataclasses import dataclass, field, replace
 
@@ -32,7 +32,7 @@ class Run:
     Attributes:
         num_ranks: Ranks that share the items, as far as the config determines it.
         max_tokens: Most tokens of a micro-batch, None without a limit.
-        held_out: The number (int) or the share (float) of the held-out items that the run takes; 0 takes none.
+        held_out: The number (int) or the share (float) of the held-out items that the run uses; 0 uses none.
 
     >>> Run(num_ranks=1, max_tokens=None, held_out=1.0).num_ranks
     1
@@ -101,7 +101,7 @@ class Examiner:
         """
         environment = self.data.environment
         found = Examination(environment)
-        # Here an error in the environment's code is a finding, whatever `on_error` a run uses.
+        # Here an error in the environment's code is a finding, with any value of `on_error`.
         on_error, environment.on_error = environment.on_error, "stop"
         try:
             check_shares(self.data.batch_size, self.run.num_ranks)

@@ -1,4 +1,4 @@
-"""Faults of an environment, as sentences: one for each fault, however many texts show it."""
+"""Faults of an environment, as sentences: one for each fault, also if several texts show it."""
 
 import ast
 import json
@@ -13,8 +13,8 @@ from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.types import Item
 
-MAX_CHARS = 400  # of a sentence: some error messages contain the whole text
-NUM_NAMED = 3  # texts or items that a sentence names at most
+MAX_CHARS = 400  # characters of a sentence: some error messages contain the whole text
+NUM_NAMED = 3  # maximum number of texts or items that a sentence names
 MAX_LITERAL_CHARS = 100_000
 # A message, or an object without a `__str__`, that was converted to text.
 WRITTEN_OBJECT = re.compile(r"\{'role': ?'|<[\w.]+ object at 0x[0-9a-f]+>")
@@ -66,11 +66,11 @@ def is_written_object(text: str) -> bool:
         json.loads(text)
     except (ValueError, RecursionError):
         return _is_literal(text)
-    return False  # also how data is written
+    return False  # JSON is also the form of data in prompts
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text of at most about `limit` characters, its middle left out where it is longer.
+    """A text of at most about `limit` characters; the middle of a longer one is left out.
 
     >>> shortened("abcdefghij", 4)
     'ab … ij'

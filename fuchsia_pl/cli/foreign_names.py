@@ -1,4 +1,4 @@
-"""Settings by the names they have in TRL, in verl and in the first Fuchsia.
+"""Settings with their names in TRL, in verl and in the first Fuchsia.
 
 Error messages for unknown keys use this table and that of `not_offered`, and configs/README.md contains both.
 """
@@ -10,15 +10,15 @@ from fuchsia_pl.cli.not_offered import NOT_OFFERED, NotOffered
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of ours and its names elsewhere.
+    """A setting of this project and its names in other programs.
 
     Attributes:
-        key: Our dotted key.
+        key: The dotted key here.
         example: An accepted value, as on the command line.
         trl: Names in TRL's GRPOConfig, and the most used of its ModelConfig and ScriptArguments.
         verl: Names in verl's trainer configs; as much of the dotted key as identifies them.
         fuchsia: Names in the first Fuchsia's YAML, likewise.
-        note: The difference, if the meaning is another.
+        note: The difference, if the meaning is not the same.
 
     >>> Setting("data.batch_size", "8", trl=("generation_batch_size",)).names
     ('generation_batch_size',)
@@ -256,7 +256,7 @@ _BY_NAME: dict[str, Setting | NotOffered] = {name: entry for entry in (*SETTINGS
 
 
 def our_setting(key: str) -> Setting | None:
-    """The setting of ours for a dotted key from elsewhere; None if there is none.
+    """The setting of this project for a dotted key of another program; None if there is none.
 
     >>> our_setting("data.sampling.num_generations").key
     'data.sampling.group_size'
@@ -270,7 +270,7 @@ def our_setting(key: str) -> Setting | None:
 
 
 def reason_not_offered(key: str) -> str | None:
-    """The reason why a setting from elsewhere does not exist here; None if the dotted key is no such setting.
+    """The reason why a setting of another program does not exist here; None if the dotted key is not such a setting.
 
     >>> reason_not_offered("model.policy.lora.use_dora")
     'vLLM cannot serve DoRA adapters: leave it out'

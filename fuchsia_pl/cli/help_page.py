@@ -1,6 +1,6 @@
 """Help pages of commands that take the settings of a run, written from a table of settings.
 
-The table of the default classes comes with the package, made by `settings_table`. So no help page waits for torch.
+The package contains the table of the default classes, written by `settings_table`. So no help page loads torch.
 """
 
 import json
@@ -16,7 +16,7 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class SettingHelp:
-    """What a help page shows of one setting.
+    """One setting as a help page shows it.
 
     Attributes:
         key: Dotted, without dashes.
@@ -45,8 +45,8 @@ class Group:
     """Settings under one title.
 
     Attributes:
-        title: Of the group.
-        settings: The most used first.
+        title: Title of the group.
+        settings: The settings, the most used first.
 
     >>> Group("rollouts", ()).settings
     ()
@@ -61,7 +61,7 @@ class Table:
     """All settings of the commands that take the settings of a run.
 
     Attributes:
-        groups: The most used first.
+        groups: The groups, the most used first.
         configs: Names of the packaged configs.
 
     >>> Table((), ("quickstart.yaml",)).configs

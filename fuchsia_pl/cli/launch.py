@@ -53,7 +53,7 @@ def agreed_folder(make: Callable[[], Path], make_named: Callable[[str], Path]) -
         folder = _published_by_first_rank("folder", make)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    # A batch script without srun is one process, and may call the command again: its runs are numbered like any others.
+    # A batch script without srun is one process, and may call the command again: its runs are numbered as usual.
     if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         return make_named("slurm-" + ".".join(os.environ[name] for name in names if name in os.environ))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NotOffered:
-    """Settings of others that do not exist here for one reason.
+    """Settings of other programs that do not exist here, with their common reason.
 
     Attributes:
         reason: The reason and what to do, as sentences without the last full stop.

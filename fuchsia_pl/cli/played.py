@@ -1,4 +1,4 @@
-"""Texts in place of the policy's output, through the collector that training uses."""
+"""Plays fixed texts as the policy's output, through the collector that training uses."""
 
 import asyncio
 import time
@@ -40,7 +40,7 @@ _turns_played: ContextVar[int] = ContextVar("turns_played", default=0)
 
 
 class RememberingChat(Chat):
-    """Encodes and decodes a text once, however many siblings have it.
+    """Encodes and decodes a text once for all of its siblings.
 
     Args:
         chat: The model's tokenizer and chat template.
@@ -79,17 +79,17 @@ class PlayedEngine(Engine):
 
     @property
     def policy_version(self) -> int:
-        """There are no weights."""
+        """Always 0: there are no weights."""
         return 0
 
     def start(self, spec: EngineSpec) -> None:
-        """There is nothing to start."""
+        """Does nothing: there is nothing to start."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Does nothing: there is nothing to close."""
 
     async def load_weights(self, path: Path, version: int) -> None:
-        """There is no adapter."""
+        """Does nothing: there is no adapter."""
 
     def play(self, turns: Sequence[str], is_cut: bool) -> None:
         """Sets the turns of the conversations that start from now on.

@@ -40,11 +40,11 @@ class Replayed:
 
     Attributes:
         device: Type of the device, such as "cpu".
-        losses: Of each micro-batch, as given to backward. Shape [number of micro-batches].
-        gradients: By name of the weight, before clipping; of the rows of one rank if the run had several.
-        endless: Of each micro-batch, the names of the tensors that are not finite under its loss mask.
+        losses: Loss of each micro-batch, as given to backward. Shape [number of micro-batches].
+        gradients: Gradients by name of the weight, before clipping; of the rows of one rank if the run had several.
+        endless: For each micro-batch, the names of the tensors that are not finite under its loss mask.
         endless_metrics: Names of the step's metrics that are not finite, the parts of the loss among them.
-        same_losses: Whether the losses are the recorded ones, bit for bit.
+        same_losses: Whether the losses equal the recorded ones, bit for bit.
         same_gradients: Likewise; None if the run had several ranks: the file has the rows of one.
 
     >>> Replayed("cpu", torch.zeros(1), {}, ((),), (), True, None).same_losses
@@ -126,7 +126,7 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
         root: A folder for files of Lightning.
 
     Raises:
-        ConfigError: The model is not there, or not the one that was trained.
+        ConfigError: The model is missing, or is not the one that was trained.
     """
     module, capture = _module(recorded), _Capture()
     assert module.policy is not None
@@ -134,7 +134,7 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
     trainer = Trainer(
         accelerator="cpu" if recorded.device == "cpu" else "auto",
         devices=1,
-        precision=recorded.precision,  # type: ignore[arg-type]  # as the run's trainer had it
+        precision=recorded.precision,  # type: ignore[arg-type]  # the precision of the run's trainer
         default_root_dir=root,
         callbacks=[capture],
         accumulate_grad_batches=len(recorded.batches),
@@ -174,7 +174,7 @@ def _module(recorded: RecordedStep) -> GRPOModule:
         # The prompts are recorded as tokens: the file of a template may not exist any more.
         policy = {**recorded.settings["policy"], "chat_template": None}
         settings = parsed_settings({**recorded.settings, "policy": policy})
-    except Exception as error:  # of several classes of jsonargparse; the settings are those of another version
+    except Exception as error:  # jsonargparse raises several classes; the settings are those of another version
         raise ConfigError(f"the settings of the recorded step are not of this version: {one_line(error)}") from error
     module = _ReplayModule(settings["policy"], settings["loss"], partial(torch.optim.SGD, lr=0.0))
     module.recorded_ranks = recorded.world_size

@@ -128,7 +128,7 @@ def new_run_folder(root: str | Path, name: str) -> Path:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Writes as many bytes as the first files of a run have, and removes them: only a write shows rights, quotas and room."""
+    """Writes and removes as many bytes as the first files of a run have: only a write detects missing rights, quotas or room."""
     probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks in containers share the folder, and may share the process id
     try:
         probe.write_bytes(bytes(PROBE_BYTES))
@@ -141,7 +141,7 @@ def _try_to_write(folder: Path) -> None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folder of a run that was refused before it began, and the one of its config's runs if it was the only one."""
+    """Removes the folder of a run that was refused before it began, and the folder of its config's runs if that is empty."""
     if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= BEFORE_A_RUN:
         return
     shutil.rmtree(folder)
@@ -156,7 +156,7 @@ def _numbered(parent: Path) -> Path:
         folder = parent / str(number)
         try:
             folder.mkdir()
-        except FileExistsError:  # another run took the number in between
+        except FileExistsError:  # another run has used the number in the meantime
             number += 1
             continue
         return folder

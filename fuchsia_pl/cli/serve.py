@@ -36,7 +36,7 @@ from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.scratch import remove_left_behind, scratch_folder
 from fuchsia_pl.types import ConfigError
 
-# The `vllm` command of the CPU build does not start: it reads the metadata of a package of that name, which is not there.
+# The `vllm` command of the CPU build does not start: it reads the metadata of a package of that name, which is not installed.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 ADAPTER_ARGUMENTS = {"enable_lora": True, "max_loras": NUM_SERVED_ADAPTERS}
 # Requests that the trainer sends every few seconds, or after each completion, are not logged.
@@ -51,7 +51,7 @@ class ServerCommand:
 
     Attributes:
         words: The command line.
-        environment: Its whole environment. It contains the API key: all users of the machine can see the words.
+        environment: All environment variables. They contain the API key, since all users of the machine can see the words.
 
     >>> ServerCommand(["python", "-m", "x"], {"PATH": "/bin"}).words[2]
     'x'
@@ -89,7 +89,7 @@ class ServeCLI(ConfigOnlyCLI):
         super().__init__(args)
 
     def use_config(self) -> None:
-        """Replaces this process by the server's, which gets the terminal and its signals and returns its own exit code."""
+        """Replaces this process by the server, which inherits the terminal and its signals and sets the exit code."""
         orphans.watch()  # continues after this process has become the server
         remove_left_behind()
         command = server_command(self.datamodule, self.listener)

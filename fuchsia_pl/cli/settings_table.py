@@ -85,7 +85,7 @@ DEFAULT_CLASSES = {"data.engine": VLLMColocatedEngine, "data.environment": Envir
 
 
 class SettingsCLI(FuchsiaCLI):
-    """Reads the settings that a command line gives and makes nothing.
+    """Reads the settings of a command line without making objects.
 
     Attributes:
         table: All settings, with the given values.
@@ -94,7 +94,7 @@ class SettingsCLI(FuchsiaCLI):
     table: Table
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses without the check for required settings: a help page may be about a part of them."""
+        """Parses without the check for required settings: a help page may be about some of them only."""
         assert isinstance(args, list)
         self.arguments = self.found_configs(parser, args)
         with fresh_arguments():
@@ -139,8 +139,8 @@ def settings_table(parser: ArgumentParser, values: Namespace) -> Table:
     """The settings of a command, in groups.
 
     Args:
-        parser: Of the command.
-        values: What was parsed.
+        parser: The parser of the command.
+        values: The parsed values.
     """
     found: list[SettingHelp] = []
     titles = {title: title for title in GROUPS}
@@ -176,7 +176,7 @@ def _setting(action: Any, key: str, values: Namespace, is_rare: bool = False) ->
 
 
 def _class_of(key: str, values: Namespace) -> type | None:
-    """The class whose settings are under a key, None if there is no class."""
+    """The class with its settings under a key, None if there is no class."""
     value = values.get(key)
     path = value.get("class_path") if isinstance(value, Namespace) else None
     return import_object(path) if path else DEFAULT_CLASSES.get(key)
@@ -185,7 +185,7 @@ def _class_of(key: str, values: Namespace) -> type | None:
 def _class_settings(class_type: type, key: str, values: Namespace) -> list[SettingHelp]:
     is_torch = issubclass(class_type, Optimizer | LRScheduler)
     parser = ArgumentParser(exit_on_error=False)
-    # The weights of an optimizer and the optimizer of a schedule come from the module.
+    # The module provides the weights of an optimizer and the optimizer of a schedule.
     parser.add_class_arguments(class_type, fail_untyped=False, skip={1} if is_torch else None)
     names = [action for action in parser._actions if not isinstance(action, _ActionConfigLoad | _ActionHelpClassPath)]
     return [

@@ -1,7 +1,7 @@
 """All unknown keys of a command line and its configs, each with a suggestion.
 
-jsonargparse stops at the first unknown key. The search here runs only after jsonargparse refused something, over all that was
-given. So a mistake here can make an error message worse, but never refuses a config that works.
+jsonargparse stops at the first unknown key. This search runs only after jsonargparse refused something, over the whole
+command line and all configs. So a fault here can make an error message worse, but never refuses a config that works.
 """
 
 import difflib
@@ -37,7 +37,7 @@ class UnknownKey:
     advice: str
 
     def __str__(self) -> str:
-        """One line."""
+        """The error message, in one line."""
         where = f" in {self.source}" if self.source else ""
         return f"unknown key {self.key}{where}" + (f". {self.advice}" if self.advice else "")
 
@@ -97,7 +97,7 @@ class _Search:
                 self._unknown(source, f"{key}.init_args.{name}", inner, {f"{key}.init_args.{n}": None for n in known})
 
     def _unknown(self, source: str, key: str, value: Any, near: Mapping[str, Any]) -> None:
-        """Notes a key. Of a mapping, notes each part that has another name here: other programs group settings differently."""
+        """Records a key; of a mapping, each part with another name here, since other programs group settings differently."""
         if isinstance(value, Mapping):
             moved = [
                 (inner, part) for inner, part in _leaves(key, value) if our_setting(inner) or reason_not_offered(inner)

@@ -64,7 +64,7 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def block_of(name: str) -> str:
-    """The block of a weight: its name up to the first number. A weight outside all blocks is a block of its own.
+    """The block of a weight: its name up to the first number. A weight outside all blocks is a separate block.
 
     >>> block_of("model.layers.3.self_attn.q_proj.weight"), block_of("model.norm.weight")
     ('model.layers.3', 'model.norm.weight')

@@ -38,7 +38,7 @@ class PooledServer:
         self.gone = asyncio.Event()  # set: requests in flight there get no answer
 
     async def unless_gone(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Awaits an answer of the server until the server is gone.
+        """Awaits an answer of the server, and stops when the server is gone.
 
         Raises:
             ServerGoneError: The server is gone.
@@ -176,7 +176,7 @@ class ServerPool:
                 self._drop(server, str(error))
                 if not self._started.done():
                     self._started.set_exception(error)
-            except Exception as error:  # whatever the error is, the server gets no request until the next good check
+            except Exception as error:  # any error: the server gets no request until the next successful check
                 self._drop(server, str(error))
                 server.gone.set()
             await asyncio.sleep(POLL_S)

@@ -48,7 +48,7 @@ class Publisher:
 
     @property
     def names(self) -> set[str]:
-        """Names of all weights whose folders are still there."""
+        """Names of all weights with an existing folder."""
         return {weights.name for weights in self._published}
 
     @property

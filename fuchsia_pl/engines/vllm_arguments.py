@@ -112,7 +112,7 @@ def vllm_arguments(settings: VLLMSettings, model: ServedModel, max_length: int, 
 def worker_environment(local_rank: int, num_local_ranks: int, device_index: int | None) -> dict[str, str | None]:
     """Environment variables of vLLM's processes beside one of several ranks; None removes a variable.
 
-    Each engine gets the GPU of its rank, in place of the first one (untested on a GPU), or its rank's share of the cores.
+    Each engine gets the GPU of its rank instead of the first one (untested on a GPU), or its rank's share of the cores.
 
     Args:
         local_rank: Number of the rank among those on this machine.

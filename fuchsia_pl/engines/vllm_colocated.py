@@ -106,7 +106,7 @@ class VLLMColocatedEngine(Engine):
 
     @property
     def can_sleep(self) -> bool:
-        """Always. On a CPU vLLM accepts the calls and keeps its memory."""
+        """Always true. On a CPU vLLM accepts the calls, but keeps its memory."""
         return True
 
     @property

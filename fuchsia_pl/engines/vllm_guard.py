@@ -46,7 +46,7 @@ class KeyGuard:
         self._digest = _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request with the key to the application, and refuses every other."""
+        """Passes a request with the key to the application, and refuses all others."""
         kind = scope["type"]
         if kind == "lifespan" or _is_open(scope) or self._has_key(scope):
             await self._app(scope, receive, send)

@@ -27,7 +27,7 @@ class VLLMClient(ServerClient):
     """Client of one vLLM server; see `ServerClient`. Trained weights are adapters.
 
     Args:
-        url: Of the server, without `/v1`.
+        url: Address of the server, without `/v1`.
         api_key: Key that the server was started with, None if it requires none.
     """
 
@@ -36,7 +36,7 @@ class VLLMClient(ServerClient):
         self._http = httpx.AsyncClient(
             base_url=url,
             headers=key_headers(api_key),
-            timeout=None,  # each request has its own
+            timeout=None,  # each request has its own timeout
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
             trust_env=False,  # no proxy between a trainer and its servers
         )

@@ -67,7 +67,7 @@ async def shut_down(llm: Any, timeout_s: float) -> None:
 
 
 def shut_down_late(future: "Future[Any]") -> None:
-    """Ends an engine that became ready after its start was given up."""
+    """Ends an engine that became ready after its start was abandoned."""
     if not future.cancelled() and future.exception() is None:
         future.result().shutdown()
 
@@ -76,5 +76,5 @@ def log_to(file: Path) -> None:
     """Sends vLLM's logger in this process to the file that its worker writes to."""
     log = logging.getLogger("vllm")
     for handler in log.handlers:
-        handler.close()  # of the engine before a restart
+        handler.close()  # log file of the engine before a restart
     log.handlers = [logging.FileHandler(file)]

@@ -231,7 +231,7 @@ def check_served(url: str, model: HostedModel, spec: EngineSpec) -> None:
     """Refuses a server that cannot serve the run.
 
     Args:
-        url: Of the server, for the message.
+        url: Address of the server, for the message.
         model: The base model of the server.
         spec: The run's requirements.
 

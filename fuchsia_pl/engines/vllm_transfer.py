@@ -48,15 +48,15 @@ class WeightSender:
             EngineError: The transfer failed.
         """
         async with self._lock:
-            if self._sending is not None:  # its caller gave up, but NCCL allows no second transfer beside it
+            if self._sending is not None:  # its caller has timed out, but NCCL allows no second transfer beside it
                 await asyncio.wait([asyncio.wrap_future(self._sending)])
             self._sending = in_thread(
                 lambda: send_over_nccl(url, self._api_key, folder, num_workers, self._device_index, timeout_s)
             )
             try:
-                # Shielded: a transfer whose caller gives up still occupies the GPU.
+                # Shielded: a transfer still occupies the GPU after its caller has timed out.
                 await asyncio.shield(asyncio.wrap_future(self._sending))
-            except Exception as error:  # of NCCL, of vLLM or of its server: none tells the user what to do
+            except Exception as error:  # errors of NCCL, of vLLM or of its server, none with a remedy for the user
                 raise EngineError(
                     f"vLLM's weight transfer to {url} failed ({type(error).__name__}: {error}): the server needs a GPU and has "
                     "to reach this machine at any port. Start it anew before the next run"
@@ -110,7 +110,7 @@ class WeightTransferClient(VLLMClient):
         """Does nothing: new weights replace the old ones."""
 
     async def _answer(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer of the weights that the body names, though the server lists its base model only."""
+        """The answer that the weights named in the body have computed, although the server lists only its base model."""
         if self._base is None:
             self._base = (await self.model()).id
         await self._check_served(body["model"], timeout_s)
@@ -192,7 +192,7 @@ class ControlPlane:
         self._post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Called before the weights."""
+        """Prepares the server for new weights; called before they are sent."""
         self._post("/start_weight_update", {})
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ class ControlPlane:
         self._post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Called after the weights."""
+        """Completes the update; called after the weights are sent."""
         self._post("/finish_weight_update", {"weight_version": weight_version})
 
     def shutdown_weight_transfer_engine(self) -> None:

@@ -26,7 +26,7 @@ _left_tasks: dict[asyncio.Future[Any], str] = {}  # cancelled tasks that still r
 
 
 class LeftThreadsError(RuntimeError):
-    """Too many abandoned calls of user code still run. Ends the run, whatever `on_error` is."""
+    """Too many abandoned calls of user code still run. Ends the run, with any value of `on_error`."""
 
 
 async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:
@@ -38,7 +38,7 @@ async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: f
     Raises:
         TimeoutError: It took longer than `timeout_s`. A thread, or a coroutine that catches its cancellation, cannot be
             stopped and may run until the process ends.
-        StrayError: It raised SystemExit, KeyboardInterrupt, another base exception, or a TimeoutError of its own.
+        StrayError: It raised SystemExit, KeyboardInterrupt, another base exception, or its own TimeoutError.
         LeftThreadsError: Too many earlier calls still run.
     """
     check_left_threads()

@@ -140,7 +140,7 @@ class ToolEnvironment(MultiTurnEnvironment):
         return await server.call(rollout.state[SESSION], call.name, call.arguments)
 
     def _configs(self) -> list[MCPServer]:
-        # Functions have no command; an unused URL stands for them.
+        # Functions have no command; the required URL is not used.
         functions = MCPServer(url="functions of this process", call_timeout_s=self.function_timeout_s)
         return [*self.servers, *([functions] if self.functions else [])]
 

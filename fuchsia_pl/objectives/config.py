@@ -30,7 +30,7 @@ from fuchsia_pl.types import ConfigError, ServedModel
 
 @dataclass
 class LossConfig:
-    """The objective: a preset, settings in place of the preset's, and weights that no preset sets.
+    """The objective: a preset, settings that replace those of the preset, and weights that no preset sets.
 
     Attributes:
         loss_type: The algorithm, by name. It sets every part below that is not set (`objectives/presets.py`).
@@ -102,13 +102,13 @@ class LossConfig:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The parts that are set in place of the preset's."""
+        """The parts that replace those of the preset."""
         values = {name.name: self.__dict__[name.name] for name in fields(Parts)}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def parts(self) -> Parts:
-        """Every part: as set, else as in the preset. Where only `kl_in` is set, the estimator changes with it.
+        """Every part: the value that is set, else that of the preset. If only `kl_in` is set, the estimator changes with it.
 
         >>> LossConfig("dapo", clip_low=0.1).parts.clip_low, LossConfig("dapo").parts.reduction
         (0.1, 'token_mean')
@@ -155,7 +155,7 @@ class LossConfig:
         return CreditSettings(self.beta if self.kl_in_reward else 0.0, self.parts.reward_aggregation, self.critic)
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its value in force, as plain data. Used as a config it gives the same objective.
+        """Every setting with its effective value, as plain data. As a config, it gives the same objective.
 
         >>> LossConfig("rloo").resolved()["clip_low"] is None, LossConfig("rloo").resolved()["constant_length"]
         (True, 1)

@@ -60,7 +60,7 @@ def sampler_ratio(
         loss_mask: bool [B, T].
 
     Returns:
-        [B, T] without gradient. A NaN sampling logprob of a sampled token gives NaN: an unknown probability must be seen.
+        [B, T] without gradient. A NaN sampling logprob of a sampled token gives NaN: an unknown probability must be detected.
 
     >>> old, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
     >>> sampler_ratio("sequence", old, old - 0.5, mask)

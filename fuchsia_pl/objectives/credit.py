@@ -30,7 +30,7 @@ OverRanks = Callable[[Tensor], Tensor]
 Credit = tuple[Tensor, Tensor | None]
 
 ADVANTAGES = ("reward", "group_mean", "group_norm", "leave_one_out", "batch_norm", "group_mean_batch_norm", "gae")
-# These compare a rollout with its siblings, so a group needs two, and one without spread has no advantage.
+# These compare a rollout with its siblings. A group needs at least two, and gets no advantages without spread.
 GROUP_ADVANTAGES = frozenset({"group_mean", "group_norm", "leave_one_out", "group_mean_batch_norm"})
 
 
@@ -128,7 +128,7 @@ class CreditInputs:
 
     @property
     def kl_cost(self) -> Tensor:
-        """Part of each token's reward that the KL takes, float64 [R, T]; 0 where the KL is not in the reward."""
+        """KL cost that is subtracted from each token's reward, float64 [R, T]; 0 where the KL is not in the reward."""
         if self.settings.kl_weight == 0.0:
             return torch.zeros(self.turn_ends.shape, dtype=torch.float64)
         assert self.signals.kl is not None, "a KL in the reward needs the trainer's signals"
@@ -142,12 +142,12 @@ class CreditInputs:
 
     @property
     def compared_rewards(self) -> Tensor:
-        """Rewards that siblings are compared by, float64 [N, G]: less the KL's cost, and without penalties of length alone."""
+        """Rewards for the comparison of siblings, float64 [N, G]: less the KL's cost, and without penalties of length alone."""
         return self.rewards - self.penalties_of_alike - self.kl_cost.sum(dim=1).reshape(self.rewards.shape)
 
     @property
     def penalties_of_alike(self) -> Tensor:
-        """Length penalties of groups whose siblings are otherwise alike, 0 elsewhere; [N, G].
+        """Length penalties of groups with otherwise equal siblings, 0 elsewhere; [N, G].
 
         The length alone must not give such siblings different advantages. DAPO drops these groups before it adds the penalty.
         """
@@ -168,7 +168,7 @@ def assign_credit(advantage: str, inputs: CreditInputs, over_ranks: OverRanks) -
         over_ranks: Sums a tensor over all ranks. Every rank must call it equally often.
 
     Returns:
-        float64 [R, T], of which only the sampled tokens count, and the targets, or None without a critic.
+        Advantages float64 [R, T], defined at sampled tokens only; and the targets, None without a critic.
 
     Raises:
         ConfigError: A user's function returns something else.
@@ -211,7 +211,7 @@ def group_norm(inputs: CreditInputs, over_ranks: OverRanks) -> Credit:
     """
     if inputs.settings.reward_aggregation == "sum_then_normalize":
         return inputs.per_token(group_norm_advantages(inputs.compared_rewards)), None
-    # Over all that were scored, whose mean is 0: a group without spread keeps its advantage of 0.
+    # Normalised over all scored rollouts. Their mean is 0, so a group without spread keeps its advantage of 0.
     advantages = normalised(sum_of_normalised(inputs), ~inputs.rewards.isnan(), over_ranks)
     return inputs.per_token(advantages), None
 
@@ -263,7 +263,7 @@ def normalised(values: Tensor, kept: Tensor, over_ranks: OverRanks) -> Tensor:
 
 
 class _ExampleRewards(defaultdict[str, Tensor]):
-    """Rewards by name of an example: an environment's names are not known where a config is parsed, so every name exists."""
+    """Example rewards by name. A config is parsed before the environment's names are known, so every name exists."""
 
 
 def check_advantage(advantage: str, settings: CreditSettings) -> None:

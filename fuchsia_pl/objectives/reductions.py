@@ -16,7 +16,7 @@ def token_mean(values: Tensor, loss_mask: Tensor, num_tokens: int) -> Tensor:
     Args:
         values: [B, T]; positions with the mask False may hold anything, NaN included.
         loss_mask: bool [B, T].
-        num_tokens: Tokens of the whole step whose mask is True.
+        num_tokens: Tokens of the whole step with the mask True.
 
     >>> token_mean(torch.tensor([[1.0, 5.0]]), torch.tensor([[True, False]]), num_tokens=4)
     tensor(0.2500)
@@ -30,7 +30,7 @@ def sequence_mean(values: Tensor, loss_mask: Tensor, num_rows: int) -> Tensor:
     Args:
         values: [B, T].
         loss_mask: bool [B, T].
-        num_rows: Rows of the whole step with a token whose mask is True.
+        num_rows: Rows of the whole step with at least one token with the mask True.
 
     >>> sequence_mean(torch.tensor([[1.0, 3.0], [4.0, 9.0]]), torch.tensor([[True, True], [True, False]]), num_rows=2)
     tensor(3.)

@@ -182,7 +182,7 @@ def cispo(inputs: SurrogateInputs) -> SurrogateResult:
 
 
 def sapo(inputs: SurrogateInputs) -> SurrogateResult:
-    """L_t = -(4 / tau) sigmoid(tau (r_t - 1)) A with tau by the sign of A: a soft gate in place of a hard clip.
+    """L_t = -(4 / tau) sigmoid(tau (r_t - 1)) A with tau by the sign of A: a soft gate instead of a hard clip.
 
     At ratio 1 the gradient is -A, as for REINFORCE; further away it decays smoothly. Source: SAPO, arXiv:2511.20347,
     equation 6.

@@ -1,1 +1,1 @@
-"""The model that learns: finding and loading it, its adapter, its logprobs, and the folder the engine is synced from."""
+"""The trained model: finding and loading it, its adapter, its logprobs, and the folder that the engine loads."""

@@ -37,7 +37,7 @@ def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
     """Wraps a model with an adapter in float32, fresh (B = 0) or loaded; everything else is frozen.
 
     Raises:
-        ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve, or the one to load
+        ConfigError: The adapter would reach the embeddings or the output head, which vLLM does not serve, or the loaded one
             does not match the config.
     """
     lora = config.lora

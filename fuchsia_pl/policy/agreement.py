@@ -36,7 +36,7 @@ class Agreement:
         """Whether the adapter's effect exceeds the rounding, over all tokens and on each.
 
         Many tokens reduce the error but not the bias: both sides of the regression are rounded, and the slope of noise on
-        noise is near 1/2 whatever the engine does. If a few tokens have all of the effect, a weak adapter changed a choice
+        noise is near 1/2 for any engine. If a few tokens have all of the effect, a weak adapter changed a choice
         between two tokens of almost equal probability, and neither error nor noise is meaningful.
         """
         spread = self.num_effective >= CONCLUSIVE_TOKENS
@@ -64,7 +64,7 @@ def adapter_agreement(
         policy_logprobs: [N], adapter on.
         ref_logprobs: [N], adapter off.
         sampling_logprobs: [N], from the engine.
-        add_up: Sums a tensor over the ranks, each of which has some of the tokens. All ranks get the same result.
+        add_up: Sums a tensor over the ranks, since each has some of the tokens. All ranks get the same result.
     """
     effect = (policy_logprobs - ref_logprobs).double()
     observed = (sampling_logprobs - ref_logprobs).double()

@@ -1,4 +1,4 @@
-"""Activation checkpointing by transformers' own switch, and where what is kept waits for backward."""
+"""Activation checkpointing through transformers, and storage of the kept tensors in host memory until backward."""
 
 from contextlib import AbstractContextManager
 

@@ -1,4 +1,4 @@
-"""Settings of the policy: which model is trained, and which of its weights."""
+"""Settings of the policy: the trained model, and the weights of it that are trained."""
 
 import re
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class LoRASettings:
         dropout: Dropout in front of A, active in the training forward only.
         target_modules: Names of the adapted layers, or one name; "all-linear" is every linear layer but the output head. A
             string that is not a plain name is a regular expression over the layers' full names.
-        use_rslora: Scale alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732).
+        use_rslora: Scale alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).
         init_from: Folder of a PEFT adapter to continue from. That adapter is then the reference, and its own target modules
             are used. None starts a fresh one.
     """

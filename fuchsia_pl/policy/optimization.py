@@ -18,7 +18,7 @@ from fuchsia_pl.types import ConfigError
 Choice = Literal["checkpoint", "config"]
 Plain = dict[str, Any]
 SECTIONS = {"optimizer": "model.optimizer", "scheduler": "model.lr_scheduler"}
-# Fields of a schedule's state that hold its progress or come from the optimizer; all others are its settings.
+# Fields of a schedule's state that contain its progress or values of the optimizer; all others are its settings.
 PROGRESS = {"last_epoch", "base_lrs", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
 FUNCTION = "function"
 

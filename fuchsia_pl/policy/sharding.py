@@ -54,7 +54,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Sets the mesh to all ranks, whose number is known only here. Lightning's default shards over nodes only."""
+        """Sets the mesh to all ranks. Their number is not known earlier. Lightning's default shards over nodes only."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 

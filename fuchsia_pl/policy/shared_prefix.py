@@ -193,7 +193,7 @@ def _pick(states: Tensor, places: Tensor) -> Tensor:
 
 
 def _rows(states: Tensor, places: Tensor) -> Tensor:
-    """`states[places]` for states [S, A, D], as an embedding, whose backward sums rows much faster than that of indexing."""
+    """`states[places]` for states [S, A, D], as an embedding: its backward sums rows much faster than that of indexing."""
     picked = nn.functional.embedding(places, states.flatten(1))
     return picked.unflatten(-1, states.shape[1:])
 
@@ -215,7 +215,7 @@ def shares_prefix(model: PreTrainedModel) -> bool:
 def enable_shared_prefix(model: PreTrainedModel) -> bool:
     """Sets the attention of this module on a model if its outputs stay the same, with and without a shared prefix.
 
-    The check runs the model on a few tokens. It detects whatever mixes tokens besides attention: recurrence, convolutions,
+    The check runs the model on a few tokens. It detects operations besides attention that mix tokens: recurrence, convolutions,
     distance biases that ignore `position_ids`. Windows wider than these few tokens are detected by the windows that the
     layers pass to the attention function.
 

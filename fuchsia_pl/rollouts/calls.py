@@ -52,7 +52,7 @@ async def close(environment: Environment, timeout_s: float) -> None:
 
 
 async def end_rollouts(environment: Environment, phases: PhasesAhead[Any] | None, timeout_s: float) -> None:
-    """Cancels rollouts first and closes connections to tool servers last: tasks of their own hold these.
+    """Cancels rollouts first and closes connections to tool servers last: separate tasks own these connections.
 
     Args:
         environment: The environment.

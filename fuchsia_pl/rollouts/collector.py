@@ -22,7 +22,7 @@ from fuchsia_pl.types import Completion, ConfigError, Item, Message, Prompt, Rol
 T = TypeVar("T")
 RESPONSE = "some response"  # placeholder for a response of an environment
 MARK_TOKENS = 16  # number of last tokens of a header that may contain an opening mark of thinking
-MAX_CONTINUATIONS = 16  # of one turn that stop strings cut; the rest is sampled without stop strings
+MAX_CONTINUATIONS = 16  # of one turn after stop strings; the rest is then sampled without stop strings
 logger = logging.getLogger(__name__)
 
 

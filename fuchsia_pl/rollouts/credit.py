@@ -139,7 +139,7 @@ def signals_of(
         signals: The signals of each batch.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rows = {id(rollout): row for row, rollout in enumerate(rollouts)}  # batches have an order of their own
+    rows = {id(rollout): row for row, rollout in enumerate(rollouts)}  # batches have another order
     shape = len(rollouts), max((rollout.num_sampled_tokens for rollout in rollouts), default=0)
     has_kl, has_values = (
         all(of is not None for of in each) for each in ([s.kl for s in signals], [s.values for s in signals])

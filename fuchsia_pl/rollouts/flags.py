@@ -40,7 +40,7 @@ class Limits:
     given: int | float
 
     def drawn_phase(self, phase: int) -> int:
-        """Number of the phase whose items are drawn."""
+        """Number of the phase that determines the drawn items."""
         return phase if self.num_repeated_phases is None else phase % self.num_repeated_phases
 
     def first_held_out(self, positions: list[int], num_ranks: int) -> list[int]:

@@ -139,7 +139,7 @@ def as_config_error(where: str) -> Iterator[None]:
         yield
     except (ConfigError, ToolServerError):
         raise
-    except EnvironmentStepError as error:  # its message has the place
+    except EnvironmentStepError as error:  # its message contains the place
         raise ConfigError(str(error)) from error
     except Exception as error:
         raised = error.__cause__ if isinstance(error, StrayError) and error.__cause__ else error

@@ -1,4 +1,4 @@
-"""The ranks of a run, without the trainer: who this rank is, and sums over all of them."""
+"""The ranks of a run, without the trainer: the number of this rank, and reductions over all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from fuchsia_pl.types import Message
 
 # Fields of a message and of a call that templates compare with fixed words. Their values are not text.
 KINDS = ("role", "type")
-# Fields of a message whose values have such fields.
+# Fields of a message with values that have such fields.
 NESTED = ("tool_calls", "function")
 
 

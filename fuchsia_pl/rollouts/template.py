@@ -11,7 +11,7 @@ from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.rollouts.probes import QUESTION, TEMPLATE_ERRORS, TURN, with_call_id
 from fuchsia_pl.types import PLAIN_TEXT, ConfigError, Message
 
-# Template of a model without one: the texts of the messages, the last of which the policy continues.
+# Template of a model without one: the texts of the messages; the policy continues the last one.
 BLANK_LINES = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
 
 
@@ -61,7 +61,7 @@ class Template:
             chat_template=self._source,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            strftime_now=self._now,  # in place of the wall clock
+            strftime_now=self._now,  # instead of the current time
         )
         assert isinstance(text, str)
         return text

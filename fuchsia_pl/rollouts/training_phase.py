@@ -52,7 +52,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class TrainingPhase:
-    """Settings of a run from which the phases of training follow. It has no state and does not use the trainer.
+    """Settings of a run that determine its training phases. It has no state and does not use the trainer.
 
     Attributes:
         environment: Its items are drawn; its rewards are weighted.
@@ -77,7 +77,7 @@ class TrainingPhase:
 
         Args:
             phase: Number of the phase.
-            drawn: Number of the phase whose items are drawn; another one only where items are repeated.
+            drawn: Number of the phase that determines the items; differs from `phase` only if items are repeated.
         """
         places = item_indices(self.seed, drawn, len(self.fitting), self.batch_size)
         draw = Draw(
@@ -133,7 +133,7 @@ class TrainingPhase:
         return self._updates(make_batches(forward.split(effective), info), info)
 
     def _updates(self, batches: list[Batch], info: StepInfo) -> list[Batch]:
-        """The micro-batches once for each optimizer step, each with a dropout seed of its own."""
+        """The micro-batches once for each optimizer step, each with its own dropout seed."""
         found = []
         for _ in range(self.loss.num_policy_updates):
             for number, batch in enumerate(batches):

@@ -2,7 +2,7 @@
 
     python -m tests.bench [tests/README.md]      # with a file: writes the tables into it
 
-Each part is a process of its own, one after the other. Nothing else should run on the machine meanwhile; it takes half an hour.
+Each part runs in a separate process, one after the other. Run nothing else on the machine meanwhile; it takes half an hour.
 """
 
 import json
@@ -29,7 +29,7 @@ times, for which the reference runs; at a `beta` above 0 it has run anyway.""".s
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure with its bar, and whether it has to lie above or below."""
+    """A figure with its bar, and whether it must be above or below the bar."""
 
     name: str
     value: float
@@ -47,7 +47,7 @@ class Ratio:
 
 
 def measure() -> dict[str, float]:
-    """Runs every part and collects what it reports."""
+    """Runs every part and collects its figures."""
     figures: dict[str, float] = {}
     for part, *arguments in PARTS:
         sys.stderr.write(f"{part} {' '.join(arguments)} …\n")
@@ -139,7 +139,7 @@ def table(f: dict[str, float]) -> str:
 
 
 def scaling_row(f: dict[str, float], what: str, *sizes: str) -> str:
-    """A row of the table of how the cost grows."""
+    """A row of the table of the growth of the cost."""
     seconds = [f"{f[f'scaling_{size}']:.2f}" for size in sizes]
     return f"| {' | '.join([what, *seconds])} |"
 

@@ -1,4 +1,4 @@
-"""Sampling beside training: how long a step takes of an engine and a trainer that each do nothing for a fixed time."""
+"""Sampling in parallel with training: duration of a step if engine and trainer each sleep for a fixed time."""
 
 import tempfile
 import time
@@ -16,17 +16,17 @@ SAMPLING_S, TRAINING_S, NUM_STEPS = 1.0, 0.8, 7
 
 
 class SlowTrainer(Callback):
-    """Sleeps in each step, and notes when it ends."""
+    """Sleeps in each step, and records the end of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """The step begins."""
+        """Called at the start of a step."""
         time.sleep(TRAINING_S)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """The step ends."""
+        """Called at the end of a step."""
         self.ends.append(time.perf_counter())
 
 

@@ -1,4 +1,4 @@
-"""Sampling: our rollouts against the same requests given to vLLM's `AsyncLLM` directly, on one engine, in turns."""
+"""Sampling: our rollouts against the same requests to vLLM's `AsyncLLM`, alternating on one engine."""
 
 import asyncio
 import sys
@@ -27,7 +27,7 @@ GROUP, NUM_ROUNDS, NUM_TURNS = 8, 5, 4
 
 
 class Again(MultiTurnEnvironment):
-    """Asks the sum four times over."""
+    """Asks for the sum in four turns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def answered(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
 def requests_of(
     collector: Collector, draw: Draw, rollouts: Sequence[Rollout]
 ) -> list[list[tuple[list[int], SamplingParams]]]:
-    """The prompts and settings with which each turn of some rollouts was sampled."""
+    """The prompt ids and sampling settings of each turn of some rollouts."""
     found = []
     for rollout in rollouts:
         turns, position, sampled = [], rollout.num_prompt_tokens, 0
@@ -68,7 +68,7 @@ def requests_of(
 
 
 async def bare(llm: Any, requests: list[list[tuple[list[int], SamplingParams]]], address: str) -> int:
-    """The same turns by vLLM alone; returns the number of sampled tokens."""
+    """Samples the same turns with vLLM alone; returns the number of sampled tokens."""
     from vllm import TokensPrompt
 
     async def one(index: int, turns: list[tuple[list[int], SamplingParams]]) -> int:
@@ -84,7 +84,7 @@ async def bare(llm: Any, requests: list[list[tuple[list[int], SamplingParams]]],
 
 
 async def timed(work: Callable[[], Awaitable[int]]) -> float:
-    """Tokens per second of some work that returns its number of tokens."""
+    """Tokens per second of a function that returns its number of tokens."""
     start = time.perf_counter()
     return await work() / (time.perf_counter() - start)
 
@@ -92,7 +92,7 @@ async def timed(work: Callable[[], Awaitable[int]]) -> float:
 async def compare(
     engine: VLLMColocatedEngine, environment: Any, sampling: SamplingConfig, num_prompts: int
 ) -> tuple[float, float]:
-    """Median tokens per second of our rollouts, and of the same requests made of vLLM directly, in turns."""
+    """Median tokens per second of our rollouts and of the same requests to vLLM, measured alternately."""
     collector = Collector(engine, environment, Chat(str(model_folder())), sampling)
     ours, theirs = [], []
     thread = engine._thread

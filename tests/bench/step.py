@@ -21,15 +21,15 @@ from tests.bench.work import NUM_STEPS, report
 from tests.integration.kept_engine import KeptEngine
 
 NUM_SCALING_STEPS = 5
-# In these the sync is probed four times, against the reference, which at `beta: 0` nothing else needs.
+# These steps contain four probes of the sync, which need the reference; with `beta: 0` nothing else needs it.
 NUM_PROBED_STEPS = 9
 WORK = ["--model.loss.beta", "0.0", "--model.optimizer.init_args.lr", "2.0e-4"]
-# The quickstart's own rewards, by which a group may have no spread and stay out of the forward, and rewards by which none does.
+# The quickstart's rewards, with which groups without spread do not enter the forward, and rewards with spread in every group.
 ENVIRONMENTS = {"own": "fuchsia_pl.library.arithmetic.Arithmetic", "every": "tests.bench.work.Addition"}
 
 
 class TimedEngine(KeptEngine):
-    """The kept engine, with the seconds in which it had anything to do."""
+    """The kept engine, which measures the seconds with requests in flight."""
 
     busy_s, num_open, since = 0.0, 0, 0.0
 
@@ -70,14 +70,14 @@ class PartTimer(Callback):
 
 
 def fit(num_steps: int, *overrides: str, num_left_out: int = 1) -> dict[str, float]:
-    """Median seconds of the steps of a run of the quickstart's work, after those that are left out."""
+    """Median seconds of the steps of a run of the quickstart's work, without the first ones."""
     timer = PartTimer()
     os.chdir(tempfile.mkdtemp())
 
     class Timed(FuchsiaCLI):
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.insert(0, timer)  # what the others do after a backward is no part of it
+            trainer.callbacks.insert(0, timer)  # without the time of other callbacks after backward
             return trainer
 
     cli = Timed(
@@ -104,7 +104,7 @@ def main() -> None:
             length = ["--data.sampling.max_completion_tokens", str(tokens)]
             found = fit(NUM_STEPS, "--data.environment", environment, *length)
             figures |= {f"{name}_{part}_{tokens}": seconds for part, seconds in found.items()}
-        # Of the first run: the process goes on, and what later runs leave would count.
+        # Of the first run: later runs in the same process would increase it.
         figures.setdefault("trainer_peak_gb", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     later = fit(NUM_STEPS, "--data.environment", ENVIRONMENTS["own"], num_left_out=NUM_PROBED_STEPS)
     figures["later_rest_share"] = later["rest_share"]
@@ -121,7 +121,7 @@ def main() -> None:
         )
         figures[f"scaling_{prompts}x{group}"] = found["sampling"] + found["training"]
     KeptEngine.end()
-    # Only now has vLLM's worker ended, with which its peak is known: weights, keys and values among it.
+    # The peak of vLLM's worker, with its weights, keys and values, is known only after it has ended.
     figures["worker_peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     report(**figures)
 

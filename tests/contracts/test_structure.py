@@ -1,4 +1,4 @@
-"""The shape of the project: who imports whom, how long files are, and what stands at the top."""
+"""The structure of the project: allowed imports, lengths of files, and headers of files."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = "fuchsia_pl.library"  # the name under which the modules of `envs/` are imported
 SOURCES = sorted([*ROOT.glob("fuchsia_pl/**/*.py"), *ROOT.glob("envs/**/*.py")])
 
-# DESIGN: a room may import rooms of a lower rank and itself. `engines.base` and `engines.vllm_*` are rooms of their own.
+# DESIGN: a room may import rooms of a lower rank and itself. `engines.base` and `engines.vllm_*` are separate rooms.
 RANKS = {
     "types": 0,
     "loop": 0,
@@ -35,7 +35,7 @@ RANKS = {
     "datamodule": 3,
     "callbacks": 3.5,
     "cli": 4,
-    "__init__": 5,  # exports names of all rooms, and imports each when it is first used
+    "__init__": 5,  # exports names of all rooms, and imports each one when it is first used
     "__main__": 5,
 }
 # The only imports of a higher rank, each with its reason. They are inside a function, so no import is circular.
@@ -43,7 +43,7 @@ UPWARD = {
     # A Trainer made by hand has no AdapterSync: the module adds it, as `LightningModule.configure_callbacks` provides for.
     ("fuchsia_pl.module", "fuchsia_pl.callbacks.defaults"),
 }
-# Narrower than the ranks: what these rooms may see of the others, and the third parties that the lowest rooms may use.
+# Stricter than the ranks: the rooms that these rooms may import, and the libraries that the lowest rooms may use.
 ONLY_FROM = {
     "batch": {"types"},
     "module": {"policy", "objectives", "types", "batch"},
@@ -74,7 +74,7 @@ ONLY_IN = {
 
 
 def imports_at_top(file: Path) -> set[str]:
-    """The modules that a file imports when it is imported itself."""
+    """The modules that a file imports at module level."""
     return {str(node.module) for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom)}
 
 
@@ -86,7 +86,7 @@ def room_of(module: str) -> str:
 
 
 def imports_of(file: Path) -> set[str]:
-    """Every module that a file imports, wherever in it; relative imports would hide the room and are not used."""
+    """Every module that a file imports anywhere. Relative imports would hide the room and are not used."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -204,7 +204,7 @@ def test_the_top_level_holds_what_it_should():
 @pytest.mark.parametrize("file", sorted(CONFIG_FOLDER.rglob("*.yaml")), ids=lambda file: file.name)
 def test_every_config_parses_and_names_only_keys_that_exist(file, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["fuchsia"])
-    # Each says in its header how it is used; an overlay, what it is laid over.
+    # Each header contains the command; that of an overlay also contains the config that it changes.
     (*before, _) = re.findall(r"--config ([\w/]+\.yaml)", next(line for line in file.open() if "--config" in line))
     base = [word for name in before for word in ("--config", str(CONFIG_FOLDER / name))]
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own, run in a folder that has its own `envs/` and `configs/`."""
+"""The wheel in a separate environment, run in a folder with a user's `envs/` and `configs/`."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def pip(*words: str | Path, cwd: Path) -> None:
 
 
 def new_environment(folder: Path) -> Path:
-    """An environment that has the libraries of this one but, as it reads no .pth file there, no editable install."""
+    """An environment with the libraries of this one, but without the editable install: it reads no .pth file there."""
     venv.create(folder, symlinks=True)
     (places,) = folder.glob("lib/python*/site-packages")
     (places / "libraries.pth").write_text("\n".join(LIBRARIES))
@@ -64,7 +64,7 @@ def new_environment(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory) -> Path:
-    """A copy without what is not tracked: a build writes into its folder."""
+    """A copy of the tracked files, since a build writes into its folder."""
     folder = tmp_path_factory.mktemp("wheel") / "checkout"
     for name in tracked_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tiny_model, tmp_path) -> Path:
-    """A user's own folder, whose names are also the names of our rooms."""
+    """A user's folder that contains names of this project's rooms."""
     for name in ("envs", "configs"):
         (tmp_path / name).mkdir()
     (tmp_path / "envs/mine.py").write_text(MINE)
@@ -135,7 +135,7 @@ def test_an_editable_install_exposes_the_one_package(checkout, tmp_path):
 
 
 def test_the_wheels_quickstart_is_read_beside_folders_of_the_same_names(installed, folder):
-    """Also beside a config of the same name and an environment with the name of one of ours."""
+    """Also next to a user's config and environment with the same names."""
     (folder / "configs/quickstart.yaml").write_text("not: ours\n")
     (folder / "envs/arithmetic.py").write_text("raise ImportError('not ours')\n")
     printed = run(installed / "fuchsia", "fit", "--config", "quickstart.yaml", "--print_config", cwd=folder)

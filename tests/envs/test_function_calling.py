@@ -1,4 +1,4 @@
-"""The interpreter as it really runs: a server over stdin and stdout, and processes that try to get away."""
+"""The real interpreter: a server over stdin and stdout, and processes that try to escape."""
 
 import os
 import signal
@@ -78,7 +78,7 @@ def test_the_server_stays_as_it_is_over_300_sessions(interpreter):
     assert state()[1] < memory_mb + 4  # a session that is kept would take 13 KiB or less
 
 
-# code -> the status, and words of what the policy reads
+# code -> the status, and words of the result
 HOSTILE = {
     "hangs": ("import time; time.sleep(99)", "timeout", "longer than 1.5 s"),
     "computes for ever": ("9**9**9", "timeout", "longer than 1.5 s"),
@@ -213,7 +213,7 @@ def test_files_of_others_are_neither_written_nor_seen(interpreter, key, tmp_path
 
 
 def test_descendants_are_ended_without_namespaces_too():
-    """What a supervisor does where the system allows no namespaces, in a process of its own."""
+    """Runs a supervisor in a separate process on a system without namespaces."""
     code = (
         "import os, subprocess, sys, time\nfrom fuchsia_pl.library.function_calling import sandbox\nsandbox.adopt_orphans()\n"
         f"sleeper = [sys.executable, '-c', 'import time; time.sleep(600)  # {MARKER}']\n"
@@ -243,10 +243,10 @@ def test_rewards_by_hand():
     call, answer = '<tool_call>{"name": "python"}</tool_call>', "<answer>46,908,330</answer>"
     rollouts = [
         talked(call, answer, counts=["tool_calls", "tool_ok"]),
-        talked(answer),  # right, out of its head: half of the form
+        talked(answer),  # correct without a call: half of the form reward
         talked(call, "<answer>1</answer>", counts=["tool_calls", "tool_ok"]),
         talked(call, answer, counts=["tool_calls", "tool_invalid_call"]),
-        talked(call + answer, "nothing", counts=["tool_calls", "tool_ok"]),  # an answer before the last turn is none
+        talked(call + answer, "nothing", counts=["tool_calls", "tool_ok"]),  # only an answer in the last turn counts
         talked(""),
         talked(),
     ]
@@ -278,7 +278,7 @@ def test_every_gold_answer_is_what_its_code_computes(interpreter, key):
     assert len({item["question"] for item in items}) == 50
     found = interpreter.cells(*(item["code"] for item in items), key=key)
     assert found == [(item["answer"], "ok") for item in items]
-    # nobody does these in their head: large operands, or a search
+    # no mental arithmetic: large operands, or a search
     assert all(len(item["question"]) > 20 and len(item["answer"]) >= 1 for item in items)
 
 

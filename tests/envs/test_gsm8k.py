@@ -44,14 +44,14 @@ def test_the_gold_answer_of_every_row_earns_most():
 
 
 def is_officially_correct(completion: str, item) -> bool:
-    """As github.com/openai/grade-school-math has it: what stands behind "####", without commas, compared as a string."""
+    """As in github.com/openai/grade-school-math: the text after "####", without commas, compared as a string."""
     found = OFFICIAL.search(completion)
     return found is not None and found.group(1).strip().replace(",", "") == official_answer(item["answer"])
 
 
 @needs_data
 def test_both_scorers_agree_with_the_official_one_on_every_solution(golds):
-    """The files hold no answers of models: each solution is scored against its own item and against the next one."""
+    """The files contain no answers of models: each solution is scored against its own item and against the next one."""
     for item, other in zip(golds, [*golds[1:], golds[0]], strict=True):
         written = item["answer"].rpartition("#### ")[2]
         official = [is_officially_correct(item["answer"], asked) for asked in (item, other)]
@@ -136,7 +136,7 @@ WRONG = [
 
 @needs_data
 def test_every_gold_number_in_every_dress_is_right_and_no_other_string_is(golds):
-    """A verdict depends on the gold number alone, so each is tried once. A wrong form that is right by chance is none."""
+    """The score depends on the gold number alone, so each number is tried once. Forms that are correct by chance are skipped."""
     numbers = sorted({official_answer(item["answer"]) for item in golds})
     assert len(numbers) > 500
     for official in numbers:

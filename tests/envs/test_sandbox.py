@@ -1,4 +1,4 @@
-"""Hostile cells: what they do to their channel, to the machine and to each other."""
+"""Hostile cells: attacks on their channel, on the machine and on each other."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ def key(interpreter, request):
     interpreter.end(request.node.name)
 
 
-# code -> what the policy reads; half a surrogate pair is written out wherever it comes from
+# code -> result for the policy; half a surrogate pair is always written as an escape
 UNENCODABLE = {
     "print('a\\ud800b')": ("a\\ud800b", "ok"),
     "'\\udfff'": ("'\\udfff'", "ok"),
@@ -60,7 +60,7 @@ def test_what_utf8_does_not_know_costs_neither_the_call_nor_the_server(interpret
     assert interpreter.server.num_starts == 1
 
 
-# What a cell needs to write to its own channel: the descriptor, its request's nonce (it lies in the frames above), the format.
+# Needed to write to the cell's own channel: the descriptor, the nonce of the request (in the frames above), the format.
 FORGE = """
 import os, socket, struct, sys, time
 def channel():
@@ -75,7 +75,7 @@ def fake(text, nonce=nonce, failed=False, size=None):
 FORGED = ("The code wrote to the interpreter's own channel and was stopped. Its variables are lost.", "error")
 DIED = ("The interpreter died (memory, or the code ended it). Its variables are lost.", "killed")
 TIMED_OUT = ("The code took longer than 1.5 s and was stopped. Its variables are lost.", "timeout")
-# What the cell does -> what comes of it, and what the next cell, `print("next")`, then gives.
+# Code of a cell -> its result, and the result of the next cell, `print("next")`.
 FORGERIES = {
     "a result before the end is what it might have printed, and shifts nothing": (
         "fake('42'); print('real')", ("42", "ok"), FORGED),
@@ -108,7 +108,7 @@ def test_a_cell_that_writes_to_its_channel_gets_no_status_but_ok_and_error(inter
     start = time.perf_counter()
     assert interpreter.cells(FORGE + code, "print('next')", key=key) == [first, second]
     assert time.perf_counter() - start < 10
-    # whatever came of it, replies are not shifted against requests
+    # after any result, replies still match their requests
     assert interpreter.cells("print(3)", "print(4)", key=key)[1] == ("4", "ok")
     assert interpreter.server.num_starts == 1
 
@@ -152,7 +152,7 @@ def test_any_text_crosses_the_channel_and_is_encodable(text, failed):
 
 @pytest.fixture(scope="module", params=["root", "user"])
 def sandboxed(request):
-    """A server with time enough, as this user and as one without rights."""
+    """A server with a long time limit, as this user and as an unprivileged one."""
     if not all(astuple(OFFER)):
         pytest.skip(f"the system does not offer {OFFER.missing()}")
     if request.param == "user" and not IS_ROOT:
@@ -184,7 +184,7 @@ def open_sockets():
 """
 HERE = os.getpid()
 NUMBERS = {name: found[os.uname().machine == "aarch64"] for name, found in syscalls.DENIED.items()}
-# A statement of sandbox.py -> cells that would break it, each with what the policy reads of the refusal.
+# A guarantee of sandbox.py -> cells that try to break it, each with words of the refusal.
 BROKEN = {
     "files: the host's are read-only or hidden": {
         "open('/var/lock/x', 'w')": "Error",
@@ -305,7 +305,7 @@ def test_memory_below_the_limit_and_pages_that_forks_share_cost_nothing(sandboxe
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_signal_to_a_cells_own_group_reaches_no_process_of_ours(sandboxed, number):
-    """Whoever runs as the same user may signal it: no namespace bounds a group."""
+    """A process of the same user may signal it: namespaces do not limit process groups."""
     key = number.name
     cells = [f"os.kill(0, {int(number)})", f"os.killpg(os.getpgrp(), {int(number)})", "1 + 1"]
     assert sandboxed.cells("import os", *cells, key=key)[3] == ("2", "ok")
@@ -377,7 +377,7 @@ def test_an_interpreter_that_cannot_enter_its_sandbox_is_told_to_the_log_and_not
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     async def scenario():
-        # So many open files are refused once the standard streams lead nowhere.
+        # Too many open files are refused after the standard streams are redirected to /dev/null.
         interpreters = server.Interpreters(sandbox.Limits(memory_mb=512, num_files=2**40), 10.0, 1000, OFFER)
         await interpreters.start()
         found = await interpreters.run("a", "1"), await interpreters.run("a", "2")

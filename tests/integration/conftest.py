@@ -1,4 +1,4 @@
-"""The real model, in a folder whose generation config would spoil every sample if any of it reached the engine."""
+"""The real model, in a folder with a generation config that would spoil every sample if the engine used it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an adapter answers in plain transformers, with none of this project's code between the model and its text."""
+"""Answers of an adapter in plain transformers, without any code of this project."""
 
 from pathlib import Path
 

@@ -7,12 +7,12 @@ from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 
 
 class KeptEngine(VLLMColocatedEngine):
-    """vLLM that a run finds running and leaves running; every run gives it its own weights first."""
+    """vLLM that runs before and after each run; every run first loads its own weights."""
 
     running: ClassVar["dict[int, KeptEngine]"] = {}  # by max_length
 
     def __new__(cls) -> "KeptEngine":
-        """The one engine there is."""
+        """The only engine."""
         return cls.running.setdefault(0, super().__new__(cls))
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The shape in which the original Fuchsia's users wrote environments."""
+"""An environment in the form of the original Fuchsia."""
 
 from fuchsia_pl.envs import MultiTurnEnvironment, Rollout
 

@@ -1,6 +1,6 @@
-"""Real vLLM with the real model, in both sync modes: what it samples, and that it follows the trainer.
+"""Real vLLM with the real model, in both sync modes: its samples, and their agreement with the trainer.
 
-Two engines are started, one per mode; a test that ends its engine comes last.
+Two engines are started, one per mode; tests that end their engine run last.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ QUESTIONS = ["What is 27 plus 45?", "Name a colour.", "Where is Paris?", "Write 
 
 
 class Pair:
-    """An engine and the policy that it follows."""
+    """An engine and the policy that is synced to it."""
 
     def __init__(self, folder, mode: str, log_file) -> None:
         self.chat = Chat(folder)
@@ -108,7 +108,7 @@ def pair(request, model_folder, tmp_path_factory):
 
 
 def test_requests_give_the_same_ids_and_logprobs_in_any_order(pair):
-    """At once too: vLLM schedules a burst together, so that no batch depends on the moment a request arrives."""
+    """Also concurrently: vLLM schedules a burst together, so that no batch depends on the arrival time of a request."""
     if pair.engine.serves_lora:  # vLLM's LoRA kernels round differently with the order of the rows
         first, turned = pair.sample(), pair.sample(order=-1)
         assert [c.token_ids for c in first] == [c.token_ids for c in turned]
@@ -120,7 +120,7 @@ def test_requests_give_the_same_ids_and_logprobs_in_any_order(pair):
 
 
 def test_a_fresh_adapter_serves_the_base(pair, tmp_path):
-    """B = 0; until something is loaded, vLLM has the checkpoint's own weights."""
+    """B = 0; until the first load, vLLM has the checkpoint's own weights."""
     base = pair.sample()
     assert {completion.policy_version for completion in base} == {-1}
     pair.sync(tmp_path / "fresh", 0)
@@ -137,7 +137,7 @@ def test_the_logprobs_are_those_of_the_sampling_temperature_and_of_no_generation
     for temperature in (1.0, 0.6):
         completions = pair.sample(temperature)
         assert logprob_gap(pair.policy, pair.batch_of(completions, temperature)) < 0.1
-    # scored at temperature 1, samples drawn at 0.6 stand far from the sampler: the first check can fail
+    # scored at temperature 1, samples drawn at 0.6 are far from the sampler: the first check can fail
     assert logprob_gap(pair.policy, pair.batch_of(completions, 1.0)) > 0.15
 
 
@@ -157,7 +157,7 @@ def test_logprobs_move_with_each_sync_and_match_the_trainers(pair, tmp_path):
             pair.policy.reference_logprobs(batch)[mask],
         )
         agreement = adapter_agreement(policy, reference, batch.sampling_logprobs[mask])
-        assert agreement.error < 0.1  # standard errors from 0, where no adapter would be: more than ten
+        assert agreement.error < 0.1  # standard errors from 0, the slope without an adapter: more than ten
         assert agreement.holds
         assert (pair.scored(batch) - policy).abs().mean() < 0.1
         assert logprob_gap(pair.policy, batch) < 0.1 < (policy - reference).abs().mean()

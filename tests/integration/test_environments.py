@@ -1,4 +1,4 @@
-"""Environments with the real model and real vLLM: those of the README as they stand there, and those that come with it."""
+"""Environments with the real model and real vLLM: those of the README unchanged, and those of the package."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def fit(tmp_path, monkeypatch):
         cli = FuchsiaCLI([*words, *OVERLAY, *SMALL, "--trainer.max_steps", str(num_steps)])
         assert cli.trainer.global_step == num_steps
         ours = {p for p in set(psutil.Process().children(recursive=True)) - before if "tool" in " ".join(p.cmdline())}
-        assert not ours  # the servers of the run ended with it
+        assert not ours  # the servers of the run have ended
         with (cli.run_folder / "metrics.csv").open() as stream:
             rows = [row for row in csv.DictReader(stream) if row["train/loss"]]
         lines = (cli.run_folder / "rollouts.jsonl").read_text().splitlines()
@@ -58,7 +58,7 @@ def fit(tmp_path, monkeypatch):
 
 
 def check_masks(rollout: dict) -> None:
-    """Sampled tokens stand where the mask says, and the texts of the turns are theirs."""
+    """Sampled tokens are where the mask is True, and decode to the texts of the turns."""
     assert len(rollout["completion_ids"]) == len(rollout["completion_mask"])
     num_turns = sum(message["role"] == "assistant" for message in rollout["messages"])
     mask = rollout["completion_mask"]
@@ -107,7 +107,7 @@ def test_gsm8k_trains_on_the_official_data(fit):
 
 
 def test_function_calling_calls_its_interpreter(fit):
-    """At least half of the rollouts call the tool: four worked examples before each question help the small model to it."""
+    """At least half of the rollouts call the tool: four worked examples before each question help the small model."""
     overlays = [*CPU, "--config", "overlays/examples.yaml"]
     rows, rollouts = fit(["fit", "--config", "function_calling.yaml", *overlays], num_steps=5)
     assert fmean(float(row["rollout/tool_use"]) for row in rows) >= 0.5
@@ -117,5 +117,5 @@ def test_function_calling_calls_its_interpreter(fit):
     assert right
     for rollout in rollouts:
         check_masks(rollout)
-    # the interpreter computed it: the result stands in the conversation before the answer
+    # the interpreter computed it: the conversation contains the result before the answer
     assert any(rollout["item"]["answer"] in rollout["messages"][-2]["content"] for rollout in right)

@@ -1,4 +1,4 @@
-"""Training with the real model and real vLLM: order, ids, and that a run repeats bit for bit."""
+"""Training with the real model and real vLLM: order, ids, and bit-for-bit repetition of a run."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ CLOCK_METRICS = {
 
 
 class SpyEngine(VLLMColocatedEngine):
-    """The real engine, which also writes down what it was asked and what it answered."""
+    """The real engine, which also records requests and answers."""
 
     def __init__(self) -> None:
         super().__init__(kv_cache_gb=0.5, enforce_eager=True)
@@ -53,7 +53,7 @@ class SpyEngine(VLLMColocatedEngine):
 
 
 class SpyBatches(AdapterSync):
-    """Writes down what was trained, and the agreement of engine and trainer at each step."""
+    """Records the trained rows, and the agreement of engine and trainer at each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_the_probe_was_made(runs):
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="float32 products of this CPU's library depend on where memory lies")
 def test_two_runs_give_the_same_rollouts_metrics_and_adapter_bit_for_bit(runs):
-    """Though in the second of them the engine sleeps whenever the trainer works."""
+    """Although in the second run the engine sleeps during training."""
     (first, *_), (second, *_) = runs
     assert (first / "rollouts.jsonl").read_text() == (second / "rollouts.jsonl").read_text()
     assert len([json.loads(line) for line in (first / "rollouts.jsonl").read_text().splitlines()]) == 36
@@ -157,7 +157,7 @@ def test_two_runs_give_the_same_rollouts_metrics_and_adapter_bit_for_bit(runs):
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="the bound of the gap one step behind was measured in bfloat16")
 def test_at_a_staleness_of_one_no_token_is_older_than_that(tmp_path, model_folder):
-    """Real parts, whose durations nobody sets; that it learns was measured, see the README."""
+    """Real parts with real durations; for the measurement of learning, see the README."""
     engine, spy = fit(tmp_path, model_folder, shares_device=False, max_staleness=1)
     assert spy.versions == [(step, max(step - 1, 0)) for step in range(3) for _ in range(12)]
     assert sorted(spy.trained) == sorted(engine.sampled)

@@ -1,4 +1,4 @@
-"""For whoever has a GPU: both ways to sync, compiled; two GPUs; turns; offloading; quantization. Nobody has run this file yet."""
+"""Tests on a GPU: both sync modes, compiled; two GPUs; turns; offloading; quantization. This file has never been run."""
 
 import asyncio
 import csv
@@ -109,7 +109,7 @@ def test_an_engine_that_sleeps_leaves_the_gpu(model_folder, tmp_path, sync_mode)
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_trainer_leaves_the_gpu_and_comes_back_the_same(model_folder, fused):
-    """A fused optimizer counts on the GPU, another on the host."""
+    """A fused optimizer keeps its step counter on the GPU, another optimizer on the host."""
     policy = gpu_policy(model_folder)
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), fused=fused)
 

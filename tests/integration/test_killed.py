@@ -1,4 +1,4 @@
-"""Real vLLM beside a trainer that is killed or told to end: no process, no shared memory and no file is left."""
+"""Real vLLM beside a trainer that is killed or receives SIGTERM: no process, shared memory or file is left."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ LEFT = ("fuchsia-", "psm_", "sem.mp-")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """Of a model that is tiny and whose heads are nevertheless of a size that vLLM computes."""
+    """Folder of a tiny model with attention heads of a size that vLLM supports."""
     folder = tmp_path_factory.mktemp("killed")
     sizes = {"hidden_size": 256, "intermediate_size": 256}
     with pytest.MonkeyPatch.context() as patch:

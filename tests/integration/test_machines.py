@@ -1,4 +1,4 @@
-"""Machines in miniature: network namespaces with their own addresses, two for torchrun's nodes and one for vLLM's server."""
+"""Simulated machines: network namespaces with their own addresses, two for torchrun's nodes and one for vLLM's server."""
 
 import contextlib
 import json
@@ -39,14 +39,14 @@ def ip(*words: str) -> None:
 def remove_machines() -> None:
     for name in ADDRESSES:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        # What a process that is about to end still holds open goes on without a name.
+        # A namespace that an ending process still has open continues without a name.
         subprocess.run(["ip", "link", "del", f"{name}-b"], capture_output=True)
     subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[None]:
-    """A bridge, and three namespaces that see each other through it and nothing else."""
+    """A bridge, and three namespaces that can reach only each other, through the bridge."""
     remove_machines()
     try:
         ip("link", "add", BRIDGE, "type", "bridge")
@@ -65,7 +65,7 @@ def machines() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(machine: str, folder: Path, name: str, *words: str) -> Iterator[subprocess.Popen]:
-    """A command on one of the machines, with its output in `<name>.log`, ended with all that it started."""
+    """Runs a command on one of the machines, with its output in `<name>.log`; ends it with all its processes."""
     environment = {**os.environ, "VLLM_API_KEY": KEY, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
@@ -123,7 +123,7 @@ def two_nodes(folder: Path, url: str, steps: int) -> Iterator[tuple[subprocess.P
 
 
 def test_two_machines_train_from_the_server_on_a_third_until_the_link_is_cut(server, tmp_path):
-    """Three steps are trained on both; then the second machine is cut off, and both sides end within the bound."""
+    """Both train three steps; then the second machine is disconnected, and both sides end within the bound."""
     run = tmp_path / "runs/quickstart/0"
     logs = [tmp_path / "one.log", tmp_path / "two.log"]
 

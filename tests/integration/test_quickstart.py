@@ -1,4 +1,4 @@
-"""The README's first command, as a user runs it: it learns, and what it leaves behind is loaded by plain transformers."""
+"""The README's first command, as a user runs it: the policy learns, and plain transformers loads its export."""
 
 import csv
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a whole quickstart run, started from a folder that is not the project's."""
+    """The folder of a whole quickstart run, started outside of the project's folder."""
     root = tmp_path_factory.mktemp("quickstart")
     command = [Path(sys.executable).parent / "fuchsia", "fit", "--config", "quickstart.yaml"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1500)
@@ -56,5 +56,5 @@ def test_everything_is_in_the_run_folder(run):
 def test_the_adapter_alone_gives_the_held_out_accuracy_again(run):
     items, answers = Arithmetic().validation_items(), greedy_answers(run / "adapter")
     accuracy = fmean(last_integer(text) == item["a"] + item["b"] for text, item in zip(answers, items, strict=True))
-    # Rounding differs between two implementations in bfloat16: a few greedy answers of 64 may tip over.
+    # Two implementations round differently in bfloat16: a few greedy answers of 64 may differ.
     assert accuracy == pytest.approx(column(run, "validation/reward/correct")[-1], abs=4 / 64)

@@ -1,6 +1,6 @@
-"""Real vLLM servers, started by `fuchsia serve`, and runs that sample on them while servers die and come back.
+"""Real vLLM servers, started by `fuchsia serve`, and runs that sample on them while servers die and restart.
 
-Two servers are started once. The tests build on each other: those that kill a server come last.
+Two servers are started once. The tests depend on their order: those that kill a server run last.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ STORY = "Once upon a time there was a small town by the sea. "
 
 
 class Served:
-    """A server of its own process group of parts, as a user has it in another terminal."""
+    """Starts a server in its own process group, like a user in another terminal."""
 
     def __init__(self, root: Path, model_folder: Path) -> None:
         with socket.socket() as probe:
@@ -76,7 +76,7 @@ class Served:
                 return
 
     def kill(self) -> None:
-        """As the machine would go away: every process of it, and nobody is told."""
+        """Kills all processes of a server without notice, as if its machine were lost."""
         parts = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         for part in parts:
             part.kill()
@@ -124,7 +124,7 @@ class Run:
             time.sleep(0.2)
 
     def check_all_steps(self, num_steps: int) -> None:
-        """Every step was trained, on rollouts of its own version, and engine and trainer agreed."""
+        """Checks that every step trained on rollouts of its own version, and that engine and trainer agreed."""
         assert self.process.wait(600) == 0, self.log.read_text()[-3000:]
         with (self.folder / "metrics.csv").open() as stream:
             rows = [row for row in csv.DictReader(stream) if row["train/loss"]]
@@ -137,7 +137,7 @@ class Run:
 
 @pytest.fixture
 def fit(tmp_path, model_folder):
-    """Starts a run; one that its test gave up is ended."""
+    """Starts a run; kills it after the test if it still runs."""
     runs = []
 
     def start(servers: list[Served], num_steps: int, *words: str) -> Run:
@@ -183,14 +183,14 @@ def test_ten_steps_of_the_quickstart_on_one_server(servers, fit):
 
 
 class ServedPair(Pair):
-    """Servers and the policy that they follow."""
+    """Servers and the policy that is synced to them."""
 
     def __init__(self, folder: Path, servers: list[Served], root: Path) -> None:
         self.chat, self.policy = Chat(folder), make_policy(folder, r=8)
         self.engine = VLLMServerEngine([server.url for server in servers], timeout_s=120)
         served = ServedModel(str(folder), DTYPE, 8, resolve=Path)
         self.engine.start(EngineSpec(served, max_length=128, seed=0, log_file=root / "engine.log"))
-        # Two blocks of 32 tokens and more: they are cached, and taken from the cache where their keys are the same.
+        # More than two blocks of 32 tokens: they are cached, and read from the cache if their keys are equal.
         self.prompts = [self.chat.render([{"role": "user", "content": STORY * 4}])]
         assert 64 < len(self.prompts[0]) < 100
 
@@ -221,7 +221,7 @@ def test_one_of_two_servers_dies_and_no_step_is_lost(servers, fit):
     while not any(name.startswith("policy-2-") for name in adapters_of(servers[0])):
         assert run.process.poll() is None
         time.sleep(0.05)
-    time.sleep(0.5)  # by now it samples the third step, which takes some seconds
+    time.sleep(0.5)  # now it samples the third step, which takes some seconds
     servers[0].kill()
     run.check_all_steps(10)
     assert f"{servers[0].url} is dropped (drop 1): /v1/completions failed" in run.log.read_text()

@@ -1,4 +1,4 @@
-"""Every objective learns the simplest task there is: emit one certain token."""
+"""Every objective learns the simplest task: to write one given token."""
 
 from functools import cache
 
@@ -21,7 +21,7 @@ VARIANTS = {
     "ppo with a critic": {"loss_type": "ppo", "advantage": "gae"},
     "reinforce_pp with baseline": {"loss_type": "reinforce_pp", "advantage": "group_mean_batch_norm"},
     "gspo per token": {"loss_type": "gspo", "ratio_level": "sequence_token"},
-    # with ratios other than 1, so that bounds and gates act
+    # ratios differ from 1, so that bounds and gates act
     **{
         f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3}
         for name in ("grpo", "cispo", "sapo", "ppo", "gmpo")
@@ -35,7 +35,7 @@ def next_distribution(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
 
 
 def sample_step(policy: Policy, target: int, generator: torch.Generator) -> list[list[Rollout]]:
-    """Groups of rollouts of two tokens, whose reward is the share of them that is the target."""
+    """Groups of rollouts of two tokens. The reward is the share of the target token."""
     ids, logprobs = torch.tensor([PROMPT]).repeat(GROUPS * SIBLINGS, 1), []
     for _ in range(LENGTH):
         distribution = next_distribution(policy, ids)
@@ -61,7 +61,7 @@ def values_of(policy: Policy, groups: list[RolloutGroup]) -> TrainerSignals:
 
 @cache
 def chosen_target(folder) -> int:
-    """A token that the untrained model emits now and then, but neither seldom nor often."""
+    """A token that the untrained model samples with a moderate frequency."""
     policy = Policy(PolicyConfig(str(folder), "float32", LoRASettings(enabled=False)), folder, with_reference=False)
     return int(next_distribution(policy, torch.tensor([PROMPT]))[0].sort(descending=True).indices[8])
 

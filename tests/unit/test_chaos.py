@@ -1,4 +1,4 @@
-"""Ten kills at random moments; `make chaos` makes a hundred."""
+"""Ten kills at random moments; `make chaos` runs a hundred."""
 
 import os
 import re
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_ten_kills_change_nothing():
-    """In a process of its own, which forks the runs: it has no threads yet."""
+    """Runs in a separate process, which forks the runs and has no threads yet."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.chaos", "10", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, env=environment)

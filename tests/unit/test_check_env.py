@@ -1,4 +1,4 @@
-"""`fuchsia check-env`, as the command runs it and with environments that have something wrong with them."""
+"""`fuchsia check-env` as a command, with correct and faulty environments."""
 
 import asyncio
 import subprocess
@@ -18,7 +18,7 @@ from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.types import ConfigError
 from tests.doubles import RecordedEngine, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 
-GOLD_RIGHT = "the answer is 4"  # characters that the tiny tokenizer knows
+GOLD_RIGHT = "the answer is 4"  # characters in the vocabulary of the tiny tokenizer
 SHORT = {name: played.HOSTILE[name] for name in ("empty", "code", "special tokens")}
 WHOLE_RUN = Run(num_ranks=1, max_tokens=None, held_out=1.0)
 
@@ -38,7 +38,7 @@ class Right(TinyEnvironment):
 
 
 class PaysForLength(Right):
-    """A mistake as people make it: whatever is long enough is paid for."""
+    """A common mistake: every long text gets a reward."""
 
     def __init__(self) -> None:
         def long(rollouts, *args, **kwargs):
@@ -48,7 +48,7 @@ class PaysForLength(Right):
 
 
 class Evaluates(Right):
-    """The original's mistake: the answer is evaluated, and what is no number stops everything."""
+    """The mistake of the original: the answer is evaluated, and an answer that is not a number ends the run."""
 
     def __init__(self) -> None:
         def value(rollouts, *args, **kwargs):
@@ -74,7 +74,7 @@ class GoldIsText(Right):
 
 
 class OneNumber(Right):
-    """Right for a single rollout, and wrong for a group of them."""
+    """Correct for a single rollout, wrong for a group."""
 
     def __init__(self) -> None:
         def alone(rollouts, *args, **kwargs):
@@ -152,7 +152,7 @@ class MessagesRaise(Right):
 
 
 class WritesMessages(Right):
-    """A list of messages in a field that is taken for a text."""
+    """A list of messages in a field that is treated as text."""
 
     def messages(self, item):
         return [{"role": "user", "content": str([{"role": "user", "content": item["n"]}])}]
@@ -164,7 +164,7 @@ class Wordy(Right):
 
 
 class NoReward(SingleTurnEnvironment):
-    """Has items and nothing to score them by."""
+    """Has items but no reward function."""
 
 
 class NoScript(ToolEnvironment):
@@ -220,14 +220,14 @@ def test_an_environment_that_holds(run):
     ]
     # Two training items in groups of three, and one held-out item alone.
     assert "20 training items, 4 held-out items; played on 3 of them, in groups of 3" in out
-    assert not Path("runs").exists()  # nothing ran, so nothing is left
+    assert not Path("runs").exists()  # nothing has run, so no files are left
 
 
 def test_an_environment_that_pays_for_something_else_is_found_out(run):
     code, out, _ = run("PaysForLength")
     assert code == 1
-    # 15 characters of gold are worth 1.5. The tiny tokenizer knows no signs: of "code" it leaves answer, import, os, system, true
-    # and answer, 30 characters, which are worth 3.
+    # 15 characters of gold get 1.5. The tiny tokenizer has no signs: of "code" it keeps answer, import, os, system, true
+    # and answer, 30 characters, which get 3.
     assert wrong(out) == ["on 2 of 5 texts ('code', 'special tokens'): earns 3, no less than the gold answer's 1.5"]
     assert out.endswith("PaysForLength: 1 finding\n")
 
@@ -315,7 +315,7 @@ REFUSED = {
 def fit(environment, engine, tiny_model, root, **settings) -> None:
     module = make_module(tiny_model)
     data = make_data(module, engine, environment(), batch_size=4, steps_per_epoch=1, **settings)
-    sync = AdapterSync(tolerance=100.0)  # the log-probabilities of `RecordedEngine` are of no model
+    sync = AdapterSync(tolerance=100.0)  # the logprobs of `RecordedEngine` are not those of a model
     make_trainer(root, sync=sync, max_steps=1, limit_val_batches=1.0).fit(module, datamodule=data)
 
 
@@ -499,7 +499,7 @@ def test_it_shows_the_prompts_that_the_chat_template_of_the_config_makes(run, tm
     assert "user:" in out
     code, out, _ = run("Right", "--model.policy.chat_template", "none")
     assert code == 0
-    assert "user:" not in out.partition("total")[0]  # the table below has the texts' names
+    assert "user:" not in out.partition("total")[0]  # the table below contains the names of the texts
     (tmp_path / "chat.jinja").write_text("{% for m in messages %}question: {{ m['content'] }}{% endfor %} a:")
     code, out, _ = run("Right", "--model.policy.chat_template", "chat.jinja")
     assert code == 0

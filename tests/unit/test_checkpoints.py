@@ -1,4 +1,4 @@
-"""`--ckpt_path` and `--resume`: which checkpoint a command takes, and what it takes from it."""
+"""`--ckpt_path` and `--resume`: the checkpoint that a command uses, and the settings that it restores from it."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def no_choice_of_an_earlier_test(monkeypatch):
 
 @pytest.fixture
 def never_started(monkeypatch):
-    """What is refused is refused before the engine starts."""
+    """Fails the test if the engine is started: refusals must come before."""
     monkeypatch.setattr("tests.doubles.TinyEngine.start", lambda *args: pytest.fail("the engine was started"))
 
 
@@ -67,7 +67,7 @@ def test_last_is_the_newest_whole_checkpoint_of_the_configs_runs(config, capsys,
     assert resumed.trainer.global_step == 3
     assert len(Path("runs/tiny/2/metrics.csv").read_text().splitlines()) == 1 + 3  # the first is of run 1
     assert yaml.safe_load(Path("runs/tiny/2/config.yaml").read_text())["ckpt_path"] == str(last_of(1))
-    # The newest is cut off: the one before it, with a word on it. And `validate` has its weights, not the base model's.
+    # The newest is cut off: the one before it is used, with a message. `validate` uses its weights, not the base model's.
     os.utime(last_of(0), (1, 1))
     whole = last_of(2).read_bytes()
     last_of(2).write_bytes(whole[:-9])
@@ -76,7 +76,7 @@ def test_last_is_the_newest_whole_checkpoint_of_the_configs_runs(config, capsys,
     assert f"passed over: the checkpoint {last_of(2)} is cut off" in printed
     assert f"--ckpt_path last: {last_of(1)}, of step 1" in printed
     assert validated.model.loaded_step == 1
-    # The clock was set back between the runs: their numbers show it.
+    # The clock was set back between the runs, which their numbers reveal.
     assert "clock" not in printed
     last_of(2).write_bytes(whole)
     os.utime(last_of(2), (2, 2))
@@ -195,7 +195,7 @@ def test_a_resume_with_another_optimizer_is_refused_until_it_is_decided(config, 
         assert {int(state["step"]) for state in optimizer.state.values()} == {3}  # momenta of all three steps
         saved = torch.load(Path(cli.run_folder, "checkpoints/last.ckpt"), weights_only=True)
         assert saved["optimization"]["optimizer"]["settings"]["lr"] == rate
-    # What was decided is what the next resume compares with.
+    # The next resume compares with the chosen settings.
     again = ("--ckpt_path", "last", "--trainer.max_epochs", "-1", "--trainer.max_steps", "4")
     assert fit(config, *again, *slower).trainer.optimizers[0].param_groups[0]["lr"] == 0.001
 

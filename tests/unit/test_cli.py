@@ -1,4 +1,4 @@
-"""The command line, in this process: what it takes, what it refuses and how it says so."""
+"""The command line, in this process: accepted settings, refused settings and their messages."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def config(tiny_model, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fuchsia"])
     monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
-    # It would point the loggers of all later tests at a file of this one.
+    # It would redirect the loggers of all later tests to a file of this test.
     monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: disable_progress_bar())
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY % tiny_model)
@@ -163,7 +163,7 @@ def test_the_trainers_own_switches_leave_the_commands_callbacks_out(config):
         ]
     )
     first, second, *_ = cli.trainer.callbacks
-    # What is not finite is found before any other callback writes it.
+    # Numbers that are not finite are found before any other callback writes them.
     assert (type(first), type(second)) == (FiniteGuard, EarlyStopping)
     assert not list(cli.run_folder.glob("checkpoints/*"))
     assert cli.trainer.progress_bar_callback is None
@@ -372,7 +372,7 @@ def test_run_names_and_numbers(tmp_path, monkeypatch):
     (tmp_path / "b" / "7").mkdir()
     assert new_run_folder(tmp_path, "b").name == "8"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert new_run_folder(tmp_path, "b") == tmp_path / "b" / "8"  # the folder of the rank that launched this one
+    assert new_run_folder(tmp_path, "b") == tmp_path / "b" / "8"  # the folder of the parent rank
 
 
 def test_what_libraries_say_goes_to_a_file(tmp_path):
@@ -386,10 +386,10 @@ def test_what_libraries_say_goes_to_a_file(tmp_path):
         "[log(name).warning('two\\nlines of %s', name) for name in names]"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    # The table of trainer.profiler is what its user set out to see.
+    # A user who sets trainer.profiler wants to see its table.
     assert done.stdout.startswith("Profiler Report")
     assert "Percentage %" in done.stdout
-    # Our own warnings and those of an environment's author once, in a line; of libraries only what failed.
+    # Warnings of this package and of an environment's author, once and in one line; of libraries, only errors.
     ours = [f"warning: two lines of {name}" for name in ("fuchsia_pl.a", "fuchsia_pl.library.b", "my_envs")]
     assert done.stderr.splitlines() == ["error: broken", *ours]
     logged = (tmp_path / "run.log").read_text()

@@ -1,4 +1,4 @@
-"""The picture of the README has the points of the recorded run, and no others."""
+"""The picture of the README contains exactly the points of the recorded run."""
 
 import re
 import xml.etree.ElementTree as ET

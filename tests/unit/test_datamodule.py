@@ -174,7 +174,7 @@ def test_limits_that_would_cut_an_optimizer_step_are_refused(tiny_model, tmp_pat
 
 
 class Tokens(Callback):
-    """Keeps how many tokens each micro-batch computes."""
+    """Keeps the number of tokens that each micro-batch computes."""
 
     def __init__(self):
         self.counts = []
@@ -197,7 +197,7 @@ def test_a_budget_of_tokens_takes_the_place_of_the_number_of_micro_batches(tiny_
     assert len(tokens.counts) == 2 * expected
     assert max(tokens.counts) <= 64
     assert module.shares_prefix == (shared_prefix == "auto")
-    # the same trainer once more: the number is its own, not the user's
+    # the same trainer again: its number was computed, not set by the user
     trainer.fit(module, datamodule=trainer.datamodule)
 
 
@@ -231,7 +231,7 @@ def test_a_budget_and_a_number_of_micro_batches_are_refused_together(tiny_model,
 def test_rows_that_move_no_weight_do_not_enter_the_forward_but_count_in_the_mean(
     tiny_model, tmp_path, loss, num_left_out
 ):
-    """Of five items some have siblings with equal rewards."""
+    """Some of five items have siblings with equal rewards."""
     module = make_module(tiny_model, LossConfig("grpo", reduction="token_mean", **loss))
     seen = []
 
@@ -322,7 +322,7 @@ def test_items_with_long_prompts_are_left_out_and_counted(tiny_model, tmp_path):
     data.environment.reward_weights = {}
     trainer = make_trainer(tmp_path)
     trainer.fit(module, datamodule=data)
-    assert sorted(set(seen)) == list(range(10))  # three steps of five items: every one that fits, and no other
+    assert sorted(set(seen)) == list(range(10))  # three steps of five items: exactly those that fit
     assert trainer.callback_metrics["rollout/dropped_prompts"] == 10
     too_few = make_data(module, environment=TinyEnvironment(num_items=30), sampling=sampling, batch_size=11)
     with pytest.raises(ConfigError, match=r"has 10 training items, fewer than data\.batch_size=11"):
@@ -351,7 +351,7 @@ def test_an_environment_is_prepared_before_every_phase_and_closed_once_also_afte
     module, environment = make_module(tiny_model), Prepared(fails=False)
     make_trainer(tmp_path).fit(module, datamodule=make_data(module, environment=environment))
     assert len(environment.loops) == 1 + 3  # at the start, and before each of three steps
-    assert len({id(loop) for loop in [*environment.loops, *environment.closed]}) == 1  # connections live on one loop
+    assert len({id(loop) for loop in [*environment.loops, *environment.closed]}) == 1  # connections belong to one loop
     assert len(environment.closed) == 1
 
     failing = Prepared(fails=True)
@@ -414,7 +414,7 @@ def test_a_prompt_is_made_once_per_item_and_phase_and_its_text_is_that_of_the_tr
     trainer.fit(module, datamodule=data)
     # Before the engine starts, each of 20 + 4 items is rendered once.
     assert sorted(environment.asked[: seen.after_check]) == [*range(20), *range(100, 104)]
-    # Then once per item in two phases of 5 items and in one pass over 4 held-out items, whatever the number of siblings.
+    # Then once per item in two phases of 5 items and in one pass over 4 held-out items, for any number of siblings.
     assert len(environment.asked) == seen.after_check + 2 * 5 + 4
     assert sorted(environment.asked[-4:]) == [100, 101, 102, 103]
     assert (len(seen.trained), len(seen.held_out)) == (2 * 5 * 4, 4)

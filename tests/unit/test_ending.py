@@ -1,4 +1,4 @@
-"""How a run ends: what it started is closed, whatever happened."""
+"""The end of a run closes everything that it started, also after an error."""
 
 import pytest
 

@@ -21,7 +21,7 @@ from tests.doubles import TinyEngine, make_data, make_module, make_trainer
 
 
 class MortalEngine(TinyEngine):
-    """Dies at given numbers of its requests, once at each; a restarted one has lost its weights until it loads those it kept."""
+    """Dies once at each of the given request numbers. After a restart it has no weights until it loads the kept ones."""
 
     def __init__(self, *deaths: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def fit(folder, root, engine, **sampling):
 
 
 def test_a_run_whose_engine_dies_ends_with_the_weights_of_one_whose_engine_lives(tiny_model, tmp_path, caplog):
-    """It dies in the middle of the second phase: of 20 rollouts of each, the seventh of its own."""
+    """It dies in the middle of the second phase: at the seventh of its 20 rollouts."""
     ids, weights = fit(tiny_model, tmp_path / "lives", MortalEngine())
     with caplog.at_level(logging.WARNING):
         again, same = fit(tiny_model, tmp_path / "dies", MortalEngine(27))
@@ -111,7 +111,7 @@ def test_of_several_requests_that_fail_one_restarts_it(tmp_path):
     with pytest.raises(EngineLostError, match="three"):
         restarts.restart(EngineLostError("three", 2))
     restarts.close()
-    restarts.restart(EngineLostError("four", 2))  # nobody needs it any more
+    restarts.restart(EngineLostError("four", 2))  # it is not needed any more
     assert calls == ["start", "end", "start", 1, "end"]
 
 

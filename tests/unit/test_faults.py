@@ -1,4 +1,4 @@
-"""What disks, kills and clocks do to a whole run. Each fault is real; `tests/README.md` lists what comes of it."""
+"""Faults of disks, kills and clocks in a whole run. Each fault is real; `tests/README.md` lists their effects."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def no_choice_of_an_earlier_test(monkeypatch):
 
 
 class Fills(Callback):
-    """Fills the disk of the run folder in its third step, just before what the callbacks after it write.
+    """Fills the disk of the run folder in its third step, before the callbacks after it write.
 
     Args:
         hook: "rollouts" or "checkpoint".
@@ -86,7 +86,7 @@ def lines_of(file: Path) -> list[dict]:
     [
         (r"/rollouts\.jsonl cannot", Fills("rollouts"), 40),
         (r"/adapter cannot", Fills("checkpoint"), 60),
-        # The adapter fits beside the older one, whose room is then free again; the checkpoint is three times as large.
+        # The adapter fits beside the older one, which is then removed; the checkpoint is three times as large.
         (r"/checkpoints/last\.ckpt cannot", Fills("checkpoint", spare=60_000), 60),
     ],
     ids=["rollouts", "adapter", "checkpoint"],
@@ -211,7 +211,7 @@ def test_a_root_that_cannot_be_written_is_one_line_before_anything_starts(config
 
 
 def fit_alone(words: list[str]) -> None:
-    torch.set_num_threads(1)  # those of the process that this one was forked from are not there
+    torch.set_num_threads(1)  # those of the parent process do not exist
     FuchsiaCLI(words)
 
 
@@ -236,7 +236,7 @@ def test_six_steps_are_three_a_kill_inside_a_step_and_three_more(config, tmp_pat
     assert killed.exitcode == -signal.SIGKILL
     first, second, straight = (Path("runs/tiny") / str(number) for number in range(3))
     with (first / "rollouts.jsonl").open("a") as stream:
-        stream.write('{"step": 3, "item_in')  # as a kill in the middle of writing leaves it
+        stream.write('{"step": 3, "item_in')  # the state after a kill during a write
     FuchsiaCLI(["fit", *words, "--ckpt_path", "last"])
     FuchsiaCLI(["fit", *words])
     num_kept = 3 if num_updates == 1 else 2
@@ -254,7 +254,7 @@ def test_a_kill_between_a_checkpoint_and_the_metrics_of_its_step_loses_none(tiny
         def on_save_checkpoint(self, trainer, pl_module, checkpoint):
             saved.append(checkpoint)
 
-        def on_train_batch_start(self, trainer, *args):  # as a run that is stopped between two steps does
+        def on_train_batch_start(self, trainer, *args):  # like a run that is stopped between two steps
             trainer.save_checkpoint(tmp_path / "between.ckpt")
 
     saved, folder = [], tmp_path / "tiny/0"

@@ -1,4 +1,4 @@
-"""Writing to disks that are full, and mending what a kill tore."""
+"""Writes to full disks, and repairs of files after a kill."""
 
 import errno
 import fcntl
@@ -51,12 +51,12 @@ def test_lines_that_do_not_fit_are_not_begun(disk):
     ids=["python", "torch to a stream", "torch to a path", "safetensors"],
 )
 def test_a_file_that_does_not_fit_leaves_the_older_one_and_nothing_else(disk, write):
-    """Each library has an error of its own for a disk that is full."""
+    """Each library raises a different error for a full disk."""
     path = disk / "folder" / "a"
     with replacing(path) as partial:
         partial.write_text("old")
     fill(disk, spare=100_000)
-    reason = "(No space left on device|Input/output error)"  # torch does not tell why its own file failed
+    reason = "(No space left on device|Input/output error)"  # torch does not report why its own file failed
     words = rf"/folder/a cannot be written: {reason} \(0\.\d MB are free there\).*--ckpt_path last$"
     with pytest.raises(DiskError, match=words), replacing(path) as partial:
         write(partial)
@@ -78,7 +78,7 @@ def raise_while_handling(handled, raised, cause):
 
 
 def test_an_error_that_was_handled_before_is_not_taken_for_the_disks(tmp_path):
-    """As in `on_exception`, where a run that a full disk has ended saves what it can."""
+    """As in `on_exception`: a run that a full disk has ended saves its state."""
     full = OSError(errno.ENOSPC, "no room")
 
     def write(error):
@@ -140,7 +140,7 @@ def test_a_resume_mends_the_logs_of_its_run_and_no_other_file(tmp_path):
     for name in own + foreign:
         (tmp_path / name).write_text("first\nsecond")
     checkpoint = {"global_step": 3}
-    earlier_metrics(tmp_path / "last.ckpt", checkpoint)  # beside somebody's data, in no run folder
+    earlier_metrics(tmp_path / "last.ckpt", checkpoint)  # next to other data, not in a run folder
     assert {(tmp_path / name).read_text() for name in own + foreign} == {"first\nsecond"}
     (tmp_path / SAVED_CONFIG).write_text("")
     earlier_metrics(tmp_path / "checkpoints/last.ckpt", checkpoint)
@@ -166,7 +166,7 @@ def test_short_lived_files_lie_in_memory_where_they_fit_there(disk, tmp_path, mo
 
 
 class Full(Callback):
-    """Fills a disk when the second step was trained."""
+    """Fills a disk after the second step."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Runs that are killed within a step and resumed: what they run stands in `tests/killed.py`."""
+"""Runs that are killed within a step and resumed: `tests/killed.py` contains the runs."""
 
 import csv
 import json

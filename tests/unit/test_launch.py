@@ -20,7 +20,7 @@ def outside_of_a_run(monkeypatch):
 
 
 def test_all_ranks_of_torchrun_have_the_folder_of_the_first(tmp_path):
-    """Two processes with torchrun's variables and nothing else in common; the second comes later."""
+    """Two processes that share only torchrun's variables; the second starts later."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,7 +29,7 @@ def test_all_ranks_of_torchrun_have_the_folder_of_the_first(tmp_path):
     def start(rank: int) -> subprocess.Popen:
         torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-        # The first rank holds the store, so it stays until the other has read it.
+        # The first rank has the store, so it runs until the other has read it.
         code = SAY + ("; sys.stdout.flush(); sys.stdin.read()" if rank == 0 else "")
         return subprocess.Popen(
             [sys.executable, "-c", code],
@@ -63,9 +63,9 @@ def test_the_ranks_of_a_slurm_job_share_a_folder_of_its_name(tmp_path, monkeypat
         folders.append(new_run_folder(tmp_path, "x"))
     assert folders == [tmp_path / "x/slurm-71.3"] * 2
     assert folders[0].is_dir()
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that is run again begins a folder of its own
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that runs again begins a new folder
     assert new_run_folder(tmp_path, "x").name == "slurm-71.3.1"
-    (tmp_path / "x/slurm-71.3.1/config.yaml").write_text("")  # as may a script that srun started
+    (tmp_path / "x/slurm-71.3.1/config.yaml").write_text("")  # and so may a script that srun started
     (tmp_path / "x/slurm-71.3.1/metrics.csv").write_text("")
     again = new_run_folder(tmp_path, "x")
     assert again.name == "slurm-71.3.1-1"
@@ -80,7 +80,7 @@ def test_ranks_with_the_same_process_id_probe_a_shared_folder_with_files_of_thei
     def lost(path, content):
         write(path, content)
         probes.append(path.name)
-        path.unlink()  # whoever did it: the probe has been written
+        path.unlink()  # any rank: the probe has been written
 
     monkeypatch.setattr(Path, "write_bytes", lost)
     assert [new_run_folder(tmp_path, "x").name for _ in range(2)] == ["0", "1"]

@@ -1,4 +1,4 @@
-"""User code that tries to end the process, at every place where it is called: the run ends, and names the place."""
+"""User code that tries to end the process, at every place where it is called: the error names the place."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def leave(how: str) -> None:
-    """Ends the process, as well as it can."""
+    """Tries to end the process."""
     if how == "exit":
         sys.exit(0)
     if how == "interrupt":
@@ -31,7 +31,7 @@ def leave(how: str) -> None:
 
 
 class Leaving(TinyEnvironment):
-    """Leaves at one place, once it has been there a number of times."""
+    """Tries to end the process at one place, after a number of calls there."""
 
     def __init__(self, place: str, how: str, after: int = 0) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ NAMES = {
 @pytest.mark.parametrize(("number", "place", "after", "error"), [(n, *place) for n, place in enumerate(PLACES)])
 def test_a_run_whose_user_code_leaves_ends_and_names_the_place(tiny_model, tmp_path, number, place, after, error):
     how = list(WORDS)[number % len(WORDS)]
-    # A turn that runs out of tokens is not answered: the engine of that place ends each.
+    # The environment does not respond to a truncated turn, so the engine of that place ends every turn.
     engine = RecordedEngine() if place == "step_rollout" else TinyEngine()
     environment = Leaving(place, how, after)
     data = make_data(make_module(tiny_model), engine, environment, batch_size=2, steps_per_epoch=1)
@@ -139,7 +139,7 @@ def test_a_run_whose_user_code_leaves_ends_and_names_the_place(tiny_model, tmp_p
 
 
 def leaving_scheduler(optimizer: Optimizer) -> LRScheduler:
-    """A learning-rate schedule that leaves at its first step."""
+    """A learning-rate schedule that tries to end the process at its first step."""
 
     def factor(step: int) -> float:
         return leave("exit") if step else 1.0

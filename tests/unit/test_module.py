@@ -42,7 +42,7 @@ OBJECTIVES = {
 def step_gradient(module, samples, num_micro_batches: int, padding: int = 0, shares=False) -> list[torch.Tensor]:
     """The gradient that one optimizer step sees: the sum over its micro-batches.
 
-    The old logprobs are half way to the sampler's, so that ratios and sampler weights lie on both sides of their bounds.
+    The old logprobs are half way to the sampler's, so that ratios and sampler weights are on both sides of their bounds.
     """
     module.zero_grad()
     for batch in make_batches(
@@ -57,7 +57,7 @@ def step_gradient(module, samples, num_micro_batches: int, padding: int = 0, sha
 
 
 def padded(batch, columns: int):
-    """The batch with more columns on the right, in which everything but the mask is filled with nonsense."""
+    """The batch with additional columns on the right, filled with arbitrary values except for the mask."""
     nonsense = {torch.int64: 7, torch.float32: 3.5, torch.bool: False}
     tensors = {
         name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor) and value.ndim == 2
@@ -102,7 +102,7 @@ def test_the_gradient_is_the_same_for_any_split_order_padding_and_shared_prefix(
         (samples, 1, 0, True),
         (shuffled, 3, 0, True),
         (samples, 2, 6, True),
-    ]  # one group of ten, halved as need be
+    ]  # one group of ten, halved as needed
     for split in [*splits, *shared]:
         for got, expected in zip(step_gradient(module, *split), whole, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * largest)
@@ -199,7 +199,7 @@ def test_two_ranks_end_with_the_weights_and_figures_of_one(tiny_model, tmp_path,
 
 
 def test_two_ranks_that_drop_groups_unevenly_go_on_together(two_ranks):
-    """Each rank refills its own share and drops what still has no spread; both take the same steps, also where all is dropped."""
+    """Each rank refills its own share and drops groups without spread; both take the same steps, also if all are dropped."""
     refilled, skipped = (list(csv.DictReader((two_ranks / n / "metrics.csv").open())) for n in ("refilled", "skipped"))
     assert len(refilled) == len(skipped) == 3
     assert all(float(row["rollout/dropped_groups"]) > 0 for row in refilled)
@@ -209,7 +209,7 @@ def test_two_ranks_that_drop_groups_unevenly_go_on_together(two_ranks):
 
 
 def test_a_run_learns(tiny_model, tmp_path):
-    """The sign of everything from reward to optimizer at once: more of what is rewarded, 20 steps on."""
+    """Tests all signs from reward to optimizer: after 20 steps, rewarded tokens are more frequent."""
     torch.manual_seed(0)
     module = make_module(tiny_model)
     data = make_data(module, TinyEngine(), batch_size=5, steps_per_epoch=20)
@@ -260,7 +260,7 @@ def test_rollouts_of_other_weights_are_refused(tiny_model):
 
 
 def test_a_plugin_that_rounds_the_trained_weights_is_refused(tiny_model, tmp_path):
-    """Whatever it calls itself; Lightning's own are refused by their name before the engine starts."""
+    """Independent of its name; Lightning's own strategies are refused by name before the engine starts."""
 
     class Rounds(Precision):
         def convert_module(self, module):
@@ -272,7 +272,7 @@ def test_a_plugin_that_rounds_the_trained_weights_is_refused(tiny_model, tmp_pat
 
 
 def test_a_strategy_that_does_not_average_over_all_ranks_is_refused(tiny_model, monkeypatch):
-    """Lightning's own ModelParallelStrategy takes the ranks of a machine for parts of one model."""
+    """Lightning's own ModelParallelStrategy treats the ranks of a machine as parts of one model."""
     module = make_module(tiny_model)
     module._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: 1)}
     module._trainer = SimpleNamespace(world_size=2)
@@ -329,8 +329,8 @@ def test_a_tools_tokens_are_context_and_their_labels_are_nothing(tiny_model):
     (changed,) = make_batches(split_balanced([other], 1), StepInfo(0, count_denominators([other], 8), 0))
     changed_loss, changed_logprobs = loss_and_scores(module, changed)
     assert changed_loss != loss
-    assert changed_logprobs[1:3].equal(logprobs[1:3])  # what came before the tool
-    assert not changed_logprobs[6:].isclose(logprobs[6:]).any()  # what came after it
+    assert changed_logprobs[1:3].equal(logprobs[1:3])  # the part before the tool
+    assert not changed_logprobs[6:].isclose(logprobs[6:]).any()  # the part after it
 
     labels = batch.labels.clone()
     labels[0, 3:6] = torch.tensor([31, 32, 33])

@@ -1,4 +1,4 @@
-"""What a process started does not outlive it, in whatever session it is and whatever it ignores."""
+"""The processes that a process started end with it, also in other sessions and if they ignore signals."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 from fuchsia_pl import orphans, scratch
 
 ROOT = Path(__file__).parents[2]
-# A family of four: a child that ignores SIGTERM, in a session of its own, under another title; its child; and a child of
+# Four processes: a child that ignores SIGTERM, in another session, under another title; its child; and a child of
 # multiprocessing that holds shared memory; beside a folder in each place.
 FAMILY = """
 import os, signal, subprocess, sys, time
@@ -55,7 +55,7 @@ def test_a_family_is_gone_within_ten_seconds_of_the_kill_of_its_parent():
         assert all(Path(file).exists() for file in files)
         assert (
             len(pids) == 4
-        )  # the stubborn one, its child, the watcher (one, though twice asked for), and Python's own tracker
+        )  # the child that ignores SIGTERM, its child, the watcher (one, although started twice), and Python's own tracker
         parent.kill()
         parent.wait()
         wait_for_the_end_of(pids)
@@ -97,7 +97,7 @@ def test_a_process_and_all_that_it_started_are_ended():
 
 
 def test_a_process_knows_whether_its_parent_is_of_its_run():
-    """Though by then it has put its own name in place of its parent's."""
+    """Although by then its own name has replaced that of its parent."""
     child = "from fuchsia_pl import orphans; orphans.watch(); print(orphans.parent_in_run())"
     parent = (
         f"import os, subprocess, sys; from fuchsia_pl import orphans; orphans.watch(); run = [sys.executable, '-c', {child!r}]; "

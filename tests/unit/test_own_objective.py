@@ -1,4 +1,4 @@
-"""Training with an advantage and a surrogate of one's own."""
+"""Training with a user's own advantage and surrogate."""
 
 import torch
 
@@ -8,12 +8,12 @@ from tests.doubles import make_data, make_module, make_trainer
 
 
 def copied_advantage(inputs, over_ranks):
-    """`group_norm`, written again."""
+    """A copy of `group_norm`."""
     return inputs.per_token(advantages.group_norm_advantages(inputs.rewards)), None
 
 
 def copied_loss(inputs):
-    """`clip` without the dual clip, written again."""
+    """A copy of `clip` without the dual clip."""
     ratio, settings = inputs.log_ratio.exp(), inputs.settings
     bounded = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     gain = torch.minimum(ratio * inputs.advantages, bounded * inputs.advantages)

@@ -1,4 +1,4 @@
-"""What a phase of rollouts becomes: several updates, a skipped step, refills, and the trainer's word on rollouts."""
+"""Phases of rollouts: several updates, a skipped step, refills, and the trainer's signals."""
 
 import json
 from itertools import groupby
@@ -55,18 +55,18 @@ def test_a_batch_is_used_for_several_updates_and_sampled_again_after_a_sync(tiny
     for first in (0, 2, 6):
         tokens = sum(int(batch.loss_mask.sum()) for batch in sync.batches[first : first + 2])
         assert {batch.step.denominators.num_forward_tokens for batch in sync.batches[first : first + 2]} == {tokens}
-    # at the first update the policy is the one that sampled; then it moves away, and the ratio says so
+    # at the first update the policy is the one that sampled; then the ratio shows that it has changed
     fractions = [step["train/clip_fraction"] for step in sync.metrics]
     assert fractions[0] == fractions[3] == 0.0
     assert fractions[2] > 0.0
-    # the gap is of the policy that sampled, at every update
+    # the gap is that of the policy that sampled, at every update
     gaps = [step["train/logprob_gap"] for step in sync.metrics]
     assert gaps[0] == pytest.approx(gaps[2])
 
 
 def test_the_samplers_logprobs_as_denominator_clip_where_it_disagrees_and_the_trainers_do_not(tiny_model, tmp_path):
     class Biased(TinyEngine):
-        """Says that everything was twice as probable as it was."""
+        """Reports twice the true probability for every token."""
 
         async def generate(self, prompt_ids, sampling):
             from dataclasses import replace
@@ -203,7 +203,7 @@ def test_groups_without_spread_are_refilled_counted_and_logged(tiny_model, tmp_p
         assert all(index % 2 == 0 for index in trained)
         assert all(index % 2 == 1 for index in dropped)
         assert len(own) == 4 * (len(trained) + len(dropped))
-        for index in trained | dropped:  # no group was torn apart: four siblings with one prompt
+        for index in trained | dropped:  # no group was split: four siblings with one prompt
             siblings = [line for line in own if line["item_index"] == index]
             assert sorted(line["sibling"] for line in siblings) == [0, 1, 2, 3]
             assert len({tuple(line["prompt_ids"]) for line in siblings}) == 1
@@ -254,7 +254,7 @@ def test_a_kl_in_the_reward_lowers_what_is_learned_from_and_is_logged(tiny_model
     without = fit(tiny_model, tmp_path / "b", LossConfig(loss_type))
     assert float(with_kl[3].callback_metrics["train/kl"]) != 0.0
     assert "train/kl" not in without[3].callback_metrics
-    # at step 0 the policy is the reference: the same update; afterwards they part
+    # at step 0 the policy is the reference: the same update; afterwards the weights differ
     pairs = [list(zip(a, b, strict=True)) for a, b in zip(with_kl[1].weights, without[1].weights, strict=True)]
     assert all(torch.equal(a, b) for a, b in pairs[1])
     assert not all(torch.equal(a, b) for a, b in pairs[2])

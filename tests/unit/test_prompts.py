@@ -1,4 +1,4 @@
-"""The prompts of a run: its chat template, its date, and what its settings make of text."""
+"""The prompts of a run: its chat template, its date, and its settings for text."""
 
 from datetime import datetime
 
@@ -17,7 +17,7 @@ LONG_AGO = datetime(2021, 9, 30, 23, 59)
 
 
 class Prompts(Callback):
-    """Keeps the prompt and its ids of every rollout that is trained on."""
+    """Keeps the prompt and the prompt ids of every trained rollout."""
 
     def __init__(self):
         self.texts, self.ids = set(), set()

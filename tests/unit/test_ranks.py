@@ -1,4 +1,4 @@
-"""Several ranks: real processes over gloo, on rollouts that are the same everywhere. What they run stands in `tests/ranks.py`."""
+"""Several ranks: real processes over gloo, on the same rollouts in every process. `tests/ranks.py` contains the runs."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def errors_of(done: subprocess.CompletedProcess[str]) -> str:
-    """What all ranks said, less the frames of their tracebacks: the first to fail is the one to read about."""
+    """Output of all ranks without the frames of tracebacks; that of the first rank to fail is the relevant one."""
     return "\n".join(line for line in done.stderr.splitlines() if not re.match(r"(\[rank\d\]:)?  ", line))
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_holds_what_was_trained_and_no_more(trained, strategy):
 
 
 def check_that_a_folder_is_read_before_it_is_loaded(folder: Path, root: Path) -> None:
-    """Its index and the parts it names; a pickle in either runs no code."""
+    """Its index and the parts that the index names; a pickle in either runs no code."""
     assert read_checkpoint(folder)["global_step"] == 5
     index, touched = pickle.loads((folder / ".metadata").read_bytes()), root / "touched"
     name = next(name for name in index.state_dict_metadata if name.startswith("state_dict."))
@@ -182,7 +182,7 @@ def test_a_nan_on_one_rank_is_skipped_or_stops_all_of_them_and_reaches_no_file(t
             recorded = [read_step(tmp_path / what / f"recorded/step-2.pt.rank{rank}") for rank in (0, 1)]
             assert recorded[0].weights.keys() == recorded[1].weights.keys()
             assert [step.losses.isfinite().all().item() for step in recorded] == [True, what == "gradient"]
-            # What was poisoned lay behind the loss, so each rank's own losses are found again.
+            # The NaN is injected after the loss, so each rank's own losses are reproduced.
             for step in recorded[: 2 if what == "gradient" else 1]:
                 replayed = replay_step(step, tmp_path)
                 assert (replayed.same_losses, replayed.same_gradients) == (True, None)

@@ -91,7 +91,8 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
     save_one_step(tiny_model, tmp_path)
     module = make_module(tiny_model, r=2)
     with pytest.raises(
-        ValueError, match=r"names or shapes differ: policy.* is \(4, \d+\) and should be \(2, .*config.yaml of the run"
+        ValueError,
+        match=r"names or shapes differ: policy.* has shape \(4, \d+\) instead of \(2, .*config.yaml of the run",
     ):
         make_trainer(tmp_path, max_steps=2).fit(module, datamodule=make_data(module), ckpt_path=tmp_path / "x.ckpt")
 

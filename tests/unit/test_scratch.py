@@ -1,4 +1,4 @@
-"""Files of dead processes go, those of living ones, of other users and of other machines stay."""
+"""Files of ended processes are removed; those of running ones, of other users and of other machines are kept."""
 
 import mmap
 import os
@@ -58,7 +58,7 @@ def test_what_a_dead_process_left_is_removed_and_nothing_else(places, monkeypatc
     assert Path(in_memory.name).exists()
     assert link.is_symlink()
     assert len(list((places / "tmp").iterdir())) == 3 + 1 + 1  # others, mine, the link
-    # As another user it would touch nothing.
+    # As another user it would change nothing.
     dead = "-".join([*parts[:4], "1", "x", "y"])
     (places / "tmp" / dead).mkdir()
     monkeypatch.setattr(os, "getuid", lambda: 12345)
@@ -72,7 +72,7 @@ def test_an_id_that_is_used_again_is_another_process(places):
 
 
 def test_the_shared_memory_that_a_folder_names_goes_with_it(places):
-    """But for a segment that has taken the name of one that is gone."""
+    """Except for a segment with the name of a removed one."""
     folder = places / "tmp" / f"{scratch.owner_name().rpartition('-')[0]}-1-vllm-x"
     folder.mkdir()
     (places / "shm/psm_a").touch()
@@ -84,7 +84,7 @@ def test_the_shared_memory_that_a_folder_names_goes_with_it(places):
 
 
 def test_shared_memory_that_a_living_process_has_mapped_stays(places):
-    """The dead one had mapped it, but need not have made it."""
+    """The ended process had mapped it, but may not have created it."""
     folder = places / "tmp" / f"{scratch.owner_name().rpartition('-')[0]}-1-vllm-x"
     folder.mkdir()
     inodes = {}
@@ -103,7 +103,7 @@ def test_shared_memory_that_a_living_process_has_mapped_stays(places):
 def test_where_nothing_tells_who_lives_nothing_is_removed(places, monkeypatch):
     monkeypatch.setattr(scratch, "PROC", places / "proc")
     living = scratch.scratch_folder("sync")
-    assert "-0-sync-" in living.name  # no start to tell it by
+    assert "-0-sync-" in living.name  # no start in its name
     assert scratch.remove_left_behind() == []
     assert Path(living.name).exists()
 

@@ -63,14 +63,14 @@ def script(folder, engine) -> Trainer:
 
 
 def num_steps_in(folder) -> dict[int, int]:
-    """The number of lines of each step in the log of the rollouts."""
+    """Number of lines by step in the log of rollouts."""
     steps = [json.loads(line)["step"] for line in (folder / "rollouts.jsonl").open()]
     return {step: steps.count(step) for step in steps}
 
 
 @pytest.mark.parametrize("runs_loop", [False, True], ids=["script", "notebook"])
 def test_the_script_of_the_readme_syncs_and_logs(tiny_model, tmp_path, monkeypatch, runs_loop):
-    """Lightning's own defaults: a logger, a bar, a checkpoint per epoch, 2 held-out items before training."""
+    """Lightning's own defaults: a logger, a progress bar, a checkpoint per epoch, 2 held-out items before training."""
     monkeypatch.chdir(tmp_path)
     engine = TinyEngine()
 

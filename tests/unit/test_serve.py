@@ -1,4 +1,4 @@
-"""`fuchsia serve`: what it makes of a run's configs, read by vLLM's own parser."""
+"""`fuchsia serve`: the options that it derives from a run's configs, read by vLLM's own parser."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ COLOCATED = "fuchsia_pl.engines.vllm_colocated.VLLMColocatedEngine"
 
 
 class StartedError(Exception):
-    """Raised in place of the process that would take this one's place."""
+    """Raised instead of replacing this process."""
 
 
 def start_nothing(*command) -> None:
@@ -216,7 +216,7 @@ def test_a_port_that_cannot_be_listened_on_is_told_before_anything_is_read(monke
 
 
 def test_the_process_becomes_the_server(tmp_path, tiny_model):
-    """With a module in the server's place: signals reach it and its exit code is the command's."""
+    """With a module instead of the server: it receives signals, and its exit code is that of the command."""
     stand_in = tmp_path / "vllm/entrypoints/openai/api_server.py"
     stand_in.parent.mkdir(parents=True)
     for folder in (stand_in.parent, *stand_in.parent.parents[:2]):

@@ -1,4 +1,4 @@
-"""Two ranks, each with a server of its own: when one of them has none left, both end."""
+"""Two ranks, each with its own server: if one rank has no server left, both end."""
 
 import os
 import subprocess

@@ -10,7 +10,7 @@ from tests.doubles import RecordedEngine, TinyEngine, make_data, make_module, ma
 
 
 class Watch(AdapterSync):
-    """Notes the versions that each step trains on and when it ends; may make training slow."""
+    """Records the versions that each step trains on and the time of its end; can slow training down."""
 
     def __init__(self, seconds: float = 0.0, tolerance: float = 100.0) -> None:
         super().__init__(tolerance)
@@ -50,7 +50,7 @@ def test_one_step_of_staleness_samples_each_batch_with_the_weights_before(tiny_m
 
 
 def test_the_next_phase_is_sampled_while_this_one_is_trained(tiny_model, tmp_path):
-    """How long that takes is measured by `make bench`."""
+    """`make bench` measures the duration."""
     began: list[float] = []
 
     class Noting(RecordedEngine):
@@ -67,7 +67,7 @@ def test_the_next_phase_is_sampled_while_this_one_is_trained(tiny_model, tmp_pat
 
 @pytest.mark.parametrize("staleness", [2, 3])
 def test_no_version_is_older_than_allowed_however_long_things_take(tiny_model, tmp_path, staleness):
-    """Random durations of both sides."""
+    """Random durations of sampling and training."""
     numbers = random.Random(staleness)
 
     class Uneven(RecordedEngine):
@@ -95,7 +95,7 @@ def test_the_bound_is_met_where_training_is_the_slower_side(tiny_model, tmp_path
 
 
 class Older(TinyEngine):
-    """Says of every third completion that a policy some steps older sampled it."""
+    """Reports a policy version some steps older for every third completion."""
 
     def __init__(self, steps: int, every: int = 3) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_rollouts_in_flight_end_before_new_weights_come_or_go_on_with_them(tiny_
     engine = Counting(seconds=0.5)
     fit(tiny_model, tmp_path, engine, Watch(), num_steps=3, max_staleness=1, in_flight=in_flight)
     assert engine.spec.loads_in_flight == (in_flight == "continue")
-    # Version 0 comes before anything, 1 and 2 while the next phase is sampled, and 3 after the last.
+    # Version 0 is loaded before sampling, 1 and 2 while the next phase is sampled, and 3 after the last phase.
     assert [number > 0 for number in at_loads] == [False, *[in_flight == "continue"] * 2, False]
 
 

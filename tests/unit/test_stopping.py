@@ -1,4 +1,4 @@
-"""Runs that are told to end, in every phase, in real processes; what those run stands in `tests/stopped.py`."""
+"""Runs that receive a signal to end, in every phase, in real processes; `tests/stopped.py` contains the runs."""
 
 import json
 import os
@@ -43,7 +43,7 @@ data:
   environment: {class_path: tests.stopped.SignalledEnvironment}
   engine: {class_path: tests.stopped.SignalledEngine}
 """
-# Where the signal comes; its name; what else; the exit code; the step of the checkpoint, None where there is none.
+# Point of the signal; its name; further options; the exit code; the step of the checkpoint, None without one.
 SCENES = {
     "conversion": ("conversion", 0, "SIGTERM", {}, 143, None),
     "preparation": ("preparation", 0, "SIGINT", {}, 130, None),
@@ -64,7 +64,7 @@ TIMEOUT_S = 300.0
 
 
 class Runs:
-    """The results of all scenes, and of a run that nothing disturbs."""
+    """The results of all scenes, and of an undisturbed run."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
@@ -178,7 +178,7 @@ def test_a_run_that_did_not_end_by_itself_is_no_success(runs):
 
 @pytest.fixture
 def trainer():
-    """What the callback knows of one, of one rank."""
+    """A trainer with one rank, as far as the callback uses it."""
     return SimpleNamespace(
         is_global_zero=True, strategy=SimpleNamespace(launcher=None), state=SimpleNamespace(fn=None), callbacks=[]
     )
@@ -186,7 +186,7 @@ def trainer():
 
 @pytest.mark.parametrize("asked", [None, signal.SIGTERM])
 def test_signals_are_given_back_and_forgotten_where_no_command_had_them(trainer, asked):
-    """A notebook goes on after a fit that failed or was stopped."""
+    """A notebook continues after a fit that failed or was stopped."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     callback = StopSignals(usr1=True)
     callback.check_run(trainer)
@@ -200,14 +200,14 @@ def test_signals_are_given_back_and_forgotten_where_no_command_had_them(trainer,
     assert {k: v for k, v in vars(stopping).items() if k not in kept} == {
         k: v for k, v in vars(type(stopping)()).items() if k not in kept
     }
-    callback.check_run(trainer)  # the next is as new
+    callback.check_run(trainer)  # the next one has a fresh state
     with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
     callback.on_exception(trainer, None, Stopped(signal.SIGTERM))
 
 
 def test_saving_has_its_own_time(trainer):
-    """A step that is trained has `grace_s`; a save within training, and all after it, more."""
+    """A step in progress has `grace_s`; a save during training, and everything after it, has more."""
     callback = StopSignals(grace_s=7.0)
     callback.check_run(trainer)
     try:

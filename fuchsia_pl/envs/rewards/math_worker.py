@@ -14,7 +14,7 @@ def main() -> None:
     """Replies to requests until the parent process closes the pipe."""
     timeout_s = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    # The parent process kills a comparison at its time limit. If the parent is gone, the alarm does.
+    # The parent process kills a comparison at its time limit. If the parent has ended, the alarm kills it.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, timeout_s + 1.0)

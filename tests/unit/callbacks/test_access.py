@@ -1,4 +1,4 @@
-"""What callbacks get of a run, and the errors that name what they require."""
+"""Access of callbacks to a run, and the errors that name their requirements."""
 
 import pytest
 from lightning.pytorch import Trainer

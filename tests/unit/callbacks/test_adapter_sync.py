@@ -38,7 +38,7 @@ def test_the_first_step_after_a_resume_is_synced_before_it_is_sampled(tiny_model
 
 
 def test_an_engine_that_ignores_the_adapter_is_found_at_once(tiny_model, tmp_path):
-    """The gap of one small step is far within the tolerance: only the probe sees it."""
+    """The gap of one small step is far within the tolerance: only the probe detects the fault."""
     engine = TinyEngine(applied=0.0)
     with pytest.raises(SyncError, match=r"applies -?0.0\d of the adapter .* policy version 1\b"):
         fit(tiny_model, tmp_path, engine, AdapterSync(tolerance=10.0))
@@ -53,7 +53,7 @@ def test_an_engine_that_applies_it_twice_is_found_at_once(tiny_model, tmp_path):
 def test_an_adapter_without_effect_is_probed_a_bounded_number_of_times(
     tiny_model, tmp_path, monkeypatch, caplog, beta, num_forwards
 ):
-    """A probe costs the reference's forward of one micro-batch, and none where the loss asks for it in each."""
+    """A probe runs the reference on one micro-batch, or not at all if the loss runs it on every one."""
     monkeypatch.setattr("fuchsia_pl.callbacks.adapter_sync.MAX_PROBES", 2)
     probes = []
     original = Policy.evaluated_output

@@ -1,4 +1,4 @@
-"""Numbers that are not finite are injected for real; none of them reaches the weights or a file."""
+"""Injected numbers that are not finite reach neither the weights nor a file."""
 
 import csv
 import errno
@@ -24,7 +24,7 @@ from tests.doubles import make_data, make_module, make_trainer
 
 
 class Poison(Callback):
-    """Writes a number into what is trained, in some steps."""
+    """Writes a number into a gradient or into the optimizer state in some steps."""
 
     def __init__(self, what: str, number: float, *steps: int) -> None:
         self.what, self.number, self.steps = what, number, steps
@@ -116,7 +116,7 @@ def test_a_step_with_a_number_that_is_not_finite_is_skipped_and_counted(tiny_mod
     assert [float(row["train/skipped"]) for row in rows(tmp_path)] == [0.0, 1.0, 0.0]
     # Two micro-batches a step: the weights at the start of each step, and at the end.
     first, second, third, end = (poison.weights[place] for place in (0, 2, 4, 6))
-    assert all(torch.equal(a, b) for a, b in zip(second, third, strict=True))  # no momentum moved them either
+    assert all(torch.equal(a, b) for a, b in zip(second, third, strict=True))  # momentum did not move them either
     assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(third, end, strict=True))
     assert all(weight.isfinite().all() for weight in end)
@@ -124,7 +124,7 @@ def test_a_step_with_a_number_that_is_not_finite_is_skipped_and_counted(tiny_mod
 
 
 def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole(tiny_model, tmp_path):
-    # Steps 1 and 3 to 5 of 10, counted from 0: a good step between them starts the count anew.
+    # Steps 1 and 3 to 5 of 10, counted from 0: a good step between them resets the count.
     with pytest.raises(
         NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*phase 3 of this kind in a row"
     ):
@@ -141,7 +141,7 @@ def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole
 
 
 def test_the_updates_of_a_phase_train_the_same_rollouts_and_count_as_one(tiny_model, tmp_path):
-    # Phases of four steps: a bad one, a good step and three bad ones, and two bad ones, the last of which begins with step 13.
+    # Phases of four steps: a bad one, a good step and three bad ones, and two bad ones; the last phase begins with step 13.
     poison, loss = Poison("gradient", math.nan, *range(4), *range(5, 16)), LossConfig(num_policy_updates=4)
     with pytest.raises(NonFiniteError, match=r"^step 13: .*phase 3 of this kind in a row"):
         fit(tiny_model, tmp_path, poison, loss=loss, steps_per_epoch=16, max_steps=16)

@@ -77,7 +77,7 @@ def test_one_side_is_moved_off_before_the_other_is_loaded(tiny_model, tmp_path, 
     assert in_order(calls) == [
         "sleep",  # before Lightning moves the model to the device
         *(*TO_ENGINE, "load 0", "generate", *TO_TRAINER),
-        *(*TO_ENGINE, "load 2", "generate", *TO_TRAINER),  # what is sampled here is held out, then trained on
+        *(*TO_ENGINE, "load 2", "generate", *TO_TRAINER),  # samples held-out items here, then items to train on
         *(*TO_ENGINE, "load 4", "generate"),
     ]
 
@@ -195,7 +195,7 @@ def test_settings_without_a_shared_device_are_refused_before_the_engine_starts(
 
 
 def trained_policy(tiny_model, **settings) -> tuple[Policy, torch.optim.Optimizer]:
-    """A policy with gradients, and an optimizer that has state of it."""
+    """A policy with gradients, and an optimizer with state of it."""
     policy = Policy(PolicyConfig(str(tiny_model), dtype="float32", **settings), tiny_model, with_reference=True)
     optimizer = torch.optim.AdamW(policy.trainable_parameters())
     for parameter in policy.trainable_parameters():

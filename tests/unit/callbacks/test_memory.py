@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system, and a run of many steps takes no more of it than one of few."""
+"""Freed memory returns to the system, and a run of many steps needs no more memory than one of few."""
 
 import csv
 import subprocess
@@ -16,17 +16,17 @@ MB = 2**20
 
 
 def test_what_was_freed_between_blocks_in_use_is_returned():
-    blocks = [bytearray(60_000) for _ in range(4000)]  # below the size from which glibc maps each on its own
+    blocks = [bytearray(60_000) for _ in range(4000)]  # below the size from which glibc maps each block separately
     kept, before = blocks[::2], resident_bytes()
     del blocks
-    assert resident_bytes() > before - 10 * MB  # in the process still, as holes
+    assert resident_bytes() > before - 10 * MB  # still in the process, as free blocks
     return_freed()
     assert resident_bytes() < before - 80 * MB
     assert len(kept) == 2000
 
 
 def test_other_ranks_are_left_out_with_what_they_started():
-    """A process with a child, both with 100 MB more than Python takes."""
+    """A process with a child, each with 100 MB in addition to Python's own memory."""
     grow = f"import subprocess, sys; kept = b'x' * {100 * MB}; "
     child = f"{grow} print(flush=True); input()"
     rank = subprocess.Popen(
@@ -55,7 +55,7 @@ def test_sixty_steps_take_the_memory_of_twenty(tiny_model, tmp_path):
     used = fit(tiny_model, tmp_path, MemoryReport(), 60)
     assert len(used) == 60
     first, last = used[20:30], used[50:]
-    assert sum(last) / 10 - sum(first) / 10 < 10.0  # MB; a step that kept 0.4 MB would show
+    assert sum(last) / 10 - sum(first) / 10 < 10.0  # MB; a step that kept 0.4 MB would exceed it
 
 
 @pytest.mark.parametrize("returns", [True, False])

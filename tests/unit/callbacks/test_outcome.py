@@ -1,4 +1,4 @@
-"""Warnings of a run that cannot learn, or has not; and what loggers get to know of it."""
+"""Warnings of a run that cannot learn or has not learned, and the hyperparameters that loggers receive."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def warnings_of(caplog) -> list[str]:
 
 @pytest.mark.parametrize(("lr", "enabled", "is_low"), [(9e-7, True, True), (1e-6, True, False), (9e-7, False, False)])
 def test_a_rate_too_low_for_an_adapter_is_told(tiny_model, tmp_path, caplog, lr, enabled, is_low):
-    """With all weights trained, such rates are usual. A warm-up begins at 0, which is no low rate."""
+    """With all weights trained, such rates are usual. A warm-up begins at 0, which does not count as a low rate."""
     module = make_module(tiny_model, optimizer=partial(torch.optim.AdamW, lr=lr), enabled=enabled)
     module.lr_scheduler = partial(TransformersSchedule, name="constant_with_warmup", num_warmup_steps=2)
     make_trainer(tmp_path, Outcome(), max_steps=1).fit(module, datamodule=make_data(module))
@@ -95,11 +95,11 @@ def test_loggers_get_what_runs_are_compared_by_and_no_secrets(tiny_model, tmp_pa
     assert found["model"]["name"] == str(tiny_model)
     assert (found["model"]["lora"]["r"], found["model"]["dtype"]) == (4, "float32")
     assert (found["objective"]["loss_type"], found["objective"]["beta"]) == ("dapo", 0.5)
-    assert found["objective"]["clip_high"] == 0.28  # what the preset made of it
+    assert found["objective"]["clip_high"] == 0.28  # the value of the preset
     assert (found["optimizer"]["class"], found["optimizer"]["lr"]) == (
         "AdamW",
         3e-4,
-    )  # not the 0 that a warm-up begins with
+    )  # not the 0 at the start of a warm-up
     assert found["lr_scheduler"] == "TransformersSchedule"
     assert found["data"]["sampling"]["group_size"] == 4
     assert (found["data"]["batch_size"], found["data"]["seed"], found["data"]["engine"]) == (5, 7, "Served")

@@ -1,4 +1,4 @@
-"""The rehearsal of the longest rows leaves no trace, and the memory plan counts what the run takes."""
+"""The rehearsal of the longest rows has no side effects, and the memory plan counts the memory of the run."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ GB = 2**30
 
 
 class Order(Callback):
-    """Keeps what the trained weights, their gradients and torch's generator are when the first step begins."""
+    """Keeps the trained weights, their gradients and the state of torch's generator at the start of the first step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 0:
@@ -95,7 +95,7 @@ def test_the_plan_counts_what_there_is(tiny_model, tmp_path):
     whole = sum(p.numel() for p in module.policy.parameters())
     assert flight.plan.base_weights == 4 * (whole - trained)  # float32
     assert flight.plan.trained == 4 * 4 * trained  # weight, gradient, two moments
-    assert flight.plan.kv_cache == 0  # the tests' engine keeps none
+    assert flight.plan.kv_cache == 0  # the engine of the tests has no cache
     assert flight.plan.engine_weights == 4 * whole
     elsewhere = memory_plan(module.policy, VLLMServerEngine(["http://127.0.0.1:1"]), 0, torch.device("cpu"))
     assert (elsewhere.engine_weights, elsewhere.kv_cache, elsewhere.base_weights) == (0, 0, flight.plan.base_weights)

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what it says on the way."""
+"""Files of a run, and its console output."""
 
 import csv
 import io
@@ -52,7 +52,7 @@ EXPECTED_METRICS = {
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
-    """A run of 3 steps with 2 micro-batches each and everything that the command adds to it."""
+    """A run of 3 steps with 2 micro-batches each and all callbacks of the command."""
     root = tmp_path_factory.mktemp("run")
     report = ConsoleReport(every_n_steps=2)
     report.console = Console(file=io.StringIO(), width=200)
@@ -159,7 +159,7 @@ def test_the_last_checkpoints_stay_whole(tiny_model, tmp_path, monkeypatch, keep
 
 
 class InPlace(TorchCheckpointIO):
-    """Writes into the file that is there."""
+    """Writes into the existing file."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         Path(path).parent.mkdir(exist_ok=True)
@@ -202,7 +202,7 @@ def test_a_later_run_in_the_same_folder_keeps_what_is_whole(tiny_model, tmp_path
     last = tmp_path / "checkpoints/last.ckpt"
     assert fit(2) == ["last.ckpt", "step-1.ckpt"]
     assert fit(3, ckpt_path=last) == ["last.ckpt", "step-2.ckpt"]
-    last.write_bytes(b"")  # an empty one takes no good one's place
+    last.write_bytes(b"")  # an empty file does not replace a good one
     assert fit(1) == ["last.ckpt", "step-2.ckpt"]
     assert read_checkpoint(last.with_name("step-2.ckpt"))["global_step"] == 2
 

@@ -1,4 +1,4 @@
-"""An average of the trained weights: its values by hand, who gets it, and that a resumed run goes on with both."""
+"""An average of the trained weights: its values by hand, its users, and a resumed run that continues with both."""
 
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ class Learned(Callback):
 
 
 class Received(TinyEngine):
-    """Keeps one tensor of each adapter that it gets, with its version."""
+    """Keeps one tensor and the version of each adapter that it loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Received(TinyEngine):
 
 
 def first(folder: Path) -> str:
-    """The name of one B, which starts at 0 and then learns."""
+    """The name of one B, which is 0 before training."""
     return next(name for name in sorted(load_file(folder / "adapter_model.safetensors")) if "lora_B" in name)
 
 
@@ -111,7 +111,7 @@ def test_held_out_items_are_sampled_with_the_average_and_training_goes_on_with_t
 
 
 def test_figures_of_the_run_are_those_of_its_checkpoint(tiny_model, tmp_path):
-    """Also without the callback; the raw weights have other ones."""
+    """Also without the callback; the metrics of the raw weights are different."""
     _, trainer = fit(tiny_model, tmp_path, WeightAverage(0.9))
     within = float(trainer.callback_metrics["validation/reward/even"])
     module = make_module(tiny_model, optimizer=SGD)
@@ -154,13 +154,13 @@ def test_what_an_average_does_not_work_with_is_refused_before_the_engine_starts(
 
 
 class Swaps(Callback):
-    """Any callback that puts other weights in for validation: here, an adapter that does nothing."""
+    """A callback that replaces the weights for validation, here by an adapter without effect."""
 
     def on_validation_start(self, trainer, pl_module):
         self.kept = trained(pl_module)
         for name, parameter in pl_module.named_parameters():
             if "lora_B" in name:
-                parameter.data.zero_()  # no version counter of torch notices this
+                parameter.data.zero_()  # torch's version counters do not change
 
     def on_validation_epoch_end(self, trainer, pl_module):
         for name, parameter in pl_module.named_parameters():
@@ -170,7 +170,7 @@ class Swaps(Callback):
 
 @pytest.mark.parametrize("last", [False, True], ids=["before AdapterSync", "after it"])
 def test_whoever_swaps_weights_is_followed(tiny_model, tmp_path, last):
-    """The version stays the same: only the content shows it."""
+    """The version stays the same: only the content differs."""
     engine, module = Received(), make_module(tiny_model, optimizer=SGD)
     trainer = make_trainer(tmp_path, *([] if last else [Swaps()]), max_epochs=2, limit_val_batches=1.0)
     trainer.callbacks += [Swaps()] if last else []

@@ -1,4 +1,4 @@
-"""A class that takes another's place takes none of its arguments: optimizers, schedulers, environments, engines, loggers."""
+"""A class that replaces another gets none of its arguments: optimizers, schedulers, environments, engines, loggers."""
 
 import inspect
 import logging
@@ -17,7 +17,7 @@ OPTIMIZERS = [
     *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam"),
     *("RMSprop", "Rprop", "SGD", "SparseAdam"),
 ]
-# Each with the arguments that it cannot do without.
+# Each with its required arguments.
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "torch.optim.lr_scheduler.StepLR": {"step_size": 7},
     "torch.optim.lr_scheduler.MultiStepLR": {"milestones": [3, 5]},
@@ -31,7 +31,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 
 class Trained:
-    """Has the two Callable types that a module has."""
+    """Has the two Callable parameters of the module."""
 
     def __init__(
         self, optimizer: OptimizerCallable = torch.optim.AdamW, lr_scheduler: LRSchedulerCallable | None = None
@@ -51,7 +51,7 @@ def spec(class_path: str, arguments: dict[str, Any]) -> str:
 
 
 def result(parser: SuggestingParser, key: str, old: str, new: str, way: str) -> tuple[str, dict[str, Any]]:
-    """What a second config or option makes of a first config."""
+    """The settings after a second config or option changes a first config."""
     second = ["--config", f"{{model: {{{key}: {new}}}}}"] if way == "config" else [f"--model.{key}", new]
     with fresh_arguments():
         value = parser.parse_args(["--config", f"{{model: {{{key}: {old}}}}}", *second]).model[key]
@@ -115,7 +115,7 @@ def test_what_does_not_count_any_more_is_told(parser, caplog):
     }
     caplog.clear()
     result(parser, "optimizer", "torch.optim.AdamW", "torch.optim.SGD", "option")
-    assert not caplog.messages  # defaults were set by nobody
+    assert not caplog.messages  # nobody has set the defaults
 
 
 def test_what_is_set_after_the_change_counts(parser):

@@ -1,4 +1,4 @@
-"""The console script: what ends in one line, what in a traceback, and with which code."""
+"""The console script: one-line errors, tracebacks and exit codes."""
 
 import importlib
 import importlib.util

@@ -48,7 +48,7 @@ def test_losses_and_gradients_of_a_step_are_reproduced_bit_for_bit(tiny_model, t
     assert replayed.gradients.keys() == kept.gradients.keys()
     assert all(torch.equal(replayed.gradients[name], gradient) for name, gradient in kept.gradients.items())
     assert (replayed.same_losses, replayed.same_gradients) == (True, True)
-    # Another advantage is another step.
+    # Another advantage makes another step.
     content = torch.load(file, weights_only=True)
     content["batches"][0]["advantages"][0] += 0.5
     torch.save(content, file)
@@ -57,7 +57,7 @@ def test_losses_and_gradients_of_a_step_are_reproduced_bit_for_bit(tiny_model, t
 
 
 class Endless(TinyEnvironment):
-    """Rewards that are finite, and the norm of whose gradient is not."""
+    """Finite rewards with an infinite gradient norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Endless(TinyEnvironment):
 
 
 class Poisoned(Callback):
-    """Gives the second micro-batch a logprob that no sampler has."""
+    """Gives the second micro-batch an impossible sampling logprob."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 1:
@@ -82,7 +82,7 @@ def test_a_gradient_that_is_endless_as_a_whole_is_found_again(tiny_model, tmp_pa
     trainer.fit(module, datamodule=make_data(module, environment=Endless(), batch_size=2))
     assert replay([str(tmp_path / "recorded/step-1.pt")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    # Gradients of about 1e29 are float32 numbers, and the squares of which the norm is made are not.
+    # Gradients of about 1e29 fit into float32, but their squares, from which the norm is computed, do not.
     assert lines[0] == "step 1, recorded on cpu, computed on cpu in 32-true"
     assert lines[1] == "trained weights: 0 of 28 are not finite"
     assert [line.partition(":")[0] for line in lines[2:4]] == ["micro-batch 1", "micro-batch 2"]
@@ -142,7 +142,7 @@ def test_a_recorded_step_of_another_model_is_refused(tiny_model, tmp_path, monke
     torch.save(content, file)
     with pytest.raises(ConfigError, match=r"has other weights than the recorded step: model\..* is unexpected"):
         replay_step(read_step(file), tmp_path)
-    # A template is no part of it, and its file may be gone.
+    # The record contains no template, and the template's file may be gone.
     gone = {**settings, "policy": {**settings["policy"], "chat_template": str(tmp_path / "gone.jinja")}}
     torch.save({**content, "weights": weights, "settings": gone}, file)
     monkeypatch.setattr("fuchsia_pl.cli.replay.Trainer", lambda **given: pytest.fail(given["accelerator"]))

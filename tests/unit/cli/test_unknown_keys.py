@@ -1,4 +1,4 @@
-"""Unknown keys: all at once, each with the key that was meant, whoever's name it is."""
+"""Unknown keys: all are reported at once, each with the likely key, also for names of other programs."""
 
 import ast
 import dataclasses
@@ -14,12 +14,12 @@ from fuchsia_pl.cli.not_offered import NOT_OFFERED
 from tests.unit.test_cli import TINY
 
 CONFIGS_PAGE = (Path(__file__).parents[3] / "configs/README.md").read_text()
-# Of TRL before 1.0, and of transformers before 5: people still have them.
+# Names of TRL before 1.0 and of transformers before 5, which are still in use.
 OLD_TRL = {"modules_to_save", "torch_dtype", "max_prompt_length", "warmup_ratio", "bf16", "fp16"}
 
 
 class ParseOnly(FuchsiaCLI):
-    """Parses and makes nothing."""
+    """Parses without making objects."""
 
     def before_instantiate_classes(self) -> None: ...
 
@@ -30,7 +30,7 @@ class ParseOnly(FuchsiaCLI):
 
 @pytest.fixture
 def told(tmp_path, monkeypatch, capsys):
-    """The lines with which a command line, after the tiny config, is refused."""
+    """The error lines for a command line after the tiny config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fuchsia"])
     Path("tiny.yaml").write_text(TINY % "nowhere")
@@ -100,7 +100,7 @@ def test_names_from_elsewhere_are_answered_with_ours(told, key, ours):
 
 
 def test_an_argument_of_the_class_before_the_last_is_no_mistake(told):
-    """The engine of the first config has `seconds`; only what is unknown where it stands is told."""
+    """The engine of the first config has `seconds`; only keys that are unknown in their own place are reported."""
     words = [
         "--data.environment.init_args.num_items",
         "3",
@@ -146,7 +146,7 @@ def test_the_longest_name_decides():
 
 
 def test_every_field_of_trl_has_an_answer():
-    """Read from its source: to import TRL takes long."""
+    """The fields are read from the source, since importing TRL takes long."""
     from transformers import TrainingArguments
 
     (root,) = importlib.util.find_spec("trl").submodule_search_locations

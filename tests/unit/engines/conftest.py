@@ -1,4 +1,4 @@
-"""Engines on doubles of vLLM's server."""
+"""Fixtures for engines on doubles of vLLM's server."""
 
 import pytest
 

@@ -32,7 +32,7 @@ def write(tmp_path, layer: str = "model.layers.0.q_proj", **config):
 def test_merged_by_hand(tmp_path, use_rslora, scale):
     merged = dict(merged_weights(*write(tmp_path, use_rslora=use_rslora)))
     expected = torch.tensor([[1 + 3 * scale, 6 * scale], [4 * scale, 1 + 8 * scale]])
-    assert merged["model.layers.0.q_proj.weight"].dtype == torch.float32  # rounded by whoever serves it
+    assert merged["model.layers.0.q_proj.weight"].dtype == torch.float32  # the engine rounds it
     assert torch.equal(merged["model.layers.0.q_proj.weight"].float(), expected)
     assert torch.equal(merged["model.norm.weight"], torch.ones(2))
 

@@ -65,7 +65,8 @@ def test_a_server_that_was_taken_back_and_then_hangs_gives_up_requests_from_befo
         requests = [asyncio.ensure_future(engine.generate([1, 10 + n], SAMPLING)) for n in range(4)]
         while server.num_in_flight < 2:
             await asyncio.sleep(0.01)
-        engine._pool._drop(server, "one other request failed")  # as `complete` says it, without an end to the others
+        # As `complete` does after a failure; the other requests continue.
+        engine._pool._drop(server, "one other request failed")
         while not server.is_healthy:
             await asyncio.sleep(0.01)
         servers[0].health = "hang"
@@ -148,7 +149,7 @@ def test_when_no_server_is_left_the_run_ends_within_its_bound_and_says_what_to_d
 
 
 def test_servers_that_never_answer_completions_are_an_error_within_a_bound(servers, start, tmp_path):
-    """Their health is well, so they are readmitted again and again."""
+    """Their health checks succeed, so they are readmitted repeatedly."""
     engine = start(servers, timeout_s=0.3, recovery_timeout_s=0.3)
     load(engine, tmp_path, 0)
     for server in servers:

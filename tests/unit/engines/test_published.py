@@ -31,7 +31,7 @@ def test_the_name_says_version_and_content(tmp_path):
     ]
     assert len({first.name, *(other.name for other in others)}) == 4
     assert others[2].name.removeprefix("policy-4-") == first.name.removeprefix("policy-3-")
-    # A server may still have the same weights of an earlier run, whose folder is gone.
+    # A server may still have the same weights from the deleted folder of an earlier run.
     assert publish(write(tmp_path / "b"), 3, tmp_path / "elsewhere").name != first.name
     assert sorted(f.name for f in root.iterdir()) == sorted([first.name, *(other.name for other in others)])
 
@@ -52,7 +52,7 @@ def test_whole_weights_differ_by_any_of_their_files(tmp_path):
 
 
 def test_the_order_of_layers_is_no_content(tmp_path):
-    """PEFT writes them as its process's hashes have it, and every rank has its own."""
+    """PEFT writes them in the order of hashes, which differs between the processes of the ranks."""
     names = []
     for number, layers in enumerate((["q_proj", "v_proj"], ["v_proj", "q_proj"], ["q_proj", "k_proj"])):
         folder = write(tmp_path / str(number), target_modules=layers)
@@ -74,7 +74,7 @@ def test_another_rank_may_be_first(tmp_path, monkeypatch):
     exists = Path.exists
     seen = []
 
-    def not_yet(path: Path, **kwargs) -> bool:  # the first look at the folder is just too early
+    def not_yet(path: Path, **kwargs) -> bool:  # the first check of the folder is just too early
         if path == expected.folder and not seen:
             seen.append(path)
             return False

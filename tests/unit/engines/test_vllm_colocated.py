@@ -70,7 +70,7 @@ def make_spec(root, lora_rank: int = 5, num_ranks: int = 1) -> EngineSpec:
 
 
 class StoppedStartError(Exception):
-    """Raised in place of a start, once the arguments are known."""
+    """Raised instead of a start, once the arguments are known."""
 
 
 def started_with(monkeypatch, root, spec=None, **settings):

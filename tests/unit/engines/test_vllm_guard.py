@@ -1,4 +1,4 @@
-"""The guard of a server's paths, in front of vLLM's own application with every route that it has."""
+"""The guard of a server's paths, in front of vLLM's own application with all of its routes."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ def key(monkeypatch):
 
 @pytest.fixture
 def client(key):
-    """A small application; what reached it is in `client.reached`."""
+    """A small application; `client.reached` contains the requests that reached it."""
     reached = []
 
     async def answer(request):
@@ -119,7 +119,7 @@ def served(key, monkeypatch):
 
 
 def paths_of(routes) -> list[str]:
-    """Every path of an application, those of applications inside of it too."""
+    """Every path of an application, including those of mounted applications."""
     found = []
     for route in routes:
         found.append(route.path.replace("{", "").replace("}", ""))

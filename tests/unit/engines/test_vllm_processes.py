@@ -1,4 +1,4 @@
-"""What a start that is given up leaves of vLLM: nothing."""
+"""An abandoned start of vLLM leaves no process behind."""
 
 import multiprocessing
 import tempfile

@@ -1,4 +1,4 @@
-"""`VLLMServerEngine` against doubles of vLLM's server: what is asked and loaded, and what is refused."""
+"""`VLLMServerEngine` against doubles of vLLM's server: requests, loads and refusals."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ def test_the_logprobs_follow_each_load_though_the_prompt_is_cached(servers, star
 
 
 def test_the_double_would_show_keys_and_values_of_older_weights(servers, start, tmp_path):
-    """An adapter that changes under one name is answered from the cache: what the names are there to prevent."""
+    """If an adapter changes under one name, the cache answers for the old one; unique names prevent this."""
     engine = start(servers[:1])
     load(engine, tmp_path, 0, -0.25)
     ask(engine)
@@ -165,7 +165,7 @@ def test_with_several_ranks_each_loads_what_the_others_have_and_leaves_it(server
 
 
 def test_an_adapter_of_an_earlier_run_is_no_obstacle(servers, start, tmp_path):
-    """Runs of several ranks leave theirs on the server; one with the same seed begins with the same weights."""
+    """Runs of several ranks leave adapters on the server; a run with the same seed begins with the same weights."""
     for run in ("first", "second"):
         spec = make_spec(tmp_path, num_ranks=2, log_file=tmp_path / run / "engine.log")
         ranks = [start(servers[:1], spec) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Whole weights for servers: who sends, which answers count, what fails and how fast. NCCL needs GPUs: the double receives."""
+"""Whole weights for servers: sender, valid answers, failures and their duration. Without GPUs, a double replaces NCCL."""
 
 import asyncio
 import socket
@@ -35,7 +35,7 @@ def server():
 
 @pytest.fixture
 def sent(monkeypatch, server):
-    """What was sent, as (folder, number of workers, GPU)."""
+    """The transfers, as (folder, number of workers, GPU)."""
     calls = []
 
     def send(url, api_key, folder, num_workers, device_index, timeout_s) -> None:
@@ -67,7 +67,7 @@ def start(tmp_path, server):
 
 
 def write(root: Path, version: int, weight: float) -> Path:
-    """A whole model whose weights add up to `weight`, which the double returns as every logprob."""
+    """A whole model with weights that sum to `weight`, which the double returns as every logprob."""
     folder = root / f"weights-{version}"
     folder.mkdir()
     save_file({"a.weight": torch.tensor([weight, 0.0])}, folder / "model.safetensors")
@@ -104,7 +104,7 @@ def test_a_server_that_lost_them_gets_them_again_before_it_is_believed(server, s
     server.weight_version, server.weights, server.cache = "default", tmp_path, {}
     assert ask(engine).logprobs == (-0.25, -0.25)
     assert len(sent) == 2
-    assert len(server.bodies) == 1  # it was not asked while it had others
+    assert len(server.bodies) == 1  # it got no request while it had other weights
 
 
 def test_an_answer_during_which_the_weights_changed_does_not_count(server, sent, start, tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_transfer_that_never_ends_is_an_error_and_none_is_begun_beside_it(star
 
 
 def test_a_transfer_that_its_caller_gave_up_is_waited_for(tmp_path, monkeypatch):
-    """As where a server's health failed once in the middle of it: the next server's turn comes when it has ended."""
+    """After one failed health check during a transfer, the transfer to the next server starts when the first has ended."""
     events = []
 
     def slow(url, *_):
@@ -185,7 +185,7 @@ def test_a_prefix_cache_that_stays_is_an_error(server, sent, start, tmp_path):
 
 
 def test_requests_in_flight_are_answered_by_the_weights_that_they_asked_for(server, sent, start, tmp_path):
-    """Several find at once that the server lost them."""
+    """Several requests detect at the same time that the server has lost the weights."""
     engine = start()
     load(engine, tmp_path, 0, -0.25)
     save_file({"a": torch.tensor([-9.0])}, tmp_path / "model.safetensors")
@@ -226,7 +226,7 @@ def test_what_is_announced_is_what_is_sent(tmp_path):
 
     folder = write(tmp_path, 0, -0.25)
     source = FolderSource(folder, torch.device("cpu"))
-    for _ in range(2):  # every sync is a pass of its own
+    for _ in range(2):  # every sync is a separate pass
         sent = list(NCCLTrainerWeightTransferEngine._checked_iter(source, source.metadata()))
         assert [(name, tensor.tolist()) for name, tensor in sent] == [("a.weight", [-0.25, 0.0])]
     assert NCCLTrainerInitInfo("127.0.0.1", 5, world_size=3, rank=0).is_sender

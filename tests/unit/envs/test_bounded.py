@@ -42,7 +42,7 @@ def test_a_blocking_call_does_not_block_other_calls():
         await asyncio.gather(*(call_bounded(time.sleep, 0.3, 5.0) for _ in range(4)))
         return time.perf_counter() - start
 
-    assert asyncio.run(both()) < 0.9  # one after the other they take 1.2 s
+    assert asyncio.run(both()) < 0.9  # sequentially they would take 1.2 s
 
 
 def test_a_hanging_call_ends_at_its_time_limit_and_does_not_block_the_end_of_the_loop():
@@ -78,7 +78,7 @@ def test_threads_that_run_on_are_counted_and_too_many_end_the_run(monkeypatch):
                 await call_bounded(hang, None, 0.05)
         return await call_bounded(lambda value: value, 7, 30.0)
 
-    assert asyncio.run(hang_and_call(2)) == 7  # as many as are allowed
+    assert asyncio.run(hang_and_call(2)) == 7  # the allowed number
     with pytest.raises(
         LeftThreadsError, match=r"^3 abandoned calls still run .* 2 are allowed: 3 of \S+<locals>\.hang\."
     ):

@@ -7,7 +7,7 @@ QUESTION = {"role": "user", "content": "3 plus 4?"}
 
 
 class Plain(SingleTurnEnvironment):
-    """Takes the prompt as it is in the item."""
+    """Returns the prompt of the item unchanged."""
 
 
 def test_a_text_becomes_a_user_message_and_a_list_is_used_unchanged():

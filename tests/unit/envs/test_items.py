@@ -20,7 +20,7 @@ from tests.doubles import even
 
 
 class FromData(SingleTurnEnvironment):
-    """An environment whose items come from where its arguments say."""
+    """An environment with items from the sources in its arguments."""
 
     def __init__(self, csv_types=None, **sources) -> None:
         super().__init__(**sources)
@@ -54,7 +54,7 @@ def test_local_files_become_items_in_order(tmp_path):
     assert len(environment.validation_items()) == 3
 
 
-# Each is what json.loads alone makes of the line; Arrow's guesses turned them into the value behind.
+# Values that json.loads reads from the line. Each comment contains the value that Arrow's type inference made of it.
 AS_WRITTEN = [
     ('{"a": "2024-01-05"}', {"a": "2024-01-05"}),  # datetime(2024, 1, 5)
     ('{"a": 72}', {"a": 72}),  # 72.0, beside 0.5
@@ -64,7 +64,7 @@ AS_WRITTEN = [
     ('{"b": null}', {"b": None}),  # {"a": None, "b": None}: a missing field was filled
     ('{"a": {"x": [1, "1", null]}}', {"a": {"x": [1, "1", None]}}),
     ('{"a": "\\ud83d"}', {"a": "\ud83d"}),
-    ('{"a": "\u2028 \x85"}', {"a": "\u2028 \x85"}),  # no ends of a line in JSON
+    ('{"a": "\u2028 \x85"}', {"a": "\u2028 \x85"}),  # not line ends in JSON
     ("{}", {}),
 ]
 
@@ -88,7 +88,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-SURROGATES = st.characters(categories=["Cs"])  # one alone: two may make a pair, which is another character
+SURROGATES = st.characters(categories=["Cs"])  # one alone: two may form a pair, which is another character
 ROWS = st.lists(st.dictionaries(st.text() | SURROGATES, JSON_VALUES | SURROGATES, max_size=4), min_size=1, max_size=4)
 
 
@@ -109,7 +109,7 @@ def test_any_json_row_is_loaded_exactly(tmp_path_factory, rows, escaped, indent)
     ]
     for file in files:
         found = rows_of(file)
-        # `repr` tells 1 from 1.0 and True, 0.0 from -0.0, and the order of keys.
+        # `repr` distinguishes 1, 1.0 and True, 0.0 and -0.0, and orders of keys.
         assert repr(found) == repr(rows)
     for file in folder.iterdir():
         file.unlink()
@@ -274,7 +274,7 @@ TABLE = {
 def test_parquet_and_saved_folders_keep_their_types(tmp_path):
     table = pyarrow.table({name: pyarrow.array(values, type_) for name, (values, type_) in TABLE.items()})
     rows = [{name: values[n] for name, (values, _) in TABLE.items()} for n in range(2)]
-    file = tmp_path / "split=train" / "a.parquet"  # the path is no column
+    file = tmp_path / "split=train" / "a.parquet"  # parts of the path are not columns
     file.parent.mkdir()
     parquet.write_table(table, file)
     items = FromData(train_file=str(file)).train_items()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fuchsia_pl.envs.rewards import last_boxed, parse_number, read_number, same_number, unwrapped
 from fuchsia_pl.envs.rewards.wrappers import last_sentences
 
-# Ways to write a number that stands where `{}` is. The first six are bare: the strict reader takes them as well.
+# Forms of a number, which replaces `{}`. The first six are bare: the strict reader accepts them too.
 BARE = ("{}", " {} ", "+{}", "${}", "€{}", "{}%")
 FORMS = (
     *BARE,

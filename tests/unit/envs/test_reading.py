@@ -1,4 +1,4 @@
-"""Calls in a turn's text: forms that people's models write, by hand, and hostile or generated ones."""
+"""Calls in a turn's text: forms of published models, written by hand, and hostile or generated ones."""
 
 import json
 import math
@@ -30,13 +30,13 @@ TOOLS = [ToolSpec("search", "Searches.", SCHEMA), ToolSpec("now", "The time.", {
 
 
 def read(convention, text):
-    """(name, arguments) of each call that can be made, the error of each other."""
+    """(name, arguments) of each valid call, the error of each other call."""
     calls = convention.read(text, TOOLS).calls
     return [call.error or (call.name, call.arguments) for call in calls]
 
 
 def answered(convention, text, starts_in_thinking=False):
-    """A turn without its thinking, as the collector hands it to the reader."""
+    """A turn without its thinking, as the collector passes it to the reader."""
     return without_thinking(text, starts_in_thinking=starts_in_thinking, opaque=convention.opaque(TOOLS))
 
 
@@ -135,15 +135,15 @@ def test_thinking_marks_in_strings_of_a_call_are_text(query):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        # a call that was thought of stays thought of
+        # a call inside thinking is not a call
         (f"<think><tool_call>{search('a')}</tool_call></think>4", []),
-        (f"<tool_call>{search('a')}</tool_call>? No.</think>4", []),  # the thinking began unnoticed
+        (f"<tool_call>{search('a')}</tool_call>? No.</think>4", []),  # thinking without an opening mark
         # a tag or brackets in prose hide no mark
         ("The tag <tool_call> <think>is</think>", ["it is not JSON"]),
         (f"<tool_call>{{oops <think><tool_call>{search('a')}</tool_call>", ["it is not JSON"]),
         # thinking between the tag and the JSON, or between its parts
         (f"<tool_call><think>now</think>{search('a')}</tool_call>", [("search", {"query": "a"})]),
-        # malformed strings hide marks and tags like any other: the call is told to be wrong, and no other is made
+        # malformed strings hide marks and tags like any other: the call gets an error, and there is no other call
         (f"<tool_call>{search('a' + chr(10) + '</think>')}</tool_call>", ["Invalid control character"]),
         (f"<tool_call>{search(chr(92) + 'd </think> <tool_call>')}</tool_call>", ["Invalid"]),
         (f'<tool_call>{{"q": "{chr(92)}d}}</tool_call><think><tool_call>{search("a")}</tool_call>', ["Invalid"]),
@@ -250,7 +250,8 @@ def test_long_numbers_and_odd_keys_are_read():
         (f'<tool_call>{GOOD}</tool_call><tool_call>{{"name": "</tool_call>', True),
         (f"<tool_call>{GOOD}</tool_call>", False),
         ('<tool_call>{"name": add}</tool_call>', False),
-        ('<tool_call>{"name": "add", "arguments": {"a": "x\n</tool_call>', False),  # a line break ends no JSON string
+        # a line break does not end a JSON string
+        ('<tool_call>{"name": "add", "arguments": {"a": "x\n</tool_call>', False),
         ('<tool_call>{"name": "add"</tool_call>', False),
         ("</tool_call>", False),
         ('<tool_call>"' + "x" * MAX_CALL_CHARS + "</tool_call>", False),
@@ -348,7 +349,7 @@ def test_the_number_of_calls_per_turn_is_limited():
 )
 @pytest.mark.parametrize("convention", [PLAIN, BARE, LISTS], ids=["plain", "bare", "lists"])
 def test_four_megabytes_of_anything_are_read_in_linear_time(convention, piece):
-    """A time bound, for what grows with the square takes minutes here; it is ten times what the slowest CPU met needed."""
+    """A time bound: quadratic time would be minutes here. It is ten times the time of the slowest CPU tested."""
     text = piece * (4_000_000 // len(piece))
     start = time.process_time()
     convention.read(text, TOOLS)
@@ -394,7 +395,7 @@ VALUES = st.recursive(
 )
 NAMES, ARGUMENTS = st.sampled_from(["search", "now", "else"]), st.dictionaries(TEXTS, VALUES, max_size=2)
 CALLS = st.fixed_dictionaries({"name": NAMES, "arguments": ARGUMENTS})
-# the first closing mark ends a thinking, wherever it stands
+# the first closing mark ends the thinking, at any place
 THOUGHT_CALLS = CALLS.filter(lambda call: "</think>" not in json.dumps(call)).map(
     lambda call: {**call, "name": "thought"}
 )

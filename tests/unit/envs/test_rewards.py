@@ -1,4 +1,4 @@
-"""The ready-made rewards: by hand, and against what a policy may write to earn them."""
+"""The ready-made rewards: values by hand, and texts with which a policy may try to earn them."""
 
 import asyncio
 import json
@@ -288,7 +288,7 @@ def test_a_percentage_in_a_sentence_is_compared_by_math_verify(math, gold, sente
 
 
 def test_answers_are_compared_from_any_thread(math):
-    """math-verify's own limits are signals, which outside of a main thread made every answer wrong."""
+    """math-verify's own time limits use signals. Outside of the main thread, every answer was wrong with them."""
     found = []
     thread = threading.Thread(target=lambda: found.append(math([said("$2x + x$", {"answer": "3x"})])))
     thread.start()
@@ -310,7 +310,7 @@ def test_a_hostile_answer_scores_0_is_counted_and_does_not_block_others(math, an
     rollouts = [said(answer, {"answer": "3"}), said("$3$", {"answer": "3"})]
     start = time.perf_counter()
     assert math(rollouts) == [0.0, 1.0]
-    assert time.perf_counter() - start < 8  # the limit, and the start of a process in place of the one that was killed
+    assert time.perf_counter() - start < 8  # the limit, and the start of a new process after the kill
     assert [dict(rollout.counts) for rollout in rollouts] == [{count: 1}, {}]
 
 
@@ -322,7 +322,7 @@ def test_no_process_is_left_behind():
     assert 1 <= len(workers) <= 2
     reward.close()
     assert not any(worker.is_running() for worker in workers)
-    assert reward([said("$x$", {"answer": "x"})]) == [1.0]  # started again where it is needed
+    assert reward([said("$x$", {"answer": "x"})]) == [1.0]  # started again when it is needed
     reward.close()
 
 
@@ -369,7 +369,7 @@ def test_a_gold_answer_that_is_not_mathematics_is_reported(math):
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Answers like an OpenAI-compatible server: what it says is set by the test."""
+    """Answers like an OpenAI-compatible server, with replies that the test sets."""
 
     replies: ClassVar[list[tuple[int, str]]] = []
     asked: ClassVar[list[dict]] = []

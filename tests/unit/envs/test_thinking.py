@@ -1,4 +1,4 @@
-"""What is thinking and what is an answer, by hand and over generated nestings."""
+"""Separation of thinking and answers, by hand and with generated nestings."""
 
 import time
 
@@ -43,7 +43,7 @@ def test_other_marks_and_none():
     text = "[THINK]3[/THINK]<think>4"
     assert without_thinking(text, [("[THINK]", "[/THINK]")]) == "<think>4"
     assert (without_thinking(text, []), ends_in_thinking(text, [], starts_in_thinking=True)) == (text, False)
-    # a mark that begins like another is told apart from it
+    # marks with a common beginning are distinguished
     assert without_thinking("<a>1</a>2<ab>3</ab>4", [("<a", "</a>"), ("<ab>", "</ab>")]) == "24"
 
 
@@ -54,7 +54,7 @@ def test_ten_megabytes_of_marks_take_less_than_a_second(piece):
     text = piece * (10_000_000 // len(piece))
     start = time.process_time()
     without_thinking(text)
-    assert time.process_time() - start < 2.5  # 0.1 s to 0.8 s; what grows with the square takes minutes
+    assert time.process_time() - start < 2.5  # 0.1 s to 0.8 s; quadratic time would be minutes
 
 
 WORDS = st.sampled_from(["yes", " ", "thought", "<", ">", "/", "think", "\n"])
@@ -67,7 +67,7 @@ def test_no_answer_holds_a_mark_and_nothing_is_added(pieces, starts):
     text = "".join(pieces)
     answer = without_thinking(text, starts_in_thinking=starts)
     rest = iter(text)
-    assert all(character in rest for character in answer)  # what is left of the text, in order
+    assert all(character in rest for character in answer)  # the rest of the text, in order
     if not any(mark in text for pair in THINKING_MARKS for mark in pair) and not starts:
         assert answer == text
 

@@ -1,4 +1,4 @@
-"""Calls of a policy on their way to a tool and back, with a real server over stdin and stdout."""
+"""Calls of a policy to a tool and their results, with a real server over stdin and stdout."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def call(name, **arguments):
 
 
 def play(chat, environment, *turns, siblings=1, rounds=1):
-    """Has every sibling say these turns; the turn is the number of its requests with this prompt before."""
+    """Samples the first item; every sibling writes these turns, in order. Returns the group and the engine."""
 
     def say(ids, sampling):
         number = chat.raw_text(ids).split("<|im_start|>user\n0?<|im_end|>")[1].count("<|im_start|>assistant") - 1

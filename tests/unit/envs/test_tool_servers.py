@@ -1,4 +1,4 @@
-"""Tool servers as they really run: processes over stdin and stdout, one over HTTP, and functions of this process."""
+"""Real tool servers: processes over stdin and stdout, one over HTTP, and functions of this process."""
 
 import asyncio
 import os
@@ -72,9 +72,9 @@ def test_a_failed_call_ends_within_its_time_limit_with_its_own_status(tool, argu
         assert words in result.text
         assert len(result.text) < 300
         again = await server.call("other", "add", {"a": 1, "b": 2})
-        assert again.text == "3"  # for the others the server goes on, or runs again
+        assert again.text == "3"  # for the others the server continues, or was restarted
 
-    # Only calls that hang must meet the limit: a flood takes its time on a busy machine.
+    # Only calls that hang must reach the limit: a flood may be slow on a busy machine.
     limit = 0.5 if status is ToolStatus.TIMEOUT else 30.0
     with_server(scenario, MCPServer(command=COMMAND, call_timeout_s=limit, max_result_chars=200))
 
@@ -98,7 +98,7 @@ def nested(depth):
 
 
 async def fail_alone(server, status, calls):
-    """Checks that calls fail with their words, and that the states and the calls in flight of other rollouts stay."""
+    """Checks the messages of failed calls, and that states and calls in flight of other rollouts are kept."""
     await server.ensure_running()
     assert (await server.call("other", "count", {})).text == "1"
     in_flight = asyncio.create_task(server.call("third", "sleep", {"seconds": 0.3}))
@@ -146,7 +146,7 @@ def test_errors_found_by_the_client_or_the_server_do_not_restart_the_server(monk
 
     async def scenario(server):
         await fail_alone(server, ToolStatus.INVALID_CALL, [("echo", nested(300), "serialization depth exceeded")])
-        # deeper than the server's own reader goes: no answer to that call, and to all others as before
+        # deeper than the server's parser allows: this call gets no answer, all others do
         server.config = replace(STATEFUL, call_timeout_s=0.5)
         assert (await server.call("k", "echo", nested(220))).status is ToolStatus.TIMEOUT
         assert (await server.call("other", "count", {})).text == "3"
@@ -166,7 +166,7 @@ def test_a_refused_call_or_an_unreadable_reply_does_not_restart_the_server():
 
 @pytest.mark.parametrize("is_here", [True, False], ids=["a function", "a server"])
 def test_half_a_surrogate_pair_in_a_result_affects_one_call(is_here):
-    """The library cannot put it into a message; what it reports in its place is text that files and tokenizers take."""
+    """The library cannot serialise it. The text of its error is valid for files and tokenizers."""
 
     def half() -> str:
         return "a\ud800b"
@@ -272,7 +272,7 @@ def test_a_health_check_restarts_an_unresponsive_server():
 
 
 def test_a_server_that_does_not_want_to_die_is_gone_within_a_bound():
-    """It stays when its input ends, and when it is asked to end; `with_server` sees that no process is left."""
+    """It continues after its input is closed and after SIGTERM; `with_server` checks that no process is left."""
     words = f"import runpy, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); runpy.run_path({SCRIPT!r}, run_name="
     stubborn = [
         sys.executable,

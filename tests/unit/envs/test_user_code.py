@@ -11,12 +11,12 @@ from fuchsia_pl.envs.user_code import StrayError, contained, ends_by_itself, use
 
 
 class ReallyEndedError(Exception):
-    """Raised in place of the end of this process."""
+    """Raised instead of ending this process."""
 
 
 @pytest.fixture
 def ends(monkeypatch):
-    """Nothing in here ends the process of the tests; the exit codes with which it would have ended."""
+    """Prevents code from ending the test process; collects the exit codes that it would have had."""
     codes = []
 
     def end(*arguments):

@@ -8,7 +8,7 @@ from fuchsia_pl.objectives.credit import CriticSettings
 from fuchsia_pl.objectives.presets import PRESETS, Parts
 from fuchsia_pl.objectives.surrogates import SAPOSettings
 
-# As the papers state them, written down by hand: advantage, surrogate, level of the ratio, bounds, reduction.
+# Copied from the papers by hand: advantage, surrogate, level of the ratio, bounds, reduction.
 PUBLISHED = {
     "reinforce": ("reward", "reinforce", None, None, "constant"),
     "ppo": ("group_norm", "clip", "token", (0.2, 0.2), "token_mean"),

@@ -135,7 +135,7 @@ CONFIGS = {name: LossConfig(**dict(zip(("loss_type", "reduction"), name.split(),
 
 
 def documented(factors, size):
-    """The mean of sum_i factors_i grad log pi(s_i) over all groups, in plain numbers: no autograd, nothing of ours."""
+    """The mean of sum_i factors_i grad log pi(s_i) over all groups, in plain numbers, without autograd or code under test."""
     table, lengths, rewards = np.exp(POLICY.numpy()), TREE.mask.sum(dim=1).numpy(), TREE.rewards.numpy()
     table /= table.sum(axis=1, keepdims=True)
     chances, scores, mean = np.ones(len(lengths)), np.zeros((len(lengths), *table.shape)), np.zeros(table.shape)
@@ -183,7 +183,7 @@ def test_on_the_policy_that_sampled_every_surrogate_is_reinforce_in_each_group(s
 
 
 def one_new_token_at_a_time(logits):
-    """The mean reward where one token is the new policy's and those around it the other's, summed over positions."""
+    """The mean reward if one token is sampled by the new policy and the rest by the other, summed over positions."""
     new, old = TREE.logprobs(logits), TREE.logprobs(OTHER)
     mixed = [torch.where(torch.arange(LONGEST) == t, new, old) for t in range(LONGEST)]
     return sum(logprobs.sum(dim=1).exp() @ TREE.rewards for logprobs in mixed)

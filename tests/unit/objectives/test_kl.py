@@ -59,7 +59,7 @@ def test_a_token_far_from_the_reference_stays_finite():
     value = kl_k3(policy, torch.tensor([-0.1]))
     value.sum().backward()
     assert math.isfinite(value.item())
-    assert policy.grad.item() == 0.0  # it stands still; a positive gradient would push it further away
+    assert policy.grad.item() == 0.0  # no gradient; a positive one would push it further away
 
 
 def test_k3_pulls_up_to_its_bound():

@@ -65,7 +65,7 @@ def test_dapo_with_equal_lengths_and_equal_bounds_is_grpo():
     dapo, dapo_gradient = loss_and_gradient(LossConfig("dapo", clip_high=0.2), batch, policy, old=old)
     assert grpo.loss.item() == pytest.approx(dapo.loss.item(), abs=1e-7)
     torch.testing.assert_close(grpo_gradient, dapo_gradient)
-    # with lengths of their own they differ: sequence mean against token mean
+    # with different lengths they differ: sequence mean against token mean
     assert loss_and_gradient(LossConfig("grpo"), BATCH, POLICY)[0].loss.item() == pytest.approx(-0.5)
     assert loss_and_gradient(LossConfig("dapo", clip_high=0.2), BATCH, POLICY)[0].loss.item() == pytest.approx(-1.0)
 
@@ -84,7 +84,7 @@ def test_gspo_of_length_one_is_grpo(level):
 
 def test_gspo_by_hand():
     # Row 0: log ratios 0.3, 0.1, -0.1, mean 0.1, s = e^0.1 = 1.10517092 within 0.2: loss -1.5 s = -1.65775638 at each token.
-    # Row 1: log ratio 0.2, s = 1.22140276, A < 0: the unclipped term stands: 0.5 s = 0.61070138.
+    # Row 1: log ratio 0.2, s = 1.22140276, A < 0: the unclipped term counts: 0.5 s = 0.61070138.
     # sequence_mean: (-1.65775638 + 0.61070138) / 2. Gradient: row 0 -1.5 s / 3 / 2 at each token, row 1 0.5 s / 2.
     policy = POLICY + torch.tensor([[0.0, 0.3, 0.1, -0.1], [0.0, 0.2, 0.0, 0.0]])
     config = LossConfig("gspo", clip_low=0.2, clip_high=0.2)

@@ -1,4 +1,4 @@
-"""A user's own advantage and surrogate: what is accepted, and what is refused where the config is made."""
+"""A user's own advantage and surrogate: accepted functions, and functions that the config refuses."""
 
 import sys
 

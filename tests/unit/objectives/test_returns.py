@@ -58,7 +58,7 @@ def test_no_kept_token_and_one(mask):
     [
         # old value 0, clip 0.2. Towards the target 1 within the clip: (0.1 - 1)^2 / 2, gradient V - R
         (0.1, 1.0, 0.405, -0.9),
-        # just inside and beyond it: (0.19 - 1)^2 / 2; then (0.2 - 1)^2 / 2 stands and nothing pulls
+        # just inside and beyond it: (0.19 - 1)^2 / 2; then (0.2 - 1)^2 / 2, without a gradient
         (0.19, 1.0, 0.32805, -0.81),
         (0.5, 1.0, 0.32, 0.0),
         # beyond the clip on the wrong side: the unclipped term is the larger and pulls back

@@ -110,7 +110,7 @@ def test_reinforce_by_hand():
 
 @pytest.mark.parametrize(
     ("ratio", "weight", "bounded"),
-    # bounds 1 - 0.5 and 1 + 1: the weight stands at the bound, and the gradient is -weight A either way
+    # bounds 1 - 0.5 and 1 + 1: the weight is at the bound, and the gradient is -weight A either way
     [(0.49, 0.5, True), (0.51, 0.51, False), (1.0, 1.0, False), (1.99, 1.99, False), (2.01, 2.0, True)],
 )
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
@@ -207,7 +207,7 @@ def test_the_ratio_of_each_level_by_hand():
 
 
 def test_the_gradient_of_each_level_by_hand():
-    # Of the sum over kept positions. sequence: both tokens feed the mean, which stands at both: 2 * 1/2 each. With the
+    # Gradient of the sum over kept positions. sequence: the mean of both tokens is at both positions: 2 * 1/2 each. With the
     # weights 1 and 3 the sequence form gives both tokens (1 + 3) / 2, the token form each its own.
     weights = torch.tensor([[1.0, 3.0, 0.0], [1.0, 0.0, 0.0]])
     expected = {

@@ -1,6 +1,6 @@
 """The same tensors give the loss and the gradient of TRL, computed by TRL's own trainers.
 
-A trainer is made without its constructor, and what model, engine and reward function would give it is put in place. Its
+A trainer is made without its constructor; tensors replace the results of model, engine and reward function. Its
 `_generate_and_score_completions` then makes advantages and the weights of the sampler correction, its `_compute_loss`
 the loss.
 
@@ -45,7 +45,7 @@ ATTRIBUTES = dict.fromkeys(ABSENT.split()) | {
     "reward_func_names": ["reward"],
     "reward_weights": torch.ones(1),
     "num_generations": REWARDS.shape[1],
-    "num_iterations": 2,  # with 1 TRL takes the policy's own logprobs for the old ones
+    "num_iterations": 2,  # with 1, TRL uses the policy's own logprobs as the old ones
     "multi_objective_aggregation": "sum_then_normalize",
     "scale_rewards": "group",
     "loss_type": "grpo",
@@ -66,7 +66,7 @@ PROCESS |= {"gather": lambda x: x, "reduce": lambda x, reduction: x}
 
 @dataclass(frozen=True)
 class Tokens:
-    """What policy, reference and engine say of the completions, all [B, T]; `own` is False where a tool wrote."""
+    """Logprobs of policy, reference and engine for the completions, [B, T]; `own` is False at tokens of a tool."""
 
     policy: Tensor
     entropies: Tensor
@@ -113,7 +113,7 @@ def of_trl(trainer_class, tokens: Tokens, attributes=None, arguments=None, rewar
     generated = (prompts, ids, texts) if trainer_class.__name__ == "RLOOTrainer" else with_tools
 
     def score(model, *args, compute_entropy=False, **kwargs):
-        if compute_entropy:  # asked for by the loss alone
+        if compute_entropy:  # used by the loss alone
             return tokens.policy, tokens.entropies, None
         return tokens.reference if model == "reference" else tokens.old, None, None
 

@@ -1,4 +1,4 @@
-"""Adapters: a fresh one, one to go on from, and those that no engine could serve."""
+"""Adapters: a fresh one, one to continue from, and those that no engine can serve."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from tests.unit.policy.test_policy import make_batch
 
 @pytest.fixture
 def trained_adapter(tiny_model, tmp_path):
-    """A folder with an adapter that has learned something, and what the model says with it."""
+    """A folder with a trained adapter, and the logprobs of the model with it."""
     config = PolicyConfig(name="", dtype="float32", lora=LoRASettings(r=4, alpha=8))
     policy = Policy(config, tiny_model, with_reference=False)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_a_run_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(ti
     policy = Policy(PolicyConfig(name="", dtype="float32", lora=lora), tiny_model, with_reference=True)
     batch = make_batch()
     fresh = Policy(PolicyConfig(name="", dtype="float32"), tiny_model, with_reference=True)
-    assert (fresh.reference_logprobs(batch) - expected).abs().max() > 0.1  # the base says something else
+    assert (fresh.reference_logprobs(batch) - expected).abs().max() > 0.1  # the base model has other ones
     torch.testing.assert_close(policy.evaluated_output(batch).logprobs, expected)
     torch.testing.assert_close(policy.reference_logprobs(batch), expected)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_a_run_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(ti
     torch.testing.assert_close(policy.reference_logprobs(batch), expected)
     learned = policy.output(batch).logprobs
     assert (learned - expected).abs().max() > 0.1
-    learned.sum().backward()  # the swap left nothing behind that would stop a gradient
+    learned.sum().backward()  # after the swap, gradients still flow
     assert all(parameter.grad is not None for parameter in policy.trainable_parameters())
 
 
@@ -77,7 +77,7 @@ def test_an_adapter_that_does_not_match_the_settings_is_refused(tiny_model, trai
     ],
 )
 def test_an_adapter_that_is_more_than_a_product_is_refused(tiny_model, trained_adapter, setting, value):
-    """What an engine gets is B A alone: a trained bias would be lost on the way, a pattern of ranks scaled wrongly."""
+    """An engine gets only B A: a trained bias would be lost, and a pattern of ranks would be scaled wrongly."""
     folder, _ = trained_adapter
     file = Path(folder) / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), setting: value}))
@@ -114,7 +114,7 @@ def continued(folder) -> PolicyConfig:
 
 
 def refusal(folder, model) -> str:
-    """What is said of an adapter from headers alone, and again where it would be loaded."""
+    """The error for an adapter, from its headers and again when it is loaded."""
     with pytest.raises(ConfigError) as early:
         trained_shapes(continued(folder), model, with_critic=False)
     with pytest.raises(ConfigError) as late:
@@ -125,7 +125,7 @@ def refusal(folder, model) -> str:
 
 
 def test_an_adapter_with_names_under_another_prefix_is_refused(tiny_model, trained_adapter):
-    """PEFT would leave the base model in place without a word."""
+    """PEFT would keep the base model's values without an error."""
     file = Path(trained_adapter[0], WEIGHTS)
     prefixed = {name.replace(".model.layers", ".language_model.layers"): t for name, t in load_file(file).items()}
     save_file(prefixed, file)

@@ -31,7 +31,7 @@ def test_error_by_hand():
 
 
 def test_an_effect_on_a_few_tokens_says_nothing_however_clear_it_is():
-    """Met with 85 tokens of two steps at a small learning rate: the engine seemed to apply 0.41, two steps later 1.75."""
+    """Measured with 85 tokens of two steps at a small learning rate: the slope was 0.41, two steps later 1.75."""
     effect = torch.zeros(85)
     effect[:3] = torch.tensor([0.5, -0.3, 0.2])
     agreement = adapter_agreement(effect, torch.zeros(85), 1.75 * effect)

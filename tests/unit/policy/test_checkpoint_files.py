@@ -1,4 +1,4 @@
-"""A checkpoint is whole and of this program, or it is refused, and no code in it is run."""
+"""A checkpoint that is damaged or of another program is refused, and no code in it is run."""
 
 import pickle
 from pathlib import Path
@@ -71,7 +71,7 @@ def same(one, other) -> bool:
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(data=st.data())
 def test_bytes_that_were_overwritten_are_always_met(saved, data):
-    """4 KB at a random place, as a bad block leaves them; and single bytes, of which some are padding that nothing reads."""
+    """4 KB at a random place, as after a bad block; and single bytes, some of them unused padding."""
     raw, broken = bytearray(saved[0].read_bytes()), saved[0].with_name("overwritten.ckpt")
     length = data.draw(st.sampled_from([4096, 4096, 1]))
     place = data.draw(st.integers(0, len(raw) - length))
@@ -79,7 +79,7 @@ def test_bytes_that_were_overwritten_are_always_met(saved, data):
     raw[place : place + length] = filler
     broken.write_bytes(raw)
     if length == 1 and damage_of(bytes(raw)) is None:
-        assert same(read_checkpoint(broken), read_checkpoint(saved[0]))  # it was so before, or is padding
+        assert same(read_checkpoint(broken), read_checkpoint(saved[0]))  # unchanged, or padding
         return
     assert refusal(broken)
     with pytest.raises(ConfigError):
@@ -124,7 +124,7 @@ def test_a_tensor_that_is_dropped_renamed_reshaped_or_cut_off_is_always_refused(
 
 
 def test_a_checkpoint_without_an_optimizers_memory_of_one_weight_is_refused(saved):
-    """Adam would begin that weight anew without a word."""
+    """Adam would restart that weight without an error."""
     checkpoint = torch.load(saved[0], weights_only=True)
     del checkpoint["optimizer_states"][0]["state"][3]
     broken = saved[0].with_name("forgetful.ckpt")

@@ -1,4 +1,4 @@
-"""What autograd keeps for backward, and where it keeps it. That gradients stay the same is tested beside the shared prefix."""
+"""Tensors that autograd saves for backward, and their device. `test_shared_prefix.py` tests that gradients are the same."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_checkpointing_keeps_less_than_a_third_at_depth_thirty_and_every_other_l
 
 
 def test_offloading_moves_what_is_kept_of_checkpointed_blocks(deep_model, monkeypatch):
-    """On a CPU the host's memory is the device's, so what is counted are the copies; the gpu tests count devices."""
+    """On a CPU, host and device share memory, so copies are counted; the gpu tests count devices."""
     moved: list[torch.Size] = []
     original = checkpointing.torch.autograd.graph.save_on_cpu
 
@@ -78,7 +78,7 @@ def test_offloading_moves_what_is_kept_of_checkpointed_blocks(deep_model, monkey
         gradients.append(torch.cat([p.grad.flatten() for p in each.trainable_parameters()]))
     assert torch.equal(*gradients)
     num_tokens = 3 + 4 * 22  # the prompt once, and the completions without their last tokens
-    assert moved.count(torch.Size([1, num_tokens, 32])) >= 30  # the input of each block, if nothing else
+    assert moved.count(torch.Size([1, num_tokens, 32])) >= 30  # at least the input of each block
 
 
 def test_settings_that_would_do_nothing_are_refused():

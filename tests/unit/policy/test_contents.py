@@ -1,4 +1,4 @@
-"""Fingerprints of weights: any change of a value changes them, however it was written, and nothing else does."""
+"""Fingerprints of weights change with every change of a value, and only then."""
 
 import torch
 from hypothesis import given, settings
@@ -33,7 +33,7 @@ def test_changes_that_leave_sums_and_parities_as_they_were_are_seen():
 
 
 def test_a_shard_without_values_counts_for_nothing():
-    """A weight smaller than the number of ranks leaves some of them without a part of it."""
+    """If a weight is smaller than the number of ranks, some ranks have no part of it."""
     weight = torch.ones(3)
     assert fingerprint([torch.empty(0, 4), weight]) == fingerprint([weight])
     assert fingerprint([]) == fingerprint([torch.empty(0)]) == ()

@@ -1,4 +1,4 @@
-"""A CPU that is slow in bfloat16 is told of at the start."""
+"""A warning at the start on a CPU that is slow in bfloat16."""
 
 import logging
 
@@ -19,7 +19,7 @@ AVX2 = {"avx2": True, "avx512_bf16": False, "avx512_bw": False}
         ("cpu", "float32", "32-true", AVX2, False),
         ("cuda", "bfloat16", "bf16-mixed", AVX2, False),
         ("cpu", "bfloat16", "bf16-mixed", {"avx2": True, "avx512_bf16": True}, False),
-        ("cpu", "bfloat16", "bf16-mixed", {"bf16": True}, False),  # as ARM names it
+        ("cpu", "bfloat16", "bf16-mixed", {"bf16": True}, False),  # the name on ARM
     ],
 )
 def test_where_it_is_told(monkeypatch, caplog, device, dtype, precision, capabilities, warns):

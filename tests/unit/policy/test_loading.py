@@ -1,4 +1,4 @@
-"""The base model: what its files must hold, and what would be trained of it, from headers alone."""
+"""The base model: required contents of its files, and its trained weights, from headers alone."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     ids=["dropped", "added", "reshaped"],
 )
 def test_a_model_whose_files_are_not_its_weights_is_refused(tiny_model, tmp_path, change, words, device):
-    """transformers warns, and starts such a weight at random."""
+    """transformers only warns, and initialises such a weight at random."""
     shutil.copytree(tiny_model, tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
     tensors = load_file(file)

@@ -78,13 +78,13 @@ def test_the_gradients_of_logprob_and_entropy_are_those_of_their_definitions(sca
             parts = [(logprobs, of_logprobs), (entropies, of_entropies)]
             sum((part.double() * factor).sum() for part, factor in parts if factor is not None).backward()
             gradients.append([leaf.grad for leaf in leaves])
-        # ours are told in float32
+        # ours are in float32
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
         assert max(gradient.abs().max() for gradient in gradients[1]) > 0.01
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens():
-    """At 150,000 words the logits of 2,048 tokens are 1.2 GB in float32; a process of its own, whose peak the system tells."""
+    """With 150,000 words, the logits of 2,048 tokens are 1.2 GB in float32. A separate process measures its own peak."""
     peaks = [peak_gb(num_tokens) for num_tokens in (128, 2048)]
     assert peaks[1] - peaks[0] < 0.15
 

@@ -15,7 +15,7 @@ PLAN = MemoryPlan(8 * GB, GB, 20 * GB, 8 * GB, 4 * GB, 32 * GB)
 
 
 def test_a_reference_that_is_a_copy_is_counted(tiny_model):
-    """Where all weights learn, and nothing of the policy itself is frozen."""
+    """All weights are trained, so no weight of the policy itself is frozen."""
     for beta, copies in ((0.0, 0), (0.1, 1)):
         module = make_module(tiny_model, LossConfig(beta=beta), enabled=False)
         module.configure_model()
@@ -36,7 +36,7 @@ def test_savings_by_hand():
 
 
 def test_a_shared_device_by_hand():
-    # the trainer's 29 GB and the engine's 12 are never there together, and a smaller cache would not help the trainer
+    # the trainer's 29 GB and the engine's 12 are never on the device together; a smaller cache would not help the trainer
     assert PLAN.savings({SHARE_DEVICE}) == [(SHARE_DEVICE, 12 * GB)]
     sharing = replace(PLAN, shares_device=True)
     assert sharing.total == 29 * GB

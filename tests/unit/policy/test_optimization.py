@@ -1,4 +1,4 @@
-"""What a resume takes from its checkpoint and what from the config."""
+"""Settings that a resume uses from the checkpoint, and those from the config."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ TENTH = partial(LinearLR, start_factor=1.0, end_factor=0.1)
 
 
 def saved(recipe: Recipe, step: int) -> dict:
-    """What a checkpoint holds of a run of one weight with this recipe, whose gradient is always 1."""
+    """Optimizer and schedule in the checkpoint of a run with one weight and a gradient that is always 1."""
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = recipe.optimizer([weight])
     scheduler = recipe.scheduler(optimizer) if recipe.scheduler else None
@@ -136,7 +136,7 @@ def test_the_checkpoints_settings_continue_where_they_are_chosen():
     decision = resumed(checkpoint, other, ResumeChoice("checkpoint", "checkpoint"))
     decision.put_into(checkpoint)
     assert checkpoint["optimizer_states"][0] is expected
-    assert decision.optimization == recipe.described()  # and so the next checkpoint says the same
+    assert decision.optimization == recipe.described()  # the next checkpoint contains the same
 
 
 def test_the_configs_learning_rate_is_scheduled_from_the_first_step_on():
@@ -162,7 +162,7 @@ def test_another_class_of_optimizer_starts_without_momenta_and_cannot_be_the_che
     optimizer.load_state_dict(checkpoint["optimizer_states"][0])
     assert not optimizer.state
     assert optimizer.param_groups[0]["momentum"] == 0.9
-    restored = ADAM([weight])  # as FSDP2 leaves it
+    restored = ADAM([weight])  # as after FSDP2
     restored.load_state_dict(saved(Recipe(ADAM, None), 5)["optimizer_states"][0])
     decision.apply(restored)
     assert not restored.state

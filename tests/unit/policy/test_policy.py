@@ -217,7 +217,7 @@ def test_an_adapter_that_would_reach_the_head_is_refused(tiny_model):
     config = PolicyConfig(name="", dtype="float32")
     config.lora.target_modules = [
         "lm_head"
-    ]  # past the config's own check, as a model with another name for its head would be
+    ]  # bypasses the config's own check, like a model with another name for its head
     with pytest.raises(ConfigError, match=r"reaches Linear, an embedding or the output head"):
         Policy(config, tiny_model, with_reference=False)
 

@@ -1,4 +1,4 @@
-"""Learning rates: by transformers' names, by a watched metric, and what is refused before an engine starts."""
+"""Learning rates: by transformers' names and by a monitored metric, and settings that are refused before an engine starts."""
 
 import math
 from functools import partial
@@ -100,7 +100,7 @@ def test_a_named_schedule_steps_once_per_optimizer_step(tiny_model, tmp_path):
     ],
 )
 def test_a_plateau_is_watched_by_its_monitor(tiny_model, tmp_path, monitor, expected):
-    """No value is ever better by 100 than the best so far, and with patience 0 each that is not divides the rate by 10."""
+    """No value is better than the best one by 100. With patience 0, each such value divides the rate by 10."""
     schedule = partial(
         ReduceLROnPlateau, monitor=monitor, mode="max", patience=0, threshold=100.0, threshold_mode="abs"
     )

@@ -1,4 +1,4 @@
-"""Rows that share a prefix are computed as one, and nothing else changes."""
+"""Rows with a shared prefix are computed as one sequence, with the same results."""
 
 import json
 from dataclasses import replace
@@ -209,7 +209,7 @@ def test_a_model_that_is_more_than_attention_gets_plain_rows(model, tmp_path):
 def test_the_check_notices_a_branch_that_sees_its_sibling_or_not_its_prefix(tiny_model, monkeypatch):
     original = SharedPrefixLayout._visible
     for wrong in (
-        lambda layout, window: torch.ones_like(original(layout, window)),  # the future and the padding are seen
+        lambda layout, window: torch.ones_like(original(layout, window)),  # the future and the padding are visible
         lambda layout, window: original(
             replace(layout, prefix_lengths=0 * layout.prefix_lengths), window
         ),  # the prefix is not
@@ -246,7 +246,7 @@ def test_checkpointing_changes_neither_logprobs_nor_gradients(tiny_model, shared
 
 
 def test_blocks_that_run_again_do_the_same_under_autocast_and_with_dropout(tiny_model):
-    """PEFT would cast what enters an adapter in one of the two runs, and torch would see that their types differ."""
+    """PEFT would cast adapter inputs in one of the two runs, and torch would raise an error about their types."""
     settings = {"checkpointing": CheckpointingSettings(enabled=True)}
     gradients = []
     for each in (settings, {}):

@@ -78,7 +78,7 @@ def test_a_hub_that_breaks_off_in_a_download_is_one_line_and_what_it_left_is_nev
             resolve(address)
         assert "\n" not in str(caught.value)
         assert any("model.safetensors" in request for request in requests if request.startswith("GET"))
-    with pytest.raises(ModelNotFoundError, match=r"'someone/model' is") as caught:  # now nobody listens there
+    with pytest.raises(ModelNotFoundError, match=r"'someone/model' is") as caught:  # now no server listens there
         resolve(address)
     assert "\n" not in str(caught.value)
     with hub(files) as (address, _):

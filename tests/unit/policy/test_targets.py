@@ -1,4 +1,4 @@
-"""Which layers an adapter is put on: names that exist, and no other."""
+"""Layers with an adapter: only names that exist are accepted."""
 
 import pytest
 

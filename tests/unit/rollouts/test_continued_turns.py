@@ -1,4 +1,4 @@
-"""A turn that a stop string cut in the middle of a thinking or of a call's JSON goes on as the same turn."""
+"""A turn that a stop string cut inside thinking or inside a call's JSON continues as the same turn."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ def test_a_thought_of_a_call_does_not_end_the_turn_and_ids_and_logprobs_are_thos
     assert (rollout.status, rollout.counts, len(rollout.turns)) == (RolloutStatus.COMPLETED, {}, 1)
     assert rollout.turns[0].text == THOUGHT
     assert rollout.turns[0].answer.strip() == "The answer is 4."
-    # two stop strings, so three requests, each behind what came before
+    # two stop strings, so three requests, each after the ids of the earlier ones
     prompt = engine.requests[0][0]
     assert len(engine.said) == 3
     assert engine.requests[1][0] == [*prompt, *engine.said[0]]
@@ -75,7 +75,7 @@ def test_a_thought_of_a_call_does_not_end_the_turn_and_ids_and_logprobs_are_thos
     assert rollout.sampling_logprobs[len(prompt) :] == [-0.01 * (1 + i) for length in lengths for i in range(length)]
     assert rollout.policy_versions[len(prompt) :] == [1] * lengths[0] + [2] * lengths[1] + [3] * lengths[2]
     assert rollout.loss_mask == [False] * len(prompt) + [True] * sum(lengths)
-    # the first turn's address as ever, then the turn and the number of the continuation; and what is left of the room
+    # the usual address of the first turn, then turn and number of the continuation; and the remaining room
     seeds = [derived_seed("run", 0, 0), derived_seed("run", 0, 0, 0, 1), derived_seed("run", 0, 0, 0, 2)]
     samplings = [sampling for _, sampling in engine.requests]
     assert [sampling.seed for sampling in samplings] == seeds

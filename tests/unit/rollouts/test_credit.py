@@ -94,7 +94,7 @@ def test_overlong_completions_are_punished_softly():
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_a_length_alone_is_no_spread(aggregation):
-    """Siblings that are all wrong learn nothing from their lengths; of a group that differs, the penalty counts."""
+    """Siblings that are all wrong get no advantages from their lengths; in a group with spread, the penalty counts."""
     config = LossConfig("dapo", reward_aggregation=aggregation)
     alike = [rollout(6, 0.0, right=0.0), rollout(10, 0.0, right=0.0)]
     differing = [rollout(6, 0.0, right=0.0), rollout(10, 1.0, right=1.0)]
@@ -228,7 +228,7 @@ def test_normalising_before_summing_leaves_a_group_without_spread_at_zero():
     groups = [[rollout(1, 0.0, a=0.0), masked], [rollout(1, 1.0, a=1.0), rollout(1, 1.0, a=1.0)]]
     config = LossConfig("grpo", reward_aggregation="normalize_then_sum", truncated="mask")
     rows = credit(config, *groups)
-    assert rows[0][0] < 0.0  # the better sibling is no row, but still its sibling
+    assert rows[0][0] < 0.0  # the better sibling is not a row, but still counts as a sibling
     assert rows[1:] == [(0.0,), (0.0,)]
 
 

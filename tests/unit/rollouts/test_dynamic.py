@@ -8,7 +8,7 @@ from fuchsia_pl.types import Rollout
 
 
 class Scripted:
-    """A collector whose groups have a spread for the items it is told, and which remembers what it was asked."""
+    """A collector with spread in the groups of given items; it records its draws."""
 
     def __init__(self, with_spread) -> None:
         self.with_spread = set(with_spread)

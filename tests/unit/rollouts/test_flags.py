@@ -1,4 +1,4 @@
-"""Lightning's own limits: each means what it says in steps and items, or is refused before the engine starts."""
+"""Lightning's own limits: each counts steps or items, or is refused before the engine starts."""
 
 import json
 from datetime import timedelta
@@ -39,7 +39,7 @@ def fit(tiny_model, root, *callbacks, loss=None, engine=None, **trainer_settings
 
 
 def drawn_items(root) -> dict[int, list[int]]:
-    """Of each step, the items that were trained on."""
+    """The items that each step trained on."""
     lines = [json.loads(line) for line in (root / "rollouts.jsonl").read_text().splitlines()]
     return {
         step: sorted({line["item_index"] for line in lines if line["step"] == step})
@@ -49,7 +49,7 @@ def drawn_items(root) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("overfit", [2, 1.0], ids=["steps", "share"])
 def test_overfit_batches_draws_the_same_steps_items_again_and_again(tiny_model, tmp_path, overfit):
-    """1.0 is all of an epoch's 2 steps. Rollouts are new ones: the seed has the step in it."""
+    """1.0 is all of an epoch's 2 steps. The rollouts are new, since the seed depends on the step."""
     settings = {"overfit_batches": overfit, "max_epochs": -1, "max_steps": 5, "accumulate_grad_batches": 2}
     fit(tiny_model, tmp_path, RolloutLog(), **settings)
     items = drawn_items(tmp_path)
@@ -74,7 +74,7 @@ def test_overfit_batches_counts_steps_and_not_phases(tiny_model, tmp_path):
 def test_fast_dev_run_is_one_phase_of_training_and_one_held_out_item_and_leaves_nothing(
     tiny_model, tmp_path, num_updates, num_steps
 ):
-    """A step is of 2 micro-batches here, which Lightning would count as 2 batches."""
+    """A step has 2 micro-batches here, which Lightning would count as 2 batches."""
     held_out, loss = HeldOut(), LossConfig("ppo", num_policy_updates=num_updates)
     parts = [held_out, AdapterExport(), RunCheckpoint(every_n_steps=1)]
     flags = {"fast_dev_run": True, "accumulate_grad_batches": 2, "enable_checkpointing": True}
@@ -103,7 +103,7 @@ def test_validation_within_training_takes_the_limited_items_every_n_epochs(tiny_
     held_out = HeldOut()
     settings = {"limit_val_batches": 3, "check_val_every_n_epoch": 2, "max_epochs": 5, "num_sanity_val_steps": 2}
     fit(tiny_model, tmp_path, held_out, **settings)
-    # the check before training has items of its own number; then after the 2nd and the 4th epoch
+    # the check before training has another number of items; then after the 2nd and the 4th epoch
     assert [len(items) for items in held_out.items] == [2, 3, 3]
 
 
@@ -170,7 +170,7 @@ def test_callbacks_that_would_go_wrong_without_a_word_are_refused(tiny_model, tm
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.integers(1, 400), st.integers(1, 4), st.integers(1, 500) | st.floats(0.001, 1.0))
 def test_a_limit_takes_the_first_items_as_many_as_it_says(num_items, num_ranks, limit):
-    """A number counts, a share is of all; what leaves a rank without an item is refused."""
+    """An int is a number of items, a float a share of them. A limit that leaves a rank without an item is refused."""
     limits = Limits(1, None, limit, "limit_val_batches", limit)
     number = min(limit, num_items) if isinstance(limit, int) else int(limit * num_items)
     positions = list(range(100, 100 + num_items))

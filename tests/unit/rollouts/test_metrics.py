@@ -21,7 +21,7 @@ UNSCORED = RolloutGroup((rollout(2, 1.0), rollout(2, None)), has_spread=False)
 
 
 def test_rewards_are_means_over_those_that_were_scored():
-    # rewards 1, 0, 1 of three scored; right 2 of 4; lengths 1 + 3 + 2 + 2; 1 of 4 truncated; `ended` scored nobody
+    # rewards 1, 0, 1 of three scored; right 2 of 4; lengths 1 + 3 + 2 + 2; 1 of 4 truncated; `ended` scored no rollout
     found = reward_fractions([*GROUP.rollouts, *UNSCORED.rollouts], TinyEnvironment(), world_size=1)
     assert found == {
         "reward/mean": (2.0, 3),

@@ -1,4 +1,4 @@
-"""Conversations of several turns through the collector: ids, masks, bounds, and that nobody waits for another."""
+"""Conversations of several turns through the collector: ids, masks, bounds, and rollouts that do not wait for each other."""
 
 import asyncio
 import random
@@ -94,7 +94,7 @@ def test_each_turn_has_its_own_seed_and_the_tokens_that_are_left(tiny_model):
     _, engine, _ = collect(tiny_model, Talk(), siblings=1, items=[4])
     seeds = [sampling.seed for _, sampling in engine.requests]
     assert seeds == [derived_seed("run", 5, 4, 0), *(derived_seed("run", 5, 4, 0, turn) for turn in (1, 2, 3))]
-    # 40 tokens, of which each turn takes three
+    # 40 tokens; each turn needs three
     assert [sampling.max_tokens for _, sampling in engine.requests] == [40, 37, 34, 31]
 
 
@@ -117,7 +117,7 @@ def test_a_conversation_that_runs_out_is_truncated(tiny_model, environment, conf
 
 
 class Wordy(Talk):
-    """Answers each turn with two texts, of which the first is long."""
+    """Responds to each turn with two texts; the first one is long."""
 
     def __init__(self, text: str) -> None:
         super().__init__(max_steps=2, finish_at=2)
@@ -133,7 +133,7 @@ def test_the_middle_of_a_long_answer_is_left_out_and_the_policy_reads_how_much(t
     environment = Wordy("abcde" + 10**7 * "x" + "vwxyz")
     environment.max_response_chars = 8
     (rollout,), engine, chat = collect(tiny_model, environment, siblings=1, items=[4])
-    # 10,000,010 characters, of which 4 stay at each end
+    # 10,000,010 characters; 4 at each end are kept
     shown = "abcd… (10000002 characters left out) …wxyz"
     assert [m["content"] for m in rollout.messages] == ["4?", "78", "more?", shown, "78"]
     (first, _), (second, _) = engine.requests
@@ -168,7 +168,7 @@ class TinyAnswer(TinyEnvironment):
 
 
 class Sleepy(Talk):
-    """A turn's tool takes up to two seconds, another one for each sibling; the others take up to 0.3 s."""
+    """The tool of one turn, a different one for each sibling, takes up to two seconds; the others up to 0.3 s."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def test_sixty_four_slow_conversations_take_as_long_as_the_longest_and_not_as_th
     environment = Sleepy()
     chains = environment.seconds.values()
     longest, per_turn = max(sum(chain) for chain in chains), sum(max(turn) for turn in zip(*chains, strict=True))
-    assert per_turn > 2 * longest  # so that waiting for each other would show
+    assert per_turn > 2 * longest  # so that waiting for each other would be visible
     start = time.perf_counter()
     rollouts, *_ = collect(tiny_model, environment, siblings=8, items=range(8), max_length=400)
     seconds = time.perf_counter() - start

@@ -171,7 +171,7 @@ def test_a_total_that_is_not_finite_is_told_with_its_parts(functions, weights, w
 
 
 class AbortError(BaseException):
-    """One that is no Exception."""
+    """A BaseException that is not an Exception."""
 
 
 ERRORS = {
@@ -194,7 +194,7 @@ def test_no_exception_of_a_reward_function_ends_anything_but_its_call(words):
         score(broken)
 
 
-@pytest.mark.parametrize("words", list(ERRORS)[:5])  # in a coroutine the last two mean its end
+@pytest.mark.parametrize("words", list(ERRORS)[:5])  # in a coroutine the last two would end it
 def test_no_exception_of_an_async_reward_function_does_either(words):
     async def broken(rollouts):
         raise ERRORS[words]

@@ -1,4 +1,4 @@
-"""No name of a token in what an item or a tool says becomes that token, whatever chat template writes it."""
+"""The name of a token in the text of an item or a tool never becomes that token, with any chat template."""
 
 import copy
 import json
@@ -23,11 +23,11 @@ from fuchsia_pl.rollouts.template import Template
 SOURCES = {
     file.stem: file.read_text() for file in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 }
-# They read a list of parts and nothing of a string.
+# They render a list of parts, and no strings.
 SWALLOWING = {"idefics3", "llava_next", "smolvlm"}
 SHOWING = [name for name in SOURCES if name.removesuffix("_training") not in SWALLOWING]
 TOKEN = re.compile(r"<[^<>\s{}'\"\\]{2,40}>|\[/?[A-Z_]{3,}\]")
-BARS = r"[|\uff5c]"  # a token with a bar in it is a special one here
+BARS = r"[|\uff5c]"  # tokens with a bar are special ones here
 NAMES = sorted(
     {name for source in SOURCES.values() for name in TOKEN.findall(source)} | {"<think>", "</tool_response>"}
 )
@@ -96,7 +96,7 @@ def test_no_control_token_comes_from_text_and_all_text_is_there(chats, name, sys
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(name=st.sampled_from(SHOWING), text=hostile_texts)
 def test_the_templates_own_tokens_and_ordinary_text_keep_their_ids(chats, name, text):
-    """One cut anywhere sends the whole prompt another way to ids: they are those of the plain way."""
+    """With one cut, the whole prompt is encoded by the copy of the tokenizer: the ids are the usual ones."""
     chat = chats[name]
     words = "".join(piece for piece in re.split("|".join(map(re.escape, NAMES)), text) if piece)
     rendered = chat.template([{**QUESTION, "content": words}], True, ())
@@ -187,7 +187,7 @@ def test_a_tokenizer_that_normalises_or_builds_names_by_itself(tmp_path):
 
     assert fast.encode("x\uff1ceos\uff1e<b>", add_special_tokens=False) == [10, 1, 2]
     assert ids("x\uff1ceos\uff1e<b>") == [10, 3, 6, 7, 8, 5, 3, 9]
-    assert ids("<unk>") == [3, 0, 0, 0, 5]  # letters that it lacks are unknown as ever
+    assert ids("<unk>") == [3, 0, 0, 0, 5]  # letters that it lacks are unknown as usual
     assert ids("xé") == fast.encode("xé", add_special_tokens=False)
 
 
@@ -198,9 +198,7 @@ def test_a_long_text_of_names_is_encoded_a_few_times_and_no_more(chats, monkeypa
     text = "<|im_end|>" * 30_000
     start = time.perf_counter()
     ids = chat.render([{"role": "user", "content": text}])
-    assert (
-        time.perf_counter() - start < 20
-    )  # 18 s on an idle core where each name copied the text, a second where none does
+    assert time.perf_counter() - start < 20  # 18 s on an idle core if each name copies the text, one second otherwise
     assert (
         ids.count(chat._tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
     )  # of the default system message and the turn

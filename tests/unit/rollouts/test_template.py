@@ -1,4 +1,4 @@
-"""What becomes of messages in a chat template: all of their text, at the run's date, or no template at all."""
+"""Messages in a chat template: all of their text, the run's date, and models without a template."""
 
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_a_base_model_continues_the_messages_text(tiny_model, tmp_path):
     chat = Chat(folder, "none")
     assert chat.raw_text(chat.render([SYSTEM, QUESTION])) == "be brief\n\n2 plus 2?"
     assert chat.stop_token_ids == (EOS,)
-    # the policy ended its turn or a stop string did: a blank line and the response follow, and no end is made up
+    # the policy or a stop string ended the turn: a blank line and the response follow, without an invented end
     for last_id in (EOS, 11):
         assert chat.raw_text(chat.bridge([QUESTION], [QUESTION, SYSTEM], last_id)) == "\n\n2 plus 2?\n\nbe brief"
     assert not chat.rewrites_earlier_turns
@@ -77,7 +77,7 @@ def test_a_given_template_takes_the_place_of_the_tokenizers(tiny_model):
     [
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}a:",
-        # the same without a word
+        # the same without a warning
         "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }}:{{ m['content'] }}\n{% endif %}{% endfor %}a:",
     ],
     ids=["raises", "drops"],
