@@ -331,7 +331,7 @@ def test_what_a_rollout_writes_is_gone_and_what_programs_need_is_there(sandboxed
 def test_a_weak_sandbox_is_refused_in_one_line_unless_it_is_allowed():
     with pytest.raises(ToolServerError) as refused:
         Interpreter([*AS_WEAK_USER, *COMMAND])
-    last = str(refused.value).split("what it said:\n")[1].strip()
+    last = str(refused.value).split("The end of its log:\n")[1].strip()
     assert last.count("\n") == 0
     assert last.startswith(
         "the interpreter's sandbox does not cover here: network, other processes; number of processes; files"
