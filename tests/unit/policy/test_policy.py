@@ -209,7 +209,7 @@ def test_a_head_that_is_not_known_is_refused(tiny_model, monkeypatch, factor, dt
         return model
 
     monkeypatch.setattr("fuchsia_pl.policy.policy.load_base", with_scaled_logits)
-    with pytest.raises(ConfigError, match="output head of LlamaForCausalLM is not the linear map"):
+    with pytest.raises(ConfigError, match="output head of LlamaForCausalLM is not a linear map"):
         Policy(PolicyConfig(name="", dtype=dtype), tiny_model, with_reference=False)
 
 
