@@ -22,10 +22,9 @@ VARIANTS = {
     "reinforce_pp with baseline": {"loss_type": "reinforce_pp", "advantage": "group_mean_batch_norm"},
     "gspo per token": {"loss_type": "gspo", "ratio_level": "sequence_token"},
     # ratios differ from 1, so that bounds and gates act
-    **{
-        f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3}
-        for name in ("grpo", "cispo", "sapo", "ppo", "gmpo")
-    },
+    **{f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3} for name in ("grpo", "cispo", "sapo", "ppo")},
+    # one ratio for both tokens of a row: with 3 updates of this learning rate it ends with one of them right
+    "gmpo, 2 updates": {"loss_type": "gmpo", "num_policy_updates": 2},
 }
 
 

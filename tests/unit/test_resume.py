@@ -172,7 +172,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(KeyboardInterrupt):
         io.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     monkeypatch.setattr(torch, "save", save)
