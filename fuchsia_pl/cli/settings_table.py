@@ -79,7 +79,7 @@ TEXTS = {
 }
 TYPE_NAMES = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false", type(None): "null"}
 RARE_IN_TORCH = {"amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"}
-MAX_TYPE_CHARS = 150
+MAX_TYPE_CHARS = 100
 # Defaults of the classes that a config names. The settings of an environment depend on its class.
 DEFAULT_CLASSES = {"data.engine": VLLMColocatedEngine, "data.environment": Environment}
 
