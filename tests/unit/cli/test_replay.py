@@ -113,7 +113,7 @@ def test_the_tensor_that_a_nan_comes_from_is_named(tiny_model, tmp_path, capsys)
 @pytest.mark.parametrize("kind", ["missing", "text", "torn", "overwritten", "foreign", "older", "code"])
 def test_what_is_no_recorded_step_is_refused_in_one_line(tmp_path, capsys, kind):
     file, touched = tmp_path / "x.pt", tmp_path / "touched"
-    words = {"missing": "does not exist", "foreign": "TypeError", "older": "KeyError: 'batches'", "code": "Unpickling"}
+    words = {"missing": "does not exist", "foreign": "TypeError", "older": "KeyError: 'info'", "code": "Unpickling"}
     if kind == "text":
         file.write_text("hello")
     elif kind in ("torn", "overwritten"):
@@ -127,7 +127,7 @@ def test_what_is_no_recorded_step_is_refused_in_one_line(tmp_path, capsys, kind)
     assert caught.value.code == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ")
-    assert words.get(kind, "is damaged, cut off, or no recorded step of this program") in said
+    assert words.get(kind, "is damaged, cut off, or not a recorded step of this program") in said
     assert not touched.exists()
 
 
