@@ -10,6 +10,27 @@ import pytest
 from tests.doubles import save_tiny_model
 from tests.machine import FLOAT32_VARIABLE, HAS_BFLOAT16
 
+# Under `unit/`: files whose tests train, start processes or load tokenizers. `make fast` leaves them out.
+SLOW_FILES = {
+    *(f"test_{name}.py" for name in ("bandit", "chaos", "check_env", "checkpoints", "cli", "datamodule")),
+    *(f"test_{name}.py" for name in ("engine_restarts", "faults", "fuzz", "killed", "launch", "leaving", "module")),
+    *(f"test_{name}.py" for name in ("mutants", "orphans", "own_objective", "phases", "ranks", "resume", "script")),
+    *(f"test_{name}.py" for name in ("serve", "server_ranks", "staleness", "stopping")),
+    *(
+        f"callbacks/test_{name}.py"
+        for name in ("adapter_sync", "finite", "hotswap", "memory", "preflight", "run_files")
+    ),
+    *("callbacks/test_weight_average.py", "cli/test_help.py", "cli/test_main.py", "cli/test_replay.py"),
+    *(f"engines/test_{name}.py" for name in ("pool", "vllm_colocated", "vllm_guard", "vllm_server", "vllm_transfer")),
+    *("envs/test_tool_servers.py", "envs/test_tool_environment.py", "envs/test_rewards.py", "envs/test_bounded.py"),
+    *("objectives/test_exact_gradient.py", "objectives/test_trl_parity.py"),
+    *(f"policy/test_{name}.py" for name in ("adapter", "checkpoint_files", "checkpointing", "loading", "logprobs")),
+    *("policy/test_policy.py", "policy/test_shared_prefix.py", "policy/test_sharding.py"),
+    *(f"rollouts/test_{name}.py" for name in ("ahead", "chat", "collector", "continued_turns", "flags", "multi_turn")),
+    *("rollouts/test_spelling.py", "rollouts/test_template.py"),
+}
+UNIT = Path(__file__).with_name("unit")
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,6 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     runs_engines = HAS_BFLOAT16 or os.environ.get(FLOAT32_VARIABLE) == "1"
     for item in items:
+        if item.path.is_relative_to(UNIT) and str(item.path.relative_to(UNIT)) in SLOW_FILES:
+            item.add_marker("slow")
         if item.get_closest_marker("engine") and not runs_engines:
             reason = f"this CPU has no bfloat16 instructions; {FLOAT32_VARIABLE}=1 runs it in float32, slowly"
             item.add_marker(pytest.mark.skip(reason=reason))
