@@ -337,9 +337,9 @@ class GRPOModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes any keyword
         cls, checkpoint_path: str | Path, policy: PolicyConfig | None = None, loss: LossConfig | None = None
     ) -> Self:
-        """Loads the model and the trained weights of a checkpoint, on the CPU.
+        """Loads the model and the trained weights of a checkpoint, on the CPU, with the default optimizer and schedule.
 
-        Optimizer and schedule are the defaults. To continue training, construct a module and pass `ckpt_path` to `Trainer.fit`.
+        To continue training, construct a module and pass `ckpt_path` to `Trainer.fit`.
 
         Args:
             checkpoint_path: A checkpoint file.
@@ -355,13 +355,7 @@ class GRPOModule(LightningModule):
             raise ConfigError(
                 f"the checkpoint {path} is a folder of parts, which FSDP2Strategy alone loads: give a file"
             )
-        try:
-            stored = parsed_settings(checkpoint[SETTINGS_KEY])
-        except Exception as error:  # of several classes of jsonargparse; another version has other settings
-            raise ConfigError(
-                f"the checkpoint {path} has settings of another version: {' '.join(str(error).split())[:300]}. Pass `policy` and "
-                "`loss`, or start from its exported adapter with model.policy.lora.init_from"
-            ) from error
+        stored = parsed_settings(checkpoint[SETTINGS_KEY])
         module = cls(policy or stored["policy"], loss or stored["loss"])
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
@@ -394,8 +388,14 @@ class GRPOModule(LightningModule):
 
 
 def parsed_settings(settings: Mapping[str, Any]) -> Any:
-    """Constructs the configs that a checkpoint contains as plain data."""
+    """Constructs the configs that a checkpoint contains as plain data, or raises ConfigError."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=PolicyConfig)
     parser.add_argument("--loss", type=LossConfig)
-    return parser.instantiate(parser.parse_object(dict(settings)))
+    try:
+        return parser.instantiate(parser.parse_object(dict(settings)))
+    except Exception as error:  # of several classes of jsonargparse
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"the settings are of another version of Fuchsia-PL: {reason}. Use the one that wrote them"
+        ) from error
