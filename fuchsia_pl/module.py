@@ -395,7 +395,4 @@ def parsed_settings(settings: Mapping[str, Any]) -> Any:
     try:
         return parser.instantiate(parser.parse_object(dict(settings)))
     except Exception as error:  # of several classes of jsonargparse
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"the settings are of another version of Fuchsia-PL: {reason}. Use the one that wrote them"
-        ) from error
+        raise ConfigError(f"the settings are not of this version: {' '.join(str(error).split())}") from error

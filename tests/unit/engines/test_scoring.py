@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
@@ -23,7 +24,7 @@ def test_scores_agree_with_the_trainers_logprobs_of_the_same_ids(tiny_model, tmp
     engine, folder = TinyEngine(), tmp_path / "weights"
     engine.start(EngineSpec(ServedModel(str(tiny_model), "float32", 4, Path), 40, 0, tmp_path / "engine.log"))
     sample = make_sample(ROW[:1], ROW[1:], advantage=1.0)  # every id after the first counts as sampled
-    (batch,) = make_batches(split_balanced([sample], 1), denominators(num_tokens=5), policy_version=0, metrics={})
+    (batch,) = make_batches(split_balanced([sample], 1), StepInfo(0, denominators(num_tokens=5), 0))
     seen = []
     for version in (0, 1):
         policy.save_trained(folder)
