@@ -160,6 +160,7 @@ def owed(model: Path, root: Path, strategy: str, is_logged: int) -> None:
             *(RunCheckpoint(every_n_steps=1), OwedValidation(), CountsValidations(root)),
             sync=AdapterSync(tolerance=100.0),
             max_steps=max_steps,
+            max_epochs=-1,
             limit_val_batches=1.0,
             enable_checkpointing=True,
             logger=RunMetrics(root / f"x/{max_steps}", rows),

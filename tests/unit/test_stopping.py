@@ -178,7 +178,8 @@ def test_a_run_that_did_not_end_by_itself_is_no_success(runs):
 
 @pytest.fixture
 def trainer():
-    """A trainer with one rank, as far as the callback uses it."""
+    """A trainer with one rank, as far as the callback uses it. A test of another file may have left handlers installed."""
+    stopping.restore()
     return SimpleNamespace(
         is_global_zero=True, strategy=SimpleNamespace(launcher=None), state=SimpleNamespace(fn=None), callbacks=[]
     )
@@ -196,7 +197,7 @@ def test_signals_are_given_back_and_forgotten_where_no_command_had_them(trainer,
             signal.raise_signal(asked)
     callback.on_exception(trainer, None, Stopped(asked) if asked else LookupError())
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
-    kept = ("_console", "_wake", "_pid", "_lock")
+    kept = ("_console", "_wake", "_wakeup_before", "_pid", "_lock")
     assert {k: v for k, v in vars(stopping).items() if k not in kept} == {
         k: v for k, v in vars(type(stopping)()).items() if k not in kept
     }
