@@ -1,6 +1,6 @@
 """Runs for the tests of several ranks: each process is a rank that Lightning launches, over gloo.
 
-python -m tests.ranks equal|resume|uneven|fails|nonfinite|owed MODEL_FOLDER FOLDER STRATEGY [NUMBER]
+python -m tests.ranks equal|resume|uneven|fails|nonfinite MODEL_FOLDER FOLDER STRATEGY [NUMBER]
 """
 
 import os
@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
-from fuchsia_pl.callbacks.owed_validation import OwedValidation
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
-from fuchsia_pl.callbacks.run_metrics import RunMetrics
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
@@ -133,43 +131,6 @@ def uneven(model: Path, root: Path, strategy: str, num_patterns: int) -> None:
         assert trainer.global_step == 3
 
 
-class CountsValidations(Callback):
-    """Writes the number of validations of each rank into a file."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.number = 0
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.number += 1
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        (self.root / f"validations{trainer.global_rank}").write_text(str(self.number))
-
-
-def owed(model: Path, root: Path, strategy: str, is_logged: int) -> None:
-    """Two steps, and two more from their checkpoint; only the first rank has the rows of the run before."""
-    for max_steps in (2, 4):
-        seed_everything(0, verbose=False)
-        module = GRPOModule(PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8)), LossConfig(), ADAM)
-        data = make_data(module, RecordedEngine(), batch_size=4, steps_per_epoch=2)
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        rows = [{"step": "1", "validation/reward/mean": "1.0"}] if is_logged and rank == 0 else []
-        trainer = make_trainer(
-            root,
-            *(RunCheckpoint(every_n_steps=1), OwedValidation(), CountsValidations(root)),
-            sync=AdapterSync(tolerance=100.0),
-            max_steps=max_steps,
-            max_epochs=-1,
-            limit_val_batches=1.0,
-            enable_checkpointing=True,
-            logger=RunMetrics(root / f"x/{max_steps}", rows),
-            **STRATEGIES[strategy](),
-        )
-        last = root / "checkpoints/last.ckpt" if max_steps == 4 else None
-        trainer.fit(module, datamodule=data, ckpt_path=last)
-
-
 class FailingLoad(RecordedEngine):
     """Refuses the version `fails_at` on the rank `on_rank`."""
 
@@ -253,7 +214,7 @@ def nonfinite(model: Path, root: Path, strategy: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, model, root, strategy, *numbers = sys.argv[1:]
-    tasks = {"equal": equal, "resume": resume, "uneven": uneven, "fails": fails, "nonfinite": nonfinite, "owed": owed}
+    tasks = {"equal": equal, "resume": resume, "uneven": uneven, "fails": fails, "nonfinite": nonfinite}
     start = time.perf_counter()
     tasks[what](Path(model), Path(root), strategy, *map(int, numbers))
     sys.stderr.write(f"{what} {strategy}: {time.perf_counter() - start:.1f} s\n")

@@ -36,7 +36,9 @@ class OwedValidation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates as Lightning does after the last batch of the checkpoint's step."""
         fetcher = trainer.fit_loop._data_fetcher
-        if not self._is_resumed or fetcher is None:
+        # A checkpoint from the end of a run was saved after the validation, and its counters are one step ahead.
+        is_before = trainer.fit_loop.epoch_loop._batches_that_stepped < trainer.global_step
+        if not self._is_resumed or fetcher is None or not is_before:
             return
         # What Lightning and the loggers take for the current epoch and step. A checkpoint may be ahead of both.
         epochs, epoch_loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop

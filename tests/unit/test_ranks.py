@@ -196,13 +196,6 @@ def test_ranks_that_drop_groups_by_chance_never_wait_for_each_other(tiny_model, 
     assert done.returncode == 0, errors_of(done)
 
 
-@pytest.mark.parametrize(("is_logged", "number"), [(0, 2), (1, 1)])
-def test_all_ranks_repeat_a_validation_or_none_does(tiny_model, tmp_path, is_logged, number):
-    done = run("owed", tiny_model, tmp_path, "ddp", is_logged)
-    assert done.returncode == 0, errors_of(done)
-    assert [(tmp_path / f"validations{rank}").read_text() for rank in range(2)] == [str(number)] * 2
-
-
 @pytest.mark.parametrize(
     ("where", "word"),
     [

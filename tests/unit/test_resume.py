@@ -258,7 +258,7 @@ def test_a_validation_that_a_kill_cut_off_is_repeated(
     assert (tmp_path / "resumed/checkpoints/last.ckpt").exists()
 
 
-def test_only_metrics_of_the_run_before_tell_that_a_validation_is_missing(tiny_model, tmp_path):
+def test_a_checkpoint_from_the_end_of_a_run_owes_no_validation(tiny_model, tmp_path):
     """A checkpoint from the end of a run was saved after its last validation."""
 
     def run(name, max_steps=2, ckpt_path=None, **settings):
@@ -272,7 +272,9 @@ def test_only_metrics_of_the_run_before_tell_that_a_validation_is_missing(tiny_m
     assert run("first") == [AFTER_2]
     last = tmp_path / "first/checkpoints/last.ckpt"
     assert run("without", ckpt_path=last) == []
-    assert run("with", ckpt_path=last, logger=RunMetrics(tmp_path / "x/with/0", [])) == [AFTER_2]
+    assert run("with", ckpt_path=last, logger=RunMetrics(tmp_path / "x/with/0", [])) == []
+    longer = run("longer", 4, ckpt_path=last, logger=RunMetrics(tmp_path / "x/longer/0", []), max_epochs=-1)
+    assert [steps for steps, _, _ in longer] == [4]
     assert run("no step", max_steps=0) == []
     assert not (tmp_path / "no step/adapter").exists()
     assert not (tmp_path / "no step/checkpoints").exists()
