@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from pyarrow import parquet
 
-from envs.gsm8k import GSM8K
 from fuchsia_pl.envs import ConfigError, SingleTurnEnvironment
 from fuchsia_pl.envs.base import check_environment
 from fuchsia_pl.envs.items import read_rows
+from fuchsia_pl.library.gsm8k import GSM8K
 from tests.doubles import even
 
 
