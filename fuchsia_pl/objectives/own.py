@@ -1,5 +1,6 @@
 """Functions that a user writes and names by a dotted path: import, signature, and shape of the result."""
 
+import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ def is_own(name: str) -> bool:
 
 
 def import_function(setting: str, path: str, parameters: Sequence[str]) -> Callable[..., Any]:
-    """Imports a function.
+    """Imports a function. A SystemExit of its module or of a call is an error, and never the exit code of the run.
 
     Args:
         setting: The setting that contains the path, for errors.
@@ -36,7 +37,7 @@ def import_function(setting: str, path: str, parameters: Sequence[str]) -> Calla
     """
     try:
         function = pkgutil.resolve_name(path)
-    except Exception as error:  # the module of a user may raise anything
+    except (Exception, SystemExit) as error:  # the module of a user may raise anything
         raise ConfigError(
             f'{setting} "{path}" cannot be imported: {type(error).__name__}: {error}. It is the dotted path of a function, and '
             "its module must be in the working directory or installed"
@@ -47,7 +48,15 @@ def import_function(setting: str, path: str, parameters: Sequence[str]) -> Calla
         inspect.signature(function).bind(*parameters)
     except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
         raise ConfigError(f'{setting} "{path}" must take ({", ".join(parameters)}): {error}') from error
-    return function
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except SystemExit as end:
+            raise wrong_result(setting, path, f"raised SystemExit: {end}") from end
+
+    return called
 
 
 def check_tensor(setting: str, path: str, what: str, value: Any, shape: torch.Size, is_bool: bool = False) -> Tensor:
