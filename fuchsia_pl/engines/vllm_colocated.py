@@ -175,7 +175,16 @@ class VLLMColocatedEngine(Engine):
         return await self._call(self._generate(list(prompt_ids), sampling), "a completion")
 
     async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        """Computes the logprobs of given ids from vLLM's prompt logprobs; see `Engine.score`."""
+        """Computes the logprobs of given ids from vLLM's prompt logprobs; see `Engine.score`.
+
+        Raises:
+            EngineError: vLLM serves an adapter on a CPU. Its kernels there take one row of prompt logits per request, and a
+                batch of several requests ends the engine.
+        """
+        if self.serves_lora and not torch.cuda.is_available():
+            raise EngineError(
+                'with sync_mode "lora" vLLM cannot compute logprobs of given ids on a CPU: use sync_mode "merge" there'
+            )
         return await self._call(self._score(list(token_ids)), "the logprobs of a row")
 
     async def load_weights(self, path: Path, version: int) -> None:

@@ -73,7 +73,11 @@ class VLLMClient(ServerClient):
         return from_response(answer, weights.name, weights.version)
 
     async def score(self, weights: PublishedWeights, token_ids: Sequence[int], timeout_s: float) -> tuple[float, ...]:
-        """Computes the logprobs of given ids; see `ServerClient.score`."""
+        """Computes the logprobs of given ids; see `ServerClient.score`.
+
+        A server on a CPU that serves an adapter ends if several rows are in one batch (its LoRA kernels take one row of prompt
+        logits per request): score one row at a time there.
+        """
         answer = await self._answer(to_scoring_request(weights.name, token_ids), timeout_s)
         return logprobs_from_response(answer, weights.name, token_ids)
 

@@ -62,6 +62,10 @@ class Pair:
     def reset_prefix_cache(self) -> None:
         asyncio.run(self.engine._call(self.engine._llm.reset_prefix_cache(), "a reset"))
 
+    @property
+    def serves_lora_on_cpu(self) -> bool:
+        return self.engine.serves_lora and not torch.cuda.is_available()
+
     def scored(self, batch) -> torch.Tensor:
         """The engine's scores of the sampled ids, in the order of `batch.logprobs[batch.loss_mask]`."""
 
@@ -159,10 +163,16 @@ def test_logprobs_move_with_each_sync_and_match_the_trainers(pair, tmp_path):
         agreement = adapter_agreement(policy, reference, batch.sampling_logprobs[mask])
         assert agreement.error < 0.1  # standard errors from 0, the slope without an adapter: more than ten
         assert agreement.holds
-        assert (pair.scored(batch) - policy).abs().mean() < 0.1
+        if not pair.serves_lora_on_cpu:
+            assert (pair.scored(batch) - policy).abs().mean() < 0.1
         assert logprob_gap(pair.policy, batch) < 0.1 < (policy - reference).abs().mean()
     assert len(seen) == 3
-    assert len(asyncio.run(pair.engine.score(([*pair.prompts[0]] * 30)[:320]))) == 319  # the longest row
+    longest = ([*pair.prompts[0]] * 30)[:320]
+    if pair.serves_lora_on_cpu:
+        with pytest.raises(EngineError, match='sync_mode "merge"'):
+            asyncio.run(pair.engine.score(longest))
+    else:
+        assert len(asyncio.run(pair.engine.score(longest))) == 319
 
 
 def test_keys_and_values_of_older_weights_are_not_used_again(pair, tmp_path, monkeypatch):

@@ -211,7 +211,23 @@ def faked(request, monkeypatch, tmp_path):
     engine.close()
 
 
-def test_a_score_is_of_the_served_adapter_and_has_a_logprob_for_each_id_after_the_first(faked):
+@pytest.fixture
+def on_gpu(faked, monkeypatch):
+    """The engine has started; from now on torch finds a GPU, so that an adapter may be scored too."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+def test_an_adapter_on_a_cpu_is_not_scored(faked):
+    engine, llm = faked
+    if not engine.serves_lora:
+        assert asyncio.run(engine.score([4, 5])) == (-0.5,)
+        return
+    with pytest.raises(EngineError, match='on a CPU: use sync_mode "merge" there'):
+        asyncio.run(engine.score([4, 5]))
+    assert not [call for call in llm.calls if isinstance(call, tuple)]
+
+
+def test_a_score_is_of_the_served_adapter_and_has_a_logprob_for_each_id_after_the_first(faked, on_gpu):
     engine, llm = faked
     assert asyncio.run(engine.score([4, 5, 6])) == (-0.5, -0.6)
     ((prompt, params, adapter),) = [call for call in llm.calls if isinstance(call, tuple)]
@@ -220,14 +236,14 @@ def test_a_score_is_of_the_served_adapter_and_has_a_logprob_for_each_id_after_th
     assert asyncio.run(engine.score([4])) == ()
 
 
-def test_a_row_is_scored_again_if_older_weights_answered(faked):
+def test_a_row_is_scored_again_if_older_weights_answered(faked, on_gpu):
     engine, llm = faked
     llm.versions = ["6"]
     assert asyncio.run(engine.score([4, 5])) == (-0.5,)
     assert len([call for call in llm.calls if isinstance(call, tuple)]) == 2
 
 
-def test_requests_that_arrive_together_are_scheduled_together(faked):
+def test_requests_that_arrive_together_are_scheduled_together(faked, on_gpu):
     engine, llm = faked
 
     async def gather():
