@@ -28,6 +28,8 @@ SLOW_FILES = {
     *("policy/test_policy.py", "policy/test_shared_prefix.py", "policy/test_sharding.py"),
     *(f"rollouts/test_{name}.py" for name in ("ahead", "chat", "collector", "continued_turns", "flags", "multi_turn")),
     *("rollouts/test_spelling.py", "rollouts/test_template.py"),
+    *("callbacks/test_outcome.py", "cli/test_class_change.py", "envs/test_reading.py", "policy/test_schedules.py"),
+    *("test_library.py", "test_prompts.py"),
 }
 UNIT = Path(__file__).with_name("unit")
 
