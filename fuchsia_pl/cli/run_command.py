@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from collections.abc import Callable
 
 from fuchsia_pl.callbacks.finite import NonFiniteError
 from fuchsia_pl.cli.app import FuchsiaCLI
@@ -18,6 +19,13 @@ from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import ends_by_itself
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.stopping import stopping
+
+# The commands that define their own options, by name. Each function gets the words after the name and returns the exit code.
+HANDLERS: dict[str, Callable[[list[str]], int]] = {
+    "check-env": check_env,
+    "replay": replay,
+    "serve": serve,
+}
 
 
 def run_command(arguments: list[str]) -> None:
@@ -50,12 +58,8 @@ def _report(end: BaseException, is_debugging: bool) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if words[:1] == ["check-env"]:
-        sys.exit(check_env(words[1:]))
-    if words[:1] == ["replay"]:
-        sys.exit(replay(words[1:]))
-    if words[:1] == ["serve"]:
-        serve(words[1:])
+    if words and words[0] in HANDLERS:
+        sys.exit(HANDLERS[words[0]](words[1:]))
     if any(is_help(word) for word in words):
         print_help(words)
     else:

@@ -24,6 +24,7 @@ RANKS = {
     "stopping": 0,
     "orphans": 0.2,
     "files": 0.5,
+    "run_record": 0.6,
     "batch": 0.5,
     "objectives": 1,
     "engines.base": 1,
@@ -31,8 +32,10 @@ RANKS = {
     "rollouts": 2,
     "policy": 2,
     "engines": 2,
+    "evaluation": 2.5,
     "module": 3,
     "datamodule": 3,
+    "report": 3,
     "callbacks": 3.5,
     "cli": 4,
     "__init__": 5,  # exports names of all rooms, and imports each one when it is first used
