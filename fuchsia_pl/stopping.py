@@ -233,7 +233,10 @@ class Stopping:
             elif number != RANK_SIGNAL and now - self._first_at > SECOND_AFTER_S:
                 self._end_now("a second signal: the process ends at once, without saving")
         if self._deadline is not None and now > self._deadline:
-            self._end_now("the current work did not end in time: the process ends without waiting for it")
+            self._end_now(
+                "the current work did not end in time: the process ends without saving. The same command with --ckpt_path last "
+                "continues from the newest checkpoint, if there is one"
+            )
 
     def _begin(self, number: int) -> None:
         self._note(self._aliases[number])

@@ -43,7 +43,7 @@ def import_function(setting: str, path: str, parameters: Sequence[str]) -> Calla
             "its module must be in the working directory or installed"
         ) from error
     if not callable(function):
-        raise ConfigError(f'{setting} "{path}" is a {type(function).__name__}: it must be a function')
+        raise ConfigError(f'{setting} "{path}" is of type {type(function).__name__}: it must be a function')
     try:
         inspect.signature(function).bind(*parameters)
     except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature

