@@ -19,6 +19,7 @@ RUN_COMMANDS = {
     "predict": "write completions of the held-out items, without metrics",
 }
 OTHER_COMMANDS = {
+    "chat": "talk to a trained adapter or a model in the terminal",
     "check-env": "test an environment with known and hostile texts, without a model",
     "serve": "start the vLLM server of a run, here or on another machine",
     "replay": "compute a recorded optimizer step again",
@@ -124,7 +125,25 @@ def completion_options() -> argparse.ArgumentParser:
     return parser
 
 
+def chat_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia chat`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia chat",
+        description="A conversation in the terminal, with the tools of the run's environment. Model and adapter are loaded in "
+        "this process. Lines of standard input are answered too. Commands: /base, /system, /reset, /help, /quit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", help="a run (quickstart/0), the folder of an adapter, or a model")
+    parser.add_argument("--config", help="config with the model and the environment (default: the run's)")
+    parser.add_argument("--system", default="", help="system message of the conversation")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    parser.add_argument("--max_tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first answer (default: 0)")
+    return parser
+
+
 OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "chat": chat_options,
     "check-env": check_env_options,
     "serve": serve_options,
     "replay": replay_options,

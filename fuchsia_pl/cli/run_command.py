@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fuchsia_pl.callbacks.finite import NonFiniteError
 from fuchsia_pl.cli.app import FuchsiaCLI
+from fuchsia_pl.cli.chat import chat
 from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.commands import DEBUG_OPTION, is_help
@@ -22,6 +23,7 @@ from fuchsia_pl.stopping import stopping
 
 # The commands that define their own options, by name. Each function gets the words after the name and returns the exit code.
 HANDLERS: dict[str, Callable[[list[str]], int]] = {
+    "chat": chat,
     "check-env": check_env,
     "replay": replay,
     "serve": serve,
