@@ -82,7 +82,7 @@ def mean_interval(values: Tensor) -> Interval:
         values: One value per item, [N].
 
     Returns:
-        Both ends. NaN for one item. Where too few resamples have a spread, the smallest and the largest value are the ends.
+        Both ends, within the observed values. NaN for one item.
 
     >>> mean_interval(torch.tensor([2.0, 2.0, 2.0])), mean_interval(torch.tensor([2.0]))
     ((2.0, 2.0), (nan, nan))
@@ -99,8 +99,10 @@ def mean_interval(values: Tensor) -> Interval:
     low = float(mean - torch.quantile(deviations, 0.5 + COVERAGE / 2) * error)
     high = float(mean - torch.quantile(deviations, 0.5 - COVERAGE / 2) * error)
     smallest, largest = float(values.min()), float(values.max())
-    return (max(low, smallest) if math.isinf(low) or math.isnan(low) else low), (
-        min(high, largest) if math.isinf(high) or math.isnan(high) else high
+    # Resamples of few items may all be alike, and their deviations infinite.
+    return (
+        max(low, smallest) if math.isfinite(low) else smallest,
+        min(high, largest) if math.isfinite(high) else largest,
     )
 
 
@@ -122,7 +124,9 @@ def _studentized(centered: Tensor) -> Tensor:
     variances = squares - means.square()
     flat = variances <= 1e-12 * squares.max()
     deviations = means / _standard_error(variances.masked_fill(flat, 1.0), number)
-    return torch.where(flat, means.sign() * torch.inf, deviations).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    return torch.where(flat, means.sign() * torch.inf, deviations).nan_to_num(
+        nan=0.0, posinf=torch.inf, neginf=-torch.inf
+    )
 
 
 def _standard_error(variance: Tensor, number: int) -> Tensor:

@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.evaluation.figures import Figure
 from fuchsia_pl.evaluation.held_out import HeldOut
 from fuchsia_pl.evaluation.intervals import mean_interval, share_interval
 from fuchsia_pl.evaluation.item_table import Fractions, ItemSums, ItemTable
 from fuchsia_pl.evaluation.passes import majority_correct, pass_at_k, pass_sizes
-from fuchsia_pl.rollouts.metrics import are_correct, rate_fractions
+from fuchsia_pl.rollouts.metrics import are_correct, count_fractions, over_ranks, rate_fractions
+from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.types import Evaluation, Rollout
 
 # Samples with an answer; the figure itself is not reported. Without any, there is no maj@k.
@@ -88,28 +92,91 @@ def item_fractions(siblings: Sequence[Rollout], grades: Sequence[Grade]) -> Frac
     return found
 
 
-def item_table(groups: Sequence[Sequence[Rollout]], grades: Sequence[Grade], sums_on: object) -> ItemTable:
+def item_table(groups: Sequence[Sequence[Rollout]], grades: Sequence[Grade], device: torch.device) -> ItemTable:
     """The sums of all items of all ranks. All ranks must call it at the same time.
 
     Args:
         groups: The samples of each item of this rank, each [k].
         grades: One per rollout, in order.
-        sums_on: Device on which the ranks exchange them.
+        device: Device on which the ranks exchange them.
     """
     left = iter(grades)
     fractions = [item_fractions(siblings, [next(left) for _ in siblings]) for siblings in groups]
-    sums = ItemSums(list(fractions[0])).to(sums_on)  # type: ignore[call-overload]
+    sums = ItemSums(list(fractions[0])).to(device)
     sums.update([siblings[0].item_index for siblings in groups], fractions)
     return sums.table()
 
 
+def reported_names(table: ItemTable) -> list[str]:
+    """Names of the figures of a table. Without any answer there is no maj@k."""
+    has_answers = table.covers(ANSWERED)
+    return [name for name in table.names if name != ANSWERED and (has_answers or not name.startswith("maj@"))]
+
+
 def figures_of(table: ItemTable) -> dict[str, Figure]:
     """All figures of a table that cover a sample, with their intervals."""
-    has_answers = table.covers(ANSWERED)
-    names = [name for name in table.names if name != ANSWERED and (has_answers or not name.startswith("maj@"))]
-    return {name: _figure(table, name) for name in names if table.covers(name)}
+    return {name: _figure(table, name) for name in reported_names(table) if table.covers(name)}
 
 
 def _figure(table: ItemTable, name: str) -> Figure:
     interval = share_interval if table.is_share(name) else mean_interval
     return Figure(table.value(name), *interval(table.values(name)))
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """When and on what an evaluation was made.
+
+    Attributes:
+        step: Optimizer steps that the policy was trained for.
+        split: "validation", "test" or "predict".
+        shared: Positions of the items whose prompt is also the prompt of a training item; None if that is not known.
+        is_whole: Whether it covers all items of the run's evaluations.
+
+    >>> Occasion(step=25, split="validation").is_whole
+    True
+    """
+
+    step: int
+    split: str
+    shared: frozenset[int] | None = None
+    is_whole: bool = True
+
+
+def measure(
+    groups: Sequence[Sequence[Rollout]],
+    environment: Environment,
+    occasion: Occasion,
+    ranks: Ranks,
+    device: torch.device,
+) -> HeldOutEvaluation:
+    """Judges rollouts and computes metrics and figures over all ranks. All ranks must call it at the same time.
+
+    Args:
+        groups: The samples of each item of this rank, each [k].
+        environment: Its code runs in a thread, with a time limit.
+        occasion: When and on what.
+        ranks: This rank and the others.
+        device: Device on which ranks exchange sums.
+
+    Raises:
+        ValueError: A rollout has a counter that the environment does not declare.
+    """
+    rollouts = tuple(rollout for siblings in groups for rollout in siblings)
+    grades = call_apart(graded, rollouts, environment)
+    counts = over_ranks(call_apart(count_fractions, rollouts, environment, ranks.size), ranks.add_up)
+    table = item_table(groups, grades, device)
+    shared = None if occasion.shared is None else occasion.shared & set(table.items)
+    held_out = HeldOut(
+        occasion.step,
+        occasion.split,
+        len(table.items),
+        len(groups[0]),
+        type(environment).__name__,
+        figures_of(table),
+        None if shared is None else len(shared),
+    )
+    metrics = {**{name: table.value(name) for name in reported_names(table)}, **counts}
+    return HeldOutEvaluation(
+        rollouts, metrics, tuple(grades), table, held_out, shared or frozenset(), occasion.is_whole
+    )

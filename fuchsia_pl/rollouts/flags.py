@@ -99,7 +99,13 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates:
         )
     setattr(trainer, flag, 1.0 if held_out else 0)
     return Limits(
-        steps_per_epoch, num_repeated, held_out, flag, given, validation_steps, given_interval=trainer.val_check_interval
+        steps_per_epoch,
+        num_repeated,
+        held_out,
+        flag,
+        given,
+        validation_steps,
+        given_interval=trainer.val_check_interval,
     )
 
 
