@@ -79,8 +79,8 @@ class SamplingConfig:
             raise ConfigError(f"data.sampling.validation_samples must be 1 or more, got {number}")
         if number > 1 and self.validation_temperature == 0.0:
             raise ConfigError(
-                f"data.sampling.validation_samples is {number} and validation_temperature is 0: greedy samples are all alike. Set "
-                "validation_temperature above 0, such as 1.0, or leave validation_samples out"
+                f"data.sampling.validation_samples is {number} and validation_temperature is 0: greedy samples are all alike. "
+                "Set validation_temperature above 0, such as 1.0, or leave validation_samples out"
             )
         if limit is not None and not 0 < limit < self.max_length:
             raise ConfigError(

@@ -171,20 +171,22 @@ def _validation_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) 
     interval = trainer.val_check_interval
     if time_s is not None:
         raise ConfigError(
-            f"trainer.val_check_interval={time_s:g} s would validate within an optimizer step: give a number of optimizer steps, or "
-            "a share of an epoch (data.steps_per_epoch)"
+            f"trainer.val_check_interval={time_s:g} s would validate within an optimizer step: give a number of optimizer "
+            "steps, or a share of an epoch (data.steps_per_epoch)"
         )
     if not isinstance(interval, int) and interval == 1.0:
         return None
     steps = interval if isinstance(interval, int) else interval * steps_per_epoch
     if abs(steps - round(steps)) > 1e-6 or round(steps) < 1 or round(steps) % num_updates:
         raise ConfigError(
-            f"trainer.val_check_interval={interval} is {steps:g} optimizer steps (a whole number counts steps, a number up to 1.0 is "
-            f"a share of data.steps_per_epoch={steps_per_epoch}): it must be a multiple of model.loss.num_policy_updates={num_updates}"
+            f"trainer.val_check_interval={interval} is {steps:g} optimizer steps (a whole number counts steps, a number up to "
+            f"1.0 is a share of data.steps_per_epoch={steps_per_epoch}), and must be a multiple of "
+            f"model.loss.num_policy_updates={num_updates}"
         )
     if trainer.check_val_every_n_epoch is not None and steps > steps_per_epoch:
         raise ConfigError(
-            f"trainer.val_check_interval={interval} optimizer steps is more than an epoch of data.steps_per_epoch={steps_per_epoch}: "
-            "lower it, or set trainer.check_val_every_n_epoch to null, which counts over epochs"
+            f"trainer.val_check_interval={interval} is more optimizer steps than an epoch has, "
+            f"data.steps_per_epoch={steps_per_epoch}: lower it, or set trainer.check_val_every_n_epoch to null to "
+            "count over epochs"
         )
     return round(steps)
