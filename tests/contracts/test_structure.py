@@ -21,7 +21,8 @@ RANKS = {
     "types": 0,
     "loop": 0,
     "scratch": 0,
-    "stopping": 0,
+    "progress": 0,
+    "stopping": 0.1,
     "orphans": 0.2,
     "files": 0.5,
     "run_record": 0.6,
@@ -50,7 +51,7 @@ UPWARD = {
 ONLY_FROM = {
     "batch": {"types"},
     "module": {"policy", "objectives", "types", "batch"},
-    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types", "batch", "loop", "stopping"},
+    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types", "batch", "loop", "progress", "stopping"},
     "objectives": {"types", "batch"},
     "engines.base": {"types"},
     "envs": {"types", "scratch"},
@@ -58,6 +59,7 @@ ONLY_FROM = {
 THIRD_PARTIES: dict[str, set[str]] = {
     "types": set(),
     "loop": set(),
+    "progress": set(),
     "scratch": set(),
     "stopping": set(),
     "orphans": set(),
