@@ -24,7 +24,6 @@ from fuchsia_pl.callbacks.console_summary import (
 )
 from fuchsia_pl.callbacks.console_table import Column, header_row, shown_columns, step_row
 from fuchsia_pl.callbacks.console_text import completion_panel, visible
-from fuchsia_pl.evaluation.figures import Figure
 from fuchsia_pl.evaluation.held_out import HeldOut, read_held_out
 from fuchsia_pl.progress import TRAINING, Activity, progress
 from fuchsia_pl.stopping import Stopped
@@ -75,12 +74,12 @@ class ConsoleReport(ProgressBar):
         """Shows work in progress from here on, before the prompts are rendered and the engine starts."""
         if not trainer.is_global_zero:
             self.disable()
+        self._begin(trainer.global_step)
         self._opened.open()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table of settings."""
-        self._last_step = self._first_step = trainer.global_step
-        self._num_tokens, self._columns, self._samples, self._start = 0, (), [], time.monotonic()
+        self._begin(trainer.global_step)
         limits = [timer.time_remaining() for timer in callbacks_of(trainer, Timer)]
         remaining = min((limit for limit in limits if limit is not None), default=None)
         self._ends_at = None if remaining is None else self._start + remaining
@@ -164,6 +163,11 @@ class ConsoleReport(ProgressBar):
             self._display = ProgressDisplay(self.console)
         return self._display
 
+    def _begin(self, step: int) -> None:
+        """Sets the state of a run that starts at a step."""
+        self._last_step = self._first_step = step
+        self._num_tokens, self._columns, self._samples, self._start = 0, (), [], time.monotonic()
+
     def _end_step(self) -> None:
         self._training = None
         self._step.close()
@@ -197,13 +201,15 @@ class ConsoleReport(ProgressBar):
         split = "test" if trainer.state.fn == TrainerFn.TESTING else "validation"
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         folder = Path(trainer.default_root_dir)
-        with_intervals = [one for one in _evaluations(folder, split) if one.step == step]
-        figures: dict[str, Figure] = plain_figures(metrics, split)
-        if len(with_intervals) == 1:
-            figures = {**figures, **with_intervals[0].figures}
-        self._print(evaluation_line(when, figures, self.console.width))
+        logged = plain_figures(metrics, split)
+        found = [one for one in _evaluations(folder, split) if one.step == step]
+        # One evaluation has the logged figures with their intervals. Several are those of several environments.
+        named = {f"{when}, {one.environment}": one.figures for one in found}
+        evaluations = named if len(found) > 1 else {when: logged | (found[0].figures if found else {})}
+        for name, figures in evaluations.items():
+            self._print(evaluation_line(name, figures, self.console.width))
         if trainer.state.fn != TrainerFn.FITTING:
-            for line in [*figure_lines(figures), *place_lines(folder)]:
+            for line in [*figure_lines(logged | evaluations.get(when, {})), *place_lines(folder)]:
                 self._print(line)
 
 

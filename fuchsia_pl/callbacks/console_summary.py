@@ -151,14 +151,16 @@ def _changes(evaluations: Sequence[HeldOut], is_one_of_many: bool) -> list[str]:
         return []
     steps = f"step {first.step} -> {last.step}" if has_before else f"step {last.step}"
     whose = f" of {last.environment}" if is_one_of_many else ""
-    return [f"held out{whose}, {steps}, {last.num_items} items:", *lines]
+    shared = f", {last.num_shared} of them with the prompt of a training item" if last.num_shared else ""
+    return [f"held out{whose}, {steps}, {last.num_items} items{shared}:", *lines]
 
 
 def _best(evaluations: Sequence[HeldOut], name: str) -> str:
     """The best value and its step, if the last one is below it."""
-    found = [(one.figures[name].value, one.step) for one in evaluations if name in one.figures]
-    value, step = max(found, key=lambda pair: pair[0])
-    return f" (best {value:.3f}, step {step})" if value > found[-1][0] else ""
+    value, step = max(
+        ((one.figures[name].value, one.step) for one in evaluations if name in one.figures), key=lambda pair: pair[0]
+    )
+    return f" (best {value:.3f}, step {step})" if value > evaluations[-1].figures[name].value else ""
 
 
 def place_lines(folder: Path) -> list[str]:
