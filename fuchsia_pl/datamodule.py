@@ -21,6 +21,7 @@ from fuchsia_pl.evaluation.measures import HeldOutEvaluation, Occasion, measure
 from fuchsia_pl.evaluation.shared_items import shared_items
 from fuchsia_pl.loop import LoopThread
 from fuchsia_pl.objectives.config import Learner
+from fuchsia_pl.progress import progress
 from fuchsia_pl.rollouts import budget, preparation
 from fuchsia_pl.rollouts.ahead import PhasesAhead
 from fuchsia_pl.rollouts.calls import end_rollouts
@@ -120,7 +121,8 @@ class RolloutDataModule(LightningDataModule):
         with preparation.as_config_error(f"{type(self.environment).__name__}.prepare"):
             self._run(self._collector.prepare())
         call_apart(self._check_prompts)
-        self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps))
+        with progress.activity(f"starting {type(self.engine).__name__}"):
+            self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps))
 
     def make_chat(self) -> Chat:
         """Tokenizer and chat template of the model."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from fuchsia_pl.progress import progress
+
 T = TypeVar("T")
 
 GRACE_S = 30.0
@@ -203,7 +205,8 @@ class Stopping:
     def write_line(self, text: str) -> None:
         """Writes a line to the console, even while standard error is redirected to a file."""
         with contextlib.suppress(OSError):
-            os.write(self._console, f"{text}\n".encode())
+            start = progress.line_start if os.isatty(self._console) else ""
+            os.write(self._console, f"{start}{text}\n".encode())
 
     def _note(self, signum: int) -> None:
         if self.signum is None:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.console import ConsoleReport
+from fuchsia_pl.callbacks.console_progress import RunConsole, shown_progress
 from fuchsia_pl.callbacks.defaults import DEFAULT_CALLBACKS, default_callbacks
 from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
@@ -134,7 +135,8 @@ class FuchsiaCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Makes the run folder and all objects of the config; reports settings that they refuse as configuration errors."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
-        with self._refusals():
+        is_quiet = self._get(self.config, "trainer.enable_progress_bar") is False or not is_first_rank()
+        with self._refusals(), shown_progress(RunConsole(highlight=False, quiet=is_quiet)):
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
             self.run_folder = new_run_folder(root, run_name(self.arguments))
             if checkpoint is not None and self.subcommand == "fit" and is_first_rank():
@@ -214,7 +216,7 @@ class FuchsiaCLI(LightningCLI):
 
     def _announce(self) -> None:
         bar = self.trainer.progress_bar_callback
-        if isinstance(bar, ConsoleReport):
+        if isinstance(bar, ConsoleReport) and is_first_rank():
             bar.announce(
                 self.model.learner.served_model.name, type(self.datamodule.engine).__name__, str(self.run_folder)
             )

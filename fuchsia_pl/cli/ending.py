@@ -1,4 +1,4 @@
-"""Exit code and last lines of a command that a signal stopped."""
+"""Exit code and last lines of a command that a signal or an error stopped."""
 
 import shlex
 import signal
@@ -40,9 +40,20 @@ def last_words(words: list[str], end: BaseException | None) -> list[str]:
             *lines,
             f"stopped by {name} before there was a checkpoint to continue from: the same command starts a new run",
         ]
+    state, command = resume_lines(words)
+    return [*lines, f"stopped by {name}; {state}", command]
+
+
+def resume_lines(words: list[str]) -> list[str]:
+    """The checkpoint of a run that ended early, and the command that resumes from it; [] if it has none.
+
+    Args:
+        words: The command line.
+    """
+    if stopping.checkpoint is None:
+        return []
     return [
-        *lines,
-        f"stopped by {name}; {stopping.checkpoint} contains the run after step {stopping.step}",
+        f"{stopping.checkpoint} contains the run after step {stopping.step}",
         f"continue with: {resume_command(sys.argv[0], words, stopping.checkpoint)}",
     ]
 
