@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.engines.base import Engine
-from fuchsia_pl.envs.base import Environment, check_environment
+from fuchsia_pl.envs.base import Environment, check_environment, check_rewards
 from fuchsia_pl.envs.bounded import call_apart
-from fuchsia_pl.evaluation.measures import HeldOutEvaluation, Occasion, measure
+from fuchsia_pl.evaluation.measures import Occasion, measure
 from fuchsia_pl.evaluation.shared_items import shared_items
 from fuchsia_pl.loop import LoopThread
 from fuchsia_pl.objectives.config import Learner
@@ -36,7 +36,7 @@ from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.run_checks import SignalSource, check_run_setup, engine_spec
 from fuchsia_pl.rollouts.training_phase import Forward, TrainingPhase
 from fuchsia_pl.stopping import stopping
-from fuchsia_pl.types import ConfigError
+from fuchsia_pl.types import ConfigError, Evaluation
 
 CLOSE_TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
@@ -104,11 +104,14 @@ class RolloutDataModule(LightningDataModule):
         """Prepares the environment, checks the prompts, and starts the engine.
 
         Raises:
-            ConfigError: The step cannot be divided over the trainer's ranks, or the environment does not suit the model.
+            ConfigError: The step cannot be divided over the trainer's ranks, or the environment does not suit the model, or has
+                no rewards and the stage is not "predict".
             ToolServerError: A tool server did not start.
             EngineError: The engine did not start.
         """
         trainer, self._stage = self._trainer, stage
+        if stage != "predict":
+            check_rewards(self.environment)
         preparation.check_shares(self.batch_size, trainer.world_size)
         sleeps = check_run_setup(trainer)
         num_updates = self.loss.num_policy_updates
@@ -314,7 +317,7 @@ class RolloutDataModule(LightningDataModule):
         """Returns the result of `wait` on all ranks, or raises on all ranks if one received a signal to stop."""
         return stopping.on_all_ranks(wait, lambda n: int(self._ranks.highest(torch.tensor(float(n)))))
 
-    def _evaluate(self) -> list[HeldOutEvaluation]:
+    def _evaluate(self) -> list[Evaluation]:
         collector, trainer, held_out = self._held_out_collector, self._trainer, self._held_out
         assert collector is not None, "setup is called first"
         if trainer.sanity_checking and trainer.num_sanity_val_steps < len(held_out):
@@ -324,7 +327,9 @@ class RolloutDataModule(LightningDataModule):
         address = (self.seed, "validation")
         draw = Draw(items, indices, sampling.validation_samples, sampling.validation_temperature, address)
         groups = self._waited(lambda: self._run(sampled_by(self.engine, partial(collector.collect, draw))))
-        split = "test" if trainer.testing else "predict" if trainer.predicting else "validation"
+        if trainer.predicting:
+            return [Evaluation(tuple(rollout for group in groups for rollout in group), {})]
+        split = "test" if trainer.testing else "validation"
         is_whole = len(held_out) == len(self._held_out)
         occasion = Occasion(self.engine.policy_version, split, self._shared, is_whole)
         return [measure(groups, self.environment, occasion, self._ranks, trainer.strategy.root_device)]

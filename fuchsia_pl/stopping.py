@@ -68,6 +68,7 @@ class Stopping:
         self.is_agreed = False  # all ranks have agreed to end
         self.checkpoint: Path | None = None  # the checkpoint to resume from
         self.step: int | None = None  # the step of that checkpoint
+        self.continued: Path | None = None  # a file that the same command continues
         self.forward: Callable[[int], None] | None = (
             None  # sends a signal to other ranks, or to a rank that forwards it
         )

@@ -16,7 +16,7 @@ RUN_COMMANDS = {
     "fit": "train a policy: fuchsia fit --config quickstart.yaml",
     "validate": "measure a policy on the held-out items: --ckpt_path last",
     "test": "the same, to rollouts-test.jsonl and metrics named test/",
-    "predict": "write completions of the held-out items, without metrics",
+    "predict": "completions of held-out items, or of a file: --input FILE",
 }
 OTHER_COMMANDS = {
     "chat": "talk to a trained adapter or a model in the terminal",
@@ -171,6 +171,41 @@ def eval_options() -> argparse.ArgumentParser:
     return parser
 
 
+def predict_options() -> argparse.ArgumentParser:
+    """The own options of `fuchsia predict`. Its help page lists them before the settings."""
+    parser = argparse.ArgumentParser(prog="fuchsia predict", add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help='JSON lines with a {"prompt": "…"} or {"messages": […]} each, and an "id" if wanted; - reads all of standard '
+        "input. Without it, the held-out items are completed.",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="a line per row in the order of the input; the same command continues it. - is standard output.",
+    )
+    parser.add_argument(
+        "--as_items", "--as-items", action="store_true", help="rows are items of the config's environment"
+    )
+    parser.add_argument("--samples", type=int, metavar="INT", help="completions per row (default: 1)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="NUMBER",
+        help="0 is greedy (default: data.sampling.validation_temperature; with several samples that of training)",
+    )
+    parser.add_argument(
+        "--max_completion_tokens", type=int, metavar="INT", help="most tokens of a completion (default: as in training)"
+    )
+    parser.add_argument("--run", metavar="RUN", help="a run: its config and its newest weights; a path, NAME/N or NAME")
+    parser.add_argument("--adapter", metavar="FOLDER", help="folder of a PEFT adapter")
+    parser.add_argument("--ckpt_path", help=argparse.SUPPRESS)  # among the settings
+    return parser
+
+
+# Commands with the settings of a run and options of their own.
+RUN_OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {"predict": predict_options}
 OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "chat": chat_options,
     "eval": eval_options,

@@ -35,6 +35,8 @@ def last_words(words: list[str], end: BaseException | None) -> list[str]:
     lines = error_words(end)
     if end is None:
         return [*lines, f"{name} arrived at the end of the run, which is complete"]
+    if stopping.continued is not None:
+        return [*lines, f"stopped by {name}", *resume_lines(words)]
     if stopping.checkpoint is None:
         return [
             *lines,
@@ -45,11 +47,13 @@ def last_words(words: list[str], end: BaseException | None) -> list[str]:
 
 
 def resume_lines(words: list[str]) -> list[str]:
-    """The checkpoint of a run that ended early, and the command that resumes from it; [] if it has none.
+    """What a run that ended early has left, and the command that continues it; [] if nothing can be continued.
 
     Args:
         words: The command line.
     """
+    if stopping.continued is not None:
+        return [f"{stopping.continued} contains the answers so far: the same command continues it"]
     if stopping.checkpoint is None:
         return []
     return [

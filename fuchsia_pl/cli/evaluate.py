@@ -15,7 +15,7 @@ from fuchsia_pl.callbacks.access import callbacks_of
 from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.commands import eval_options
-from fuchsia_pl.cli.evaluated_policy import Rival, find_rival, run_arguments
+from fuchsia_pl.cli.evaluated_policy import Rival, choose_temperature, find_rival, run_arguments
 from fuchsia_pl.cli.evaluation_table import comparison_lines, evaluation_table
 from fuchsia_pl.cli.failures import refused_by
 from fuchsia_pl.cli.run_folder import find_config
@@ -55,9 +55,7 @@ class EvalCLI(FuchsiaCLI):
 
     def before_instantiate_classes(self) -> None:
         """Chooses the temperature of several samples, which a greedy policy would make all alike."""
-        sampling = self.config[SUBCOMMAND].data.sampling
-        if sampling.validation_samples > 1 and sampling.validation_temperature == 0 and self.given.temperature is None:
-            sampling.validation_temperature = sampling.temperature
+        choose_temperature(self.config[SUBCOMMAND].data.sampling, self.given.temperature)
 
     def instantiate_classes(self) -> None:
         """Makes all objects, the other environments, and the policy to compare with, before anything is loaded."""

@@ -49,31 +49,62 @@ def run_arguments(given: argparse.Namespace, words: list[str]) -> list[str]:
     Raises:
         ConfigError: There is no such run or adapter, or several policies are given.
     """
-    named = {
-        f"--{name}": vars(given)[name] for name in ("run", "ckpt_path", "adapter") if vars(given)[name] is not None
-    }
-    if len(named) > 1:
-        raise ConfigError(f"{' and '.join(named)} both choose the weights: give one, and the other one by --against")
-    found, configs = [], []
-    if given.run is not None:
-        configs, found = _words_of_run(find_run(given.run, _root(words)), words)
-    if given.ckpt_path is not None:
-        found = ["--ckpt_path", given.ckpt_path]
-    if given.adapter is not None:
-        found = _words_of_adapter(Path(given.adapter))
+    configs, found = policy_words(given, words)
     if given.num_items is not None and given.num_items < 1:
         raise ConfigError(f"--num_items must be 1 or more, got {given.num_items}")
     if not any(word.partition("=")[0] == ITEMS_OPTION for word in words):
         found += [ITEMS_OPTION, "1.0" if given.num_items is None else str(given.num_items)]
+    found += sampling_words(given)
+    # A config changes what options before it have set.
+    return [*configs, *words, *found, "--verbose", "false"]
+
+
+def policy_words(given: argparse.Namespace, words: list[str]) -> tuple[list[str], list[str]]:
+    """The words that choose a policy by `run`, `ckpt_path` or `adapter`: configs, which come first, and options.
+
+    Args:
+        given: The options of a command.
+        words: All other options.
+
+    Raises:
+        ConfigError: There is no such run or adapter, or several policies are given.
+    """
+    named = {
+        f"--{name}": vars(given)[name] for name in ("run", "ckpt_path", "adapter") if vars(given)[name] is not None
+    }
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} both choose the weights: give one")
+    if given.run is not None:
+        return _words_of_run(find_run(given.run, _root(words)), words)
+    if given.ckpt_path is not None:
+        return [], ["--ckpt_path", given.ckpt_path]
+    return [], [] if given.adapter is None else _words_of_adapter(Path(given.adapter))
+
+
+def sampling_words(given: argparse.Namespace) -> list[str]:
+    """The words that set how held-out items are sampled by `samples`, `temperature` and `max_completion_tokens`."""
     settings = {
         "validation_samples": given.samples,
         "validation_temperature": given.temperature,
         "validation_max_completion_tokens": given.max_completion_tokens,
     }
-    for name, value in settings.items():
-        found += [] if value is None else [f"--data.sampling.{name}", str(value)]
-    # A config changes what options before it have set.
-    return [*configs, *words, *found, "--verbose", "false"]
+    return [
+        word
+        for name, value in settings.items()
+        if value is not None
+        for word in (f"--data.sampling.{name}", str(value))
+    ]
+
+
+def choose_temperature(sampling: Any, temperature: float | None) -> None:
+    """Gives several samples the temperature of training, unless one was chosen: greedy ones would be all alike.
+
+    Args:
+        sampling: The parsed `data.sampling`, which is changed.
+        temperature: The `--temperature` of the command.
+    """
+    if sampling.validation_samples > 1 and sampling.validation_temperature == 0 and temperature is None:
+        sampling.validation_temperature = sampling.temperature
 
 
 def _words_of_run(folder: Path, words: list[str]) -> tuple[list[str], list[str]]:

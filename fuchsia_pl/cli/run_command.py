@@ -9,10 +9,11 @@ from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.chat import chat
 from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
-from fuchsia_pl.cli.commands import DEBUG_OPTION, is_help
+from fuchsia_pl.cli.commands import DEBUG_OPTION, RUN_COMMANDS, is_help
 from fuchsia_pl.cli.ending import leave_stopped, resume_lines
 from fuchsia_pl.cli.evaluate import evaluate
 from fuchsia_pl.cli.launch import is_first_rank, to_first_rank
+from fuchsia_pl.cli.predict import predict
 from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.cli.settings_table import print_help
@@ -27,6 +28,7 @@ HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat,
     "check-env": check_env,
     "eval": evaluate,
+    "predict": predict,
     "replay": replay,
     "serve": serve,
 }
@@ -64,9 +66,9 @@ def _report(end: BaseException, words: list[str], is_debugging: bool) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if words and words[0] in HANDLERS:
-        sys.exit(HANDLERS[words[0]](words[1:]))
-    if any(is_help(word) for word in words):
+    if words and words[0] in RUN_COMMANDS and any(is_help(word) for word in words):
         print_help(words)
+    elif words and words[0] in HANDLERS:
+        sys.exit(HANDLERS[words[0]](words[1:]))
     else:
         FuchsiaCLI(words)

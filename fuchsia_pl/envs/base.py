@@ -231,18 +231,13 @@ def check_environment(environment: Environment) -> None:
     """Checks the attributes of an environment.
 
     Raises:
-        ConfigError: The constructor does not call the base class, there is no reward function, two have the same name, a weight
-            is not finite or has an unknown name, or a setting has a value that is not allowed.
+        ConfigError: The constructor does not call the base class, two reward functions have the same name, a weight is not
+            finite or has an unknown name, or a setting has a value that is not allowed.
     """
     kind = type(environment).__name__
     if not _set_by_constructor() <= set(vars(environment)):
         raise ConfigError(_lacks_constructor(environment))
     names = [reward_name(function) for function in environment.reward_functions]
-    if not names:
-        raise ConfigError(
-            f"{kind}.reward_functions is empty: without a reward there is nothing to learn. Set it in {kind}.__init__, after "
-            "super().__init__()"
-        )
     if len(set(names)) < len(names):
         raise ConfigError(
             f"{kind}.reward_functions has two functions with the same name in {names}: rewards are logged by name"
@@ -275,6 +270,20 @@ def check_environment(environment: Environment) -> None:
     if environment.timeout_s <= 0:
         raise ConfigError(f"{kind}.timeout_s must be above 0, got {environment.timeout_s}")
     check_marks(environment.thinking_marks)
+
+
+def check_rewards(environment: Environment) -> None:
+    """Checks that an environment has rewards, which all commands but `predict` and `chat` need.
+
+    Raises:
+        ConfigError: There is no reward function.
+    """
+    kind = type(environment).__name__
+    if not environment.reward_functions:
+        raise ConfigError(
+            f"{kind}.reward_functions is empty: without a reward there is nothing to learn. Set it in {kind}.__init__, after "
+            "super().__init__()"
+        )
 
 
 def _set_by_constructor() -> set[str]:

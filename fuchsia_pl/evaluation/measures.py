@@ -129,7 +129,7 @@ class Occasion:
 
     Attributes:
         step: Optimizer steps that the policy was trained for.
-        split: "validation", "test" or "predict".
+        split: "validation" or "test".
         shared: Positions of the items whose prompt is also the prompt of a training item; None if that is not known.
         is_whole: Whether it covers all items of the run's evaluations.
 
