@@ -51,7 +51,8 @@ class AnswerFile:
         if not self.settings_path.exists():
             if self.path.exists() and self.path.stat().st_size:
                 raise ConfigError(
-                    f"--output {self.path} exists, and {self.settings_path.name} is not beside it: give another path, or remove it"
+                    f"--output {self.path} exists, and {self.settings_path.name} is not beside it: give another path, or "
+                    "remove it"
                 )
             return dict(settings)
         earlier = self._earlier()

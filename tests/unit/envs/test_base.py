@@ -32,7 +32,7 @@ def test_invalid_environments_are_refused(functions, weights, words):
 def test_an_environment_without_rewards_is_refused_where_they_are_needed():
     check_environment(environment([]))
     check_rewards(environment([even]))
-    with pytest.raises(ValueError, match="TinyEnvironment.reward_functions is empty"):
+    with pytest.raises(ValueError, match=r"TinyEnvironment\.reward_functions is empty"):
         check_rewards(environment([]))
 
 
