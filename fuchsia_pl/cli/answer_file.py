@@ -73,11 +73,12 @@ class AnswerFile:
         if not self.settings_path.exists():
             with replacing(self.settings_path) as partial:
                 partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        append_lines(self.path, "")
+        append_lines(self.path, "")  # removes an incomplete last line
         self._lock = self.settings_path.open("rb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.end()
             raise ConfigError(f"--output {self.path} is being written by another process: wait for it") from error
         except OSError:  # not every file system has locks
             pass
@@ -85,6 +86,11 @@ class AnswerFile:
     def write(self, lines: str) -> None:
         """Appends lines."""
         append_lines(self.path, lines)
+
+    def end(self) -> None:
+        """Lets other processes write the file."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _earlier(self) -> dict[str, Any]:
         try:
@@ -128,6 +134,9 @@ class StandardOutput:
         """Writes lines at once. A lone surrogate, which UTF-8 cannot encode, is written as a JSON escape."""
         self._stream.write(lines.encode(errors="backslashreplace").decode())
         self._stream.flush()
+
+    def end(self) -> None:
+        """Does nothing: the stream belongs to the process."""
 
 
 def weights_digest(path: Path) -> str:

@@ -108,7 +108,10 @@ class PredictCLI(FuchsiaCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the command, unless all rows have been answered."""
         if not self._is_done:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            finally:
+                self.output.end()
             return
         if is_first_rank():
             remove_unused(self.run_folder)

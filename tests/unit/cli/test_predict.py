@@ -69,10 +69,9 @@ class Unrewarded(SingleTurnEnvironment):
     def validation_items(self):
         return [{"prompt": "7?"}, {"prompt": "8?"}]
 
-    def step_rollout(self, rollout):
+    async def open_rollout(self, rollout):
         if rollout.item["prompt"] == "bad":
             raise ValueError("a bad one")
-        rollout.finish()
 
 
 class Twice(MultiTurnEnvironment):
@@ -321,10 +320,10 @@ def test_rows_may_be_items_of_the_environment(config, tiny_model):
 
 def test_an_error_of_the_environment_ends_one_rollout(config):
     write("in.jsonl", {"prompt": "bad"}, {"prompt": "1?"})
-    options = [ENVIRONMENT, f"{HERE}.Unrewarded", "--as_items", "--max_completion_tokens", "30"]
+    options = [ENVIRONMENT, f"{HERE}.Unrewarded", "--as_items"]
     run(config, "--input", "in.jsonl", "--output", "out.jsonl", *options)
     bad, good = answered()
-    assert bad["completions"][0]["finish_reason"] in ("env_error", "length")
+    assert bad["completions"][0]["finish_reason"] == "env_error"
     assert good["completions"][0]["finish_reason"] in ("stop", "length")
 
 
