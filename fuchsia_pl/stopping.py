@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from fuchsia_pl.progress import progress
+
 T = TypeVar("T")
 
 GRACE_S = 30.0
@@ -66,6 +68,7 @@ class Stopping:
         self.is_agreed = False  # all ranks have agreed to end
         self.checkpoint: Path | None = None  # the checkpoint to resume from
         self.step: int | None = None  # the step of that checkpoint
+        self.continued: Path | None = None  # a file that the same command continues
         self.forward: Callable[[int], None] | None = (
             None  # sends a signal to other ranks, or to a rank that forwards it
         )
@@ -203,7 +206,8 @@ class Stopping:
     def write_line(self, text: str) -> None:
         """Writes a line to the console, even while standard error is redirected to a file."""
         with contextlib.suppress(OSError):
-            os.write(self._console, f"{text}\n".encode())
+            start = progress.line_start if os.isatty(self._console) else ""
+            os.write(self._console, f"{start}{text}\n".encode())
 
     def _note(self, signum: int) -> None:
         if self.signum is None:

@@ -21,6 +21,7 @@ from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.policy.agreement import Agreement, adapter_agreement
 from fuchsia_pl.policy.contents import fingerprint
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.progress import SYNC, progress
 from fuchsia_pl.scratch import scratch_folder
 from fuchsia_pl.stopping import Stopped, stopping
 from fuchsia_pl.types import ConfigError
@@ -233,7 +234,7 @@ class AdapterSync(Callback):
             (partial / VERSION_FILE).write_text(str(version))
             partial.rename(folder)
         failure: Exception | None = None
-        with data.paused():
+        with data.paused(), progress.activity(SYNC):
             # Ranks may share servers. Their weights must not change during requests of another rank.
             trainer.strategy.barrier("sync")
             try:

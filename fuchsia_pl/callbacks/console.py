@@ -1,37 +1,40 @@
-"""Console output of a run: its settings, a line per optimizer step, and sampled completions."""
+"""Console output of a run: its settings, a table with a row per optimizer step, completions, and a summary."""
 
+import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.text import Text
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
-from fuchsia_pl.callbacks.preflight import Preflight
-from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.policy.memory import MemoryPlan
-from fuchsia_pl.types import ConfigError, Rollout, Sample
-
-# Label and format of the metrics in the line of a step, in order.
-SHOWN = {
-    "reward/mean": ("reward", ".3f"),
-    "rollout/accuracy": ("accuracy", ".3f"),
-    "train/kl": ("kl", ".4f"),
-    "rollout/completion_tokens": ("length", ".1f"),
-    "train/logprob_gap": ("gap", ".3f"),
-    "perf/rollout_tokens_per_s": ("sampled tok/s", ".0f"),
-    "perf/train_tokens_per_s": ("trained tok/s", ".0f"),
-    "perf/step_seconds": ("s/step", ".1f"),
-}
+from fuchsia_pl.callbacks.access import callbacks_of, data_of
+from fuchsia_pl.callbacks.console_progress import Pace, ProgressDisplay, RunConsole
+from fuchsia_pl.callbacks.console_settings import run_table
+from fuchsia_pl.callbacks.console_summary import (
+    Finished,
+    evaluation_line,
+    figure_lines,
+    place_lines,
+    plain_figures,
+    summary_lines,
+)
+from fuchsia_pl.callbacks.console_table import Column, header_row, shown_columns, step_row
+from fuchsia_pl.callbacks.console_text import completion_panel, visible
+from fuchsia_pl.evaluation.held_out import HeldOut, read_held_out
+from fuchsia_pl.progress import TRAINING, Activity, progress
+from fuchsia_pl.stopping import Stopped
+from fuchsia_pl.types import ConfigError, Sample
 
 
 class ConsoleReport(ProgressBar):
-    """Prints the settings of a run, then a line per optimizer step above a progress bar, and a completion every few steps.
+    """Prints the settings of a run, a row per optimizer step, a completion every few steps, and a summary.
+
+    On a terminal, the last line shows what the run does: rollouts and micro-batches of the step, held-out items, the start of
+    the engine.
 
     Args:
         every_n_steps: Optimizer steps between two shown completions; 0 shows none.
@@ -45,186 +48,179 @@ class ConsoleReport(ProgressBar):
         if every_n_steps < 0:
             raise ConfigError(f"console.every_n_steps must be 0 or more, got {every_n_steps}")
         self.every_n_steps = every_n_steps
-        self.console = Console(highlight=False)
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._last_step = 0
+        self.console = RunConsole(highlight=False)
+        self._display: ProgressDisplay | None = None
+        self._columns: tuple[Column, ...] = ()  # of the header that the next row belongs to
+        self._last_step = self._first_step = self._num_tokens = 0
+        self._start = 0.0
+        self._ends_at: float | None = None  # by `trainer.max_time`
         self._samples: list[Sample] = []
+        self._step = ExitStack()  # the step in progress
+        self._training: Activity | None = None
 
     def disable(self) -> None:
         """Turns the output off. Lightning calls this on all ranks but the first."""
         self.console.quiet = True
 
+    def enable(self) -> None:
+        """Turns the output on again."""
+        self.console.quiet = False
+
     def announce(self, model: str, engine: str, run_folder: str) -> None:
         """Prints the engine, model and run folder before the engine starts, which may take minutes."""
-        self.console.print(f"{run_folder}: starting {engine} with {model} …", soft_wrap=True, markup=False)
+        self._print(f"{run_folder}: starting {engine} with {model} …")
+
+    def check_run(self, trainer: Trainer) -> None:
+        """Shows work in progress from here on, before the prompts are rendered and the engine starts."""
+        if not trainer.is_global_zero:
+            self.disable()
+        self._begin(trainer.global_step)
+        self._opened.open()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table of settings and, on a terminal, starts the progress bar."""
-        self._last_step = trainer.global_step
+        """Prints the table of settings."""
+        self._begin(trainer.global_step)
+        limits = [timer.time_remaining() for timer in callbacks_of(trainer, Timer)]
+        remaining = min((limit for limit in limits if limit is not None), default=None)
+        self._ends_at = None if remaining is None else self._start + remaining
         self.console.print(run_table(trainer))
-        if not self.console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=self.console,
-        )
-        total = trainer.max_steps if trainer.max_steps > 0 else None
-        self._task = self._progress.add_task("", total=total, completed=trainer.global_step)
-        self._progress.start()
+        total = trainer.estimated_stepping_batches
+        steps = int(total) if 0 < total < float("inf") else None
+        self._opened.begin_training(Pace(trainer.global_step, steps, self._start))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Starts the bar of a step's micro-batches."""
+        if self._training is None:
+            work = progress.activity(TRAINING, trainer.accumulate_grad_batches, "micro-batches")
+            self._training = self._step.enter_context(work)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Prints a line if this micro-batch completed an optimizer step."""
+        """Prints a row if this micro-batch completed an optimizer step."""
+        if self._training is not None:
+            self._training.advance()
         self._samples += batch.samples
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._samples += batch.step.zero_advantage
         if trainer.global_step == self._last_step:
             return
+        self._end_step()
         self._last_step = step = trainer.global_step
-        line = step_line({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.console.print(f"step {step:>4}  {line}", soft_wrap=True)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._num_tokens += _sampled_tokens(trainer, metrics) if batch.step.policy_update == 0 else 0
+        self._print_row(step, metrics)
         if self.every_n_steps and step % self.every_n_steps == 0 and self._samples:
             self.console.print(completion_panel(self._samples[step % len(self._samples)]))
+            self._columns = ()
         self._samples = []
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the held-out metrics before training."""
+        """Prints the held-out figures before training."""
         number = trainer.num_sanity_val_steps
-        self._print_evaluation(
-            trainer, "before training" if number == float("inf") else f"before training, first {number} items"
-        )
+        when = "before training" if number == float("inf") else f"before training, first {number} items"
+        self._print_evaluation(trainer, when, 0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the held-out metrics."""
+        """Prints the held-out figures."""
         if not trainer.sanity_checking:
             step = data_of(trainer).engine.policy_version
-            self._print_evaluation(trainer, f"after step {step}")
+            self._print_evaluation(trainer, f"after step {step}", step)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the held-out metrics."""
-        self._print_evaluation(trainer, "test")
+        """Prints the held-out figures."""
+        self._print_evaluation(trainer, "test", data_of(trainer).engine.policy_version)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the progress bar and prints the run folder."""
-        self._stop()
-        self.console.print(f"done: {trainer.default_root_dir}", soft_wrap=True)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the summary, after all other callbacks have written their files."""
+        self._opened.end_training()
+        folder = Path(trainer.default_root_dir)
+        finished = self._finished(trainer, tuple(_evaluations(folder, "validation")))
+        for line in summary_lines(finished):
+            self._print(line)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stops the progress bar, which controls the terminal."""
-        self._stop()
+        """Prints how far the run came. What to do is printed with the error."""
+        is_training = self._opened.pace is not None
+        self._end_step()
+        self._opened.end_training()
+        if is_training:
+            end = "stopped" if isinstance(exception, Stopped | KeyboardInterrupt) else "failed"
+            self._print(f"{end}: {self._finished(trainer).text}")
+            for line in place_lines(Path(trainer.default_root_dir)):
+                self._print(line)
+        self._opened.close()
 
-    def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Shows no more work in progress."""
+        self._end_step()
+        self._opened.close()
 
-    def _print_evaluation(self, trainer: Trainer, when: str) -> None:
-        held_out = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(("validation/", "test/"))
-        }
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in sorted(held_out.items()))
-        self.console.print(f"held out, {when}: {figures}", soft_wrap=True)
+    @property
+    def _opened(self) -> ProgressDisplay:
+        """The display of work in progress on the current console."""
+        if self._display is None or self._display.console is not self.console:
+            self._display = ProgressDisplay(self.console)
+        return self._display
 
+    def _begin(self, step: int) -> None:
+        """Sets the state of a run that starts at a step."""
+        self._last_step = self._first_step = step
+        self._num_tokens, self._columns, self._samples, self._start = 0, (), [], time.monotonic()
 
-def run_table(trainer: Trainer) -> Table:
-    """Settings of a run as a table."""
-    data, policy = data_of(trainer), policy_of(trainer)
-    trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
-    total = sum(parameter.numel() for parameter in policy.parameters())
-    adapter = f"LoRA r={data.served_model.lora_rank}" if data.served_model.lora_rank else "all weights"
-    table = Table(show_header=False, box=None)
-    split = f"{trainer.accumulate_grad_batches} micro-batches on {trainer.world_size} rank(s)"
-    for name, value in {
-        "model": data.served_model.name,
-        "trained": f"{trained:,} of {total:,} parameters ({adapter})",
-        "objective": objective_text(module_of(trainer).loss_config),
-        "rows per step": f"{data.rows_per_step} in {split}",
-        "prompts": "computed once for all siblings" if policy.shares_prefix else "computed in each row",
-        "engine": type(data.engine).__name__,
-        "memory": "; ".join(plan.text for plan in memory_plans(trainer)) or "no plan: the trainer has no Preflight",
-        "run folder": trainer.default_root_dir,
-    }.items():
-        table.add_row(name, value)
-    return table
+    def _end_step(self) -> None:
+        self._training = None
+        self._step.close()
 
+    def _finished(self, trainer: Trainer, evaluations: tuple[HeldOut, ...] = ()) -> Finished:
+        seconds = time.monotonic() - self._start
+        folder = Path(trainer.default_root_dir)
+        return Finished(folder, self._last_step, self._first_step, seconds, self._num_tokens, evaluations)
 
-def memory_plans(trainer: Trainer) -> list[MemoryPlan]:
-    """The memory plans of the preflight callbacks that have run."""
-    return [preflight.plan for preflight in callbacks_of(trainer, Preflight) if preflight.plan is not None]
+    def _print(self, line: str) -> None:
+        # Text, since a string is read as markup. A path may contain brackets.
+        self.console.print(Text(visible(line)), soft_wrap=True)
+        self._opened.wrote()
 
+    def _print_row(self, step: int, metrics: dict[str, float]) -> None:
+        """Prints the row of a step, after the titles if other output or another column has separated it from them."""
+        now, pace = time.monotonic(), self._opened.pace
+        columns = shown_columns(metrics, self.console.width)
+        if columns != self._columns:
+            self._columns = columns
+            self.console.print(Text(header_row(columns), style="bold"), soft_wrap=True)
+        left = None
+        if pace is not None:
+            pace.stepped(step, now)
+            left = pace.left(now)
+        if self._ends_at is not None:
+            left = min(max(self._ends_at - now, 0.0), left if left is not None else float("inf"))
+        self._print(step_row(step, columns, metrics, left))
 
-def objective_text(config: LossConfig) -> str:
-    """The algorithm and its settings, without the settings of parts that it does not use.
-
-    >>> objective_text(LossConfig("rloo"))[:70]
-    'rloo: advantage leave_one_out, surrogate reinforce, reduction constant'
-    """
-    settings, parts, uses = config.resolved(), config.parts, config.surrogate_spec.uses
-    name, correction, critic, sapo = (
-        settings.pop(key) for key in ("loss_type", "sampler_correction", "critic", "sapo")
-    )
-    idle = {
-        "kl_": config.beta == 0.0,
-        "old_logprobs": "old_logprobs" not in uses,
-        "overlong_": parts.truncated != "penalise",
-    }
-    for prefix in (prefix for prefix, is_idle in idle.items() if is_idle):
-        settings = {key: value for key, value in settings.items() if not key.startswith(prefix)}
-    shown = [f"{key} {value}" for key, value in settings.items() if value is not None]
-    bounds = f"{correction['level']} [{correction['low']:g}, {correction['high']:g}]"
-    shown.append(
-        f"sampler_correction {correction['mode']}" + (f" {bounds}" if correction["mode"] != "disabled" else "")
-    )
-    if "sapo" in uses:
-        shown += [f"sapo.{key} {value}" for key, value in sapo.items()]
-    if parts.advantage == "gae":
-        shown += [f"critic.{key} {value}" for key, value in critic.items()]
-    return f"{name}: {', '.join(shown)}"
-
-
-def step_line(metrics: dict[str, float]) -> str:
-    """The metrics in the line of a step, in order. Metrics that were not logged are left out.
-
-    >>> step_line({"train/kl": 0.01234, "reward/mean": 0.5})
-    'reward 0.500  kl 0.0123'
-    """
-    shown = ((label, form, metrics[name]) for name, (label, form) in SHOWN.items() if name in metrics)
-    return "  ".join(f"{label} {value:{form}}" for label, form, value in shown)
+    def _print_evaluation(self, trainer: Trainer, when: str, step: int) -> None:
+        split = "test" if trainer.state.fn == TrainerFn.TESTING else "validation"
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        folder = Path(trainer.default_root_dir)
+        logged = plain_figures(metrics, split)
+        found = [one for one in _evaluations(folder, split) if one.step == step]
+        # One evaluation has the logged figures with their intervals. Several are those of several environments.
+        named = {f"{when}, {one.environment}": one.figures for one in found}
+        evaluations = named if len(found) > 1 else {when: logged | (found[0].figures if found else {})}
+        for name, figures in evaluations.items():
+            self._print(evaluation_line(name, figures, self.console.width))
+        if trainer.state.fn != TrainerFn.FITTING:
+            for line in [*figure_lines(logged | evaluations.get(when, {})), *place_lines(folder)]:
+                self._print(line)
 
 
-def completion_panel(sample: Sample) -> Panel:
-    """A completion with its rewards."""
-    rollout = sample.rollout
-    rewards = ", ".join(
-        f"{name} {'none' if value is None else f'{value:g}'}" for name, value in rollout.rewards.items()
-    )
-    title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.mean_advantage:+.2f}"
-    # Text, not markup: a completion must not be interpreted as formatting.
-    return Panel(Text(f"{rollout.prompt}{conversation_text(rollout)}"), title=Text(title))
+def _evaluations(folder: Path, split: str) -> list[HeldOut]:
+    return [one for one in read_held_out(folder) if one.split == split]
 
 
-def conversation_text(rollout: Rollout) -> str:
-    """The conversation after the prompt. Each response of the environment is on a separate line.
-
-    >>> conversation_text(Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="2 plus 2?"))
-    ''
-    """
-    said: list[str] = []
-    num_turns = len(rollout.turns)
-    for message in reversed(rollout.messages):
-        if num_turns == 0:
-            break
-        is_turn = message["role"] == "assistant"
-        num_turns -= is_turn
-        said.insert(0, message["content"] if is_turn else f"\n[{message['role']}] {message['content']}\n")
-    return "".join(said)
+def _sampled_tokens(trainer: Trainer, metrics: dict[str, float]) -> int:
+    """Tokens that were sampled for a phase: its mean length times its rollouts, with those of replaced groups."""
+    data = data_of(trainer)
+    num_refilled = metrics.get("rollout/refilled_groups", 0.0)
+    num_rollouts = data.rows_per_step + num_refilled * data.sampling.group_size
+    length = metrics.get("rollout/completion_tokens", 0.0)
+    return round(length * num_rollouts) if length == length else 0

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
 from fuchsia_pl.callbacks.hotswap import HotSwap, obstacle
 from fuchsia_pl.policy.memory import KeptBytes, MemoryPlan, is_out_of_memory, memory_plan, possible_savings
+from fuchsia_pl.progress import progress
 
 
 class Preflight(Callback):
@@ -32,7 +33,7 @@ class Preflight(Callback):
         if self.enabled:
             kept = KeptBytes(policy)
             try:
-                with kept:
+                with progress.activity("rehearsing the longest rows"), kept:
                     module_of(trainer).rehearse(data.longest_batch().to(device))
             finally:
                 self.plan = replace(self.plan, activations=kept.num_bytes)

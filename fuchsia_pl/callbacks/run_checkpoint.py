@@ -17,6 +17,7 @@ from fuchsia_pl.files import replacing, writing
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import check_intact
 from fuchsia_pl.policy.sharding import FSDP2Strategy
+from fuchsia_pl.progress import SAVING, progress
 from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
 
@@ -35,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(Path(path)) as partial, partial.open("wb") as stream:
+        with progress.activity(SAVING), replacing(Path(path)) as partial, partial.open("wb") as stream:
             torch.save(checkpoint, stream)
 
     def load_checkpoint(
@@ -46,9 +47,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ConfigError: The file is damaged.
         """
-        if Path(path).is_file():
-            check_intact(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only)
+        with progress.activity(f"loading {Path(path).name}"):
+            if Path(path).is_file():
+                check_intact(Path(path))
+            return super().load_checkpoint(path, map_location, weights_only)
 
 
 class RunCheckpoint(ModelCheckpoint):

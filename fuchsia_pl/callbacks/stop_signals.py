@@ -120,12 +120,14 @@ class StopSignals(Callback):
             checkpoint |= {**self._between, "callbacks": states}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves, if a signal stopped the run; this hook then runs on all ranks."""
+        """Saves, if a signal stopped the run; this hook then runs on all ranks. Notes the checkpoint to continue from."""
         try:
             stopping.close()
             if stopping.signum is not None and trainer.state.fn == TrainerFn.FITTING:
                 is_agreed = trainer.world_size == 1 or (isinstance(exception, Stopped) and stopping.is_agreed)
                 self._save(trainer, module_of(trainer).loaded_step, is_agreed)
+            elif trainer.state.fn == TrainerFn.FITTING:
+                self._note_checkpoint(trainer)
         finally:
             self._restore()  # Lightning does not call teardown after an exception
 

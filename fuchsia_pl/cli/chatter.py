@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from fuchsia_pl.progress import progress
+
 LOG_FILE = "run.log"
 LOGGERS = (
     "datasets",
@@ -18,6 +20,7 @@ LOGGERS = (
     "py.warnings",
     "transformers",
 )
+LIGHTNING_LOGGERS = ("lightning.fabric", "lightning.pytorch")
 OWN_LOGGER = "fuchsia_pl"
 PROFILER_LOGGER = "lightning.pytorch.profilers.profiler"
 
@@ -49,7 +52,8 @@ class ConsoleHandler(logging.Handler):
             return
         if line not in self._written:
             self._written.add(line)
-            sys.stderr.write(f"{line}\n")
+            start = progress.line_start if sys.stderr.isatty() else ""
+            sys.stderr.write(f"{start}{line}\n")
 
 
 class LogFile(logging.FileHandler):
@@ -72,8 +76,11 @@ class LogFile(logging.FileHandler):
 
 
 def show_warnings() -> None:
-    """Writes warnings and errors to stderr, of this package and of all loggers without handlers."""
-    logging.getLogger().addHandler(ConsoleHandler(logging.WARNING))
+    """Writes warnings and errors to stderr, of this package, of Lightning, and of all loggers without handlers."""
+    handler = ConsoleHandler(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    for name in LIGHTNING_LOGGERS:  # Lightning gives them handlers for all messages when it is imported
+        logging.getLogger(name).handlers = [handler]
 
 
 def chatter_to(run_folder: Path) -> None:

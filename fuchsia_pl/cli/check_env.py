@@ -19,6 +19,7 @@ from fuchsia_pl.cli.commands import check_env_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.examination import Examination, Examiner, Run
 from fuchsia_pl.cli.played import Played
+from fuchsia_pl.envs.base import check_rewards
 from fuchsia_pl.loop import run_blocking
 
 
@@ -32,6 +33,7 @@ class CheckEnvCLI(ConfigOnlyCLI):
 
     def use_config(self) -> None:
         """Examines the environment and prints the results."""
+        check_rewards(self.datamodule.environment)
         trainer = self._get(self.config, "trainer")
         limit = trainer.limit_val_batches
         ranks, budget = (

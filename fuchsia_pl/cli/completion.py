@@ -1,6 +1,14 @@
 """Completion for bash: a script that contains all commands and settings, since a call of Python at each TAB takes too long."""
 
-from fuchsia_pl.cli.commands import COMMANDS, DEBUG_OPTION, HELP_ALL_OPTION, HELP_OPTIONS, OPTIONS, RUN_COMMANDS
+from fuchsia_pl.cli.commands import (
+    COMMANDS,
+    DEBUG_OPTION,
+    HELP_ALL_OPTION,
+    HELP_OPTIONS,
+    OPTIONS,
+    RUN_COMMANDS,
+    RUN_OPTIONS,
+)
 from fuchsia_pl.cli.help_page import Table
 
 # `compopt` exists in bash 4 and later; the bash of macOS adds a space after a folder.
@@ -49,9 +57,10 @@ def bash_completion(table: Table) -> str:
 
 
 def _options(command: str, table: Table) -> list[str]:
-    """The options of a command; `check-env` and `serve` have those of `fit` and additional ones."""
+    """The options of a command; `check-env`, `serve`, `eval` and `predict` have those of `fit` and additional ones."""
+    options = {**OPTIONS, **RUN_OPTIONS}
     own = (
-        [word for action in OPTIONS[command]()._actions for word in action.option_strings] if command in OPTIONS else []
+        [word for action in options[command]()._actions for word in action.option_strings] if command in options else []
     )
     if command in ("replay", "completion"):
         return own

@@ -1,4 +1,4 @@
-"""Exit code and last lines of a command that a signal stopped."""
+"""Exit code and last lines of a command that a signal or an error stopped."""
 
 import shlex
 import signal
@@ -35,14 +35,29 @@ def last_words(words: list[str], end: BaseException | None) -> list[str]:
     lines = error_words(end)
     if end is None:
         return [*lines, f"{name} arrived at the end of the run, which is complete"]
+    if stopping.continued is not None:
+        return [*lines, f"stopped by {name}", *resume_lines(words)]
     if stopping.checkpoint is None:
         return [
             *lines,
             f"stopped by {name} before there was a checkpoint to continue from: the same command starts a new run",
         ]
+    state, command = resume_lines(words)
+    return [*lines, f"stopped by {name}; {state}", command]
+
+
+def resume_lines(words: list[str]) -> list[str]:
+    """What a run that ended early has left, and the command that continues it; [] if nothing can be continued.
+
+    Args:
+        words: The command line.
+    """
+    if stopping.continued is not None:
+        return [f"{stopping.continued} contains the answers so far: the same command continues it"]
+    if stopping.checkpoint is None:
+        return []
     return [
-        *lines,
-        f"stopped by {name}; {stopping.checkpoint} contains the run after step {stopping.step}",
+        f"{stopping.checkpoint} contains the run after step {stopping.step}",
         f"continue with: {resume_command(sys.argv[0], words, stopping.checkpoint)}",
     ]
 

@@ -3,12 +3,13 @@
 The package contains the table of the default classes, written by `settings_table`. So no help page loads torch.
 """
 
+import argparse
 import json
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fuchsia_pl.cli.commands import DEBUG_OPTION, HELP_ALL_OPTION, RUN_COMMANDS
+from fuchsia_pl.cli.commands import DEBUG_OPTION, HELP_ALL_OPTION, RUN_COMMANDS, RUN_OPTIONS
 
 PACKAGED_TABLE = Path(__file__).parent / "settings.json"
 WIDTH = 100
@@ -105,7 +106,7 @@ def help_page(command: str, table: Table, with_all: bool) -> str:
         table: The settings.
         with_all: Whether rare settings and whole descriptions are shown.
     """
-    sections = [_section(command, group, with_all) for group in table.groups]
+    sections = [_section(command, group, with_all) for group in (*_own_groups(command), *table.groups)]
     hidden = [s for group in table.groups for s in group.settings if s.is_rare and s.command in ("", command)]
     ends = [
         "Settings may also be given in YAML files (--config), nested by their dots; the last value counts.",
@@ -120,6 +121,14 @@ def help_page(command: str, table: Table, with_all: bool) -> str:
     summary = RUN_COMMANDS[command].partition(":")[0]
     head = f"usage: fuchsia {command} [--config FILE ...] [--SETTING VALUE ...]\n\n{summary}\n"
     return "\n".join([head, *(section for section in sections if section), *ends]) + "\n"
+
+
+def _own_groups(command: str) -> list[Group]:
+    """The options that only this command has, which are no settings of a config."""
+    if command not in RUN_OPTIONS:
+        return []
+    shown = [action for action in RUN_OPTIONS[command]()._actions if action.help != argparse.SUPPRESS]
+    return [Group(command, tuple(SettingHelp(one.dest, str(one.metavar or ""), str(one.help), "") for one in shown))]
 
 
 def _section(command: str, group: Group, with_all: bool) -> str:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.class_change import fresh_arguments
-from fuchsia_pl.cli.commands import HELP_ALL_OPTION, RUN_COMMANDS, is_help
+from fuchsia_pl.cli.commands import HELP_ALL_OPTION, RUN_COMMANDS, RUN_OPTIONS, is_help
 from fuchsia_pl.cli.help_page import PACKAGED_TABLE, Group, SettingHelp, Table, as_json, help_page
 from fuchsia_pl.cli.run_folder import CONFIG_FOLDER
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
@@ -117,7 +117,10 @@ class SettingsCLI(FuchsiaCLI):
 
 def print_help(words: list[str]) -> None:
     """Prints the help page of a command line that names a config or classes."""
-    page = SettingsCLI([word for word in words if not is_help(word)])
+    rest = [word for word in words if not is_help(word)]
+    if words[0] in RUN_OPTIONS:
+        rest = RUN_OPTIONS[words[0]]().parse_known_args(rest)[1]
+    page = SettingsCLI(rest)
     sys.stdout.write(help_page(page.config["subcommand"], page.table, with_all=HELP_ALL_OPTION in words))
 
 

@@ -16,11 +16,12 @@ from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
-# Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, and
-# a check of an item's gold answer.
+# Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, a
+# check of an item's gold answer, and a function that reads the answer of a rollout.
 COUNTERS = "counters"
 CLOSE = "close"
 CHECK_GOLD = "check_gold"
+ANSWER = "answer"
 PREPARE_TIMEOUT_S = 1800.0
 
 
@@ -177,6 +178,16 @@ class Environment(ABC):
         reward = rollout.rewards[reward_name(self.reward_functions[0])]
         return reward is not None and reward >= 1.0
 
+    def answer(self, rollout: Rollout) -> str | None:
+        """The answer of a rollout, for the vote of maj@k; None if it gives none. Equal answers must be equal texts.
+
+        By default it is what the first reward function that has an `answer(rollout)` reads, as those of `envs.rewards` have.
+        Without one, it is the last `<answer>…</answer>` or the last complete box of the last turn, without its thinking.
+        """
+        from fuchsia_pl.envs.answers import stated_answer  # its rewards import this file
+
+        return stated_answer(rollout, self.reward_functions)
+
     def _items(self, split: str) -> Sequence[Item]:
         if split not in self._loaded:
             self._loaded[split] = load_items(type(self).__name__, split, self._sources[split], self.csv_types)
@@ -220,18 +231,13 @@ def check_environment(environment: Environment) -> None:
     """Checks the attributes of an environment.
 
     Raises:
-        ConfigError: The constructor does not call the base class, there is no reward function, two have the same name, a weight
-            is not finite or has an unknown name, or a setting has a value that is not allowed.
+        ConfigError: The constructor does not call the base class, two reward functions have the same name, a weight is not
+            finite or has an unknown name, or a setting has a value that is not allowed.
     """
     kind = type(environment).__name__
     if not _set_by_constructor() <= set(vars(environment)):
         raise ConfigError(_lacks_constructor(environment))
     names = [reward_name(function) for function in environment.reward_functions]
-    if not names:
-        raise ConfigError(
-            f"{kind}.reward_functions is empty: without a reward there is nothing to learn. Set it in {kind}.__init__, after "
-            "super().__init__()"
-        )
     if len(set(names)) < len(names):
         raise ConfigError(
             f"{kind}.reward_functions has two functions with the same name in {names}: rewards are logged by name"
@@ -264,6 +270,20 @@ def check_environment(environment: Environment) -> None:
     if environment.timeout_s <= 0:
         raise ConfigError(f"{kind}.timeout_s must be above 0, got {environment.timeout_s}")
     check_marks(environment.thinking_marks)
+
+
+def check_rewards(environment: Environment) -> None:
+    """Checks that an environment has rewards, which all commands but `predict` and `chat` need.
+
+    Raises:
+        ConfigError: There is no reward function.
+    """
+    kind = type(environment).__name__
+    if not environment.reward_functions:
+        raise ConfigError(
+            f"{kind}.reward_functions is empty: without a reward there is nothing to learn. Set it in {kind}.__init__, after "
+            "super().__init__()"
+        )
 
 
 def _set_by_constructor() -> set[str]:

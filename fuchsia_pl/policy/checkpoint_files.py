@@ -13,6 +13,7 @@ from fuchsia_pl.policy.checksums import check_intact, damaged_part, part_of
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
 from fuchsia_pl.policy.sharding import FOLDER_METADATA, older_folder
 from fuchsia_pl.policy.tensor_files import first_difference
+from fuchsia_pl.progress import progress
 from fuchsia_pl.types import ConfigError
 
 MICRO_BATCHES_KEY = "num_micro_batches"
@@ -59,7 +60,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return _read_folder(path)
     if path.stat().st_size == 0:
         raise ConfigError(f"the checkpoint {path} is empty: its run was killed, or the disk was full. Give another one")
-    checkpoint = _read_file(path)
+    with progress.activity(f"reading {path.name}"):
+        checkpoint = _read_file(path)
     check_contents(checkpoint, str(path))
     return checkpoint
 

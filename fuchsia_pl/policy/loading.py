@@ -1,6 +1,7 @@
 """Loads the base model and checks that its files and its weights match one to one."""
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from fuchsia_pl.policy.adapter import add_adapter
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.critic import Critic
+from fuchsia_pl.progress import progress
 from fuchsia_pl.types import ConfigError
 
 
@@ -40,19 +42,20 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
         )
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            quantization_config=settings,
-            device_map=device,
-            ignore_mismatched_sizes=True,  # they are then in the report
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}. Download or save it again"
-        ) from error
+    with progress.activity("loading the model") if device != "meta" else nullcontext():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                quantization_config=settings,
+                device_map=device,
+                ignore_mismatched_sizes=True,  # they are then in the report
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(
+                f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}. Download or save it again"
+            ) from error
     _check_report(folder, report)
     return model
 

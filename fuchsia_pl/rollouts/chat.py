@@ -76,6 +76,11 @@ class Chat:
         self._spelling = Spelling(self._tokenizer)
         self._special_tokens_in_text = special_tokens_in_text
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer."""
+        return self._tokenizer
+
     @cached_property
     def rewrites_earlier_turns(self) -> bool:
         """Whether the template changes earlier turns. Some templates leave their thinking out."""

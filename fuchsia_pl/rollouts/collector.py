@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.envs.rows import place_of
 from fuchsia_pl.envs.thinking import Opaque, ends_in_opening_mark, ends_in_thinking, without_thinking
+from fuchsia_pl.progress import HELD_OUT, SAMPLING, Activity, progress
 from fuchsia_pl.rollouts import calls
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.calls import EnvironmentStepError, call_method
@@ -41,6 +43,7 @@ class Draw:
         temperature: Sampling temperature.
         address: Position in the run, the first part of every request's seed: (run seed, split, phase).
         step: The optimizer step that the rollouts are for, None on a held-out split.
+        activity: Counts finished rollouts; None for a draw whose sampling is an activity of its own.
     """
 
     items: Sequence[Item]
@@ -49,6 +52,7 @@ class Draw:
     temperature: float
     address: tuple[int | str, ...]
     step: int | None = None
+    activity: Activity | None = None
 
 
 class Collector:
@@ -122,7 +126,8 @@ class Collector:
         """
         await self.prepare()
         prompts = [self.prompt(draw.items, index) for index in draw.indices]
-        return await gather_or_cancel(self._group(draw, prompt) for prompt in prompts)
+        with counted(draw) as counting:
+            return await gather_or_cancel(self._group(counting, prompt) for prompt in prompts)
 
     def fitting(self, items: Sequence[Item], split: str) -> dict[int, int]:
         """Renders the prompts of a whole split, so that missing or too long prompts are found before sampling.
@@ -139,12 +144,14 @@ class Collector:
             ConfigError: An item has no prompt, or the template cannot render it. The message names the item.
         """
         found = {}
-        for index in range(len(items)):
-            try:
-                found[index] = len(self._render(items[index], place_of(items, index), f"{split} ")[1])
-            except PromptTooLongError:
-                if self.config.long_prompts == "refuse":
-                    raise
+        with progress.activity(f"rendering {split} prompts", len(items), "prompts") as activity:
+            for index in range(len(items)):
+                try:
+                    found[index] = len(self._render(items[index], place_of(items, index), f"{split} ")[1])
+                except PromptTooLongError:
+                    if self.config.long_prompts == "refuse":
+                        raise
+                activity.advance()
         return found
 
     def prompt(self, items: Sequence[Item], index: int) -> Prompt:
@@ -209,6 +216,8 @@ class Collector:
                 raise
             logger.warning("%s", error)
             rollout.finish(RolloutStatus.ENV_ERROR)
+        if draw.activity is not None:
+            draw.activity.advance()
 
     async def _converse(self, draw: Draw, rollout: Rollout) -> None:
         """Samples turns until the environment ends the interaction, or tokens or turns run out."""
@@ -303,6 +312,17 @@ class Collector:
                 "rollout.respond(text) nor rollout.finish()"
             )
         return responses
+
+
+@contextmanager
+def counted(draw: Draw) -> Iterator[Draw]:
+    """Yields a draw with an activity that counts its rollouts: its own one, or a new one inside the `with` block."""
+    if draw.activity is not None:
+        yield draw
+        return
+    name = HELD_OUT if draw.step is None else SAMPLING
+    with progress.activity(name, len(draw.indices) * draw.siblings, "rollouts") as activity:
+        yield replace(draw, activity=activity)
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fuchsia_pl.rollouts.collector import Collector, Draw
+from fuchsia_pl.rollouts.collector import Collector, Draw, counted
 from fuchsia_pl.rollouts.credit import make_groups
 from fuchsia_pl.types import Rollout, RolloutGroup
 
@@ -47,6 +47,11 @@ async def sample_groups(collector: Collector, draw: Draw, spare: Sequence[int], 
         spare: Items that may replace others, each once, in order.
         max_refills: Largest number of repeats; 0 keeps groups without spread.
     """
+    with counted(draw) as counting:
+        return await _sample(collector, counting, spare, max_refills)
+
+
+async def _sample(collector: Collector, draw: Draw, spare: Sequence[int], max_refills: int) -> Sampled:
     groups = make_groups(await collector.collect(draw))
     if max_refills == 0:
         return Sampled(groups, [], 0)
@@ -58,5 +63,7 @@ async def sample_groups(collector: Collector, draw: Draw, spare: Sequence[int], 
         if attempt == max_refills or not indices:
             break
         num_refills += len(indices)
+        if draw.activity is not None:
+            draw.activity.expect(len(indices) * draw.siblings)
         groups = make_groups(await collector.collect(replace(draw, indices=indices)))
     return Sampled(kept, dropped, num_refills)

@@ -9,6 +9,7 @@ from fuchsia_pl.envs.base import Environment, reward_name
 from fuchsia_pl.envs.golds import check_golds
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason, user_code
+from fuchsia_pl.progress import progress
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.calls import EnvironmentStepError
 from fuchsia_pl.rollouts.collector import Collector
@@ -69,7 +70,8 @@ def training_prompts(collector: Collector, seed: int, batch_size: int) -> dict[i
             f"the prompts of all {len(items)} training items are too long: raise data.sampling.max_length, or lower "
             "max_completion_tokens"
         )
-    check_golds(collector.environment, "train", items, prompts)
+    with progress.activity("checking gold answers"):
+        check_golds(collector.environment, "train", items, prompts)
     item_indices(seed, 0, len(prompts), batch_size)
     return prompts
 

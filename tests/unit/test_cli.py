@@ -377,8 +377,10 @@ def test_run_names_and_numbers(tmp_path, monkeypatch):
 
 def test_what_libraries_say_goes_to_a_file(tmp_path):
     code = (
-        "import logging, warnings; from pathlib import Path; from fuchsia_pl.cli.chatter import *; show_warnings();"
-        "import lightning.pytorch, transformers; chatter_to(Path('.')); warnings.warn('careful');"
+        "import logging, warnings; from pathlib import Path; from fuchsia_pl.cli.chatter import *;"
+        "import lightning.pytorch, transformers; show_warnings();"
+        "logging.getLogger('lightning.fabric.x').info('Seed set to 0');"  # before there is a run folder
+        "chatter_to(Path('.')); warnings.warn('careful');"
         "logging.getLogger('lightning.pytorch.x').warning('loud'); logging.getLogger('transformers').warning('also');"
         "log = logging.getLogger; log('transformers.x').error('broken'); log('fuchsia_pl.a').info('quiet');"
         "names = 'fuchsia_pl.a', 'fuchsia_pl.library.b', 'my_envs', 'fuchsia_pl.a';"

@@ -1,4 +1,4 @@
-"""Files of a run, and its console output."""
+"""Files of a run."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from fuchsia_pl.callbacks import step_timer
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
-from fuchsia_pl.callbacks.console import ConsoleReport, completion_panel, conversation_text
+from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint, _keep_as
 from fuchsia_pl.callbacks.step_timer import StepTimer
@@ -28,8 +28,8 @@ from fuchsia_pl.files import DiskError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.rollouts.ranks import Ranks
-from fuchsia_pl.types import ConfigError, Rollout
-from tests.doubles import Spread, TinyEnvironment, make_data, make_module, make_sample, make_trainer, written
+from fuchsia_pl.types import ConfigError
+from tests.doubles import Spread, TinyEnvironment, make_data, make_module, make_trainer
 from tests.small_disk import FILLER, fill, mounted
 
 EXPECTED_METRICS = {
@@ -54,14 +54,11 @@ EXPECTED_METRICS = {
 def run(tiny_model, tmp_path_factory):
     """A run of 3 steps with 2 micro-batches each and all callbacks of the command."""
     root = tmp_path_factory.mktemp("run")
-    report = ConsoleReport(every_n_steps=2)
-    report.console = Console(file=io.StringIO(), width=200)
     module = make_module(tiny_model, LossConfig(beta=0.01))
     callbacks = [
         StepTimer(),
         BaselineValidation(),
         RolloutLog(),
-        report,
         AdapterExport(),
         RunCheckpoint(every_n_steps=2),
     ]
@@ -74,10 +71,9 @@ def run(tiny_model, tmp_path_factory):
         log_every_n_steps=1,
         logger=CSVLogger(root, name="", version=""),
         enable_checkpointing=True,
-        enable_progress_bar=True,
     )
     trainer.fit(module, datamodule=make_data(module))
-    return root, module, report.console.file.getvalue()
+    return root, module
 
 
 def metric_rows(root) -> list[dict[str, str]]:
@@ -126,7 +122,7 @@ def test_held_out_rollouts_have_a_file_of_their_own(run):
 
 
 def test_the_exported_adapter_is_the_trained_one(run, tiny_model):
-    root, module, _ = run
+    root, module = run
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(root / "adapter"))
     expected = dict(module.policy.model.named_parameters())
     for name, parameter in loaded.named_parameters():
@@ -243,33 +239,6 @@ def test_a_checkpoint_is_saved_every_n_steps(tiny_model, tmp_path):
     assert [step for step in saved if step] == [2, 4]
 
 
-def test_the_console_says_what_runs_how_it_goes_and_what_is_written(run):
-    root, _, printed = run
-    lines = printed.splitlines()
-    table = {line.split("  ")[0].strip(): line for line in lines}
-    assert "of" in table["trained"]
-    assert "LoRA r=4" in table["trained"]
-    assert "20 in 2 micro-batches on 1 rank(s)" in table["rows per step"]
-    assert "TinyEngine" in table["engine"]
-    assert "computed once for all siblings" in table["prompts"]
-    steps = [line for line in lines if line.startswith("step ")]
-    assert [line.split()[1] for line in steps] == ["1", "2", "3"]
-    for label in ("reward", "accuracy", "kl", "length", "sampled tok/s", "trained tok/s", "s/step"):
-        assert all(f"{label} " in line for line in steps)
-    assert printed.count(", sibling ") == 1  # every second step of three shows a completion
-    assert [line for line in lines if line.startswith("held out, before training: validation/")]
-    assert [line for line in lines if line.startswith("held out, after step 3: validation/")]
-    assert lines[-1] == f"done: {root}"
-
-
-def test_what_a_model_writes_is_never_read_as_markup():
-    sample = make_sample([1], [2], 1.0)
-    sample.rollout.prompt = "[bold]not bold[/bold] [/red]"
-    console = Console(file=io.StringIO(), width=80)
-    console.print(completion_panel(sample))
-    assert "[bold]not bold[/bold] [/red]" in console.file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -280,28 +249,6 @@ def test_what_a_model_writes_is_never_read_as_markup():
 def test_wrong_intervals_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-def test_no_completion_is_shown_with_an_interval_of_zero(tiny_model, tmp_path):
-    report = ConsoleReport(every_n_steps=0)
-    report.console = Console(file=io.StringIO(), width=200)
-    module = make_module(tiny_model)
-    make_trainer(tmp_path, report, enable_progress_bar=True).fit(module, datamodule=make_data(module))
-    assert ", sibling " not in report.console.file.getvalue()
-
-
-def test_a_conversation_is_shown_with_the_environments_answers_and_without_the_prompts_examples():
-    rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="What is 2 plus 2?")
-    rollout.messages = [
-        {"role": "assistant", "content": "an example"},
-        {"role": "user", "content": "What is 2 plus 2?"},
-    ]
-    for text, answer in (("5", "no"), ("4", None)):
-        rollout.append(written(text))
-        if answer is not None:
-            rollout.respond(answer, role="tool")
-        rollout.take_responses(max_chars=10)
-    assert conversation_text(rollout) == "5\n[tool] no\n4"
 
 
 def test_items_that_json_or_utf8_cannot_hold_end_no_run_and_every_line_stays_json(tiny_model, tmp_path):

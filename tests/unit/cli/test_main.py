@@ -4,12 +4,14 @@ import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from fuchsia_pl.callbacks.finite import NonFiniteError
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
+from fuchsia_pl.stopping import stopping
 from tests.unit.test_cli import TINY
 
 main_module = importlib.import_module("fuchsia_pl.cli.main")  # the package has a function of that name
@@ -72,6 +74,35 @@ def test_another_process_or_numbers_that_failed_are_one_line(command, capsys, mo
     assert capsys.readouterr().err == f"error: {error}\ngo on with last.ckpt\n"
     with pytest.raises(type(error)):
         command("fit", "--debug")
+
+
+def test_an_error_after_a_checkpoint_comes_with_the_command_that_continues(command, capsys, monkeypatch):
+    def fail(words: list[str]) -> None:
+        stopping.checkpoint, stopping.step = Path("runs/a/0/checkpoints/last.ckpt"), 3
+        raise error
+
+    monkeypatch.setattr(run_module, "FuchsiaCLI", fail)
+    advice = (
+        "runs/a/0/checkpoints/last.ckpt contains the run after step 3\n"
+        "continue with: fuchsia fit --config a.yaml --ckpt_path runs/a/0/checkpoints/last.ckpt\n"
+    )
+    words = "fit", "--config", "a.yaml", "--ckpt_path", "last"
+    error: Exception = EngineError("vLLM is gone")
+    assert command(*words) == 1
+    assert capsys.readouterr().err == f"error: vLLM is gone\n{advice}"
+    error = ZeroDivisionError()  # a bug, whose traceback follows
+    with pytest.raises(ZeroDivisionError):
+        command(*words)
+    assert capsys.readouterr().err == advice
+
+
+def test_a_run_whose_engine_fails_names_its_own_checkpoint(command, capsys):
+    engine = "--data.engine", "tests.doubles.RecordedEngine", "--data.engine.init_args.fails_at", "1"
+    settings = "--checkpoint.every_n_steps", "1", "--adapter_sync.tolerance", "100"
+    assert command("fit", "--config", "tiny.yaml", *engine, *settings) == 1
+    captured = capsys.readouterr()
+    assert "failed: 1 steps in" in captured.out
+    assert "runs/tiny/0/checkpoints/last.ckpt contains the run after step 1\ncontinue with: fuchsia fit" in captured.err
 
 
 def test_a_file_that_cannot_be_replayed_is_one_line_and_debug_adds_the_traceback(command, capsys):

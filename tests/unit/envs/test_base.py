@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from fuchsia_pl.envs.base import check_environment, weights_at
+from fuchsia_pl.envs.base import check_environment, check_rewards, weights_at
 from fuchsia_pl.types import Rollout
 from tests.doubles import TinyEnvironment, ended, even, said
 
@@ -17,7 +17,6 @@ def environment(functions, weights=None) -> TinyEnvironment:
 @pytest.mark.parametrize(
     ("functions", "weights", "words"),
     [
-        ([], {}, "TinyEnvironment.reward_functions is empty"),
         ([even, even], {}, r"two functions with the same name in \['even', 'even'\]"),
         ([even, ended], {"evne": 1.0}, r"reward_weights has \['evne'\]; the reward functions are \['even', 'ended'\]"),
         ([even], {"even": float("inf")}, r"reward_weights must be finite numbers, got \{'even': inf\}"),
@@ -28,6 +27,13 @@ def environment(functions, weights=None) -> TinyEnvironment:
 def test_invalid_environments_are_refused(functions, weights, words):
     with pytest.raises(ValueError, match=words):
         check_environment(environment(functions, weights))
+
+
+def test_an_environment_without_rewards_is_refused_where_they_are_needed():
+    check_environment(environment([]))
+    check_rewards(environment([even]))
+    with pytest.raises(ValueError, match=r"TinyEnvironment\.reward_functions is empty"):
+        check_rewards(environment([]))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,25 @@
+import io
+import sys
 import time
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import snapshot_download
+from tqdm import tqdm
 
 from fuchsia_pl.policy import sources
-from fuchsia_pl.policy.sources import ModelNotFoundError, cache_root, convert_gguf, read_template, resolve_model
+from fuchsia_pl.policy.sources import (
+    ModelNotFoundError,
+    _TqdmCount,
+    cache_root,
+    convert_gguf,
+    read_template,
+    resolve_model,
+)
+from fuchsia_pl.progress import Activity
 from fuchsia_pl.types import ConfigError
 from tests.hub_double import NAME, hub
 
@@ -107,6 +119,17 @@ def test_an_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(file)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_bar_of_a_conversion_is_counted_and_other_text_is_passed_on():
+    activity, other = Activity("converting a.gguf"), io.StringIO()
+    with redirect_stderr(_TqdmCount(activity, other)):
+        for number in tqdm(range(272), desc="Converting and de-quantizing GGUF tensors...", mininterval=0):
+            if number == 101:
+                sys.stderr.write("careful\n")
+                assert (activity.done, activity.total) == (101, 272)
+    assert (activity.done, activity.total) == (272, 272)
+    assert other.getvalue() == "careful\n"
 
 
 def test_the_packaged_model_is_converted_once_and_keeps_its_chat_template():

@@ -1,0 +1,153 @@
+"""`fuchsia chat`: a conversation with a trained adapter, a model or both in the terminal, with the tools of a config."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from fuchsia_pl.callbacks.adapter_export import ADAPTER_FOLDER
+from fuchsia_pl.cli.chat_session import HELP, ChatSettings, Session, conversation_environment
+from fuchsia_pl.cli.commands import chat_options
+from fuchsia_pl.cli.config_only import ConfigOnlyCLI
+from fuchsia_pl.cli.find_run import find_run
+from fuchsia_pl.cli.run_folder import SAVED_CONFIG
+from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.policy.cpu import has_bfloat16
+from fuchsia_pl.policy.local_engine import LocalEngine, adapter_base
+from fuchsia_pl.policy.sources import ModelNotFoundError, resolve_model
+from fuchsia_pl.rollouts.chat import Chat
+from fuchsia_pl.types import ConfigError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a conversation is with.
+
+    Attributes:
+        model: Name of the model.
+        adapter: Folder of the adapter; None for the model alone.
+        config: Config with the environment; None without tools.
+        label: What the user sees.
+    """
+
+    model: str | None
+    adapter: Path | None
+    config: str | None
+    label: str
+
+
+class ChatCLI(ConfigOnlyCLI):
+    """Reads the model and the environment of a config."""
+
+    def use_config(self) -> None:
+        """Nothing: `chat` reads `model` and `datamodule`."""
+
+
+def find_target(given: str, config: str | None) -> Target:
+    """Finds a run, an adapter folder or a model, in this order.
+
+    Args:
+        given: What the user wrote.
+        config: `--config`; None without it.
+
+    Raises:
+        ConfigError: It is a run without an adapter or a model yet.
+    """
+    path = Path(given)
+    if (path / ADAPTER_CONFIG).is_file():
+        saved = path.parent / SAVED_CONFIG
+        own = str(saved) if path.name == ADAPTER_FOLDER and saved.is_file() else None
+        base = None if config or own else adapter_base(path)
+        if not (config or own or base):
+            raise ConfigError(f"the adapter in {given} does not name its base model: give --config of its run")
+        return Target(base, path, config or own, given)
+    try:
+        run = find_run(given)
+    except ConfigError:
+        return Target(given, None, config, given)
+    weights = run / ADAPTER_FOLDER
+    if not weights.is_dir():
+        raise ConfigError(f"the run {run} has no {ADAPTER_FOLDER}/ yet: it is written with the first checkpoint")
+    config = config or str(run / SAVED_CONFIG)
+    if (weights / ADAPTER_CONFIG).is_file():
+        return Target(None, weights, config, str(run))
+    return Target(str(weights), None, config, str(run))  # all weights were trained
+
+
+def made_session(target: Target, settings: ChatSettings, console: Console) -> Session:
+    """Loads the model, and the environment if there is a config.
+
+    Raises:
+        ConfigError: The config, the model or the adapter cannot be used.
+    """
+    environment: Environment | None = None
+    name, dtype, template = target.model, "bfloat16", None
+    if target.config is not None:
+        cli = ChatCLI(["fit", "--config", target.config])
+        served = cli.model.learner.served_model
+        environment, dtype, template = cli.datamodule.environment, served.dtype, served.chat_template
+        name = name or served.name
+    assert name is not None, "a target without a model has a config"
+    if not torch.cuda.is_available() and dtype == "bfloat16" and not has_bfloat16(torch.cpu.get_capabilities()):
+        dtype = "float32"
+    try:
+        folder = resolve_model(name)
+    except ModelNotFoundError as error:
+        raise ConfigError(f"{target.label!r} is neither a run, nor an adapter, nor a model: {error}") from error
+    chat = Chat(folder, template)
+    engine = LocalEngine(folder, getattr(torch, dtype), target.adapter, name)
+    engine.read_stop_strings_with(chat.tokenizer)
+    with_adapter = f" with the adapter of {target.label}" if target.adapter else ""
+    session = Session(engine, chat, conversation_environment(environment), settings, console)
+    console.print(Text(f"{name}{with_adapter}, on {engine.device} in {dtype}", style="dim"), soft_wrap=True)
+    return session
+
+
+def lines(console: Console) -> Iterator[str]:
+    """The user's lines: with a prompt on a terminal, else from standard input."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield console.input("[bold]> [/bold]")
+        except EOFError:
+            return
+
+
+def chat(arguments: list[str]) -> int:
+    """Runs `fuchsia chat`; returns the exit code."""
+    parser = chat_options()
+    given = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    try:
+        settings = ChatSettings(given.temperature, given.max_tokens, given.seed)
+        session = made_session(find_target(given.target, given.config), settings, console)
+    except ConfigError as error:
+        parser.error(str(error))
+    if given.system:
+        session.messages = [{"role": "system", "content": given.system}]
+    try:
+        _converse(session, lines(console), is_terminal=sys.stdin.isatty())
+    except ConfigError as error:
+        parser.error(str(error))
+    return 0
+
+
+def _converse(session: Session, user_lines: Iterator[str], is_terminal: bool) -> None:
+    with session.open():
+        tools = ", ".join(tool.name for tool in session.environment.tools)
+        told = [f"tools: {tools}"] if tools else []
+        if is_terminal:
+            told.append(HELP)
+        for text in told:
+            session.console.print(Text(text, style="dim"), soft_wrap=True)
+        for line in user_lines:
+            if not session.take(line):
+                return
