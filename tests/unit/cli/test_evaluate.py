@@ -123,9 +123,12 @@ def test_base_is_the_model_itself(config, tmp_path):
     assert read_held_out(newest(tmp_path))[0].figures == plain.figures
     assert read_held_out(newest(tmp_path) / "against")[0].figures == trained.figures
     evaluate(["--run", "tiny/0", "--against", "tiny/0"])  # a checkpoint and its export
-    assert json.loads((newest(tmp_path) / "comparison.json").read_text())["environments"]["Letters"]["rollout/accuracy"][
-        "p_value"
-    ] == 1.0
+    assert (
+        json.loads((newest(tmp_path) / "comparison.json").read_text())["environments"]["Letters"]["rollout/accuracy"][
+            "p_value"
+        ]
+        == 1.0
+    )
     assert read_held_out(newest(tmp_path))[0].figures == trained.figures
 
 
