@@ -147,10 +147,9 @@ def test_validation_within_epochs_counts_optimizer_steps(
 
 
 def test_a_validation_within_a_phase_is_refused(tiny_model, tmp_path):
+    module = make_module(tiny_model, LossConfig("ppo", num_policy_updates=2))
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0, val_check_interval=1)
     with pytest.raises(ConfigError, match=r"val_check_interval=1 is 1 optimizer steps .*num_policy_updates=2"):
-        loss = LossConfig("ppo", num_policy_updates=2)
-        module = make_module(tiny_model, loss)
-        trainer = make_trainer(tmp_path, limit_val_batches=1.0, val_check_interval=1)
         trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4))
 
 
