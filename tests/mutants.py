@@ -226,7 +226,8 @@ def _tests(stem: str) -> list[str]:
         return [str(EVALUATION / f"{stem}.py"), f"tests/unit/evaluation/test_{stem}.py", "-k", "not two_ranks"]
     files = [file for file in Path("tests/unit/objectives").glob("test_*.py") if file.name != LEFT_OUT]
     files.sort(key=lambda file: (file.stem != f"test_{stem}", file.name == SLOW, file))
-    return [str(OBJECTIVES), *map(str, files), *map(str, Path("tests/unit/rollouts").glob("test_credit.py"))]
+    others = [] if stem else [str(EVALUATION), "tests/unit/evaluation", "-k", "not two_ranks"]  # of the original
+    return [str(OBJECTIVES), *map(str, files), *map(str, Path("tests/unit/rollouts").glob("test_credit.py")), *others]
 
 
 def main() -> int:
