@@ -159,11 +159,11 @@ def test_a_validation_within_a_phase_is_refused(tiny_model, tmp_path):
         ({"limit_val_batches": 0.2}, r"limit_val_batches=0.2 takes 0 of 4 held-out items for 1 rank"),
         (
             {"limit_val_batches": 1.0, "val_check_interval": 4},
-            "val_check_interval=4 is more optimizer steps than an epoch has, data.steps_per_epoch=3: .*check_val_every_n_",
+            "val_check_interval=4 is more optimizer steps than an epoch has, data.steps_per_epoch=2: .*check_val_every_n_",
         ),
         (
-            {"limit_val_batches": 1.0, "val_check_interval": 0.5},
-            "val_check_interval=0.5 is 1.5 optimizer steps .* multiple of .*num_policy_updates=1",
+            {"limit_val_batches": 1.0, "val_check_interval": 0.25},
+            "val_check_interval=0.25 is 0.5 optimizer steps .* multiple of .*num_policy_updates=1",
         ),
         (
             {"limit_val_batches": 1.0, "val_check_interval": timedelta(seconds=90)},
