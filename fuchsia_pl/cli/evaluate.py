@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,8 +162,8 @@ def write_comparison(path: Path, name: str, compared: dict[str, list[Difference]
                 "value": one.first,
                 "against": one.second,
                 "difference": one.value,
-                "low": one.low,
-                "high": one.high,
+                "low": one.low if math.isfinite(one.low) else None,
+                "high": one.high if math.isfinite(one.high) else None,
                 "items_higher": one.num_higher,
                 "items_lower": one.num_lower,
                 "p_value": one.p_value,

@@ -129,8 +129,8 @@ def _weights_of(folder: Path) -> tuple[Path | None, Path]:
         return checkpoint, adapter
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"the run {folder} has left neither {CHECKPOINT_FOLDER}/{LAST_FILE} nor an adapter in {ADAPTER_FOLDER}/: it ended before "
-            "its first checkpoint"
+            f"the run {folder} has left neither {CHECKPOINT_FOLDER}/{LAST_FILE} nor an adapter in {ADAPTER_FOLDER}/: it ended "
+            "before its first checkpoint"
         )
     return None, adapter
 

@@ -28,8 +28,8 @@ def evaluation_table(evaluation: HeldOutEvaluation, sampling: SamplingConfig) ->
 def headline(held_out: HeldOut, sampling: SamplingConfig) -> str:
     """What was evaluated, in one sentence.
 
-    >>> headline(HeldOut(25, "validation", 64, 4, "Arithmetic", {}, num_shared=3), SamplingConfig(validation_temperature=1.0))
-    'Arithmetic, after step 25: 64 items, 4 samples each, temperature 1, at most 256 tokens; 3 of 64 held-out items are also training items'
+    >>> headline(HeldOut(25, "validation", 64, 4, "Arithmetic"), SamplingConfig(validation_temperature=1.0))
+    'Arithmetic, after step 25: 64 items, 4 samples each, temperature 1, at most 256 tokens'
     """
     samples = "1 sample each" if held_out.num_samples == 1 else f"{held_out.num_samples} samples each"
     shared = f"; {held_out.num_shared} of {held_out.num_items} held-out items are also training items"

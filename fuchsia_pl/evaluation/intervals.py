@@ -7,7 +7,7 @@ to 200 items.
 figure                            method                                     coverage
 share (accuracy, pass@k, …)       Wilson's interval, with an effective       0.93 to 0.98
                                   number of items
-difference of two shares          Agresti and Min's interval                 0.94 to 0.98, more for 8 to 32 items that rarely differ
+difference of two shares          Agresti and Min's interval                 0.94 to 0.98, more if items rarely differ
 any other mean (rewards, tokens)  bootstrap over items, studentized          0.92 to 0.98
 
 A bootstrap of a share fails near 0 and 1: with 16 items and an accuracy of 0.05 it covers 0.55 (percentile), 0.51 (BCa) or
@@ -17,6 +17,7 @@ lengths, 0.93 against 0.88 (percentile) and 0.89 (BCa).
 """
 
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import torch
@@ -27,6 +28,7 @@ from fuchsia_pl.evaluation.figures import COVERAGE
 Z = NormalDist().inv_cdf(0.5 + COVERAGE / 2)
 NUM_RESAMPLES = 2000
 SEED = 0
+TINY = 1e-12  # variances of rounding errors, relative to the largest square
 MAX_COUNTS = 1 << 23  # of resamples that exist at the same time, times items
 Interval = tuple[float, float]
 
@@ -42,7 +44,7 @@ def share_interval(values: Tensor) -> Interval:
         values: One value per item, [N].
 
     >>> [round(end, 4) for end in share_interval(torch.tensor([1.0] * 42 + [0.0] * 22))]
-    [0.5343, 0.7609]
+    [0.534, 0.7608]
     """
     number, mean = len(values), float(values.double().mean())
     largest = mean * (1.0 - mean)  # the variance of values that are 0 or 1
@@ -65,7 +67,7 @@ def share_difference_interval(differences: Tensor, num_samples: int) -> Interval
         num_samples: Samples per item and side.
 
     >>> [round(end, 3) for end in share_difference_interval(torch.tensor([1.0] * 36 + [-1.0] * 4 + [0.0] * 24), 1)]
-    [0.332, 0.638]
+    [0.335, 0.635]
     """
     values = differences.double()
     number = len(values) + 2.0 / num_samples
@@ -76,57 +78,70 @@ def share_difference_interval(differences: Tensor, num_samples: int) -> Interval
 
 
 def mean_interval(values: Tensor) -> Interval:
-    """The studentized bootstrap interval of a mean. Its resamples are the same in every process and for every figure.
+    """The studentized bootstrap interval of a mean, see `mean_intervals`.
 
     Args:
         values: One value per item, [N].
 
-    Returns:
-        Both ends, within the observed values. NaN for one item.
-
     >>> mean_interval(torch.tensor([2.0, 2.0, 2.0])), mean_interval(torch.tensor([2.0]))
     ((2.0, 2.0), (nan, nan))
     """
-    number, values = len(values), values.double()
+    low, high = mean_intervals(values[None])
+    return float(low), float(high)
+
+
+def mean_intervals(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Studentized bootstrap intervals of M means over the same N items, from the same resamples of the items.
+
+    The resamples depend on the number of items alone, so all processes compute the same intervals.
+
+    Args:
+        values: One value per mean and item, [M, N].
+
+    Returns:
+        Lower and upper ends, [M] each, within the observed values; NaN for one item.
+    """
+    values = values.double()
+    number = values.shape[1]
     if number < 2:
-        return math.nan, math.nan
-    mean = values.mean()
-    centered = values - mean
-    error = _standard_error(centered.square().mean(), number)
-    if float(error) <= 1e-12 * float(values.abs().max()):
-        return float(mean), float(mean)
+        return values[:, 0] * torch.nan, values[:, 0] * torch.nan
+    mean, smallest, largest = values.mean(dim=1), values.amin(dim=1), values.amax(dim=1)
+    centered = values - mean[:, None]
+    error = _standard_error(centered.square().mean(dim=1), number)
     deviations = _studentized(centered)
-    low = float(mean - torch.quantile(deviations, 0.5 + COVERAGE / 2) * error)
-    high = float(mean - torch.quantile(deviations, 0.5 - COVERAGE / 2) * error)
-    smallest, largest = float(values.min()), float(values.max())
-    # Resamples of few items may all be alike, and their deviations infinite.
-    return (
-        max(low, smallest) if math.isfinite(low) else smallest,
-        min(high, largest) if math.isfinite(high) else largest,
-    )
+    ends = torch.tensor([0.5 + COVERAGE / 2, 0.5 - COVERAGE / 2], dtype=torch.float64)
+    low, high = mean - torch.quantile(deviations, ends, dim=1) * error
+    # Resamples of few items may all be alike: then their deviations are infinite, and the ends infinite or not a number.
+    low = torch.where(low.isfinite(), low, smallest).clamp(smallest, largest)
+    high = torch.where(high.isfinite(), high, largest).clamp(smallest, largest)
+    return low, high
 
 
 def _studentized(centered: Tensor) -> Tensor:
-    """Mean of each resample in units of its own standard error, [NUM_RESAMPLES]; infinite for one without spread."""
-    number = len(centered)
-    moments = torch.stack([centered, centered.square()], dim=1)
+    """Mean of each resample in units of its own standard error, [M, R]; infinite for a resample without spread.
+
+    Args:
+        centered: Values less their mean, [M, N].
+    """
+    number = centered.shape[1]
+    means, squares = (torch.cat(parts, dim=1) for parts in zip(*_resampled(centered), strict=True))
+    variances = squares - means.square()
+    flat = variances <= TINY * centered.square().amax(dim=1, keepdim=True)
+    deviations = means / _standard_error(variances.masked_fill(flat, 1.0), number)
+    return torch.where(flat, means.sign() * torch.inf, deviations).nan_to_num(0.0, torch.inf, -torch.inf)
+
+
+def _resampled(centered: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Means of the values and of their squares in some resamples at a time, [M, r] each."""
+    number, left = centered.shape[1], NUM_RESAMPLES
     generator = torch.Generator().manual_seed(SEED)
-    parts, left = [], NUM_RESAMPLES
     while left:
         rows = min(left, max(MAX_COUNTS // number, 1))
         drawn = torch.randint(number, (rows, number), generator=generator)
-        counts = torch.zeros(rows, number, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones_like(drawn, dtype=torch.float64)
-        )
-        parts.append(counts @ moments / number)
+        counts = torch.zeros(rows, number, dtype=torch.float64)
+        counts.scatter_add_(1, drawn, torch.ones(rows, number, dtype=torch.float64))
+        yield centered @ counts.T / number, centered.square() @ counts.T / number
         left -= rows
-    means, squares = torch.cat(parts).unbind(dim=1)
-    variances = squares - means.square()
-    flat = variances <= 1e-12 * squares.max()
-    deviations = means / _standard_error(variances.masked_fill(flat, 1.0), number)
-    return torch.where(flat, means.sign() * torch.inf, deviations).nan_to_num(
-        nan=0.0, posinf=torch.inf, neginf=-torch.inf
-    )
 
 
 def _standard_error(variance: Tensor, number: int) -> Tensor:

@@ -23,7 +23,8 @@ def shared_items(
         ConfigError: An item has no prompt.
 
     >>> def prompt(item): return [{"role": "user", "content": item["question"]}]
-    >>> sorted(shared_items(prompt, [{"question": "a"}, {"question": "b"}], [{"question": "b", "n": 1}, {"question": "c"}], [0, 1]))
+    >>> training, held_out = [{"question": "a"}, {"question": "b"}], [{"question": "b", "n": 1}, {"question": "c"}]
+    >>> sorted(shared_items(prompt, training, held_out, positions=[0, 1]))
     [0]
     """
     own = {position: _digest(messages, held_out[position]) for position in positions}

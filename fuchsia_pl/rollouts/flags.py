@@ -28,7 +28,7 @@ class Limits:
         flag: The setting that limits held-out items.
         given: Its value.
         validation_steps: Optimizer steps between two validations; None validates at the end of an epoch.
-        given_interval: Value of `trainer.val_check_interval`.
+        given_interval: Value of `trainer.val_check_interval` if that is replaced by `validation_steps`, else None.
 
     >>> limits = Limits(steps_per_epoch=3, num_repeated_phases=2, held_out=0.5, flag="limit_val_batches", given=0.5)
     >>> [limits.drawn_phase(phase) for phase in range(5)], limits.first_held_out([7, 8, 9], num_ranks=1)
@@ -41,7 +41,7 @@ class Limits:
     flag: str
     given: int | float
     validation_steps: int | None = None
-    given_interval: int | float = 1.0
+    given_interval: int | float | None = None
 
     def drawn_phase(self, phase: int) -> int:
         """Number of the phase that determines the drawn items."""
@@ -105,14 +105,15 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates:
         flag,
         given,
         validation_steps,
-        given_interval=trainer.val_check_interval,
+        given_interval=None if validation_steps is None else trainer.val_check_interval,
     )
 
 
 def return_limits(trainer: Trainer, limits: Limits) -> None:
     """Restores the limits that `take_limits` removed, for the next run of the same trainer."""
     setattr(trainer, limits.flag, limits.given)
-    trainer.val_check_interval = limits.given_interval
+    if limits.given_interval is not None:
+        trainer.val_check_interval = limits.given_interval
 
 
 def count_micro_batches(trainer: Trainer, limits: Limits) -> None:
@@ -168,12 +169,12 @@ def _validation_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) 
         ConfigError: It is a time, it is longer than an epoch, or a validation would be within a phase or a step.
     """
     time_s = trainer._val_check_time_interval  # type: ignore[attr-defined]
-    interval = trainer.val_check_interval
     if time_s is not None:
         raise ConfigError(
             f"trainer.val_check_interval={time_s:g} s would validate within an optimizer step: give a number of optimizer "
             "steps, or a share of an epoch (data.steps_per_epoch)"
         )
+    interval = trainer.val_check_interval  # Lightning sets it only if the interval is no time
     if not isinstance(interval, int) and interval == 1.0:
         return None
     steps = interval if isinstance(interval, int) else interval * steps_per_epoch
