@@ -102,24 +102,32 @@ def evaluation_line(when: str, figures: Mapping[str, Figure], width: int) -> str
     Args:
         when: Point of the run, such as "after step 25".
         figures: Figures by name.
-        width: Width of the console. Intervals that do not fit are left out, and so are the figures after the first that does
-            not fit.
+        width: Width of the console. Figures that do not fit are left out; intervals have the room that is left, the first
+            figure has its own in any case.
 
     >>> evaluation_line("before training", {"rollout/accuracy": Figure(0.15625, 0.078, 0.25)}, 80)
     'held out, before training: accuracy 0.156 [0.08, 0.25]'
     """
-    line, separator = f"held out, {when}:", " "
-    for name, label, decimals in [*SHOWN[:2], *_of_largest_k(figures), *SHOWN[2:]]:
-        if name not in figures:
-            continue
-        figure = figures[name]
-        short = f"{label} {figure.value:.{decimals}f}"
-        full = f"{short} [{figure.low:.2f}, {figure.high:.2f}]" if has_interval(figure) else short
-        text = full if len(line + separator + full) <= width else short
-        if len(line + separator + text) > width and separator != " ":
+    shown = [one for one in (*SHOWN[:2], *_of_largest_k(figures), *SHOWN[2:]) if one[0] in figures]
+    short = [f"{label} {figures[name].value:.{decimals}f}" for name, label, decimals in shown]
+    full = [f"{text}{_interval(figures[name])}" for text, (name, *_) in zip(short, shown, strict=True)]
+
+    def line(texts: Sequence[str]) -> str:
+        return f"held out, {when}: {', '.join(texts)}"
+
+    texts = full[:1]
+    for text in short[1:]:
+        if len(line([*texts, text])) > width:
             break
-        line, separator = f"{line}{separator}{text}", ", "
-    return line
+        texts.append(text)
+    for place in range(1, len(texts)):
+        longer = [*texts[:place], full[place], *texts[place + 1 :]]
+        texts = longer if len(line(longer)) <= width else texts
+    return line(texts)
+
+
+def _interval(figure: Figure) -> str:
+    return f" [{figure.low:.2f}, {figure.high:.2f}]" if has_interval(figure) else ""
 
 
 def _of_largest_k(figures: Mapping[str, Figure]) -> list[tuple[str, str, int]]:

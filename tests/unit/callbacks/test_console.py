@@ -245,7 +245,7 @@ def test_a_change_names_the_best_step_the_shared_items_and_each_environment():
     [
         (60, ""),
         (80, ", reward 0.123, pass@8 0.123"),
-        (85, ", reward 0.123 [0.10, 0.20]"),
+        (95, ", reward 0.123, pass@8 0.123, maj@8 0.123"),
         (
             200,
             ", reward 0.123 [0.10, 0.20], pass@8 0.123 [0.10, 0.20], maj@8 0.123 [0.10, 0.20], cut off 0.12 [0.10, 0.20]",
