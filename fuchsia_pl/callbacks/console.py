@@ -68,7 +68,8 @@ class ConsoleReport(ProgressBar):
 
     def announce(self, model: str, engine: str, run_folder: str) -> None:
         """Prints the engine, model and run folder before the engine starts, which may take minutes."""
-        self._print(f"{run_folder}: starting {engine} with {model} …")
+        self._print(f"run folder: {run_folder}")
+        self._print(f"starting {engine} with {model} …")
 
     def check_run(self, trainer: Trainer) -> None:
         """Shows work in progress from here on, before the prompts are rendered and the engine starts."""

@@ -108,7 +108,7 @@ class ProgressDisplay:
         if self._is_open or self.console.quiet:
             return
         self._is_open, self._closed = True, threading.Event()
-        if self.console.file is sys.__stdout__:
+        if sys.__stdout__ is not None and self.console.file is sys.__stdout__:
             # While an engine starts, file descriptor 1 is its log.
             self._copy = _copy_of(sys.__stdout__)
             self.console.file = self._copy or sys.__stdout__

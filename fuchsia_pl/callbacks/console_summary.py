@@ -13,7 +13,7 @@ from fuchsia_pl.evaluation.figures import Figure
 from fuchsia_pl.evaluation.held_out import HeldOut
 
 ACCURACY, REWARD = "rollout/accuracy", "reward/mean"
-# Figures in the line of an evaluation, in order: name, label, decimal places. Names of any k follow.
+# Figures in the line of an evaluation, in order: name, label, decimal places. pass@k and maj@k follow the first two.
 SHOWN = (
     (ACCURACY, "accuracy", 3),
     (REWARD, "reward", 3),
@@ -88,9 +88,12 @@ def figure_text(figure: Figure, decimals: int = 3) -> str:
     ('0.656 [0.530, 0.770]', '0.500')
     """
     value = f"{figure.value:.{decimals}f}"
-    if not math.isfinite(figure.low) or not math.isfinite(figure.high):
-        return value
-    return f"{value} [{figure.low:.{decimals}f}, {figure.high:.{decimals}f}]"
+    return f"{value} [{figure.low:.{decimals}f}, {figure.high:.{decimals}f}]" if has_interval(figure) else value
+
+
+def has_interval(figure: Figure) -> bool:
+    """Whether a figure has an interval; a logged metric has none."""
+    return math.isfinite(figure.low) and math.isfinite(figure.high)
 
 
 def evaluation_line(when: str, figures: Mapping[str, Figure], width: int) -> str:
@@ -99,24 +102,42 @@ def evaluation_line(when: str, figures: Mapping[str, Figure], width: int) -> str
     Args:
         when: Point of the run, such as "after step 25".
         figures: Figures by name.
-        width: Width of the console. Figures that do not fit are left out, and so are intervals before that.
+        width: Width of the console. Figures that do not fit are left out; intervals have the room that is left, the first
+            figure has its own in any case.
 
     >>> evaluation_line("before training", {"rollout/accuracy": Figure(0.15625, 0.078, 0.25)}, 80)
-    'held out, before training: accuracy 0.156 [0.078, 0.250]'
+    'held out, before training: accuracy 0.156 [0.08, 0.25]'
     """
-    known = {name: (label, decimals) for name, label, decimals in SHOWN}
-    others = {name: (name, 3) for name in figures if name.startswith(("pass@", "maj@", "mean@"))}
-    chosen = [
-        (label, figures[name], decimals) for name, (label, decimals) in {**known, **others}.items() if name in figures
-    ]
-    line, separator = f"held out, {when}:", " "
-    for label, figure, decimals in chosen:
-        full, short = f"{label} {figure_text(figure, decimals)}", f"{label} {figure.value:.{decimals}f}"
-        text = full if len(line + separator + full) <= width else short
-        if len(line + separator + text) > width and separator != " ":
+    shown = [one for one in (*SHOWN[:2], *_of_largest_k(figures), *SHOWN[2:]) if one[0] in figures]
+    short = [f"{label} {figures[name].value:.{decimals}f}" for name, label, decimals in shown]
+    full = [f"{text}{_interval(figures[name])}" for text, (name, *_) in zip(short, shown, strict=True)]
+
+    def line(texts: Sequence[str]) -> str:
+        return f"held out, {when}: {', '.join(texts)}"
+
+    texts = full[:1]
+    for text in short[1:]:
+        if len(line([*texts, text])) > width:
             break
-        line, separator = f"{line}{separator}{text}", ", "
-    return line
+        texts.append(text)
+    for place in range(1, len(texts)):
+        longer = [*texts[:place], full[place], *texts[place + 1 :]]
+        texts = longer if len(line(longer)) <= width else texts
+    return line(texts)
+
+
+def _interval(figure: Figure) -> str:
+    return f" [{figure.low:.2f}, {figure.high:.2f}]" if has_interval(figure) else ""
+
+
+def _of_largest_k(figures: Mapping[str, Figure]) -> list[tuple[str, str, int]]:
+    """The figures pass@k and maj@k of the largest k, as in `SHOWN`."""
+    found = {}
+    for kind in ("pass@", "maj@"):
+        numbers = [int(name.removeprefix(kind)) for name in figures if name.startswith(kind)]
+        if numbers:
+            found[kind] = max(numbers)
+    return [(f"{kind}{number}", f"{kind}{number}", 3) for kind, number in found.items()]
 
 
 def figure_lines(figures: Mapping[str, Figure]) -> list[str]:

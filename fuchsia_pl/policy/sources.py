@@ -175,7 +175,7 @@ def _unpack(file: Path, folder: Path, activity: Activity) -> None:
     tokenizer.save_pretrained(folder)
 
 
-class _TqdmCount(io.TextIOBase):
+class _TqdmCount(io.StringIO):
     """Stream in place of stderr: reads the numbers from the progress bar that transformers writes, and passes on the rest.
 
     Args:
@@ -184,6 +184,7 @@ class _TqdmCount(io.TextIOBase):
     """
 
     def __init__(self, activity: Activity, stream: TextIO) -> None:
+        super().__init__()
         self._activity = activity
         self._stream = stream
 

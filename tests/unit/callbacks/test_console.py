@@ -98,8 +98,8 @@ def test_every_step_is_a_row_within_the_width_below_its_titles(printed):
 
 def test_held_out_figures_have_their_intervals(printed):
     lines = [line for line in printed[1].splitlines() if line.startswith("held out, ")]
-    assert lines[0].startswith("held out, before training: accuracy 0.125 [0.050, 0.750], reward ")
-    assert lines[1].startswith("held out, after step 3: accuracy 0.425 [0.050, 0.750], reward ")
+    assert lines[0].startswith("held out, before training: accuracy 0.125 [0.05, 0.75], reward ")
+    assert lines[1].startswith("held out, after step 3: accuracy 0.425 [0.05, 0.75], reward ")
 
 
 def test_the_summary_has_the_change_the_places_and_the_next_commands(printed):
@@ -154,7 +154,7 @@ def test_a_terminal_shows_the_same_lines_and_no_trace_of_the_progress(tiny_model
     assert not any("━" in line for line in lines)
     assert [line.split()[0] for line in lines if re.match(r"    \d ", line)] == ["1", "2", "3"]
     assert "step 1/3  sampling" in re.sub(r"\x1b\[[0-9;]*m", "", written_text)
-    assert [line for line in lines if line][-1].startswith("  ")
+    assert any(line.startswith("done: 3 steps in ") for line in lines)
     assert progress.line_start == ""
 
 
@@ -240,20 +240,23 @@ def test_a_change_names_the_best_step_the_shared_items_and_each_environment():
     assert change_lines([]) == []
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_an_evaluation_is_one_line_that_fits(width):
-    names = (
-        "rollout/accuracy",
-        "reward/mean",
-        "rollout/truncated_fraction",
-        "rollout/completion_tokens",
-        "pass@4",
-        "maj@4",
-    )
-    line = evaluation_line("before training", {name: Figure(0.123456, 0.1, 0.2) for name in names}, width)
+@pytest.mark.parametrize(
+    ("width", "rest"),
+    [
+        (60, ""),
+        (80, ", reward 0.123, pass@8 0.123"),
+        (95, ", reward 0.123, pass@8 0.123, maj@8 0.123"),
+        (
+            200,
+            ", reward 0.123 [0.10, 0.20], pass@8 0.123 [0.10, 0.20], maj@8 0.123 [0.10, 0.20], cut off 0.12 [0.10, 0.20]",
+        ),
+    ],
+)
+def test_an_evaluation_is_one_line_that_fits(width, rest):
+    names = "pass@1", "pass@8", "maj@8", "maj@4", "rollout/truncated_fraction", "rollout/accuracy", "reward/mean"
+    line = evaluation_line("after step 25", {name: Figure(0.123456, 0.1, 0.2) for name in names}, width)
     assert len(line) <= width
-    assert line.startswith("held out, before training: accuracy 0.123 [0.100, 0.200]")
-    assert ("pass@4" in line) == (width == 120)
+    assert line.startswith(f"held out, after step 25: accuracy 0.123 [0.10, 0.20]{rest}")
 
 
 def test_only_a_run_of_the_command_has_next_commands(tmp_path):

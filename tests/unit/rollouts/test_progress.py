@@ -6,12 +6,13 @@ import threading
 
 import pytest
 
+from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.stop_signals import StopSignals
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.progress import HELD_OUT, SAMPLING, TRAINING, Activity, progress
 from fuchsia_pl.stopping import Stopped
-from tests.doubles import RecordedEngine, Spread, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
+from tests.doubles import Spread, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 
 
 class Watch:
@@ -99,7 +100,7 @@ def test_rollouts_that_fail_count_too(tiny_model, tmp_path, watch):
 
 
 def test_phases_ahead_of_training_count_apart(tiny_model, tmp_path, watch):
-    run(tiny_model, tmp_path, engine=RecordedEngine(), sampling={"max_staleness": 2}, sync=None)
+    run(tiny_model, tmp_path, sampling={"max_staleness": 2}, sync=AdapterSync(tolerance=100.0))
     ends = watch.of(SAMPLING)
     assert ends == [(20, 20, True)] * 3
     assert watch.of(TRAINING) == [(1, 1, True)] * 3
