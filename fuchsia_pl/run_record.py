@@ -50,7 +50,7 @@ class RunRecord:
     @property
     def current_outcome(self) -> Outcome:
         """The outcome, "killed" for a run of this machine whose process is gone without having recorded its end."""
-        if self.outcome == "running" and self.host == socket.gethostname() and not _exists(self.pid):
+        if self.outcome == "running" and is_of_this_machine(self.host) and not _exists(self.pid):
             return "killed"
         return self.outcome
 
@@ -73,6 +73,11 @@ def read_record(folder: Path) -> RunRecord | None:
         return RunRecord(**{name: value for name, value in loaded.items() if name in names})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def is_of_this_machine(host: str) -> bool:
+    """Whether a record's host is this machine, so that its process can be looked up."""
+    return host == socket.gethostname()
 
 
 def _exists(pid: int) -> bool:
