@@ -134,7 +134,9 @@ def runs_options() -> argparse.ArgumentParser:
         "duration, size on the disk, and how each ended. `fuchsia runs diff A B` compares two.",
         allow_abbrev=False,
     )
-    parser.add_argument("root", nargs="?", default="runs", help="folder of the runs, or of one config (default: ./runs)")
+    parser.add_argument(
+        "root", nargs="?", default="runs", help="folder of the runs, or of one config (default: ./runs)"
+    )
     parser.add_argument("--all", action="store_true", help="evaluations, tests and predictions too")
     parser.add_argument("--name", help="only runs whose name or config matches, such as 'gsm8k*'")
     outcomes = ["running", "finished", "stopped", "failed", "killed", "unknown"]

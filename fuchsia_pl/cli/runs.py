@@ -68,6 +68,7 @@ def _list(arguments: list[str]) -> int:
     console = Console(highlight=False)
     if listed:
         console.print(table_of(listed, console.width))
+        console.print()
     for line in _notes(listed, root, num_hidden, num_cut=len(shown) - len(listed), is_empty=not everything):
         console.print(Text(line), soft_wrap=True)
     return 0
