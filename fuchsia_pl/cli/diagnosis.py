@@ -72,9 +72,9 @@ ADVICE_ERROR = "change what the message names"
 
 
 def error_text(end: BaseException, printed: str = "") -> str:
-    """An error in one line; for the exit of the parser, the lines that it printed.
+    r"""An error in one line; for the exit of the parser, the lines that it printed.
 
-    >>> error_text(SystemExit(2), "error: no such key\\nAll keys: fuchsia fit --help-all\\n")
+    >>> error_text(SystemExit(2), "error: no such key\nAll keys: fuchsia fit --help-all\n")
     'no such key'
     """
     lines = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]

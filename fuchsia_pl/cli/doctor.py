@@ -1,6 +1,7 @@
 """`fuchsia doctor`: checks the machine, a config on it, and a first step; prints a table with what to do for each finding."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ def doctor(arguments: list[str]) -> int:
         parser.error("--step runs a step of a config: add --config NAME")
     if given.step_bound <= 0:
         parser.error(f"--step-bound must be above 0, got {given.step_bound:g}")
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     findings = examined(words, given.step, given.step_bound)

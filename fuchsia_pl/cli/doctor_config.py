@@ -1,4 +1,4 @@
-"""`fuchsia doctor --config`: whether model, tokenizer, chat template, adapter, environment and memory of a config fit together."""
+"""`fuchsia doctor --config`: whether model, tokenizer, template, adapter, environment and memory of a config fit together."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,7 +15,7 @@ from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.diagnosis import Finding
 from fuchsia_pl.cli.doctor_machine import free_memory
 from fuchsia_pl.cli.run_folder import DEFAULT_ROOT
-from fuchsia_pl.cli.terminal import size
+from fuchsia_pl.cli.terminal import count, size
 from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.loop import run_blocking
@@ -45,7 +45,7 @@ class DoctorCLI(ConfigOnlyCLI):
         super().__init__(args)
         trainer = self._get(self.config, "trainer")
         self.root = Path(trainer.default_root_dir or DEFAULT_ROOT)
-        self.precision = str(trainer.precision)
+        self.precision = str(trainer.precision or "32-true")  # Lightning's default
         self.num_ranks = num_ranks(trainer.devices, trainer.num_nodes)
         self.uses_held_out = trainer.limit_val_batches != 0
         self.has_gpu = torch.cuda.is_available() and trainer.accelerator not in ("cpu", None)
@@ -106,8 +106,8 @@ class ConfigChecks:
         if self.is_absent:
             text = f"{self.policy.name} is not on this machine, so what depends on it is not checked"
             return [Finding("model", "note", text, f"hf download {self.policy.name} (else the first run downloads it)")]
-        billions = self.blank.num_parameters() / 1e9
-        found = [Finding("model", "ok", f"{type(self.blank).__name__}, {billions:.2f} billion weights, {self.folder}")]
+        weights = count(self.blank.num_parameters())
+        found = [Finding("model", "ok", f"{type(self.blank).__name__}, {weights} weights, {self.folder}")]
         context = getattr(self.blank.config.get_text_config(), "max_position_embeddings", None)
         longest = self.data.sampling.max_length
         if context is not None and longest > context:
@@ -151,7 +151,7 @@ class ConfigChecks:
         check_quantization(self.policy.quantization)
         check_adapter(self.policy.lora)
         check_targets(self.blank, self.policy.lora)
-        trained = f"{self.num_trained / 1e6:.1f} million trained weights"
+        trained = f"{count(self.num_trained)} trained weights"
         if not self.policy.lora.enabled:
             return [Finding("adapter", "ok", f"none, all weights are trained: {trained}")]
         start = f"from {self.policy.lora.init_from}" if self.policy.lora.init_from else "new"

@@ -41,6 +41,18 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.{digits}f} {unit}"
 
 
+def count(number: int) -> str:
+    """A number of weights.
+
+    >>> count(999), count(4_096), count(134_515_008), count(7_615_616_512)
+    ('999', '4.1 thousand', '134.5 million', '7.6 billion')
+    """
+    for unit, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return str(number)
+
+
 def local_time(time: datetime | None, with_year: bool) -> str:
     """A time in the time zone of the machine.
 
