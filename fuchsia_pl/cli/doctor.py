@@ -75,8 +75,7 @@ def examined(words: list[str], with_step: bool, step_bound_s: float) -> list[Fin
             found += _one(name, getattr(checks, name.split()[0]), MODEL_S)
     findings = [*_machine(checks, is_usable), *found]
     if with_step and checks is not None:
-        updates, tokens = checks.data.loss.num_policy_updates, checks.data.sampling.max_completion_tokens
-        step = partial(trial_step, words, updates, tokens, step_bound_s)
+        step = partial(trial_step, words, checks.step_size, step_bound_s)
         findings += _one("one step", step, step_bound_s + 2 * CLOSING_S)
     return findings
 

@@ -14,6 +14,7 @@ from fuchsia_pl.cli.check_env import num_ranks
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.diagnosis import Finding
 from fuchsia_pl.cli.doctor_machine import free_memory
+from fuchsia_pl.cli.doctor_step import StepSize
 from fuchsia_pl.cli.run_folder import DEFAULT_ROOT
 from fuchsia_pl.cli.terminal import count, size
 from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S
@@ -100,6 +101,12 @@ class ConfigChecks:
     def folder(self) -> str:
         """The model folder."""
         return self.cli.model.learner.served_model.folder
+
+    @property
+    def step_size(self) -> StepSize:
+        """Size of a step for `--step`."""
+        num_held_out = self.cli.num_ranks if self.cli.uses_held_out else 0
+        return StepSize(self.data.loss.num_policy_updates, num_held_out, self.data.sampling.max_completion_tokens)
 
     def model(self) -> Sequence[Finding]:
         """Files and architecture of the model, and its longest context."""

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fuchsia_pl.cli.diagnosis import Finding
@@ -17,31 +18,47 @@ MAX_COMPLETION_TOKENS = 16
 CLOSING_S = 60.0  # until the processes of a run that is told to end are killed
 
 
-def step_words(words: Sequence[str], root: Path, num_updates: int, max_completion_tokens: int) -> list[str]:
+@dataclass(frozen=True)
+class StepSize:
+    """Size of the step.
+
+    Attributes:
+        num_updates: `model.loss.num_policy_updates`: a run ends at the end of a phase.
+        num_held_out: Held-out items that are sampled: one for each rank, or 0 if the config uses none. A schedule or a
+            checkpoint may monitor a held-out metric.
+        max_completion_tokens: The config's.
+
+    >>> StepSize(num_updates=1, num_held_out=1, max_completion_tokens=32).num_updates
+    1
+    """
+
+    num_updates: int
+    num_held_out: int
+    max_completion_tokens: int
+
+
+def step_words(words: Sequence[str], root: Path, size: StepSize) -> list[str]:
     """The command line of the step.
 
     Args:
         words: Options of the config.
         root: Folder for the run.
-        num_updates: `model.loss.num_policy_updates`: a run ends at the end of a phase.
-        max_completion_tokens: The config's.
+        size: Its size.
     """
     return [
         *("fit", *words),
-        *("--trainer.max_steps", str(num_updates), "--trainer.max_epochs", "-1"),
+        *("--trainer.max_steps", str(size.num_updates), "--trainer.max_epochs", "-1"),
         *("--trainer.default_root_dir", str(root), "--trainer.logger", "true"),  # metrics.csv, and no service
-        *("--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"),
-        *("--data.sampling.max_completion_tokens", str(min(max_completion_tokens, MAX_COMPLETION_TOKENS))),
+        *("--trainer.limit_val_batches", str(size.num_held_out)),
+        *("--data.sampling.max_completion_tokens", str(min(size.max_completion_tokens, MAX_COMPLETION_TOKENS))),
     ]
 
 
-def trial_step(
-    words: Sequence[str], num_updates: int, max_completion_tokens: int, timeout_s: float
-) -> Sequence[Finding]:
+def trial_step(words: Sequence[str], size: StepSize, timeout_s: float) -> Sequence[Finding]:
     """Runs the step and reports its reward, or its error."""
     with tempfile.TemporaryDirectory(prefix="fuchsia-doctor-") as folder:
         root, log = Path(folder, "runs"), Path(folder, "output")
-        command = [sys.executable, "-m", "fuchsia_pl", *step_words(words, root, num_updates, max_completion_tokens)]
+        command = [sys.executable, "-m", "fuchsia_pl", *step_words(words, root, size)]
         start = time.monotonic()
         with log.open("wb") as output:
             code = _run(command, output.fileno(), timeout_s)

@@ -18,7 +18,7 @@ from fuchsia_pl.cli import doctor_machine as machine
 from fuchsia_pl.cli.diagnosis import Finding, bounded
 from fuchsia_pl.cli.doctor import doctor, report
 from fuchsia_pl.cli.doctor_config import ConfigChecks, DoctorCLI
-from fuchsia_pl.cli.doctor_step import _run, step_words, trial_step
+from fuchsia_pl.cli.doctor_step import StepSize, _run, step_words, trial_step
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from tests.unit.test_cli import config
 
@@ -231,10 +231,10 @@ def test_the_command_prints_all_and_its_exit_code_tells_of_problems(config, caps
 
 
 def test_the_step_keeps_to_a_phase_and_is_small(tmp_path):
-    words = step_words(["--config", "a.yaml"], tmp_path, num_updates=3, max_completion_tokens=512)
+    words = step_words(["--config", "a.yaml"], tmp_path, StepSize(3, 2, max_completion_tokens=512))
     assert words[:5] == ["fit", "--config", "a.yaml", "--trainer.max_steps", "3"]
-    assert words[-2:] == ["--data.sampling.max_completion_tokens", "16"]
-    assert step_words([], tmp_path, 1, max_completion_tokens=8)[-1] == "8"
+    assert words[-4:] == ["--trainer.limit_val_batches", "2", "--data.sampling.max_completion_tokens", "16"]
+    assert step_words([], tmp_path, StepSize(1, 0, max_completion_tokens=8))[-1] == "8"
 
 
 def test_one_step_runs_and_leaves_nothing(config, tmp_path, monkeypatch):
@@ -242,11 +242,11 @@ def test_one_step_runs_and_leaves_nothing(config, tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-    finding = only(trial_step(["--config", str(config)], 1, 4, 300))
+    finding = only(trial_step(["--config", str(config)], checks(config).step_size, 300))
     assert finding.state == "ok", finding.text
     assert "mean reward 0." in finding.text
     assert not list((tmp_path / "scratch").glob("fuchsia-doctor-*"))
-    refused = only(trial_step(["--config", str(config), "--data.batch_size", "0"], 1, 4, 300))
+    refused = only(trial_step(["--config", str(config), "--data.batch_size", "0"], StepSize(1, 1, 4), 300))
     assert (refused.state, refused.text[:13]) == ("problem", "exit code 2: ")
     assert "batch_size must be 1 or more" in refused.text
     assert not Path("runs").exists()
