@@ -1,15 +1,18 @@
 """`run.json`: the command that made a run folder, and how it ended. Reports and lists of runs read it."""
 
 import json
-import os
 import socket
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from fuchsia_pl.files import replacing
 
 RECORD_FILE = "run.json"
+CLOCK_SLACK_S = 60.0  # the clock may have been set back a little since the process began
 
 Outcome = Literal["running", "finished", "stopped", "failed", "killed"]
 
@@ -50,7 +53,8 @@ class RunRecord:
     @property
     def current_outcome(self) -> Outcome:
         """The outcome, "killed" for a run of this machine whose process is gone without having recorded its end."""
-        if self.outcome == "running" and self.host == socket.gethostname() and not _exists(self.pid):
+        is_local = self.outcome == "running" and is_of_this_machine(self.host)
+        if is_local and not _is_alive(self.pid, self.started_at):
             return "killed"
         return self.outcome
 
@@ -75,11 +79,17 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
 
 
-def _exists(pid: int) -> bool:
+def is_of_this_machine(host: str) -> bool:
+    """Whether a record's host is this machine, so that its process can be looked up."""
+    return host == socket.gethostname()
+
+
+def _is_alive(pid: int, started_at: str) -> bool:
+    """Whether the process of a record exists. One that began after the record is another with the same number."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        began = psutil.Process(pid).create_time()
+        return began <= datetime.fromisoformat(started_at).timestamp() + CLOCK_SLACK_S
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except (psutil.Error, ValueError, TypeError):  # without the right to look, or a foreign time
         return True
-    return True

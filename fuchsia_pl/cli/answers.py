@@ -1,4 +1,4 @@
-"""Command lines that are answered without torch: help, version, completion and unknown commands."""
+"""Command lines that are answered without torch: help, version, completion, unknown commands and the list of runs."""
 
 import sys
 
@@ -12,6 +12,7 @@ from fuchsia_pl.cli.commands import (
     completion_options,
     is_help,
     overview,
+    runs_diff_options,
     unknown_command,
 )
 from fuchsia_pl.cli.completion import bash_completion
@@ -36,7 +37,12 @@ def answer(arguments: list[str]) -> None:
     elif first in RUN_COMMANDS and len(rest) == 1 and is_help(rest[0]):
         _write(help_page(first, packaged_table(), with_all=rest[0] not in HELP_OPTIONS))
     elif first in OPTIONS and any(is_help(word) for word in rest):
-        _write(OPTIONS[first]().format_help())
+        options = runs_diff_options if words[:2] == ["runs", "diff"] else OPTIONS[first]
+        _write(options().format_help())
+    elif first == "runs":
+        from fuchsia_pl.cli.runs import runs  # imports rich and yaml
+
+        sys.exit(runs(rest))
     elif first == "completion":
         completion_options().parse_args(rest)
         _write(bash_completion(packaged_table()))

@@ -23,6 +23,7 @@ from fuchsia_pl.callbacks.defaults import DEFAULT_CALLBACKS, default_callbacks
 from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.run_metrics import Row, RunMetrics
+from fuchsia_pl.callbacks.run_state import RunState
 from fuchsia_pl.callbacks.stop_signals import await_ranks
 from fuchsia_pl.cli.chatter import chatter_to
 from fuchsia_pl.cli.checkpoints import (
@@ -85,6 +86,7 @@ class FuchsiaCLI(LightningCLI):
         self.run_folder = Path()
         self._earlier: list[Row] = []  # metrics of the run that this one resumes
         self._earlier_evaluations: list[HeldOut] = []
+        self._state: RunState | None = None
         super().__init__(
             GRPOModule,
             RolloutDataModule,
@@ -132,27 +134,44 @@ class FuchsiaCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Replaces Lightning's method, which unpacks the checkpoint and uses its settings instead of the config's."""
 
+    @property
+    def kind(self) -> str:
+        """The command that names the folder of the run."""
+        return str(self.subcommand)
+
     def instantiate_classes(self) -> None:
         """Makes the run folder and all objects of the config; reports settings that they refuse as configuration errors."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
         is_quiet = self._get(self.config, "trainer.enable_progress_bar") is False or not is_first_rank()
         with self._refusals(), shown_progress(RunConsole(highlight=False, quiet=is_quiet)):
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
-            self.run_folder = new_run_folder(root, run_name(self.arguments))
+            self.run_folder = new_run_folder(root, run_name(self.arguments), self.kind)
             if checkpoint is not None and self.subcommand == "fit" and is_first_rank():
                 self._earlier = earlier_metrics(Path(self.config.fit.ckpt_path), checkpoint)
                 self._earlier_evaluations = earlier_evaluations(Path(self.config.fit.ckpt_path), checkpoint)
-            chatter_to(self.run_folder)
-            with refused_by("the trainer does not take its settings"):
-                super().instantiate_classes()
-            if self.subcommand == "fit":
-                check_optimization(self.model.optimizer, self.model.lr_scheduler, self.trainer)
-            check_quantization(self.model.policy_config.quantization)
-            check_adapter(self.model.policy_config.lora)
-            # Last, since it may download or convert a model.
-            check_targets(blank_model(self.model.learner.served_model.folder), self.model.policy_config.lora)
-            self._check_weights(checkpoint)
-            self._announce()
+            with self._new_state().recorded():
+                self._instantiate_checked(checkpoint)
+
+    def _new_state(self) -> RunState:
+        max_steps = self._get(self.config, "trainer.max_steps") if self.subcommand == "fit" else None
+        limit = max_steps if max_steps is not None and max_steps >= 0 else None
+        given = self.config[self.subcommand].get("ckpt_path")
+        self._state = RunState(self.run_folder, self.kind, limit, given, is_first_rank())
+        return self._state
+
+    def _instantiate_checked(self, checkpoint: dict[str, Any] | None) -> None:
+        """Makes all objects of the config and checks that they fit together."""
+        chatter_to(self.run_folder)
+        with refused_by("the trainer does not take its settings"):
+            super().instantiate_classes()
+        if self.subcommand == "fit":
+            check_optimization(self.model.optimizer, self.model.lr_scheduler, self.trainer)
+        check_quantization(self.model.policy_config.quantization)
+        check_adapter(self.model.policy_config.lora)
+        # Last, since it may download or convert a model.
+        check_targets(blank_model(self.model.learner.served_model.folder), self.model.policy_config.lora)
+        self._check_weights(checkpoint)
+        self._announce()
 
     def _find_checkpoint(self, runs: Path) -> dict[str, Any] | None:
         """The checkpoint of `--ckpt_path`, read before the run has a folder; None without that option."""
@@ -188,14 +207,16 @@ class FuchsiaCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the command; reports settings that the model, the data or the devices refuse as configuration errors."""
         orphans.watch()  # before a launcher starts other ranks
+        assert self._state is not None, "instantiate_classes comes first"
         try:
-            with self._refusals():
+            with self._refusals(), self._state.recorded():
                 super()._run_subcommand(subcommand)
         except BaseException:
             if stopping.signum is not None:  # after an error, other ranks may wait for this one forever
                 await_ranks(self.trainer)
             raise
         await_ranks(self.trainer)
+        self._state.end("finished")
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -249,7 +270,7 @@ class FuchsiaCLI(LightningCLI):
         """The default callbacks as their sections configure them, with those of `trainer.callbacks`."""
         trainer = self._get(self.config_init, "trainer")
         given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
-        given = [callback for callback in given if callback is not None]
+        given = [callback for callback in [*given, self._state] if callback is not None]
         without: set[type[Callback]] = set()
         if trainer.enable_progress_bar is False:
             without.add(ConsoleReport)

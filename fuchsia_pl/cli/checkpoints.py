@@ -11,7 +11,7 @@ from rich.console import Console
 from fuchsia_pl.callbacks.evaluation_log import evaluation_files
 from fuchsia_pl.callbacks.rollout_log import log_files
 from fuchsia_pl.callbacks.run_metrics import METRICS_FILE, Row, rows_before
-from fuchsia_pl.cli.run_folder import SAVED_CONFIG
+from fuchsia_pl.cli.run_folder import SAVED_CONFIG, TRAINING, kind_of
 from fuchsia_pl.evaluation.held_out import HeldOut, read_held_out
 from fuchsia_pl.files import mend_lines
 from fuchsia_pl.module import GRPOModule
@@ -146,7 +146,9 @@ def _moved(folder: Path, best: Path) -> Path:
 
 
 def _folders(runs: Path) -> Iterator[Path]:
-    return (folder for folder in (runs.iterdir() if runs.is_dir() else ()) if folder.is_dir())
+    """Folders of the trainings. Evaluations leave no checkpoints of their own."""
+    entries = runs.iterdir() if runs.is_dir() else ()
+    return (folder for folder in entries if folder.is_dir() and kind_of(folder.name) == TRAINING)
 
 
 def _changed(path: Path) -> float:

@@ -24,6 +24,8 @@ OTHER_COMMANDS = {
     "check-env": "test an environment with known and hostile texts, without a model",
     "serve": "start the vLLM server of a run, here or on another machine",
     "replay": "compute a recorded optimizer step again",
+    "runs": "list the runs; `runs diff A B` compares two",
+    "doctor": "check this machine, a config on it, and a first step",
     "completion": 'shell completion: eval "$(fuchsia completion bash)"',
 }
 COMMANDS = {**RUN_COMMANDS, **OTHER_COMMANDS}
@@ -59,8 +61,8 @@ options:
 def unknown_command(name: str) -> str:
     """The error message for a command that does not exist.
 
-    >>> unknown_command("trian")
-    "unknown command 'trian': the commands are fit, validate, test, predict, chat, eval, check-env, serve, replay, completion"
+    >>> unknown_command("trian").partition(",")[0]
+    "unknown command 'trian': the commands are fit"
     >>> unknown_command("fti")
     "unknown command 'fti'. Did you mean 'fit'?"
     """
@@ -206,11 +208,66 @@ def predict_options() -> argparse.ArgumentParser:
 
 # Commands with the settings of a run and options of their own.
 RUN_OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {"predict": predict_options}
+
+
+def runs_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia runs`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia runs",
+        description="Lists the trainings under a root, the newest first: steps, best held-out figure, last mean reward, start, "
+        "duration, size on the disk, and how each ended. `fuchsia runs diff A B` compares two.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "root", nargs="?", default="runs", help="folder of the runs, or of one config (default: ./runs)"
+    )
+    parser.add_argument("--all", action="store_true", help="evaluations, tests and predictions too")
+    parser.add_argument("--name", help="only runs whose name or config matches, such as 'gsm8k*'")
+    outcomes = ["running", "finished", "stopped", "failed", "killed", "unknown"]
+    parser.add_argument("--ended", choices=outcomes, help="only runs that ended so")
+    parser.add_argument("--limit", type=int, help="the newest N only")
+    parser.add_argument("--json", action="store_true", help="JSON in place of the table")
+    return parser
+
+
+def runs_diff_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia runs diff`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia runs diff",
+        description="Prints the settings of two runs that differ, and their figures. A run is a folder, NAME/N under the root, "
+        "or NAME for the newest training of that config.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("a", metavar="A", help="a run, such as quickstart/0")
+    parser.add_argument("b", metavar="B", help="another run")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: ./runs)")
+    parser.add_argument("--json", action="store_true", help="JSON in place of the tables")
+    return parser
+
+
+def doctor_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia doctor`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia doctor",
+        description="Checks the machine: versions, devices, the build of vLLM, the hub, shared memory, disk, memory, limits. "
+        "With --config also whether the model, tokenizer, chat template, adapter and environment of the config fit together. "
+        "Prints a table with what to do for each finding. The exit code is 1 if one of them is a problem.",
+        epilog=LIKE_FIT,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--step", action="store_true", help="also run one small training step of the config")
+    parser.add_argument("--step-bound", type=float, default=900.0, help="seconds that it may take (default: 900)")
+    parser.add_argument("--json", action="store_true", help="JSON in place of the table")
+    return parser
+
+
 OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "chat": chat_options,
     "eval": eval_options,
     "check-env": check_env_options,
     "serve": serve_options,
     "replay": replay_options,
+    "runs": runs_options,
+    "doctor": doctor_options,
     "completion": completion_options,
 }

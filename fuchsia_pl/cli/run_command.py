@@ -10,6 +10,7 @@ from fuchsia_pl.cli.chat import chat
 from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.commands import DEBUG_OPTION, RUN_COMMANDS, is_help
+from fuchsia_pl.cli.doctor import doctor
 from fuchsia_pl.cli.ending import leave_stopped, resume_lines
 from fuchsia_pl.cli.evaluate import evaluate
 from fuchsia_pl.cli.launch import is_first_rank, to_first_rank
@@ -27,6 +28,7 @@ from fuchsia_pl.stopping import stopping
 HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat,
     "check-env": check_env,
+    "doctor": doctor,
     "eval": evaluate,
     "predict": predict,
     "replay": replay,

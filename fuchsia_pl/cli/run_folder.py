@@ -1,4 +1,7 @@
-"""Finds configs and makes the folder of a run."""
+"""Finds configs, and makes and names the folder of a run.
+
+This module imports no torch before it makes a folder, so that `fuchsia runs` answers at once.
+"""
 
 import contextlib
 import itertools
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import fuchsia_pl
 from fuchsia_pl.cli.chatter import LOG_FILE
-from fuchsia_pl.cli.launch import agreed_folder
+from fuchsia_pl.run_record import RECORD_FILE
 from fuchsia_pl.types import ConfigError
 
 CONFIG_FOLDER = Path(fuchsia_pl.__file__).with_name("configs")
@@ -21,7 +24,12 @@ SAVED_CONFIG = "config.yaml"
 SAVED_OBJECTIVE = "objective.yaml"
 PROBE_BYTES = 1 << 20
 # Files that exist when all settings of a run are accepted.
-BEFORE_A_RUN = {LOG_FILE, SAVED_CONFIG, SAVED_OBJECTIVE}
+BEFORE_A_RUN = {LOG_FILE, SAVED_CONFIG, SAVED_OBJECTIVE, RECORD_FILE}
+TRAINING = "fit"
+# Commands that leave a trained policy as it is. Their folders are named after them and numbered apart from trainings.
+OTHER_KINDS = ("validate", "test", "eval", "predict")
+# Name of a folder of any run: a number, or the name of a SLURM job, after the command if it is not a training.
+FOLDER_NAME = re.compile(rf"(?:({'|'.join(OTHER_KINDS)})-)?(\d+|slurm-[\d.]+(?:-\d+)?)")
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +96,8 @@ def run_name(arguments: list[str]) -> str:
     'quickstart'
     >>> run_name(["fit", "--config=runs/quickstart/slurm-71.0/config.yaml"])
     'quickstart'
+    >>> run_name(["fit", "--config", "runs/quickstart/validate-2/config.yaml"])
+    'quickstart'
     >>> run_name(["fit"])
     'default'
     """
@@ -96,33 +106,52 @@ def run_name(arguments: list[str]) -> str:
         if option not in CONFIG_OPTIONS or (not equals and position + 1 == len(arguments)):
             continue
         file = Path(value if equals else arguments[position + 1])
-        is_saved = file.name == SAVED_CONFIG and re.fullmatch(r"\d+|slurm-[\d.]+(-\d+)?", file.parent.name) is not None
+        is_saved = file.name == SAVED_CONFIG and FOLDER_NAME.fullmatch(file.parent.name) is not None
         return file.parent.parent.name if is_saved else file.stem
     return "default"
 
 
-def new_run_folder(root: str | Path, name: str) -> Path:
-    """Makes `<root>/<name>/<n>` with the first free number n, one for all ranks of a run; in a SLURM job, n is the job's.
+def kind_of(folder: str) -> str:
+    """The command of a run, from the name of its folder. A folder that was renamed counts as a training.
+
+    >>> kind_of("3"), kind_of("validate-1"), kind_of("eval-slurm-71.0"), kind_of("slurm-71.0-1"), kind_of("the-best")
+    ('fit', 'validate', 'eval', 'fit', 'fit')
+    """
+    match = FOLDER_NAME.fullmatch(folder)
+    return (match and match[1]) or TRAINING
+
+
+def new_run_folder(root: str | Path, name: str, kind: str = TRAINING) -> Path:
+    """Makes the folder of a run, one for all ranks.
+
+    Args:
+        root: Folder of the runs.
+        name: Name of the config.
+        kind: The command. A training gets `<root>/<name>/<n>`, the first number of which is 0; an evaluation
+            `<root>/<name>/validate-<n>`, from 1. In a SLURM job, n is the job's name.
 
     Raises:
         ConfigError: The root cannot be written or is full, or the ranks did not agree.
     """
+    from fuchsia_pl.cli.launch import agreed_folder  # imports torch
+
     parent = Path(root) / name
+    prefix = "" if kind == TRAINING else f"{kind}-"
 
     def make_named(own: str) -> Path:
         # A job step may call the command again. Its first run saved this file only after all ranks had their folder.
         names = itertools.chain([own], (f"{own}-{number}" for number in itertools.count(1)))
-        folder = next(parent / name for name in names if not (parent / name / SAVED_CONFIG).exists())
+        folder = next(parent / f"{prefix}{name}" for name in names if not _is_used(parent / f"{prefix}{name}"))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     try:
-        folder = agreed_folder(lambda: _numbered(parent), make_named)
+        folder = agreed_folder(lambda: _numbered(parent, prefix), make_named)
         _try_to_write(folder)
         return folder
     except OSError as error:
         raise ConfigError(
-            f"trainer.default_root_dir={str(root)!r}: the run's folder {parent}/<n> cannot be made or written "
+            f"trainer.default_root_dir={str(root)!r}: the run's folder {parent}/{prefix}<n> cannot be made or written "
             f"({error.strerror}). Give a folder that can be written and has room"
         ) from error
 
@@ -149,11 +178,17 @@ def remove_unused(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def _numbered(parent: Path) -> Path:
+def _is_used(folder: Path) -> bool:
+    return (folder / SAVED_CONFIG).exists()
+
+
+def _numbered(parent: Path, prefix: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
-    number = max((int(entry.name) for entry in parent.iterdir() if entry.name.isdigit()), default=-1) + 1
+    endings = [entry.name.removeprefix(prefix) for entry in parent.iterdir() if entry.name.startswith(prefix)]
+    first = 1 if prefix else 0
+    number = max((int(ending) + 1 for ending in endings if ending.isdecimal()), default=first)
     while True:
-        folder = parent / str(number)
+        folder = parent / f"{prefix}{number}"
         try:
             folder.mkdir()
         except FileExistsError:  # another run has used the number in the meantime

@@ -83,7 +83,17 @@ def test_last_is_the_newest_whole_checkpoint_of_the_configs_runs(config, capsys,
     console = Console(file=io.StringIO())
     assert find_checkpoint("last", Path("runs/tiny"), console) == last_of(1)
     assert f"If the clock was set back, give its path: --ckpt_path {last_of(2)}\n" in console.file.getvalue()
-    assert new_run_folder("runs", "tiny").name == "4"
+    assert new_run_folder("runs", "tiny").name == "3"
+
+
+def test_last_looks_at_trainings_only(config, capsys):
+    fit(config)
+    evaluation = Path("runs/tiny/eval-1/checkpoints")
+    evaluation.mkdir(parents=True)
+    shutil.copy(last_of(0), evaluation)
+    os.utime(evaluation / "last.ckpt", (2e9, 2e9))
+    console = Console(file=io.StringIO())
+    assert find_checkpoint("last", Path("runs/tiny"), console) == last_of(0)
 
 
 def test_best_is_what_a_monitor_kept(config, capsys, tmp_path):

@@ -111,11 +111,12 @@ def test_validate_test_and_predict_run_from_a_checkpoint(config, tmp_path):
     ]
     assert metrics[0] == metrics[1] != metrics[2]
     held_out = [
-        json.loads(line) for line in (tmp_path / "runs/tiny/1/rollouts-validation.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "runs/tiny/validate-1/rollouts-validation.jsonl").read_text().splitlines()
     ]
     assert {(line["step"], line["policy_version"]) for line in held_out} == {(2, 2)}
     FuchsiaCLI(["predict", "--config", str(config), "--ckpt_path", checkpoint])
-    assert len((tmp_path / "runs/tiny/4/rollouts-predict.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "runs/tiny/predict-1/rollouts-predict.jsonl").read_text().splitlines()) == 4
 
 
 def test_several_configs_merge_from_left_to_right(config, tmp_path):

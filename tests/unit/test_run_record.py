@@ -3,10 +3,13 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 from fuchsia_pl.run_record import RECORD_FILE, RunRecord, read_record, write_record
 
-RECORD = RunRecord("fit", "2026-01-02T03:04:05+00:00", "0.1.0", socket.gethostname(), pid=os.getpid(), max_steps=4)
+RECORD = RunRecord(
+    "fit", datetime.now(UTC).isoformat(timespec="seconds"), "0.1.0", socket.gethostname(), pid=os.getpid(), max_steps=4
+)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
@@ -31,3 +34,14 @@ def test_a_run_whose_process_is_gone_was_killed():
     assert replace(RECORD, pid=process.pid).current_outcome == "killed"
     assert replace(RECORD, pid=process.pid, outcome="finished").current_outcome == "finished"
     assert replace(RECORD, pid=process.pid, host="another").current_outcome == "running"
+
+
+def test_a_later_process_with_the_same_number_is_not_the_run():
+    earlier = (datetime.now(UTC) - timedelta(days=30)).isoformat(timespec="seconds")
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert replace(RECORD, pid=process.pid).current_outcome == "running"
+        assert replace(RECORD, pid=process.pid, started_at=earlier).current_outcome == "killed"
+        assert replace(RECORD, pid=process.pid, started_at="a while ago").current_outcome == "running"
+    finally:
+        process.communicate(timeout=30)

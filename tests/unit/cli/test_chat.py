@@ -169,7 +169,7 @@ def test_tools_of_the_environment_are_called(tiny_model):
         return a + b
 
     call = '<tool_call>{"name": "add", "arguments": {"a": 17, "b": 25}}</tool_call>'
-    session, engine, text = made(tiny_model, call, "it is 42", environment=Adding())
+    session, engine, _text = made(tiny_model, call, "it is 42", environment=Adding())
     # The tiny tokenizer has no such characters, so the calls are read from the script.
     session.chat.turn_text = lambda ids: [call, "it is 42"][len(engine.prompts) - 1]
     with session.open():
@@ -180,7 +180,7 @@ def test_tools_of_the_environment_are_called(tiny_model):
 
 
 def test_a_conversation_that_is_too_long_is_told(tiny_model):
-    session, engine, text = made(tiny_model, "never")
+    session, _engine, text = made(tiny_model, "never")
     with session.open():
         session.take("a" * 1600)
     assert "exceed the model's context" in text.getvalue()

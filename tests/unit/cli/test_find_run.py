@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from fuchsia_pl.cli.find_run import find_run
@@ -22,6 +24,14 @@ def test_a_run_is_found_by_path_and_by_name(root):
 def test_a_config_name_is_its_newest_training(root):
     assert find_run("a", root) == root / "a/10"
     assert find_run(str(root / "a"), "elsewhere") == root / "a/10"
+
+
+def test_without_numbers_the_newest_slurm_job_is_meant_and_never_an_evaluation(root):
+    for number, name in enumerate(("b/slurm-9.0", "b/slurm-8.0", "b/eval-slurm-99.0", "b/predict-1")):
+        (root / name).mkdir()
+        (root / name / "config.yaml").touch()
+        os.utime(root / name / "config.yaml", (2e9 + number, 2e9 + number))
+    assert find_run("b", root) == root / "b/slurm-8.0"
 
 
 def test_the_existing_runs_are_listed(root):

@@ -47,6 +47,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         ("check-env --help", "usage: fuchsia check-env "),
         ("serve --port 1 --help", "usage: fuchsia serve "),
         ("replay --help", "usage: fuchsia replay "),
+        ("runs --help", "usage: fuchsia runs "),
+        ("runs diff --help", "usage: fuchsia runs diff "),
+        ("doctor --config x.yaml --help", "usage: fuchsia doctor "),
         ("completion --help", "usage: fuchsia completion "),
         ("completion bash", "# bash completion of fuchsia"),
     ],
@@ -70,7 +73,18 @@ def test_the_overview_fits_one_screen_and_names_every_command():
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     named = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("  --")]
-    assert named == ["fit", "validate", "test", "predict", "check-env", "serve", "replay", "completion"]
+    assert named == [
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "check-env",
+        "serve",
+        "replay",
+        "runs",
+        "doctor",
+        "completion",
+    ]
     assert set(FuchsiaCLI.subcommands()) == set(RUN_COMMANDS)
 
 
