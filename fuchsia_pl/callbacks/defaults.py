@@ -9,6 +9,7 @@ from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.finite import FiniteGuard
+from fuchsia_pl.callbacks.health import HealthWarnings
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.last_row import LastRow
@@ -39,6 +40,7 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "lost_rank": LostRank,
     "hyperparameter_log": HyperparameterLog,
     "outcome": Outcome,
+    "health": HealthWarnings,
     "console": ConsoleReport,
     "adapter_export": AdapterExport,
     "last_row": LastRow,
