@@ -37,6 +37,7 @@ from fuchsia_pl.cli.run_folder import (
     remove_unused,
     run_name,
 )
+from fuchsia_pl.cli.run_loggers import placed, running
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.envs.user_code import FAILED, is_success
 from fuchsia_pl.files import writing
@@ -176,7 +177,7 @@ class FuchsiaCLI(LightningCLI):
         """Runs the command; reports settings that the model, the data or the devices refuse as configuration errors."""
         orphans.watch()  # before a launcher starts other ranks
         try:
-            with self._refusals():
+            with self._refusals(), running(self.trainer):
                 super()._run_subcommand(subcommand)
         except BaseException:
             if stopping.signum is not None:  # after an error, other ranks may wait for this one forever
@@ -214,23 +215,22 @@ class FuchsiaCLI(LightningCLI):
         Callbacks that every run has are left out if flags of the trainer disable them.
         """
         trainer = self._get(self.config_init, "trainer")
-        given = trainer.logger
-        loggers: list[Logger] = [] if given is False else [RunMetrics(self.run_folder, self._earlier)]
-        if isinstance(given, Logger):
-            loggers.append(given)
-        elif isinstance(given, list):
-            loggers.extend(given)
+        loggers: list[Logger] = [] if trainer.logger is False else [RunMetrics(self.run_folder, self._earlier)]
+        given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        configs = self._get(self.config, "trainer").logger
+        own = [logger for logger in given if isinstance(logger, Logger)]
+        loggers += placed(own, configs if isinstance(configs, list) else [configs] * len(own), self.run_folder)
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         strategy_writes = isinstance(trainer.strategy, Strategy) and trainer.strategy._checkpoint_io is not None
         if not strategy_writes and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
-        own = {
+        fixed = {
             "default_root_dir": str(self.run_folder),
             "logger": loggers,
             "plugins": plugins,
             "callbacks": self._callbacks(),
         }
-        return self._instantiate_trainer({**trainer, **own, **kwargs}, [])
+        return self._instantiate_trainer({**trainer, **fixed, **kwargs}, [])
 
     def _callbacks(self) -> list[Callback]:
         """The default callbacks as their sections configure them, with those of `trainer.callbacks`."""

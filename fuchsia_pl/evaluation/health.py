@@ -6,7 +6,7 @@ the start of the run. `now` is the newest window, `before` the window before it,
 | name | rule |
 |---|---|
 | `no_spread` | in the newest half window, on average at least 95 % of the groups have equal rewards |
-| `reward_flat` | after `flat_steps`, the reward of now exceeds that of the start by no more than its noise from step to step; accuracy below 0.9 |
+| `reward_flat` | after `flat_steps`, the reward of now exceeds the start by no more than its noise per step; accuracy below 0.9 |
 | `kl_growing` | KL per token now above 1, and 1.5 times that before |
 | `gap_growing` | logprob gap now above 0.1 (times 1 + staleness), and twice that of the start |
 | `entropy_collapsed` | entropy now below 0.05, and below a fifth of the start; accuracy below 0.9 |
@@ -18,6 +18,7 @@ the start of the run. `now` is the newest window, `before` the window before it,
 | `learning_rate` | initial rate of an Adam for LoRA below 1e-6 or above 1e-2: ten times outside of the usual range |
 """
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def _reward_flat(history: History) -> Finding | None:
     start, now = history.at_start(REWARD), history.now(REWARD)
     if start is None or now is None or len(values) < 2 or _has_learned(history):
         return None
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(values)]
     noise = NORMAL * statistics.median(abs(step) for step in steps) / 2**0.5
     if now - start > max(noise, 1e-3 * abs(start)):
         return None
@@ -147,8 +148,8 @@ def _kl_growing(history: History) -> Finding | None:
     return Finding(
         "kl_growing",
         KL,
-        f"{KL} is {now:.3g} per token in the last {history.window} steps and was {before:.3g} in the {history.window} before: the "
-        "policy moves away from its reference",
+        f"{KL} is {now:.3g} per token in the last {history.window} steps and was {before:.3g} in the {history.window} before: "
+        "the policy moves away from its reference",
         "Try a lower learning rate (model.optimizer.init_args.lr) or a higher model.loss.beta, and read completions: the policy "
         "may exploit a reward",
         level=now,
@@ -163,10 +164,10 @@ def _gap_growing(history: History) -> Finding | None:
     return Finding(
         "gap_growing",
         GAP,
-        f"{GAP} is {now:.3g} in the last {history.window} steps and was {start:.3g} at the start: the engine samples from another "
-        "distribution than the one that is trained",
-        "Compute both in one precision (model.policy.dtype, trainer.precision; --config overlays/float32.yaml rules it out), lower "
-        "the learning rate, or set model.loss.sampler_correction",
+        f"{GAP} is {now:.3g} in the last {history.window} steps and was {start:.3g} at the start: the engine samples from "
+        "another distribution than the one that is trained",
+        "Compute both in one precision (model.policy.dtype, trainer.precision; --config overlays/float32.yaml rules it out), "
+        "lower the learning rate, or set model.loss.sampler_correction",
         level=now,
     )
 
@@ -178,8 +179,8 @@ def _entropy_collapsed(history: History) -> Finding | None:
     return Finding(
         "entropy_collapsed",
         ENTROPY,
-        f"{ENTROPY} is {now:.2g} per token in the last {history.window} steps and was {start:.2g} at the start: siblings are almost "
-        "the same, and nothing new is tried",
+        f"{ENTROPY} is {now:.2g} per token in the last {history.window} steps and was {start:.2g} at the start: siblings are "
+        "almost the same, and nothing new is tried",
         "Try a lower learning rate, a higher model.loss.clip_high (algorithms/dapo.yaml), model.loss.entropy_weight, or a higher "
         "data.sampling.temperature",
     )
@@ -209,10 +210,10 @@ def _lengths_exploding(history: History) -> Finding | None:
     return Finding(
         "lengths_exploding",
         LENGTH,
-        f"{LENGTH} is {now:.4g} in the last {history.window} steps and was {start:.4g} at the start; {truncated:.0%} of the rollouts "
-        "are truncated",
-        "See whether a reward pays for length. Try model.loss.truncated: penalise (algorithms/dapo.yaml), a reduction without bias "
-        "to length (algorithms/dr_grpo.yaml), or a higher data.sampling.max_completion_tokens if the length is of use",
+        f"{LENGTH} is {now:.4g} in the last {history.window} steps and was {start:.4g} at the start; {truncated:.0%} of the "
+        "rollouts are truncated",
+        "See whether a reward pays for length. Try model.loss.truncated: penalise (algorithms/dapo.yaml), a reduction without "
+        "bias to length (algorithms/dr_grpo.yaml), or a higher data.sampling.max_completion_tokens if the length is of use",
         level=now,
     )
 
@@ -228,8 +229,8 @@ def _reward_dominates(history: History) -> Finding | None:
     return Finding(
         "reward_dominates",
         f"reward/{first}",
-        f"the reward {first} makes {shares[first]:.0%} of the differences between siblings; {', '.join(others)} varies too, and has "
-        "hardly an effect",
+        f"the reward {first} makes {shares[first]:.0%} of the differences between siblings; {', '.join(others)} varies too, and "
+        "has hardly an effect",
         "Bring the rewards to one scale by the environment's reward_weights, or set model.loss.reward_aggregation: "
         "normalize_then_sum",
     )
@@ -242,8 +243,8 @@ def _clip_fraction_high(history: History) -> Finding | None:
     return Finding(
         "clip_fraction_high",
         CLIPPED,
-        f"{CLIPPED} is {now:.2f} in the last {history.window} steps: the updates of a phase move the policy so far that many tokens "
-        "no longer count",
+        f"{CLIPPED} is {now:.2f} in the last {history.window} steps: the updates of a phase move the policy so far that many "
+        "tokens no longer count",
         "Try fewer model.loss.num_policy_updates, a lower learning rate, or wider bounds (model.loss.clip_low, clip_high)",
         level=now,
     )
