@@ -6,8 +6,8 @@ the start of the run. `now` is the newest window, `before` the window before it,
 | name | rule |
 |---|---|
 | `no_spread` | in the newest half window, on average at least 95 % of the groups have equal rewards |
-| `reward_flat` | after `flat_steps`, the reward of now exceeds the start by no more than its noise per step; accuracy below 0.9 |
-| `kl_growing` | KL per token now above 1, and 1.5 times that before |
+| `reward_flat` | after `flat_steps`, the reward of now exceeds the start by at most half of its noise per step; accuracy below 0.9 |
+| `kl_growing` | KL per token now above 1.5, and 1.5 times that before |
 | `gap_growing` | logprob gap now above 0.1 (times 1 + staleness), and twice that of the start |
 | `entropy_collapsed` | entropy now below 0.05, and below a fifth of the start; accuracy below 0.9 |
 | `all_truncated` | in the newest half window, on average at least 98 % of the rollouts are truncated |
@@ -41,7 +41,7 @@ from fuchsia_pl.evaluation.history import (
 )
 
 USUAL_RATES = (1e-5, 1e-3)  # of Adam for LoRA
-FAR = 10.0  # factor outside of the usual range
+FAR_RATES = (1e-6, 1e-2)  # ten times outside of them
 LEARNED = 0.9  # accuracy from which low entropy or a flat reward is a sign of success
 NORMAL = 1.4826  # a normal distribution's standard deviation / its median absolute deviation
 
@@ -93,7 +93,7 @@ def learning_rate(rate: float, optimizer: str) -> Finding | None:
     >>> learning_rate(2e-7, "AdamW").text
     'the learning rate is 2e-07, and an adapter hardly learns below 1e-06'
     """
-    low, high = USUAL_RATES[0] / FAR, USUAL_RATES[1] * FAR
+    low, high = FAR_RATES
     if "adam" not in optimizer.lower() or low <= rate <= high:
         return None
     what = f"an adapter hardly learns below {low:g}" if rate < low else f"an adapter diverges above {high:g}"
@@ -128,7 +128,8 @@ def _reward_flat(history: History) -> Finding | None:
         return None
     steps = [after - before for before, after in itertools.pairwise(values)]
     noise = NORMAL * statistics.median(abs(step) for step in steps) / 2**0.5
-    if now - start > max(noise, 1e-3 * abs(start)):
+    # The difference of two medians over 10 steps has a standard error of 0.56 times the noise of a step.
+    if now - start > max(0.5 * noise, 1e-3 * abs(start)):
         return None
     return Finding(
         "reward_flat",
@@ -143,7 +144,7 @@ def _reward_flat(history: History) -> Finding | None:
 
 def _kl_growing(history: History) -> Finding | None:
     now, before = history.now(KL), history.before(KL)
-    if now is None or before is None or now <= 1.0 or now < 1.5 * before:
+    if now is None or before is None or now <= 1.5 or now < 1.5 * before:
         return None
     return Finding(
         "kl_growing",
