@@ -37,7 +37,7 @@ from fuchsia_pl.cli.run_folder import (
     remove_unused,
     run_name,
 )
-from fuchsia_pl.cli.run_loggers import placed, running
+from fuchsia_pl.cli.run_loggers import check_packages, placed, running
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.envs.user_code import FAILED, is_success
 from fuchsia_pl.files import writing
@@ -126,6 +126,7 @@ class FuchsiaCLI(LightningCLI):
         """Makes the run folder and all objects of the config; reports settings that they refuse as configuration errors."""
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
         with self._refusals():
+            check_packages(self._get(self.config, "trainer").logger)
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
             self.run_folder = new_run_folder(root, run_name(self.arguments))
             if checkpoint is not None and self.subcommand == "fit" and is_first_rank():

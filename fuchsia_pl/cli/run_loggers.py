@@ -1,5 +1,6 @@
 """Loggers of a config: their place in the run folder, their names, their start before the engine's, and their end."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,41 @@ HERE = "."  # WandbLogger's default for save_dir; in a config of a run it is the
 LOGIN_ADVICE = (
     "Log in by `wandb login` or WANDB_API_KEY, or record without an account by --trainer.logger.init_args.offline true"
 )
+
+# Lightning's loggers with a package of their own: module and name for pip.
+PACKAGES = {
+    "WandbLogger": ("wandb", "wandb"),
+    "TensorBoardLogger": ("tensorboard", "tensorboard"),
+    "MLFlowLogger": ("mlflow", "mlflow"),
+    "CometLogger": ("comet_ml", "comet-ml"),
+    "NeptuneLogger": ("neptune", "neptune"),
+}
+
+
+def check_packages(configs: Any) -> None:
+    """Checks that the packages of the loggers of a config are installed.
+
+    Args:
+        configs: The value of `trainer.logger`.
+
+    Raises:
+        ConfigError: One is missing.
+    """
+    for config in configs if isinstance(configs, list) else [configs]:
+        name = str(config.get("class_path", "")).rpartition(".")[2] if isinstance(config, Namespace) else ""
+        module, package = PACKAGES.get(name, ("sys", ""))
+        if not _is_installed(module):
+            raise ConfigError(
+                f"trainer.logger: {name} needs a package that is not installed: pip install {package}. Without that logger the "
+                "run writes metrics.csv all the same"
+            )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def placed(loggers: Sequence[Logger], configs: Sequence[Any], folder: Path) -> list[Logger]:
