@@ -66,7 +66,7 @@ class CompletionsTable(Callback):
         """Logs the table if this micro-batch completed an optimizer step."""
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
-            self._log(trainer, TRAIN_TABLE, trainer.global_step - 1)
+            self._log(trainer, TRAIN_TABLE)
 
     def on_validation_batch_end(
         self,
@@ -84,16 +84,17 @@ class CompletionsTable(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the held-out table."""
-        self._log(trainer, VALIDATION_TABLE, trainer.global_step)
+        self._log(trainer, VALIDATION_TABLE)
 
     def _is_due(self, step: int) -> bool:
         return self.every_n_steps > 0 and step % self.every_n_steps == 0
 
-    def _log(self, trainer: Trainer, name: str, step: int) -> None:
-        """Logs the collected rollouts. `step` is that of the metrics' rows, which count training steps from 0."""
+    def _log(self, trainer: Trainer, name: str) -> None:
+        """Logs the collected rollouts, under the step of the metrics that Lightning logs at this time."""
         rollouts, self._rollouts = self._rollouts, []
         if not rollouts or not trainer.is_global_zero:
             return
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         rows = [table_row(rollout, advantage, self.max_chars) for rollout, advantage in spread(rollouts, self.max_rows)]
         for logger in _table_loggers(trainer):
             log_table(logger, name, rows, step)

@@ -99,7 +99,7 @@ def tensorboard_settings(settings: Mapping[str, Any], folder: Path) -> dict[str,
     """
     if settings["save_dir"] != HERE:
         return dict(settings)
-    is_named = settings.get("name") != "lightning_logs" or settings.get("version") is not None
+    is_named = settings.get("name", "lightning_logs") != "lightning_logs" or settings.get("version") is not None
     own = {} if is_named else {"name": "", "version": ""}
     return {**settings, "save_dir": str(folder), **own}
 
@@ -125,6 +125,8 @@ def running(trainer: Trainer) -> Iterator[None]:
 
 def _start(logger: Logger) -> None:
     kind = type(logger).__name__
+    if isinstance(logger, WandbLogger):
+        os.environ.setdefault("WANDB_QUIET", "true")  # else it prints dozens of lines at the end
     try:
         _ = logger.experiment  # type: ignore[attr-defined]
     except AttributeError:

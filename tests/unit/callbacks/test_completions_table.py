@@ -59,7 +59,7 @@ def test_a_table_is_logged_every_few_steps_and_after_each_validation(tiny_model,
         assert len(wandb_table.data) == 3
         assert [row[2] for row in wandb_table.data] == [0.75, 0.25, 0.0]  # of 8 rewards, 2 each of 0.75, 0.5, 0.25, 0
     ((step, held_out),) = tables_of(run, "completions/validation")
-    assert (step, len(held_out.data)) == (4, 2)
+    assert (step, len(held_out.data)) == (3, 2)
 
 
 def test_settings_of_the_table_change_it(tiny_model, tmp_path):

@@ -4,13 +4,14 @@ import json
 import logging
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.health import HealthWarnings
-from fuchsia_pl.evaluation.health import NAMES
+from fuchsia_pl.evaluation.health import Finding
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.schedules import TransformersSchedule
 from fuchsia_pl.types import Completion, ConfigError
@@ -114,7 +115,7 @@ ILL = {
     "gap_growing": {"engine": Drifting(), "environment": Rewarded(by_sibling), "steps": 4},
     "entropy_collapsed": {"engine": Lucky(), "environment": Rewarded(lucky), "steps": 30},
     "all_truncated": {"engine": Endless(), "environment": Rewarded(by_sibling), "steps": 3},
-    "lengths_exploding": {"engine": Growing(), "environment": Rewarded(by_sibling), "steps": 5},
+    "lengths_exploding": {"engine": Growing(), "environment": Rewarded(by_sibling), "steps": 6},
     "reward_dominates": {"engine": Scripted(), "environment": Rewarded(hundred, by_sibling), "steps": 2},
     "clip_fraction_high": {
         "engine": Scripted(),
@@ -133,8 +134,9 @@ ILL = {
 
 @pytest.mark.parametrize("name", ILL)
 def test_a_run_with_an_illness_is_told(tiny_model, tmp_path, caplog, name):
-    ignore = [other for other in NAMES if other == "reward_flat" != name]
-    lines = fit(tiny_model, tmp_path, HealthWarnings(window=2, flat_steps=6, ignore=ignore), **ILL[name])
+    # Rewards that no policy learns are flat, and a policy moves away from an engine that does not load its weights.
+    ignore = {"reward_flat", "gap_growing"} - {name}
+    lines = fit(tiny_model, tmp_path, HealthWarnings(window=2, flat_steps=6, ignore=sorted(ignore)), **ILL[name])
     assert [line["name"] for line in lines] == [name]
     (line,) = lines
     assert list(line) == ["step", "name", "metric", "text", "advice"]
@@ -153,13 +155,9 @@ def test_a_growing_kl_is_told(tiny_model, tmp_path):
 
 
 def test_a_run_that_learns_is_told_nothing(tiny_model, tmp_path, caplog):
-    class Ending(Scripted):
-        """Writes the lucky token more often after each sync."""
-
-        def token(self, numbers):
-            return LUCKY if numbers.random() < 0.1 + 0.05 * self._version else numbers.randrange(4, 40)
-
-    assert fit(tiny_model, tmp_path, HealthWarnings(window=2, flat_steps=6), Ending(), Rewarded(lucky), 12) == []
+    module = make_module(tiny_model)
+    data = make_data(module, batch_size=3, steps_per_epoch=14)
+    make_trainer(tmp_path, HealthWarnings(window=4, flat_steps=12), max_steps=14).fit(module, datamodule=data)
     assert logged(caplog) == []
     assert not (tmp_path / "warnings.jsonl").exists()
 
@@ -208,10 +206,6 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 
 
 def test_a_warning_is_repeated_only_when_it_is_twice_as_bad(tmp_path, caplog):
-    from types import SimpleNamespace
-
-    from fuchsia_pl.evaluation.health import Finding
-
     health = HealthWarnings()
     trainer = SimpleNamespace(global_step=1, is_global_zero=True, default_root_dir=tmp_path, fast_dev_run=False)
     with caplog.at_level(logging.WARNING):

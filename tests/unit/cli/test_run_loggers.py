@@ -91,7 +91,7 @@ def test_weights_and_biases_hold_name_hyperparameters_completions_summary_and_ad
     assert table["columns"][6:8] == ["prompt", "completion"]
     assert len(table["data"]) == 4
     logged = metrics_of(run_folder)
-    assert same(run["summary"]["best/validation/reward/mean"], logged[("validation/reward/mean", 2)])
+    assert same(run["summary"]["best/validation/reward/mean"], logged[("validation/reward/mean", 1)])
     (artifact,) = {artifact.name: artifact for artifact in run["artifacts"]}.values()
     assert artifact.type == "model"
 
@@ -164,15 +164,15 @@ def test_a_logger_that_does_not_start_is_one_line_before_the_engine_starts(confi
 
 
 WITHOUT = """
-import importlib.abc, importlib.metadata, sys
+import importlib.machinery, importlib.metadata, sys
 
 BLOCKED = ("wandb", "tensorboard", "tensorboardX")
+find_spec = importlib.machinery.PathFinder.find_spec
 
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+def visible(name, path=None, target=None):
+    return None if name.partition(".")[0] in BLOCKED else find_spec(name, path, target)
 
+importlib.machinery.PathFinder.find_spec = visible
 original = importlib.metadata.distribution
 
 def distribution(name):
@@ -180,7 +180,6 @@ def distribution(name):
         raise importlib.metadata.PackageNotFoundError(name)
     return original(name)
 
-sys.meta_path.insert(0, Blocker())
 importlib.metadata.distribution = distribution
 from fuchsia_pl.cli import main
 sys.argv[0] = "fuchsia"
