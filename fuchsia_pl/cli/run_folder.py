@@ -22,6 +22,7 @@ SAVED_OBJECTIVE = "objective.yaml"
 PROBE_BYTES = 1 << 20
 # Files that exist when all settings of a run are accepted.
 BEFORE_A_RUN = {LOG_FILE, SAVED_CONFIG, SAVED_OBJECTIVE}
+LOGGER_FILES = ("wandb", "events.out.tfevents.")  # how the names of files begin that loggers make before that
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,9 @@ def _try_to_write(folder: Path) -> None:
 
 def remove_unused(folder: Path) -> None:
     """Removes the folder of a run that was refused before it began, and the folder of its config's runs if that is empty."""
-    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= BEFORE_A_RUN:
+    if not folder.is_dir():
+        return
+    if not all(entry.name in BEFORE_A_RUN or entry.name.startswith(LOGGER_FILES) for entry in folder.iterdir()):
         return
     shutil.rmtree(folder)
     with contextlib.suppress(OSError):  # not empty

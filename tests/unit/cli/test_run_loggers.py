@@ -163,6 +163,15 @@ def test_a_logger_that_does_not_start_is_one_line_before_the_engine_starts(confi
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
+def test_a_refused_run_leaves_no_files_of_loggers(config, capsys, monkeypatch, tmp_path):
+    """The prompts are checked after the loggers have started."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    loggers = ["--trainer.logger", OFFLINE, "--trainer.logger+", TENSORBOARD]
+    error = refused(capsys, "fit", "--config", str(config), *loggers, "--data.sampling.max_length", "6")
+    assert "max_length" in error
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
 WITHOUT = """
 import importlib.machinery, importlib.metadata, sys
 
