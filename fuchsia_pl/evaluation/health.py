@@ -6,7 +6,7 @@ the start of the run. `now` is the newest window, `before` the window before it,
 | name | rule |
 |---|---|
 | `no_spread` | in the newest half window, on average at least 95 % of the groups have equal rewards |
-| `reward_flat` | after `flat_steps`, the reward of now exceeds the start by at most half of its noise per step; accuracy below 0.9 |
+| `reward_flat` | after `flat_steps`, the reward of now exceeds the start by at most half its noise per step; accuracy below 0.9 |
 | `kl_growing` | KL per token now above 1.5, and 1.5 times that before |
 | `gap_growing` | logprob gap now above 0.1 (times 1 + staleness), and twice that of the start |
 | `entropy_collapsed` | entropy now below 0.05, and below a fifth of the start; accuracy below 0.9 |
