@@ -45,6 +45,8 @@ class HyperparameterLog(Callback):
         self._log(trainer)
 
     def _log(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return  # loggers of other ranks are dummies
         described = hyperparameters(trainer)
         for logger in trainer.loggers:
             log_to(logger, described, figure_names(trainer))
@@ -54,7 +56,7 @@ def log_to(logger: Logger, described: dict[str, Any], figures: list[str]) -> Non
     """Logs settings.
 
     Args:
-        logger: Any logger. Loggers do nothing on ranks other than the first.
+        logger: Any logger of the first rank.
         described: Settings, nested.
         figures: Metrics beside which TensorBoard shows the settings.
     """
@@ -65,8 +67,7 @@ def log_to(logger: Logger, described: dict[str, Any], figures: list[str]) -> Non
     writer = logger.experiment
     text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
     writer.add_text("hyperparameters", "".join(f"    {line}\n" for line in text.splitlines()))
-    if hasattr(writer, "_get_file_writer"):  # on ranks other than the first it is Lightning's dummy
-        _log_table_row(writer, described, figures)
+    _log_table_row(writer, described, figures)
 
 
 def _log_table_row(writer: Any, described: dict[str, Any], figures: list[str]) -> None:

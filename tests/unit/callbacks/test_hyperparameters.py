@@ -1,6 +1,7 @@
 """The hyperparameters that loggers receive."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -81,3 +82,8 @@ def test_secrets_are_left_out_wherever_they_are():
     expected = {**shown, "kinds": ["x", "y"]}
     assert public_settings({**shown, **hidden}) == expected
     assert public_settings({"text": "x" * 9999})["text"] == "x" * 500
+
+
+def test_only_the_first_rank_logs():
+    """A logger of another rank is a dummy, whose methods return None."""
+    HyperparameterLog().on_train_start(SimpleNamespace(is_global_zero=False), None)
