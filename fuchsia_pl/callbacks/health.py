@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.access import data_of, is_trial, module_of
 from fuchsia_pl.evaluation.health import NAMES, Finding, find_illnesses, learning_rate
-from fuchsia_pl.evaluation.history import History, reward_spreads, step_row
+from fuchsia_pl.evaluation.history import EQUAL_GROUPS, History, reward_spreads, step_row
 from fuchsia_pl.files import append_lines, replacing
+from fuchsia_pl.objectives.credit import GROUP_ADVANTAGES
 from fuchsia_pl.types import ConfigError
 
 WARNINGS_FILE = "warnings.jsonl"
@@ -88,7 +89,9 @@ class HealthWarnings(Callback):
         data, loss = data_of(trainer), module_of(trainer).loss_config
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         row = step_row(metrics, data.batch_size, data.rows_per_step)
-        if loss.parts.reward_aggregation == "sum_then_normalize":
+        if loss.parts.advantage not in GROUP_ADVANTAGES:
+            row.pop(EQUAL_GROUPS, None)  # equal siblings have advantages all the same
+        elif loss.parts.reward_aggregation == "sum_then_normalize":
             step = batch.step.step
             row |= reward_spreads(rewards.values(), lambda name: data.environment.reward_weight(name, step))
         self._history.add(row)

@@ -143,6 +143,12 @@ def test_a_run_with_an_illness_is_told(tiny_model, tmp_path, caplog, name):
     assert logged(caplog) == [f"step {line['step']}: {line['text']}. {line['advice']}"]
 
 
+def test_equal_siblings_are_no_illness_where_they_are_not_compared(tiny_model, tmp_path):
+    loss = LossConfig("reinforce")
+    ill = {"engine": Scripted(), "environment": Constant(), "steps": 3, "loss": loss}
+    assert fit(tiny_model, tmp_path, HealthWarnings(window=2, flat_steps=6), **ill) == []
+
+
 def test_a_growing_kl_is_told(tiny_model, tmp_path):
     """Against the frozen weights; an adapter with a rate that is much too high."""
     module = make_module(tiny_model, LossConfig(beta=1e-6), optimizer=partial(torch.optim.AdamW, lr=0.2))
