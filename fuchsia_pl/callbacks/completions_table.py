@@ -44,12 +44,13 @@ class CompletionsTable(Callback):
         self.every_n_steps = every_n_steps
         self.max_rows = max_rows
         self.max_chars = max_chars
-        self._rollouts: list[tuple[Rollout, float | None]] = []
+        self._rollouts: list[tuple[Rollout, float | None]] = []  # of the step
+        self._held_out: list[tuple[Rollout, float | None]] = []
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the rollouts of an earlier run."""
-        self._rollouts, self._last_step = [], trainer.global_step
+        self._rollouts, self._held_out, self._last_step = [], [], trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Collects the rollouts of a step that is logged."""
@@ -66,7 +67,8 @@ class CompletionsTable(Callback):
         """Logs the table if this micro-batch completed an optimizer step."""
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
-            self._log(trainer, TRAIN_TABLE)
+            rollouts, self._rollouts = self._rollouts, []
+            self._log(trainer, TRAIN_TABLE, rollouts)
 
     def on_validation_batch_end(
         self,
@@ -78,20 +80,20 @@ class CompletionsTable(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Collects the first held-out rollouts."""
-        room = self.max_rows - len(self._rollouts)
+        room = self.max_rows - len(self._held_out)
         if self.every_n_steps and _table_loggers(trainer):
-            self._rollouts += [(rollout, None) for rollout in batch.rollouts[: max(room, 0)]]
+            self._held_out += [(rollout, None) for rollout in batch.rollouts[: max(room, 0)]]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the held-out table."""
-        self._log(trainer, VALIDATION_TABLE)
+        rollouts, self._held_out = self._held_out, []
+        self._log(trainer, VALIDATION_TABLE, rollouts)
 
     def _is_due(self, step: int) -> bool:
         return self.every_n_steps > 0 and step % self.every_n_steps == 0
 
-    def _log(self, trainer: Trainer, name: str) -> None:
-        """Logs the collected rollouts, under the step of the metrics that Lightning logs at this time."""
-        rollouts, self._rollouts = self._rollouts, []
+    def _log(self, trainer: Trainer, name: str, rollouts: list[tuple[Rollout, float | None]]) -> None:
+        """Logs rollouts under the step of the metrics that Lightning logs at this time."""
         if not rollouts or not trainer.is_global_zero:
             return
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
