@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,24 @@ def read_records(file: Path) -> Iterator[Record]:
             at += left  # the end of a block is filled with zeros
             continue
         _, length, kind = HEADER.unpack_from(content, at)
+        if at + HEADER.size + length > len(content):
+            return  # the record is being written
         parts += content[at + HEADER.size : at + HEADER.size + length]
         at += HEADER.size + length
         if kind in (1, 4):
             yield Record.FromString(parts)
             parts = b""
+
+
+def whole(file: Path, timeout_s: float = 60.0) -> list[Record]:
+    """All records of a run that has ended: another process writes them, and its last one is the exit."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        records = list(read_records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{file} has no end after {timeout_s} s"
+        time.sleep(0.1)
 
 
 def items_of(items: Any) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Name, config, summary, history, axes, artifacts and exit code of the one run in a folder."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     found: dict[str, Any] = {"config": {}, "summary": {}, "history": [], "axes": {}, "artifacts": [], "exit": None}
-    for record in read_records(file):
+    for record in whole(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found["name"], found["project"] = record.run.display_name, record.run.project
