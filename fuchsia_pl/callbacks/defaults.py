@@ -7,9 +7,11 @@ from lightning.pytorch import Callback
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
+from fuchsia_pl.callbacks.completions_table import CompletionsTable
 from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.callbacks.finite import FiniteGuard
+from fuchsia_pl.callbacks.health import HealthWarnings
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.last_row import LastRow
@@ -21,6 +23,7 @@ from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.callbacks.resume import Resume
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.callbacks.run_summary import RunSummary
 from fuchsia_pl.callbacks.step_timer import StepTimer
 from fuchsia_pl.callbacks.stop_signals import StopSignals
 from fuchsia_pl.rollouts.run_checks import Syncer
@@ -40,9 +43,12 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "evaluation_log": EvaluationLog,
     "lost_rank": LostRank,
     "hyperparameter_log": HyperparameterLog,
+    "completions_table": CompletionsTable,
     "outcome": Outcome,
+    "health": HealthWarnings,
     "console": ConsoleReport,
     "adapter_export": AdapterExport,
+    "run_summary": RunSummary,  # after AdapterExport: the adapter is written by then
     "last_row": LastRow,
     "checkpoint": RunCheckpoint,
     "resume": Resume,

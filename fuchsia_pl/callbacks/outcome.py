@@ -1,4 +1,4 @@
-"""Warnings of a run that cannot learn, or has not learned."""
+"""A warning about a run that has trained nothing."""
 
 import logging
 from typing import Any
@@ -8,13 +8,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.access import module_of
 
-LOW_RATE = 1e-6
-
 logger = logging.getLogger(__name__)
 
 
 class Outcome(Callback):
-    """Warns if the learning rate is too low for an adapter, and if a finished run has trained nothing."""
+    """Warns, with the reason, if a finished run has trained nothing."""
 
     def __init__(self) -> None:
         self._num_steps = 0
@@ -23,21 +21,9 @@ class Outcome(Callback):
         self._num_without_advantage = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks the highest initial learning rate of the optimizer. The current one may be 0, in a warm-up."""
+        """Resets the counts of an earlier run."""
         self._num_steps, self._num_skipped, self._num_without_advantage = 0, 0, 0
         self._last_step = trainer.global_step
-        given = [group.get("initial_lr", group["lr"]) for o in trainer.optimizers for group in o.param_groups]
-        rates = [
-            float(rate) for rate in given if rate is not None
-        ]  # None if the optimizer computes its own, as Adafactor may
-        lora = module_of(trainer).policy_config.lora
-        if trainer.is_global_zero and lora.enabled and rates and max(rates) < LOW_RATE:
-            logger.warning(
-                "the learning rate is %g, and an adapter hardly learns below %g: usual rates are 1e-5 to 1e-3 "
-                "(model.optimizer.init_args.lr)",
-                max(rates),
-                LOW_RATE,
-            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -47,6 +47,7 @@ from fuchsia_pl.cli.run_folder import (
     remove_unused,
     run_name,
 )
+from fuchsia_pl.cli.run_loggers import check_packages, placed, running
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.envs.user_code import FAILED, is_success
 from fuchsia_pl.evaluation.held_out import HeldOut
@@ -144,6 +145,7 @@ class FuchsiaCLI(LightningCLI):
         root = self._get(self.config, "trainer.default_root_dir") or DEFAULT_ROOT
         is_quiet = self._get(self.config, "trainer.enable_progress_bar") is False or not is_first_rank()
         with self._refusals(), shown_progress(RunConsole(highlight=False, quiet=is_quiet)):
+            check_packages(self._get(self.config, "trainer").logger)
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
             self.run_folder = new_run_folder(root, run_name(self.arguments), self.kind)
             if checkpoint is not None and self.subcommand == "fit" and is_first_rank():
@@ -209,7 +211,7 @@ class FuchsiaCLI(LightningCLI):
         orphans.watch()  # before a launcher starts other ranks
         assert self._state is not None, "instantiate_classes comes first"
         try:
-            with self._refusals(), self._state.recorded():
+            with self._refusals(), self._state.recorded(), running(self.trainer):
                 super()._run_subcommand(subcommand)
         except BaseException:
             if stopping.signum is not None:  # after an error, other ranks may wait for this one forever
@@ -248,23 +250,22 @@ class FuchsiaCLI(LightningCLI):
         Callbacks that every run has are left out if flags of the trainer disable them.
         """
         trainer = self._get(self.config_init, "trainer")
-        given = trainer.logger
-        loggers: list[Logger] = [] if given is False else [RunMetrics(self.run_folder, self._earlier)]
-        if isinstance(given, Logger):
-            loggers.append(given)
-        elif isinstance(given, list):
-            loggers.extend(given)
+        loggers: list[Logger] = [] if trainer.logger is False else [RunMetrics(self.run_folder, self._earlier)]
+        given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        configs = self._get(self.config, "trainer").logger
+        own = [logger for logger in given if isinstance(logger, Logger)]
+        loggers += placed(own, configs if isinstance(configs, list) else [configs] * len(own), self.run_folder)
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         strategy_writes = isinstance(trainer.strategy, Strategy) and trainer.strategy._checkpoint_io is not None
         if not strategy_writes and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
-        own = {
+        fixed = {
             "default_root_dir": str(self.run_folder),
             "logger": loggers,
             "plugins": plugins,
             "callbacks": self._callbacks(),
         }
-        return self._instantiate_trainer({**trainer, **own, **kwargs}, [])
+        return self._instantiate_trainer({**trainer, **fixed, **kwargs}, [])
 
     def _callbacks(self) -> list[Callback]:
         """The default callbacks as their sections configure them, with those of `trainer.callbacks`."""

@@ -30,6 +30,7 @@ TRAINING = "fit"
 OTHER_KINDS = ("validate", "test", "eval", "predict")
 # Name of a folder of any run: a number, or the name of a SLURM job, after the command if it is not a training.
 FOLDER_NAME = re.compile(rf"(?:({'|'.join(OTHER_KINDS)})-)?(\d+|slurm-[\d.]+(?:-\d+)?)")
+LOGGER_FILES = ("wandb", "events.out.tfevents.")  # how the names of files begin that loggers make before that
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,9 @@ def _try_to_write(folder: Path) -> None:
 
 def remove_unused(folder: Path) -> None:
     """Removes the folder of a run that was refused before it began, and the folder of its config's runs if that is empty."""
-    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= BEFORE_A_RUN:
+    if not folder.is_dir():
+        return
+    if not all(entry.name in BEFORE_A_RUN or entry.name.startswith(LOGGER_FILES) for entry in folder.iterdir()):
         return
     shutil.rmtree(folder)
     with contextlib.suppress(OSError):  # not empty

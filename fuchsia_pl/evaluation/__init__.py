@@ -1,1 +1,1 @@
-"""Figures of a policy on held-out items, with intervals and comparisons."""
+"""Figures of a run: how good the policy is, with intervals, and whether training is in order."""
