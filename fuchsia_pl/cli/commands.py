@@ -20,6 +20,7 @@ RUN_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "check-env": "test an environment with known and hostile texts, without a model",
+    "export": "trained weights as an adapter, whole model, GGUF or for Ollama",
     "serve": "start the vLLM server of a run, here or on another machine",
     "replay": "compute a recorded optimizer step again",
     "completion": 'shell completion: eval "$(fuchsia completion bash)"',
@@ -58,7 +59,7 @@ def unknown_command(name: str) -> str:
     """The error message for a command that does not exist.
 
     >>> unknown_command("trian")
-    "unknown command 'trian': the commands are fit, validate, test, predict, check-env, serve, replay, completion"
+    "unknown command 'trian': the commands are fit, validate, test, predict, check-env, export, serve, replay, completion"
     >>> unknown_command("fti")
     "unknown command 'fti'. Did you mean 'fit'?"
     """
@@ -124,8 +125,36 @@ def completion_options() -> argparse.ArgumentParser:
     return parser
 
 
+def export_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia export`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia export",
+        description="Writes the trained weights of a run in the format of another tool, with a model card. peft: the adapter. "
+        "merged: a model folder of transformers and vLLM. gguf: one file for llama.cpp. ollama: that file with a Modelfile.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="a run (runs/NAME/0, NAME/0, or NAME for its newest), or the folder of an adapter")
+    formats = ["peft", "merged", "gguf", "ollama"]
+    parser.add_argument("--to", choices=formats, default="peft", help="the format (default: peft)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="new folder for the files (default: RUN/export/FORMAT)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an older export in that folder")
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, help="merged: type of the weights (default: that of the run)")
+    kinds = ["f32", "f16", "bf16", "q8_0"]
+    parser.add_argument("--quantize", choices=kinds, help="gguf, ollama: type of the weights (default: f16)")
+    parser.add_argument("--temperature", type=float, help="ollama: sampling temperature (default: Ollama's)")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where its name in the run does not lead to it")
+    parser.add_argument("--push-to-hub", metavar="ID", help="upload the files to this repository on the hub too")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    return parser
+
+
 OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "check-env": check_env_options,
+    "export": export_options,
     "serve": serve_options,
     "replay": replay_options,
     "completion": completion_options,

@@ -10,6 +10,7 @@ from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.commands import DEBUG_OPTION, is_help
 from fuchsia_pl.cli.ending import leave_stopped
+from fuchsia_pl.cli.export import export
 from fuchsia_pl.cli.launch import to_first_rank
 from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
@@ -23,6 +24,7 @@ from fuchsia_pl.stopping import stopping
 # The commands that define their own options, by name. Each function gets the words after the name and returns the exit code.
 HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "check-env": check_env,
+    "export": export,
     "replay": replay,
     "serve": serve,
 }
