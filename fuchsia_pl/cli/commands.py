@@ -21,7 +21,7 @@ RUN_COMMANDS = {
 OTHER_COMMANDS = {
     "check-env": "test an environment with known and hostile texts, without a model",
     "export": "trained weights as an adapter, whole model, GGUF or for Ollama",
-    "serve": "start the vLLM server of a run, here or on another machine",
+    "serve": "a vLLM server: of a finished run, or for one that trains",
     "replay": "compute a recorded optimizer step again",
     "completion": 'shell completion: eval "$(fuchsia completion bash)"',
 }
@@ -87,17 +87,40 @@ def serve_options() -> argparse.ArgumentParser:
     """The options of `fuchsia serve`."""
     parser = argparse.ArgumentParser(
         prog="fuchsia serve",
-        description="Starts the stock vLLM OpenAI server with the configs of a run. Model, type, longest completion, rank of "
-        "the adapter and seed are those of the run. Memory and parallelism are those of the config's VLLMColocatedEngine, or "
-        "its defaults if the config has another engine.",
-        epilog=LIKE_FIT,
+        description="With a run (or the folder of an adapter): serves its trained weights beside their base on the stock vLLM "
+        "OpenAI server, as NAME-N and as the base's name. Without: starts the server that a training samples on "
+        "(`fuchsia serve --config …`; model, type, longest completion, rank of the adapter and seed are those of the config, "
+        "memory and parallelism those of its VLLMColocatedEngine, and the options of this page up to --allow_open apply).",
+        epilog=f"With --config, all other options are those of `fuchsia fit`. {DEBUG_OPTION} prints the traceback of an error.",
         allow_abbrev=False,
     )
+    parser.add_argument("run", help="a run (runs/NAME/0, NAME/0, or NAME for its newest), or the folder of an adapter")
+    _add_listener(parser)
+    parser.add_argument(
+        "--max_model_len",
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="longest prompt plus completion in tokens (default: the model's limit, or as much as the cache holds)",
+    )
+    parser.add_argument("--kv_cache_gb", type=float, default=1.0, help="memory for keys and values in GiB (default: 1)")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where its name in the run does not lead to it")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    return parser
+
+
+def serve_config_options() -> argparse.ArgumentParser:
+    """The own options of `fuchsia serve --config`."""
+    parser = argparse.ArgumentParser(prog="fuchsia serve", epilog=LIKE_FIT, allow_abbrev=False)
+    _add_listener(parser)
+    return parser
+
+
+def _add_listener(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument("--api_key", help="key that requests must contain (default: environment variable VLLM_API_KEY)")
     parser.add_argument("--allow_open", action="store_true", help="accept requests of other machines without a key too")
-    return parser
 
 
 def replay_options() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoConfig, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.callbacks.card_facts import CARD_FILE
 from fuchsia_pl.cli.commands import export_options
@@ -31,6 +32,7 @@ ADVICE = "Make room there, or set another folder with --output"
 def export(arguments: list[str]) -> int:
     """Runs `fuchsia export`; returns the exit code."""
     given = export_options().parse_args(arguments)
+    disable_progress_bar()
     try:
         if given.push_to_hub is not None:
             check_upload(given.push_to_hub)
@@ -104,7 +106,7 @@ def write_merged(trained: Trained, folder: Path, given: Namespace) -> None:
                 )
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(
-            f"{trained.weights} cannot be merged into {trained.base}: {error}. Name the base with --base"
+            f"{trained.weights} does not fit {trained.base}: {error}. Name its base with --base"
         ) from error
     save_torch_state_dict(state, folder, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
     config = AutoConfig.from_pretrained(trained.base)

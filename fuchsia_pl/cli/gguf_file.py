@@ -79,7 +79,8 @@ def check_architecture(config: PretrainedConfig) -> gguf.MODEL_ARCH:
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise ConfigError(
-            f"models of the architecture {kind!r} cannot be written as GGUF here, only {', '.join(ARCHITECTURES)}. {OTHER_WAY}"
+            f"models of the architecture {kind!r} cannot be written as GGUF here, only those of {', '.join(ARCHITECTURES)}. "
+            f"{OTHER_WAY}"
         )
     settings = config.to_dict()
     rope = settings.get("rope_parameters") or {}

@@ -33,7 +33,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, v
     model = described["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ConfigError(
-            f"a tokenizer of the kind {model.get('type')!r} cannot be written as GGUF here, only byte-level BPE. {ADVICE}"
+            f"a tokenizer of the kind {model.get('type')!r} cannot be written as GGUF here, only byte-level BPE. "
+            f"{ADVICE}"
         )
     if described["normalizer"] not in (None, {"type": "NFC"}):
         raise ConfigError(
@@ -71,7 +72,8 @@ def split_name(pre_tokenizer: dict[str, Any] | None) -> str:
             if name is not None:
                 return name
     raise ConfigError(
-        f"a tokenizer that splits texts by {'+'.join(map(str, kinds))} with these settings has no known name in llama.cpp. {ADVICE}"
+        f"a tokenizer that splits texts by {'+'.join(map(str, kinds))} with these settings has no name in llama.cpp that is "
+        f"known here. {ADVICE}"
     )
 
 
@@ -80,7 +82,7 @@ def _tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[list[s
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if by_id and max(by_id) >= vocab_size:
         raise ConfigError(
-            f"the tokenizer has the id {max(by_id)}, and the model has only {vocab_size} embeddings: they do not fit"
+            f"the tokenizer has the id {max(by_id)}, and the model only {vocab_size} embeddings: they do not fit"
         )
     tokens, kinds = [], []
     added = tokenizer.added_tokens_decoder

@@ -1,4 +1,4 @@
-"""`fuchsia serve`: starts the stock vLLM OpenAI server with the configs of a run.
+"""`fuchsia serve --config`: starts the stock vLLM OpenAI server for a training (`serve_run` serves a finished one).
 
 Model, type, longest completion, rank of the adapter and seed are those of the run. Memory and parallelism are those of the
 config's VLLMColocatedEngine, or its defaults if the config has another engine.
@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from fuchsia_pl import orphans
-from fuchsia_pl.cli.commands import serve_options
+from fuchsia_pl.cli.commands import serve_config_options, serve_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
@@ -92,12 +92,16 @@ class ServeCLI(ConfigOnlyCLI):
         """Replaces this process by the server, which inherits the terminal and its signals and sets the exit code."""
         orphans.watch()  # continues after this process has become the server
         remove_left_behind()
-        command = server_command(self.datamodule, self.listener)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.scratch = scratch_folder("vllm")  # removed when the server has ended
-        environment = {**command.environment, **socket_environment(self.scratch)}
-        os.execve(command.words[0], command.words, environment)
+        become(server_command(self.datamodule, self.listener))
+
+
+def become(command: ServerCommand) -> None:
+    """Replaces this process by a server."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    scratch = scratch_folder("vllm")  # removed when the server has ended
+    environment = {**command.environment, **socket_environment(scratch)}
+    os.execve(command.words[0], command.words, environment)
 
 
 def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand:
@@ -119,10 +123,25 @@ def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand
     environment = {**VLLM_ENVIRONMENT, **os.environ, opened: "1"}
     environment.pop(OVERRIDING_VARIABLE, None)
     key = listener.api_key or (data.engine.api_key if isinstance(data.engine, VLLMServerEngine) else None)
-    environment[API_KEY_VARIABLE] = checked_key(key or environment.get(API_KEY_VARIABLE, ""), listener)
-    if environment[API_KEY_VARIABLE]:
-        arguments["middleware"] = f"{KeyGuard.__module__}.{KeyGuard.__qualname__}"
+    arguments |= guarded(environment, key, listener)
     return ServerCommand([sys.executable, "-m", SERVER_MODULE, *as_options(arguments)], environment)
+
+
+def guarded(environment: dict[str, str], key: str | None, listener: Listener) -> dict[str, str]:
+    """Puts the key that requests must contain into the environment; returns the arguments with which the server checks it.
+
+    Args:
+        environment: Environment variables of the server. One of them may hold the key already.
+        key: The key; None uses that of the environment, if any.
+        listener: Address of the server.
+
+    Raises:
+        ConfigError: A header cannot contain the key, or there is none and other machines can reach the server.
+    """
+    environment[API_KEY_VARIABLE] = checked_key(key or environment.get(API_KEY_VARIABLE, ""), listener)
+    if not environment[API_KEY_VARIABLE]:
+        return {}
+    return {"middleware": f"{KeyGuard.__module__}.{KeyGuard.__qualname__}"}
 
 
 def checked_key(key: str, listener: Listener) -> str:
@@ -208,12 +227,21 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(arguments: list[str]) -> NoReturn:
-    """Runs `fuchsia serve`."""
-    parser = serve_options()
+    """Runs `fuchsia serve`: with a run as its first word, for that run; else for the training of a config."""
+    is_run = bool(arguments) and not arguments[0].startswith("-")
+    parser = serve_options() if is_run else serve_config_options()
     given, rest = parser.parse_known_args(arguments)
+    if is_run and rest:
+        parser.error(f"{rest[0]!r} is not an option of `fuchsia serve RUN`: see `fuchsia serve --help`")
+    listener = Listener(given.host, given.port, given.api_key, given.allow_open)
     try:
         check_port(given.host, given.port)
+        if is_run:
+            from fuchsia_pl.cli.serve_run import serve_run
+
+            serve_run(given, listener)
     except ConfigError as error:
         parser.error(str(error))
-    ServeCLI(["fit", *rest], Listener(given.host, given.port, given.api_key, given.allow_open))
+    if not is_run:
+        ServeCLI(["fit", *rest], listener)
     raise AssertionError("the server took this process's place")

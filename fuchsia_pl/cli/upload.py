@@ -48,6 +48,7 @@ def upload(folder: Path, repository: str, private: bool, name: str) -> str:
         ) from error
     except Exception as error:  # the client raises the errors of its HTTP library, and ValueError for a refused card
         raise ConfigError(
-            f"the upload to {repository!r} failed ({type(error).__name__}: {one_line(error)}): try again. The files are in {folder}"
+            f"the upload to {repository!r} failed ({type(error).__name__}: {one_line(error)}): try again. "
+            f"The files are in {folder}"
         ) from error
     return str(address)

@@ -204,7 +204,7 @@ def _held_out_section(facts: CardFacts) -> str:
     rows = ["| split | figure | before or first | last |", "|---|---|---|---|"]
     for last in _last(facts.held_out):
         start = first[(last.split, last.name)]
-        before = f"{start.text}, step {start.step}" if start.step < last.step else "–"
+        before = f"{start.text}, step {start.step}" if start.step < last.step else "-"
         items = f", {last.num_items} items" if last.num_items else ""
         rows.append(f"| {last.split} | {_cell(last.name)} | {before} | {last.text}, step {last.step}{items} |")
     note = (
@@ -222,7 +222,7 @@ def _curve_section(facts: CardFacts) -> str:
     chosen = [facts.curve[round(i * last / max(count - 1, 1))] for i in range(count)]
     rows = ["| step | " + " | ".join(CURVE_COLUMNS[name] for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in chosen:
-        values = (f"{row[name]:.3f}" if name in row else "–" for name in columns)
+        values = (f"{row[name]:.3f}" if name in row else "-" for name in columns)
         rows.append(f"| {row['step']:.0f} | " + " | ".join(values) + " |")
     return "\n".join(["## Training curve", "", *rows])
 
