@@ -11,6 +11,7 @@ from pathlib import Path
 DEBUG_OPTION = "--debug"
 HELP_OPTIONS = ("-h", "--help")
 HELP_ALL_OPTION = "--help-all"
+DTYPES = ("bfloat16", "float16", "float32")
 # The commands that take the settings of a run, by LightningCLI.
 RUN_COMMANDS = {
     "fit": "train a policy: fuchsia fit --config quickstart.yaml",
@@ -103,6 +104,7 @@ def serve_options() -> argparse.ArgumentParser:
         metavar="N",
         help="longest prompt plus completion in tokens (default: the model's limit, or as much as the cache holds)",
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the base's weights (default: that of the run)")
     parser.add_argument("--kv_cache_gb", type=float, default=1.0, help="memory for keys and values in GiB (default: 1)")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where its name in the run does not lead to it")
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
@@ -163,8 +165,7 @@ def export_options() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", help="new folder for the files (default: RUN/export/FORMAT)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an older export in that folder")
-    dtypes = ["bfloat16", "float16", "float32"]
-    parser.add_argument("--dtype", choices=dtypes, help="merged: type of the weights (default: that of the run)")
+    parser.add_argument("--dtype", choices=DTYPES, help="merged: type of the weights (default: that of the run)")
     kinds = ["f32", "f16", "bf16", "q8_0"]
     parser.add_argument("--quantize", choices=kinds, help="gguf, ollama: type of the weights (default: f16)")
     parser.add_argument("--temperature", type=float, help="ollama: sampling temperature (default: Ollama's)")

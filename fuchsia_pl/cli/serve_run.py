@@ -54,7 +54,7 @@ def run_server_command(trained: Trained, given: Namespace, listener: Listener) -
         ConfigError: A length or a key cannot be used.
     """
     engine = VLLMColocatedEngine(kv_cache_gb=given.kv_cache_gb, enforce_eager=is_eager(trained))
-    dtype = trained.policy.dtype
+    dtype = given.dtype or trained.policy.dtype
     model_folder = trained.base if trained.is_adapter else trained.weights
     rank = adapter_rank(trained.weights) if trained.is_adapter else 0
     config = AutoConfig.from_pretrained(trained.base)
