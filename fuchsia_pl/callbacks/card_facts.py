@@ -26,6 +26,7 @@ ALWAYS = (
     *("seed_everything", "trainer.max_steps", "trainer.precision", "trainer.gradient_clip_val"),
     *("data.batch_size", "data.steps_per_epoch", "model.optimizer", "model.lr_scheduler"),
 )
+MAX_SHOWN = 120  # characters of a value; a chat template may have thousands
 # These are on the card in other words.
 ELSEWHERE = ("model.policy.name", "model.policy.hub_id")
 
@@ -151,4 +152,4 @@ def _without_path(value: Any) -> str:
         "/" in text and "\n" not in text and len(text) < 1000 and Path(text).exists()
     ):
         return Path(text).name
-    return text
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} …"
