@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from fuchsia_pl import orphans
-from fuchsia_pl.cli.commands import serve_config_options, serve_options
+from fuchsia_pl.cli.commands import serve_config_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
@@ -95,7 +96,7 @@ class ServeCLI(ConfigOnlyCLI):
         become(server_command(self.datamodule, self.listener))
 
 
-def become(command: ServerCommand) -> None:
+def become(command: ServerCommand) -> NoReturn:
     """Replaces this process by a server."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -227,21 +228,21 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(arguments: list[str]) -> NoReturn:
-    """Runs `fuchsia serve`: with a run as its first word, for that run; else for the training of a config."""
-    is_run = bool(arguments) and not arguments[0].startswith("-")
-    parser = serve_options() if is_run else serve_config_options()
-    given, rest = parser.parse_known_args(arguments)
-    if is_run and rest:
-        parser.error(f"{rest[0]!r} is not an option of `fuchsia serve RUN`: see `fuchsia serve --help`")
-    listener = Listener(given.host, given.port, given.api_key, given.allow_open)
+    """Runs `fuchsia serve`: for a run if a word that is no option precedes other options, else for the training of a config."""
+    given, rest = serve_config_options().parse_known_args(arguments)
     try:
         check_port(given.host, given.port)
-        if is_run:
-            from fuchsia_pl.cli.serve_run import serve_run
+        if rest and not rest[0].startswith("-"):
+            from fuchsia_pl.cli.serve_run import serve_run  # it imports this module
 
-            serve_run(given, listener)
+            serve_run(arguments)
     except ConfigError as error:
-        parser.error(str(error))
-    if not is_run:
-        ServeCLI(["fit", *rest], listener)
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    ServeCLI(["fit", *rest], listener_of(given))
     raise AssertionError("the server took this process's place")
+
+
+def listener_of(given: Namespace) -> Listener:
+    """The address and the key of a command line."""
+    return Listener(given.host, given.port, given.api_key, given.allow_open)

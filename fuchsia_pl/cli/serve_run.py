@@ -4,34 +4,43 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.card_facts import read_config
+from fuchsia_pl.cli.commands import serve_options
 from fuchsia_pl.cli.run_folder import SAVED_CONFIG
-from fuchsia_pl.cli.serve import SERVER_MODULE, Listener, ServerCommand, become, guarded
+from fuchsia_pl.cli.serve import SERVER_MODULE, Listener, ServerCommand, become, guarded, listener_of
 from fuchsia_pl.cli.trained import Trained, find_trained
 from fuchsia_pl.engines.merge import adapter_rank
 from fuchsia_pl.engines.vllm_arguments import GIB, OVERRIDING_VARIABLE, VLLM_ENVIRONMENT, as_options, vllm_arguments
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.scratch import remove_left_behind
 from fuchsia_pl.types import ConfigError, ServedModel
 
 MIN_LENGTH = 32
 
 
-def serve_run(given: Namespace, listener: Listener) -> None:
+def serve_run(arguments: list[str]) -> NoReturn:
     """Replaces this process by the server of a run.
 
+    Args:
+        arguments: The words after `fuchsia serve`.
+
     Raises:
-        ConfigError: There are no such weights, or a setting does not work on this machine.
+        ConfigError: There are no such weights, an option is unknown, or a setting does not work on this machine.
     """
+    given, unknown = serve_options().parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is not an option of `fuchsia serve RUN`: see `fuchsia serve --help`")
     trained = find_trained(given.run, given.root, given.base)
-    command = run_server_command(trained, given, listener)
-    sys.stdout.write(f"{served_names(trained)} at http://{listener.host}:{listener.port}/v1\n")
+    command = run_server_command(trained, given, listener_of(given))
+    sys.stdout.write(f"{served_names(trained)} at http://{given.host}:{given.port}/v1\n")
     orphans.watch()
+    remove_left_behind()
     become(command)
 
 

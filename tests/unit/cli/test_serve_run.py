@@ -46,9 +46,12 @@ def start(folders, monkeypatch):
 
 def refused(capsys, folders, *words: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        serve([str(folders[1]), *words])
+        serve([*words, str(folders[1])] if "--port" in words else [str(folders[1]), *words])
     assert caught.value.code == 2
-    return capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
 
 
 def test_adapter_and_base_have_readable_names(start, folders, capsys):
@@ -111,6 +114,8 @@ def test_type_and_template_of_the_run_are_served(start, folders, monkeypatch):
     [
         (["--data.batch_size", "3"], "'--data.batch_size' is not an option of `fuchsia serve RUN`"),
         (["--root", "/nowhere", "--base", "/nowhere/model"], "the base of"),
+        (["--port", "70000"], "--port must be between 1 and 65535, got 70000"),
+        (["--port", "8000", "--api_key", "clé"], "the API key must be printable ASCII"),
     ],
 )
 def test_mistakes_are_told(folders, capsys, words, error):
