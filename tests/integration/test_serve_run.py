@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 KEY = "a key of this test"
 QUESTIONS = ["What is 27 plus 45?", "Name a colour.", "Where is Paris?", "Write a short poem about rain."]
 NUM_TOKENS = 12
-START_S = 300.0
+START_S = 480.0
 
 
 @pytest.fixture(scope="module")
