@@ -1,4 +1,4 @@
-# `make quickstart` trains a real model, `make test` passes the tests, `make fast` the quick ones, `make mutants` checks that the tests of the objectives
+# `make quickstart` trains a real model, `make test` passes the tests, `make fast` the quick ones, `make mutants` checks that the tests of objectives and figures
 # notice every mistake, `make chaos` kills and continues a run a hundred times, `make fuzz` reads thousands of mutated configs
 # and files, `make soak` trains 600 steps and counts memory, `make bench` measures the tables of tests/README.md, `make setup` only installs.
 # Variables: EXTRA=cpu|gpu (default: gpu where nvidia-smi answers), PYTHON, VENV, ARGS (added to the quickstart's command).

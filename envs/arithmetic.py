@@ -92,3 +92,8 @@ class Arithmetic(SingleTurnEnvironment):
     def messages(self, item: Item) -> list[Message]:
         """The question."""
         return [{"role": "user", "content": f"What is {item['a']} plus {item['b']}? Answer with a number."}]
+
+    def answer(self, rollout: Rollout) -> str | None:
+        """The number that `correct` reads."""
+        number = last_integer(last_turn(rollout))
+        return None if number is None else str(number)

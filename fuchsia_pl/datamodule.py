@@ -17,6 +17,8 @@ from fuchsia_pl.batch import Batch
 from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.envs.base import Environment, check_environment
 from fuchsia_pl.envs.bounded import call_apart
+from fuchsia_pl.evaluation.measures import HeldOutEvaluation, Occasion, measure
+from fuchsia_pl.evaluation.shared_items import shared_items
 from fuchsia_pl.loop import LoopThread
 from fuchsia_pl.objectives.config import Learner
 from fuchsia_pl.rollouts import budget, preparation
@@ -26,15 +28,14 @@ from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
-from fuchsia_pl.rollouts.flags import Limits, check_settings, return_limits, take_limits
-from fuchsia_pl.rollouts.metrics import over_ranks, reward_fractions
+from fuchsia_pl.rollouts.flags import Limits, check_settings, count_micro_batches, return_limits, take_limits
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.ranks import Ranks, ranks_of
 from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.run_checks import SignalSource, check_run_setup, engine_spec
 from fuchsia_pl.rollouts.training_phase import Forward, TrainingPhase
 from fuchsia_pl.stopping import stopping
-from fuchsia_pl.types import Evaluation
+from fuchsia_pl.types import ConfigError
 
 CLOSE_TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
@@ -83,10 +84,12 @@ class RolloutDataModule(LightningDataModule):
         self._started_at = datetime.now()  # the date that a chat template writes
         self._stage = ""
         self._collector: Collector | None = None
+        self._held_out_collector: Collector | None = None
         self._loop: LoopThread | None = None
         self._phases: PhasesAhead[Sampled] | None = None
         self._fitting: list[int] = []  # positions of the training items whose prompts are short enough
         self._held_out: list[int] = []  # the same for the held-out items
+        self._shared: frozenset[int] | None = None  # those of them that are also training items, None if not known
         self._longest_row: budget.LongestRow | None = None
         self._planned = 1  # number of micro-batches that the budget requires
         self._limits: Limits | None = None
@@ -111,6 +114,9 @@ class RolloutDataModule(LightningDataModule):
         self._limits = take_limits(trainer, stage, self.steps_per_epoch, num_updates, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
         self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
+        self._held_out_collector = Collector(
+            self.engine, self.environment, self._collector.chat, self.sampling.held_out
+        )
         with preparation.as_config_error(f"{type(self.environment).__name__}.prepare"):
             self._run(self._collector.prepare())
         call_apart(self._check_prompts)
@@ -128,10 +134,10 @@ class RolloutDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the start time of the resumed run, so that dated prompts are the same. Lightning calls this after `setup`."""
         self._started_at = datetime.fromisoformat(state_dict["started_at"])
-        if self._collector is None:
+        if self._collector is None or self._held_out_collector is None:
             return
         was_read = self._collector.chat.template.has_read_date
-        self._collector.chat = self.make_chat()
+        self._collector.chat = self._held_out_collector.chat = self.make_chat()
         if was_read:
             call_apart(self._check_prompts)
 
@@ -156,6 +162,7 @@ class RolloutDataModule(LightningDataModule):
         max_tokens = self._signal_source.max_tokens_per_micro_batch
         if max_tokens is not None:
             self._plan_micro_batches(max_tokens)
+        count_micro_batches(self._trainer, self._taken)
         batches_per_phase = self._trainer.accumulate_grad_batches * num_updates
         if self._phases is None:
             num_ahead = self.sampling.max_staleness // num_updates
@@ -193,12 +200,33 @@ class RolloutDataModule(LightningDataModule):
     def _check_prompts(self) -> None:
         """Renders all prompts of the stage and raises an error for those that cannot be used."""
         assert self._collector is not None
+        assert self._held_out_collector is not None
         if self._stage == "fit":
             self._check_training(self._collector)
         if self._taken.held_out:
             num_ranks = self._trainer.world_size
-            positions = preparation.held_out_prompts(self._collector, num_ranks)
+            positions = preparation.held_out_prompts(self._held_out_collector, num_ranks)
             self._held_out = self._taken.first_held_out(positions, num_ranks)
+            self._shared = None if self._stage == "predict" else self._shared_items()
+
+    def _shared_items(self) -> frozenset[int] | None:
+        """The held-out items that are also training items, with a warning. None if there are no training items to read."""
+        environment = self.environment
+        try:
+            training, held_out = preparation.training_items(environment), preparation.held_out_items(environment)
+            shared = shared_items(environment.messages, training, held_out, self._held_out)
+        except ConfigError as error:
+            if self._stage == "fit":
+                raise
+            logger.info("it was not checked whether held-out items are also training items: %s", error)
+            return None
+        if shared and self._trainer.is_global_zero:
+            logger.warning(
+                "%d of %d held-out items are also training items: they have the same prompts",
+                len(shared),
+                len(self._held_out),
+            )
+        return shared
 
     def _check_training(self, collector: Collector) -> None:
         """Checks, before the engine starts, settings and prompts that would fail or drop rows later."""
@@ -284,15 +312,17 @@ class RolloutDataModule(LightningDataModule):
         """Returns the result of `wait` on all ranks, or raises on all ranks if one received a signal to stop."""
         return stopping.on_all_ranks(wait, lambda n: int(self._ranks.highest(torch.tensor(float(n)))))
 
-    def _evaluate(self) -> list[Evaluation]:
-        collector, trainer, held_out = self._collector, self._trainer, self._held_out
+    def _evaluate(self) -> list[HeldOutEvaluation]:
+        collector, trainer, held_out = self._held_out_collector, self._trainer, self._held_out
         assert collector is not None, "setup is called first"
         if trainer.sanity_checking and trainer.num_sanity_val_steps < len(held_out):
             held_out = held_out[: max(int(trainer.num_sanity_val_steps), trainer.world_size)]
         items = call_apart(preparation.held_out_items, self.environment)
-        indices = self._ranks.share(held_out)
-        draw = Draw(items, indices, 1, self.sampling.validation_temperature, (self.seed, "validation"))
-        siblings = self._waited(lambda: self._run(sampled_by(self.engine, partial(collector.collect, draw))))
-        rollouts = tuple(rollout for group in siblings for rollout in group)
-        fractions = call_apart(reward_fractions, rollouts, self.environment, trainer.world_size)
-        return [Evaluation(rollouts, over_ranks(fractions, self._ranks.add_up))]
+        indices, sampling = self._ranks.share(held_out), self.sampling
+        address = (self.seed, "validation")
+        draw = Draw(items, indices, sampling.validation_samples, sampling.validation_temperature, address)
+        groups = self._waited(lambda: self._run(sampled_by(self.engine, partial(collector.collect, draw))))
+        split = "test" if trainer.testing else "predict" if trainer.predicting else "validation"
+        is_whole = len(held_out) == len(self._held_out)
+        occasion = Occasion(self.engine.policy_version, split, self._shared, is_whole)
+        return [measure(groups, self.environment, occasion, self._ranks, trainer.strategy.root_device)]

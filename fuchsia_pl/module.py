@@ -384,7 +384,8 @@ class GRPOModule(LightningModule):
 
     def _log_evaluation(self, split: str, batch: Evaluation) -> None:
         metrics = {f"{split}/{name}": value for name, value in batch.metrics.items()}
-        self.log_dict(metrics, batch_size=max(len(batch.rollouts), 1), on_step=False, on_epoch=True, sync_dist=True)
+        # All ranks have the same figures, and each counts once: a weighted mean of equal numbers would round them.
+        self.log_dict(metrics, batch_size=1, on_step=False, on_epoch=True, sync_dist=True)
 
 
 def parsed_settings(settings: Mapping[str, Any]) -> Any:

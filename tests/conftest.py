@@ -20,6 +20,8 @@ SLOW_FILES = {
         f"callbacks/test_{name}.py"
         for name in ("adapter_sync", "finite", "hotswap", "memory", "preflight", "run_files")
     ),
+    *("callbacks/test_evaluation_log.py", "cli/test_evaluate.py"),
+    *("evaluation/test_intervals.py", "evaluation/test_item_table.py"),
     *("callbacks/test_weight_average.py", "cli/test_help.py", "cli/test_main.py", "cli/test_replay.py"),
     *(f"engines/test_{name}.py" for name in ("pool", "vllm_colocated", "vllm_guard", "vllm_server", "vllm_transfer")),
     *("envs/test_tool_servers.py", "envs/test_tool_environment.py", "envs/test_rewards.py", "envs/test_bounded.py"),

@@ -1,4 +1,4 @@
-"""Changes signs, masks, shifts and denominators of `fuchsia_pl/objectives` one at a time and runs the unit tests on each.
+"""Changes signs, masks, shifts and denominators of objectives and of held-out figures one at a time and runs their unit tests.
 
 Run as `python -m tests.mutants` from the root of the repository, and do not edit the code meanwhile. Code that only
 validates input is not mutated, nor are constants of a module, defaults, annotations and messages.
@@ -19,13 +19,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-PACKAGE = "fuchsia_pl.objectives"
-FOLDER = Path("fuchsia_pl/objectives")
+OBJECTIVES, EVALUATION = Path("fuchsia_pl/objectives"), Path("fuchsia_pl/evaluation")
+# The files of `evaluation` with formulas.
+FIGURES = ("intervals.py", "item_table.py", "paired.py", "passes.py")
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:anyio"]
 # The first takes ten seconds, so it runs last. The second needs half a minute for its imports, so it never runs.
 SLOW, LEFT_OUT = "test_exact_gradient.py", "test_trl_parity.py"
 # Libraries that the tests' doubles import. The parent process imports them, so that no child process has to.
-WARM = ("pytest", "torch", "lightning.pytorch.cli", "peft", "transformers.models.llama.modeling_llama")
+WARM = ("pytest", "torch", "torchmetrics", "lightning.pytorch.cli", "peft", "transformers.models.llama.modeling_llama")
 TIME_LIMIT_S = 120
 # Exit codes for a detected mutant: a test failed, a module could not be imported, or the time limit was exceeded.
 KILLED = {1, 2, -signal.SIGALRM}
@@ -170,7 +171,9 @@ def _spliced(source: str, node: ast.expr, replacement: ast.expr) -> tuple[str, s
 
 def is_killed(mutant: Mutant | None) -> bool:
     """Whether the unit tests fail in a child process that imports the mutant as its module; None is the original."""
-    assert PACKAGE not in sys.modules, "the children would inherit modules that are not mutated"
+    assert not {_package(folder) for folder in (OBJECTIVES, EVALUATION)} & set(sys.modules), (
+        "children would inherit them"
+    )
     child = os.fork() or _run_tests_and_exit(mutant)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code != 0 and code not in KILLED:
@@ -201,18 +204,30 @@ def _run_tests_and_exit(mutant: Mutant | None) -> NoReturn:
 
 def _installed(mutant: Mutant, stem: str) -> ModuleType:
     """The mutated module, installed where imports and pytest's doctests look first."""
-    spec = importlib.util.find_spec(f"{PACKAGE}.{stem}")
+    package = _package(_folder(stem))
+    spec = importlib.util.find_spec(f"{package}.{stem}")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    setattr(sys.modules[PACKAGE], stem, module)
+    setattr(sys.modules[package], stem, module)
     exec(compile(mutant.source, spec.origin, "exec"), module.__dict__)
     return module
 
 
+def _folder(stem: str) -> Path:
+    return EVALUATION if f"{stem}.py" in FIGURES else OBJECTIVES
+
+
+def _package(folder: Path) -> str:
+    return ".".join(folder.parts)
+
+
 def _tests(stem: str) -> list[str]:
     """The doctests and the unit tests; first those that are fast and likely to detect a mutant of this module."""
+    if stem and _folder(stem) == EVALUATION:  # the test of two ranks starts processes, which do not inherit the mutant
+        return [str(EVALUATION / f"{stem}.py"), f"tests/unit/evaluation/test_{stem}.py", "-k", "not two_ranks"]
     files = [file for file in Path("tests/unit/objectives").glob("test_*.py") if file.name != LEFT_OUT]
     files.sort(key=lambda file: (file.stem != f"test_{stem}", file.name == SLOW, file))
-    return [str(FOLDER), *map(str, files), *map(str, Path("tests/unit/rollouts").glob("test_credit.py"))]
+    others = [] if stem else [str(EVALUATION), "tests/unit/evaluation", "-k", "not two_ranks"]  # of the original
+    return [str(OBJECTIVES), *map(str, files), *map(str, Path("tests/unit/rollouts").glob("test_credit.py")), *others]
 
 
 def main() -> int:
@@ -222,7 +237,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only mutants with this in their id, file:function:operator:nth")
     parser.add_argument("--start-at", type=int, default=1, help="number of the first mutant to run")
     arguments = parser.parse_args()
-    mutants = [mutant for file in sorted(FOLDER.glob("*.py")) for mutant in mutants_of(file.read_text(), file.name)]
+    files = [*sorted(OBJECTIVES.glob("*.py")), *(EVALUATION / name for name in FIGURES)]
+    mutants = [mutant for file in files for mutant in mutants_of(file.read_text(), file.name)]
     gone = EQUIVALENT.keys() - {mutant.id for mutant in mutants}
     assert not gone, f"no mutant has the ids {sorted(gone)} any more: correct EQUIVALENT"
     chosen = [(n, m) for n, m in enumerate(mutants, 1) if n >= arguments.start_at and arguments.only in m.id]

@@ -1,6 +1,6 @@
 """Facts of a run for its model card, read from the run folder."""
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import yaml
 
 import fuchsia_pl
 from fuchsia_pl.callbacks.run_metrics import METRICS_FILE, read_rows
+from fuchsia_pl.evaluation.held_out import read_held_out
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.sources import LICENSES, base_id, quantized_source
@@ -17,7 +18,6 @@ from fuchsia_pl.report.model_card import CURVE_COLUMNS, CardFacts, HeldOutFigure
 from fuchsia_pl.rollouts.config import SamplingConfig
 
 CONFIG_FILE = "config.yaml"
-HELD_OUT_FILE = "held_out.jsonl"
 CARD_FILE = "README.md"
 # Sections of a config with the class of their settings, which has the defaults.
 SECTIONS = {"model.policy": PolicyConfig, "model.loss": LossConfig, "data.sampling": SamplingConfig}
@@ -27,6 +27,7 @@ ALWAYS = (
     *("data.batch_size", "data.steps_per_epoch", "model.optimizer", "model.lr_scheduler"),
 )
 MAX_SHOWN = 120  # characters of a value; a chat template may have thousands
+SHOWN_FIGURES = ("reward/", "rollout/accuracy", "pass@", "maj@", "mean@")
 # These are on the card in other words.
 ELSEWHERE = ("model.policy.name", "model.policy.hub_id")
 
@@ -102,19 +103,25 @@ def curve(file: Path) -> list[dict[str, float]]:
 
 
 def held_out_figures(run: Path) -> list[HeldOutFigure]:
-    """Rewards and accuracies of the recorded evaluations; lines that cannot be read are left out."""
-    file = run / HELD_OUT_FILE
-    found: list[HeldOutFigure] = []
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        try:
-            line = json.loads(text)
-            for name, figure in line["figures"].items():
-                if name.startswith(("reward/", "rollout/accuracy", "pass@", "maj@", "mean@")):
-                    numbers = (figure["value"], figure.get("low"), figure.get("high"), line.get("num_items"))
-                    found.append(HeldOutFigure(int(line["step"]), str(line["split"]), str(name), *numbers))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
+    """Rewards and accuracies of the recorded evaluations."""
+    return [
+        HeldOutFigure(
+            evaluation.step,
+            evaluation.split,
+            name,
+            figure.value,
+            _finite(figure.low),
+            _finite(figure.high),
+            evaluation.num_items,
+        )
+        for evaluation in read_held_out(run)
+        for name, figure in evaluation.figures.items()
+        if name.startswith(SHOWN_FIGURES) and math.isfinite(figure.value)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _at(config: dict[str, Any], name: str) -> Any:

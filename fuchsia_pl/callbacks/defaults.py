@@ -8,6 +8,7 @@ from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.baseline_validation import BaselineValidation
 from fuchsia_pl.callbacks.console import ConsoleReport
+from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
@@ -36,6 +37,7 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "adapter_sync": AdapterSync,
     "baseline_validation": BaselineValidation,
     "rollout_log": RolloutLog,
+    "evaluation_log": EvaluationLog,
     "lost_rank": LostRank,
     "hyperparameter_log": HyperparameterLog,
     "outcome": Outcome,

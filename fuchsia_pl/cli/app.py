@@ -19,11 +19,19 @@ from rich.console import Console
 from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.defaults import DEFAULT_CALLBACKS, default_callbacks
+from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.callbacks.run_metrics import Row, RunMetrics
 from fuchsia_pl.callbacks.stop_signals import await_ranks
 from fuchsia_pl.cli.chatter import chatter_to
-from fuchsia_pl.cli.checkpoints import check_checkpoint, check_resume, earlier_metrics, find_checkpoint, read_given
+from fuchsia_pl.cli.checkpoints import (
+    check_checkpoint,
+    check_resume,
+    earlier_evaluations,
+    earlier_metrics,
+    find_checkpoint,
+    read_given,
+)
 from fuchsia_pl.cli.class_change import fresh_arguments
 from fuchsia_pl.cli.failures import refused_by
 from fuchsia_pl.cli.launch import agreed_checkpoint, is_first_rank
@@ -39,6 +47,7 @@ from fuchsia_pl.cli.run_folder import (
 )
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.envs.user_code import FAILED, is_success
+from fuchsia_pl.evaluation.held_out import HeldOut
 from fuchsia_pl.files import writing
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.adapter import check_adapter
@@ -74,6 +83,7 @@ class FuchsiaCLI(LightningCLI):
         self.arguments: list[str] = []
         self.run_folder = Path()
         self._earlier: list[Row] = []  # metrics of the run that this one resumes
+        self._earlier_evaluations: list[HeldOut] = []
         super().__init__(
             GRPOModule,
             RolloutDataModule,
@@ -129,6 +139,7 @@ class FuchsiaCLI(LightningCLI):
             self.run_folder = new_run_folder(root, run_name(self.arguments))
             if checkpoint is not None and self.subcommand == "fit" and is_first_rank():
                 self._earlier = earlier_metrics(Path(self.config.fit.ckpt_path), checkpoint)
+                self._earlier_evaluations = earlier_evaluations(Path(self.config.fit.ckpt_path), checkpoint)
             chatter_to(self.run_folder)
             with refused_by("the trainer does not take its settings"):
                 super().instantiate_classes()
@@ -245,7 +256,11 @@ class FuchsiaCLI(LightningCLI):
         for section, kind in DEFAULT_CALLBACKS.items():
             if kind not in without and not self._is_replaced(section, given):
                 given.append(self._get(self.config_init, section))
-        return default_callbacks(*given, without=without)
+        callbacks = default_callbacks(*given, without=without)
+        for callback in callbacks:
+            if isinstance(callback, EvaluationLog):
+                callback.earlier = self._earlier_evaluations
+        return callbacks
 
     def _is_replaced(self, section: str, given: list[Callback]) -> bool:
         """Whether a callback of `trainer.callbacks` replaces that of a section.

@@ -8,9 +8,11 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
+from fuchsia_pl.callbacks.evaluation_log import evaluation_files
 from fuchsia_pl.callbacks.rollout_log import log_files
 from fuchsia_pl.callbacks.run_metrics import METRICS_FILE, Row, rows_before
 from fuchsia_pl.cli.run_folder import SAVED_CONFIG
+from fuchsia_pl.evaluation.held_out import HeldOut, read_held_out
 from fuchsia_pl.files import mend_lines
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.checkpoint_files import check_trained, read_checkpoint
@@ -171,11 +173,9 @@ def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
         path: Path of the checkpoint.
         checkpoint: What `read_checkpoint` returned.
     """
-    folder = path.absolute().parent
-    if folder.name == CHECKPOINT_FOLDER:
-        folder = folder.parent
+    folder = _run_folder(path)
     if (folder / SAVED_CONFIG).is_file():
-        mend_lines(log_files(folder))
+        mend_lines([*log_files(folder), *evaluation_files(folder)])
     rows = rows_before(folder, checkpoint)
     if not rows or (checkpoint["global_step"] > len(rows) and not (folder / METRICS_FILE).is_file()):
         logger.warning(
@@ -184,6 +184,17 @@ def earlier_metrics(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
             checkpoint["global_step"] - len(rows),
         )
     return rows
+
+
+def earlier_evaluations(path: Path, checkpoint: Mapping[str, Any]) -> list[HeldOut]:
+    """The evaluations up to a checkpoint's step, from the folder of the run that saved it. Arguments as `earlier_metrics`."""
+    return [one for one in read_held_out(_run_folder(path)) if one.step <= checkpoint["global_step"]]
+
+
+def _run_folder(path: Path) -> Path:
+    """The folder of the run that saved a checkpoint."""
+    folder = path.absolute().parent
+    return folder.parent if folder.name == CHECKPOINT_FOLDER else folder
 
 
 def check_checkpoint(

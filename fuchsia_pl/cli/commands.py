@@ -20,6 +20,7 @@ RUN_COMMANDS = {
     "predict": "write completions of the held-out items, without metrics",
 }
 OTHER_COMMANDS = {
+    "eval": "figures with intervals: --run quickstart/0 --against base",
     "check-env": "test an environment with known and hostile texts, without a model",
     "export": "trained weights as an adapter, whole model, GGUF or for Ollama",
     "serve": "a vLLM server: of a finished run, or for one that trains",
@@ -60,7 +61,7 @@ def unknown_command(name: str) -> str:
     """The error message for a command that does not exist.
 
     >>> unknown_command("trian")
-    "unknown command 'trian': the commands are fit, validate, test, predict, check-env, export, serve, replay, completion"
+    "unknown command 'trian': the commands are fit, validate, test, predict, eval, check-env, export, serve, replay, completion"
     >>> unknown_command("fti")
     "unknown command 'fti'. Did you mean 'fit'?"
     """
@@ -176,7 +177,36 @@ def export_options() -> argparse.ArgumentParser:
     return parser
 
 
+def eval_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia eval`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia eval",
+        description="Measures a policy on the held-out items: rewards, accuracy, pass@k and maj@k, each with its 95 % interval "
+        "over items. Without --run, --ckpt_path and --adapter it is the model of the config. With --against both policies answer "
+        "the same items with the same seeds, and every figure is compared item by item.",
+        epilog=LIKE_FIT,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", help="a run: its config and its newest weights; a path, NAME/N or NAME under runs/")
+    parser.add_argument("--ckpt_path", help="a checkpoint of the config: a path, last or best")
+    parser.add_argument("--adapter", help="folder of a PEFT adapter")
+    parser.add_argument("--against", help="the policy to compare with: base, a run, or the folder of an adapter")
+    parser.add_argument("--samples", type=int, help="samples per item (default: data.sampling.validation_samples)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: data.sampling.validation_temperature)")
+    parser.add_argument("--max_completion_tokens", type=int, help="most tokens of a sample (default: as in training)")
+    parser.add_argument("--num_items", type=int, help="first items only (default: all held-out items)")
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="CONFIG",
+        help="evaluate on the environment of this config too; repeatable",
+    )
+    return parser
+
+
 OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "eval": eval_options,
     "check-env": check_env_options,
     "export": export_options,
     "serve": serve_options,

@@ -11,6 +11,7 @@ from pathlib import Path
 from fuchsia_pl.engines.base import Engine, EngineSpec, SamplingParams
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.user_code import user_code
+from fuchsia_pl.evaluation.measures import graded
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.metrics import reward_fractions
@@ -194,6 +195,7 @@ async def play(
     try:
         (rollouts,) = await asyncio.wait_for(collector.collect(draw), COLLECT_TIMEOUT_S)
         reward_fractions(rollouts, collector.environment, world_size=1)
+        graded(rollouts, collector.environment)
     except Exception as error:  # an environment may raise anything; here that is a finding
         return Played(name, place, (), time.perf_counter() - start, error)
     return Played(name, place, tuple(rollouts), time.perf_counter() - start, None)

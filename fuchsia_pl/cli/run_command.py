@@ -10,6 +10,7 @@ from fuchsia_pl.cli.chatter import show_warnings
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.commands import DEBUG_OPTION, is_help
 from fuchsia_pl.cli.ending import leave_stopped
+from fuchsia_pl.cli.evaluate import evaluate
 from fuchsia_pl.cli.export import export
 from fuchsia_pl.cli.launch import to_first_rank
 from fuchsia_pl.cli.replay import replay
@@ -25,6 +26,7 @@ from fuchsia_pl.stopping import stopping
 HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "check-env": check_env,
     "export": export,
+    "eval": evaluate,
     "replay": replay,
     "serve": serve,
 }

@@ -16,11 +16,12 @@ from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
-# Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, and
-# a check of an item's gold answer.
+# Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, a
+# check of an item's gold answer, and a function that reads the answer of a rollout.
 COUNTERS = "counters"
 CLOSE = "close"
 CHECK_GOLD = "check_gold"
+ANSWER = "answer"
 PREPARE_TIMEOUT_S = 1800.0
 
 
@@ -176,6 +177,16 @@ class Environment(ABC):
         """Whether a scored rollout counts as correct in `accuracy`; by default, a first reward of 1.0 or more."""
         reward = rollout.rewards[reward_name(self.reward_functions[0])]
         return reward is not None and reward >= 1.0
+
+    def answer(self, rollout: Rollout) -> str | None:
+        """The answer of a rollout, for the vote of maj@k; None if it gives none. Equal answers must be equal texts.
+
+        By default it is what the first reward function that has an `answer(rollout)` reads, as those of `envs.rewards` have.
+        Without one, it is the last `<answer>…</answer>` or the last complete box of the last turn, without its thinking.
+        """
+        from fuchsia_pl.envs.answers import stated_answer  # its rewards import this file
+
+        return stated_answer(rollout, self.reward_functions)
 
     def _items(self, split: str) -> Sequence[Item]:
         if split not in self._loaded:

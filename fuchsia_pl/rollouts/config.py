@@ -1,6 +1,6 @@
 """Settings of sampling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuchsia_pl.objectives.config import LossConfig
@@ -20,6 +20,8 @@ class SamplingConfig:
         long_prompts: Training items whose prompts leave no room for `max_completion_tokens`: "refuse" stops the run at its
             start, "drop" leaves them out and counts them.
         validation_temperature: Temperature on the held-out split; 0 is greedy.
+        validation_samples: Rollouts per held-out item, for pass@k and maj@k. More than 1 need a `validation_temperature` above 0.
+        validation_max_completion_tokens: `max_completion_tokens` of the held-out split; None: the same.
         max_staleness: Optimizer steps by which sampling may run ahead of training, and by which the weights that sampled may be
             older than the trained weights. With 0, sampling and training alternate.
         engine_restarts: How often an engine whose processes end is started again with the newest weights. The phase is then
@@ -36,6 +38,8 @@ class SamplingConfig:
     max_length: int = 1024
     long_prompts: Literal["refuse", "drop"] = "refuse"
     validation_temperature: float = 0.0
+    validation_samples: int = 1
+    validation_max_completion_tokens: int | None = None
     max_staleness: int = 0
     in_flight: Literal["finish", "continue"] = "finish"
     engine_restarts: int = 1
@@ -67,6 +71,28 @@ class SamplingConfig:
                 f"data.sampling.max_completion_tokens must be above 0 and below max_length={self.max_length}, "
                 f"got {self.max_completion_tokens}: prompt and completion share max_length"
             )
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        number, limit = self.validation_samples, self.validation_max_completion_tokens
+        if number < 1:
+            raise ConfigError(f"data.sampling.validation_samples must be 1 or more, got {number}")
+        if number > 1 and self.validation_temperature == 0.0:
+            raise ConfigError(
+                f"data.sampling.validation_samples is {number} and validation_temperature is 0: greedy samples are all alike. "
+                "Set validation_temperature above 0, such as 1.0, or leave validation_samples out"
+            )
+        if limit is not None and not 0 < limit < self.max_length:
+            raise ConfigError(
+                "data.sampling.validation_max_completion_tokens must be above 0 and below "
+                f"max_length={self.max_length}, got {limit}: prompt and completion share max_length"
+            )
+
+    @property
+    def held_out(self) -> "SamplingConfig":
+        """The settings of the held-out split, with its own limit of tokens."""
+        limit = self.validation_max_completion_tokens
+        return self if limit is None else replace(self, max_completion_tokens=limit)
 
 
 def check_sizes(loss: LossConfig, sampling: SamplingConfig, batch_size: int, steps_per_epoch: int) -> None:

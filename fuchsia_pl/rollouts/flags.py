@@ -27,6 +27,8 @@ class Limits:
         held_out: Number (int) or share (float) of the held-out items that are used; 0 uses none.
         flag: The setting that limits held-out items.
         given: Its value.
+        validation_steps: Optimizer steps between two validations; None validates at the end of an epoch.
+        given_interval: Value of `trainer.val_check_interval`.
 
     >>> limits = Limits(steps_per_epoch=3, num_repeated_phases=2, held_out=0.5, flag="limit_val_batches", given=0.5)
     >>> [limits.drawn_phase(phase) for phase in range(5)], limits.first_held_out([7, 8, 9], num_ranks=1)
@@ -38,6 +40,8 @@ class Limits:
     held_out: int | float
     flag: str
     given: int | float
+    validation_steps: int | None = None
+    given_interval: int | float = 1.0
 
     def drawn_phase(self, phase: int) -> int:
         """Number of the phase that determines the drawn items."""
@@ -86,19 +90,35 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates:
         steps_per_epoch = num_phases * num_updates
         trainer.fit_loop.epoch_loop.max_steps = steps_per_epoch
         trainer.limit_train_batches = 1.0
+    validation_steps = None
     if stage == "fit" and held_out:
-        _check_validation_interval(trainer)
+        validation_steps = _validation_steps(trainer, steps_per_epoch, num_updates)
     if stage != "fit" and not held_out:
         raise ConfigError(
             f"trainer.{flag}=0 leaves nothing to do for `{TrainerFn(stage).value}`: leave it out, or raise it"
         )
     setattr(trainer, flag, 1.0 if held_out else 0)
-    return Limits(steps_per_epoch, num_repeated, held_out, flag, given)
+    return Limits(
+        steps_per_epoch,
+        num_repeated,
+        held_out,
+        flag,
+        given,
+        validation_steps,
+        given_interval=trainer.val_check_interval,
+    )
 
 
 def return_limits(trainer: Trainer, limits: Limits) -> None:
     """Restores the limits that `take_limits` removed, for the next run of the same trainer."""
     setattr(trainer, limits.flag, limits.given)
+    trainer.val_check_interval = limits.given_interval
+
+
+def count_micro_batches(trainer: Trainer, limits: Limits) -> None:
+    """Sets the interval of validations in micro-batches, as Lightning counts them, before it reads the interval."""
+    if limits.validation_steps is not None:
+        trainer.val_check_interval = limits.validation_steps * trainer.accumulate_grad_batches
 
 
 def check_settings(trainer: Trainer) -> None:
@@ -141,11 +161,32 @@ def _overfitted_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) 
     return steps
 
 
-def _check_validation_interval(trainer: Trainer) -> None:
+def _validation_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> int | None:
+    """Optimizer steps between two validations by `trainer.val_check_interval`; None for the end of each epoch.
+
+    Raises:
+        ConfigError: It is a time, it is longer than an epoch, or a validation would be within a phase or a step.
+    """
     time_s = trainer._val_check_time_interval  # type: ignore[attr-defined]
-    interval = f"{time_s:g} s" if time_s is not None else trainer.val_check_interval
-    if isinstance(interval, int | str) or interval != 1.0:
+    interval = trainer.val_check_interval
+    if time_s is not None:
         raise ConfigError(
-            f"trainer.val_check_interval={interval} would validate within an optimizer step: leave it out, and set "
-            "data.steps_per_epoch to the optimizer steps between two validations"
+            f"trainer.val_check_interval={time_s:g} s would validate within an optimizer step: give a number of optimizer "
+            "steps, or a share of an epoch (data.steps_per_epoch)"
         )
+    if not isinstance(interval, int) and interval == 1.0:
+        return None
+    steps = interval if isinstance(interval, int) else interval * steps_per_epoch
+    if abs(steps - round(steps)) > 1e-6 or round(steps) < 1 or round(steps) % num_updates:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} is {steps:g} optimizer steps (a whole number counts steps, a number up to "
+            f"1.0 is a share of data.steps_per_epoch={steps_per_epoch}), and must be a multiple of "
+            f"model.loss.num_policy_updates={num_updates}"
+        )
+    if trainer.check_val_every_n_epoch is not None and steps > steps_per_epoch:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} is more optimizer steps than an epoch has, "
+            f"data.steps_per_epoch={steps_per_epoch}: lower it, or set trainer.check_val_every_n_epoch to null to "
+            "count over epochs"
+        )
+    return round(steps)

@@ -49,14 +49,29 @@ def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, worl
     Raises:
         ValueError: A rollout has a counter that the environment does not declare. Ranks need the same names.
     """
-    number, kind = float(len(rollouts)), type(environment).__name__
-    with user_code(f"{kind}.is_correct"):
-        num_correct = sum(environment.is_correct(rollout) for rollout in rollouts)
+    rates = rate_fractions(rollouts, are_correct(rollouts, environment))
+    return {**rates, **count_fractions(rollouts, environment, world_size)}
+
+
+def are_correct(rollouts: Sequence[Rollout], environment: Environment) -> list[bool]:
+    """Whether the environment takes each rollout for correct."""
+    with user_code(f"{type(environment).__name__}.is_correct"):
+        return [bool(environment.is_correct(rollout)) for rollout in rollouts]
+
+
+def rate_fractions(rollouts: Sequence[Rollout], correct: Sequence[bool]) -> Fractions:
+    """Metrics that are means over rollouts: rewards, accuracy, lengths, ends of rollouts.
+
+    Args:
+        rollouts: At least one.
+        correct: Whether each is correct.
+    """
+    number = float(len(rollouts))
     totals = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     num_environment = sum(len(r.token_ids) - r.num_prompt_tokens - r.num_sampled_tokens for r in rollouts)
     found: Fractions = {
         "reward/mean": (sum(totals), len(totals)),
-        "rollout/accuracy": (num_correct, number),
+        "rollout/accuracy": (sum(correct), number),
         "rollout/completion_tokens": (sum(rollout.num_sampled_tokens for rollout in rollouts), number),
         "rollout/environment_tokens": (num_environment, number),
         "rollout/turns": (sum(len(rollout.turns) for rollout in rollouts), number),
@@ -66,10 +81,10 @@ def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, worl
     for name in rollouts[0].rewards:
         values = [value for rollout in rollouts if (value := rollout.rewards[name]) is not None]
         found[f"reward/{name}"] = (sum(values), len(values))
-    return {**found, **_counts(rollouts, environment, world_size)}
+    return found
 
 
-def _counts(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
+def count_fractions(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
     """Counters, summed over ranks, and the share of the rollouts that called a tool."""
     with user_code(f"{type(environment).__name__}.counter_names"):
         names = [REWARD_ERRORS, *environment.counter_names()]

@@ -50,7 +50,17 @@ UPWARD = {
 ONLY_FROM = {
     "batch": {"types"},
     "module": {"policy", "objectives", "types", "batch"},
-    "datamodule": {"rollouts", "envs", "engines.base", "objectives", "types", "batch", "loop", "stopping"},
+    "datamodule": {
+        "evaluation",
+        "rollouts",
+        "envs",
+        "engines.base",
+        "objectives",
+        "types",
+        "batch",
+        "loop",
+        "stopping",
+    },
     "objectives": {"types", "batch"},
     "engines.base": {"types"},
     "envs": {"types", "scratch"},

@@ -258,6 +258,25 @@ def test_a_validation_that_a_kill_cut_off_is_repeated(
     assert (tmp_path / "resumed/checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.parametrize(("is_logged", "expected"), [(False, [1, 2, 3, 4]), (True, [2, 3, 4])])
+def test_a_validation_within_an_epoch_that_a_kill_cut_off_is_repeated(tiny_model, tmp_path, is_logged, expected):
+    settings = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 1.0, "enable_checkpointing": True}
+    settings |= {"val_check_interval": 1, "accumulate_grad_batches": 2}
+
+    def run(folder, *callbacks, ckpt_path=None, **more):
+        counts, module = CountsValidations(), make_module(tiny_model)
+        parts = (RunCheckpoint(every_n_steps=1), OwedValidation(), counts, *callbacks)
+        trainer = make_trainer(folder, *parts, **settings, **more)
+        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4), ckpt_path=ckpt_path)
+        return [steps for steps, _, _ in counts.found]
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", StopsAtStep(1))
+    earlier = [{"step": "0", "validation/reward/mean": "1.0" if is_logged else ""}]
+    last = tmp_path / "killed/checkpoints/last.ckpt"
+    assert run(tmp_path / "resumed", ckpt_path=last, logger=RunMetrics(tmp_path / "x/resumed/0", earlier)) == expected
+
+
 def test_a_checkpoint_from_the_end_of_a_run_owes_no_validation(tiny_model, tmp_path):
     """A checkpoint from the end of a run was saved after its last validation."""
 

@@ -6,8 +6,10 @@ from decimal import Decimal
 from numbers import Rational, Real
 from typing import Any, get_args
 
+from fuchsia_pl.envs.base import ANSWER
 from fuchsia_pl.envs.golds import checks_gold
 from fuchsia_pl.envs.rewards.numbers import Amount, Scorer, read_number, same_number
+from fuchsia_pl.envs.rewards.wrappers import unwrapped
 from fuchsia_pl.types import ConfigError, Item, Rollout
 
 Reward = Callable[..., list[float]]
@@ -56,7 +58,7 @@ def exact_match(field: str = "answer", extract: Extract = str.strip, name: str =
         answers = [(extract(last_turn(rollout)), gold_text(rollout.item, field)) for rollout in rollouts]
         return [float(answer is not None and answer.strip() == gold) for answer, gold in answers]
 
-    return named(reward, name)
+    return named(reward, name, lambda rollout: (extract(last_turn(rollout)) or "").strip() or None)
 
 
 def number_match(
@@ -88,7 +90,7 @@ def number_match(
         answers = [(extract(last_turn(rollout)), gold_number(rollout.item, field, read_gold)) for rollout in rollouts]
         return [float(answer is not None and same_number(answer, gold, scorer)) for answer, gold in answers]
 
-    return named(reward, name)
+    return named(reward, name, lambda rollout: plain_answer(extract(last_turn(rollout)) or ""))
 
 
 def gold_text(item: Item, field: str) -> str:
@@ -141,7 +143,19 @@ def gold_problem(read: Callable[[], object]) -> str | None:
     return None
 
 
-def named(reward: Reward, name: str) -> Reward:
-    """Sets the name of a reward function in logs and returns the function."""
+def plain_answer(text: str) -> str | None:
+    r"""An answer for a vote: a number by its value, any other text without the marks around it; None for an empty text.
+
+    >>> plain_answer("1,072"), plain_answer(r"$\boxed{1/2}$"), plain_answer(" **x + 1** "), plain_answer(" ")
+    ('1072', '1/2', 'x + 1', None)
+    """
+    amount = read_number(text)
+    return (str(amount.value) if amount is not None else unwrapped(text).strip()) or None
+
+
+def named(reward: Reward, name: str, read: Callable[[Rollout], str | None] | None = None) -> Reward:
+    """Sets the name of a reward function in logs, and what reads the answer of a rollout; returns the function."""
     reward.__name__ = name
+    if read is not None:
+        setattr(reward, ANSWER, read)
     return reward

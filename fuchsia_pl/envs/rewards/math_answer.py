@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from fuchsia_pl.envs.rewards.matches import Extract, gold_problem, gold_text, last_turn
+from fuchsia_pl.envs.rewards.matches import Extract, gold_problem, gold_text, last_turn, plain_answer
 from fuchsia_pl.envs.rewards.numbers import Amount, read_number, same_number
 from fuchsia_pl.envs.rewards.wrappers import has_box, last_boxed, last_sentences
 from fuchsia_pl.types import ConfigError, Item, Rollout
@@ -105,11 +105,21 @@ class MathAnswer:
         self._accepted.add(gold)
         return None
 
-    def _score(self, rollout: Rollout) -> float:
+    def answer(self, rollout: Rollout) -> str | None:
+        """The answer for a vote: the content of the last box, or else the extracted part; None without both."""
+        part, boxed = self._part(rollout)
+        answer = last_boxed(part) if boxed else part if self.extract is not None else ""
+        return plain_answer(answer or "")
+
+    def _part(self, rollout: Rollout) -> tuple[str, bool]:
+        """The part of the last turn with the answer, and whether it has a box."""
         turn = last_turn(rollout)
-        part = turn if self.extract is None else self.extract(turn)
-        boxed = part is not None and has_box(part)
-        answer = None if part is None else last_boxed(part) if boxed else last_sentences(part, self.max_chars)
+        part = turn if self.extract is None else self.extract(turn) or ""
+        return part, has_box(part)
+
+    def _score(self, rollout: Rollout) -> float:
+        part, boxed = self._part(rollout)
+        answer = last_boxed(part) if boxed else last_sentences(part, self.max_chars)
         if not answer:  # no answer, or an incomplete box
             return 0.0
         if len(answer) > self.max_chars:

@@ -102,6 +102,12 @@ def test_facts_of_a_run_folder(tmp_path):
     save_held_out(folder)
     with (folder / "held_out.jsonl").open("a") as stream:
         stream.write('{"step": 3, "figures": \n[]\n{"step": "x", "split": "s", "figures": {"reward/mean": 3}}\n')
+        ends = {
+            "reward/mean": {"value": 0.5, "low": None, "high": None},
+            "reward/none": {"value": None, "low": None, "high": None},
+        }
+        line = {"step": 4, "split": "test", "num_items": 1, "num_samples": 1, "environment": "E", "figures": ends}
+        stream.write(json.dumps(line) + "\n")
     (folder / "metrics.csv").write_text(
         "step,reward/mean,train/kl,validation/reward/mean\n0,0.1,,\n0,,,0.2\n1,0.3,0.01,\n"
     )
@@ -117,6 +123,7 @@ def test_facts_of_a_run_folder(tmp_path):
     assert held_out_figures(folder) == [
         HeldOutFigure(0, "validation", "rollout/accuracy", 0.25, 0.15, 0.35, 64),
         HeldOutFigure(2, "validation", "rollout/accuracy", 0.75, 0.65, 0.85, 64),
+        HeldOutFigure(4, "test", "reward/mean", 0.5, None, None, 1),  # one item has no interval
     ]
 
 

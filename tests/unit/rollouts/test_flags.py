@@ -107,17 +107,63 @@ def test_validation_within_training_takes_the_limited_items_every_n_epochs(tiny_
     assert [len(items) for items in held_out.items] == [2, 3, 3]
 
 
+class HeldOutSteps(HeldOut):
+    """Optimizer steps after which the held-out items were sampled."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *args):
+        self.steps.append((trainer.global_step, batch.held_out.step))
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_updates", "expected"),
+    [
+        ({"val_check_interval": 1}, 1, [1, 2, 3, 4, 5, 6]),
+        ({"val_check_interval": 2}, 1, [2, 5]),  # epochs of three steps: the 2nd of each
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None}, 1, [2, 4, 6]),
+        ({"val_check_interval": 4, "check_val_every_n_epoch": None}, 2, [4]),
+        ({"val_check_interval": 2 / 3}, 1, [2, 5]),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": 2}, 1, [5]),
+        ({"check_val_every_n_epoch": 2}, 1, [6]),
+    ],
+)
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_validation_within_epochs_counts_optimizer_steps(
+    tiny_model, tmp_path, flags, num_updates, expected, num_micro_batches
+):
+    held_out = HeldOutSteps()
+    settings = {"limit_val_batches": 2, "max_epochs": 6 // 3, "accumulate_grad_batches": num_micro_batches, **flags}
+    loss = None if num_updates == 1 else LossConfig("ppo", num_policy_updates=num_updates)
+    if num_updates == 2:
+        settings |= {"max_epochs": 1, "max_steps": 6}
+    trainer = make_trainer(tmp_path, held_out, **settings)
+    module = make_module(tiny_model, loss)
+    trainer.fit(module, datamodule=make_data(module, steps_per_epoch=3 * num_updates))
+    assert held_out.steps == [(step, step) for step in expected]  # with the weights of that step
+    assert trainer.val_check_interval == flags.get("val_check_interval", 1.0)  # for the next run of this trainer
+
+
+def test_a_validation_within_a_phase_is_refused(tiny_model, tmp_path):
+    module = make_module(tiny_model, LossConfig("ppo", num_policy_updates=2))
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0, val_check_interval=1)
+    with pytest.raises(ConfigError, match=r"val_check_interval=1 is 1 optimizer steps .*num_policy_updates=2"):
+        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ({"limit_val_batches": 0.2}, r"limit_val_batches=0.2 takes 0 of 4 held-out items for 1 rank"),
         (
-            {"limit_val_batches": 1.0, "val_check_interval": 1},
-            "val_check_interval=1 would validate within .*steps_per_epoch",
+            {"limit_val_batches": 1.0, "val_check_interval": 4},
+            "val_check_interval=4 is more optimizer steps than an epoch has, data.steps_per_epoch=3: .*check_val_every_n_",
         ),
         (
             {"limit_val_batches": 1.0, "val_check_interval": 0.5},
-            "val_check_interval=0.5 would validate within an optimi",
+            "val_check_interval=0.5 is 1.5 optimizer steps .* multiple of .*num_policy_updates=1",
         ),
         (
             {"limit_val_batches": 1.0, "val_check_interval": timedelta(seconds=90)},

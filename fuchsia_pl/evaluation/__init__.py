@@ -1,0 +1,1 @@
+"""Figures of a policy on held-out items, with intervals and comparisons."""

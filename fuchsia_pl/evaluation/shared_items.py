@@ -1,0 +1,38 @@
+"""Held-out items that are also training items."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+from fuchsia_pl.envs.conversation import conversation
+from fuchsia_pl.types import Item, Message
+
+
+def shared_items(
+    messages: Callable[[Item], list[Message]], training: Sequence[Item], held_out: Sequence[Item], positions: list[int]
+) -> frozenset[int]:
+    """Positions of the held-out items whose prompt is also the prompt of a training item.
+
+    Args:
+        messages: `Environment.messages`.
+        training: The training items.
+        held_out: The held-out items.
+        positions: The held-out items that are used.
+
+    Raises:
+        ConfigError: An item has no prompt.
+
+    >>> def prompt(item): return [{"role": "user", "content": item["question"]}]
+    >>> training, held_out = [{"question": "a"}, {"question": "b"}], [{"question": "b", "n": 1}, {"question": "c"}]
+    >>> sorted(shared_items(prompt, training, held_out, positions=[0, 1]))
+    [0]
+    """
+    own = {position: _digest(messages, held_out[position]) for position in positions}
+    wanted = set(own.values())
+    found = {digest for index in range(len(training)) if (digest := _digest(messages, training[index])) in wanted}
+    return frozenset(position for position, digest in own.items() if digest in found)
+
+
+def _digest(messages: Callable[[Item], list[Message]], item: Item) -> bytes:
+    text = json.dumps(conversation(messages, item), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
