@@ -33,7 +33,8 @@ SLOW_FILES = {
     *(f"rollouts/test_{name}.py" for name in ("ahead", "chat", "collector", "continued_turns", "flags", "multi_turn")),
     *("rollouts/test_spelling.py", "rollouts/test_template.py"),
     *("callbacks/test_outcome.py", "cli/test_class_change.py", "envs/test_reading.py", "policy/test_schedules.py"),
-    *("test_library.py", "test_prompts.py"),
+    *("test_library.py", "test_prompts.py", "callbacks/test_card_facts.py"),
+    *("cli/test_export.py", "cli/test_serve_run.py", "cli/test_upload.py"),
 }
 UNIT = Path(__file__).with_name("unit")
 

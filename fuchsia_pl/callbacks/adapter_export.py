@@ -10,15 +10,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.callbacks.access import callbacks_of, is_trial, module_of, policy_of
+from fuchsia_pl.callbacks.card_facts import CARD_FILE, card_facts
 from fuchsia_pl.callbacks.weight_average import WeightAverage
 from fuchsia_pl.files import writing
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.report.model_card import model_card
 
 ADAPTER_FOLDER = "adapter"
 
 
 class AdapterExport(Callback):
-    """Writes `adapter/` (with LoRA off: a whole model) whenever a checkpoint is saved, and at the end of training.
+    """Writes `adapter/` (with LoRA off: a whole model) with a model card whenever a checkpoint is saved, and at the end.
 
     A run that resumes from a checkpoint of its last step trains nothing, and writes the weights of that checkpoint.
 
@@ -70,6 +72,11 @@ class AdapterExport(Callback):
         try:
             with writing(target):
                 policy.save_trained(partial)
+                # In place of PEFT's card, which names the base by its local folder.
+                card = model_card(
+                    card_facts(target.parent, policy.config), "peft" if policy.config.lora.enabled else "merged"
+                )
+                (partial / CARD_FILE).write_text(card, encoding="utf-8")
                 target.mkdir(parents=True, exist_ok=True)
                 for file in sorted(partial.iterdir()):
                     os.replace(file, target / file.name)

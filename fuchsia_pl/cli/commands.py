@@ -11,6 +11,7 @@ from pathlib import Path
 DEBUG_OPTION = "--debug"
 HELP_OPTIONS = ("-h", "--help")
 HELP_ALL_OPTION = "--help-all"
+DTYPES = ("bfloat16", "float16", "float32")
 # The commands that take the settings of a run, by LightningCLI.
 RUN_COMMANDS = {
     "fit": "train a policy: fuchsia fit --config quickstart.yaml",
@@ -22,7 +23,8 @@ OTHER_COMMANDS = {
     "chat": "talk to a trained adapter or a model in the terminal",
     "eval": "figures with intervals: --run quickstart/0 --against base",
     "check-env": "test an environment with known and hostile texts, without a model",
-    "serve": "start the vLLM server of a run, here or on another machine",
+    "export": "trained weights as an adapter, whole model, GGUF or for Ollama",
+    "serve": "a vLLM server: of a finished run, or for one that trains",
     "replay": "compute a recorded optimizer step again",
     "runs": "list the runs; `runs diff A B` compares two",
     "doctor": "check this machine, a config on it, and a first step",
@@ -90,17 +92,41 @@ def serve_options() -> argparse.ArgumentParser:
     """The options of `fuchsia serve`."""
     parser = argparse.ArgumentParser(
         prog="fuchsia serve",
-        description="Starts the stock vLLM OpenAI server with the configs of a run. Model, type, longest completion, rank of "
-        "the adapter and seed are those of the run. Memory and parallelism are those of the config's VLLMColocatedEngine, or "
-        "its defaults if the config has another engine.",
-        epilog=LIKE_FIT,
+        description="With a run (or the folder of an adapter): serves its trained weights beside their base on the stock vLLM "
+        "OpenAI server, as NAME-N and as the base's name. Without: starts the server that a training samples on "
+        "(`fuchsia serve --config …`; model, type, longest completion, rank of the adapter and seed are those of the config, "
+        "memory and parallelism those of its VLLMColocatedEngine, and the options of this page up to --allow_open apply).",
+        epilog=f"With --config, all other options are those of `fuchsia fit`. {DEBUG_OPTION} prints the traceback of an error.",
         allow_abbrev=False,
     )
+    parser.add_argument("run", help="a run (runs/NAME/0, NAME/0, or NAME for its newest), or the folder of an adapter")
+    _add_listener(parser)
+    parser.add_argument(
+        "--max_model_len",
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="longest prompt plus completion in tokens (default: the model's limit, or as much as the cache holds)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the base's weights (default: that of the run)")
+    parser.add_argument("--kv_cache_gb", type=float, default=1.0, help="memory for keys and values in GiB (default: 1)")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where its name in the run does not lead to it")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    return parser
+
+
+def serve_config_options() -> argparse.ArgumentParser:
+    """The own options of `fuchsia serve --config`."""
+    parser = argparse.ArgumentParser(prog="fuchsia serve", epilog=LIKE_FIT, allow_abbrev=False)
+    _add_listener(parser)
+    return parser
+
+
+def _add_listener(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument("--api_key", help="key that requests must contain (default: environment variable VLLM_API_KEY)")
     parser.add_argument("--allow_open", action="store_true", help="accept requests of other machines without a key too")
-    return parser
 
 
 def replay_options() -> argparse.ArgumentParser:
@@ -142,6 +168,32 @@ def chat_options() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     parser.add_argument("--max_tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first answer (default: 0)")
+    return parser
+
+
+def export_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia export`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia export",
+        description="Writes the trained weights of a run in the format of another tool, with a model card. peft: the adapter. "
+        "merged: a model folder of transformers and vLLM. gguf: one file for llama.cpp. ollama: that file with a Modelfile.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="a run (runs/NAME/0, NAME/0, or NAME for its newest), or the folder of an adapter")
+    formats = ["peft", "merged", "gguf", "ollama"]
+    parser.add_argument("--to", choices=formats, default="peft", help="the format (default: peft)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="new folder for the files (default: RUN/export/FORMAT)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an older export in that folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="merged: type of the weights (default: that of the run)")
+    kinds = ["f32", "f16", "bf16", "q8_0"]
+    parser.add_argument("--quantize", choices=kinds, help="gguf, ollama: type of the weights (default: f16)")
+    parser.add_argument("--temperature", type=float, help="ollama: sampling temperature (default: Ollama's)")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where its name in the run does not lead to it")
+    parser.add_argument("--push-to-hub", metavar="ID", help="upload the files to this repository on the hub too")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     return parser
 
 
@@ -265,6 +317,7 @@ OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "chat": chat_options,
     "eval": eval_options,
     "check-env": check_env_options,
+    "export": export_options,
     "serve": serve_options,
     "replay": replay_options,
     "runs": runs_options,

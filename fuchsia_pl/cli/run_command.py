@@ -13,6 +13,7 @@ from fuchsia_pl.cli.commands import DEBUG_OPTION, RUN_COMMANDS, is_help
 from fuchsia_pl.cli.doctor import doctor
 from fuchsia_pl.cli.ending import leave_stopped, resume_lines
 from fuchsia_pl.cli.evaluate import evaluate
+from fuchsia_pl.cli.export import export
 from fuchsia_pl.cli.launch import is_first_rank, to_first_rank
 from fuchsia_pl.cli.predict import predict
 from fuchsia_pl.cli.replay import replay
@@ -29,6 +30,7 @@ HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat,
     "check-env": check_env,
     "doctor": doctor,
+    "export": export,
     "eval": evaluate,
     "predict": predict,
     "replay": replay,

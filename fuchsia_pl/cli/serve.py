@@ -1,4 +1,4 @@
-"""`fuchsia serve`: starts the stock vLLM OpenAI server with the configs of a run.
+"""`fuchsia serve --config`: starts the stock vLLM OpenAI server for a training (`serve_run` serves a finished one).
 
 Model, type, longest completion, rank of the adapter and seed are those of the run. Memory and parallelism are those of the
 config's VLLMColocatedEngine, or its defaults if the config has another engine.
@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from fuchsia_pl import orphans
-from fuchsia_pl.cli.commands import serve_options
+from fuchsia_pl.cli.commands import serve_config_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
@@ -92,12 +93,16 @@ class ServeCLI(ConfigOnlyCLI):
         """Replaces this process by the server, which inherits the terminal and its signals and sets the exit code."""
         orphans.watch()  # continues after this process has become the server
         remove_left_behind()
-        command = server_command(self.datamodule, self.listener)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.scratch = scratch_folder("vllm")  # removed when the server has ended
-        environment = {**command.environment, **socket_environment(self.scratch)}
-        os.execve(command.words[0], command.words, environment)
+        become(server_command(self.datamodule, self.listener))
+
+
+def become(command: ServerCommand) -> NoReturn:
+    """Replaces this process by a server."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    scratch = scratch_folder("vllm")  # removed when the server has ended
+    environment = {**command.environment, **socket_environment(scratch)}
+    os.execve(command.words[0], command.words, environment)
 
 
 def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand:
@@ -119,10 +124,25 @@ def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand
     environment = {**VLLM_ENVIRONMENT, **os.environ, opened: "1"}
     environment.pop(OVERRIDING_VARIABLE, None)
     key = listener.api_key or (data.engine.api_key if isinstance(data.engine, VLLMServerEngine) else None)
-    environment[API_KEY_VARIABLE] = checked_key(key or environment.get(API_KEY_VARIABLE, ""), listener)
-    if environment[API_KEY_VARIABLE]:
-        arguments["middleware"] = f"{KeyGuard.__module__}.{KeyGuard.__qualname__}"
+    arguments |= guarded(environment, key, listener)
     return ServerCommand([sys.executable, "-m", SERVER_MODULE, *as_options(arguments)], environment)
+
+
+def guarded(environment: dict[str, str], key: str | None, listener: Listener) -> dict[str, str]:
+    """Puts the key that requests must contain into the environment; returns the arguments with which the server checks it.
+
+    Args:
+        environment: Environment variables of the server. One of them may hold the key already.
+        key: The key; None uses that of the environment, if any.
+        listener: Address of the server.
+
+    Raises:
+        ConfigError: A header cannot contain the key, or there is none and other machines can reach the server.
+    """
+    environment[API_KEY_VARIABLE] = checked_key(key or environment.get(API_KEY_VARIABLE, ""), listener)
+    if not environment[API_KEY_VARIABLE]:
+        return {}
+    return {"middleware": f"{KeyGuard.__module__}.{KeyGuard.__qualname__}"}
 
 
 def checked_key(key: str, listener: Listener) -> str:
@@ -208,12 +228,21 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(arguments: list[str]) -> NoReturn:
-    """Runs `fuchsia serve`."""
-    parser = serve_options()
-    given, rest = parser.parse_known_args(arguments)
+    """Runs `fuchsia serve`: for a run if a word that is no option precedes other options, else for the training of a config."""
+    given, rest = serve_config_options().parse_known_args(arguments)
     try:
         check_port(given.host, given.port)
+        if rest and not rest[0].startswith("-"):
+            from fuchsia_pl.cli.serve_run import serve_run  # it imports this module
+
+            serve_run(arguments)
     except ConfigError as error:
-        parser.error(str(error))
-    ServeCLI(["fit", *rest], Listener(given.host, given.port, given.api_key, given.allow_open))
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    ServeCLI(["fit", *rest], listener_of(given))
     raise AssertionError("the server took this process's place")
+
+
+def listener_of(given: Namespace) -> Listener:
+    """The address and the key of a command line."""
+    return Listener(given.host, given.port, given.api_key, given.allow_open)

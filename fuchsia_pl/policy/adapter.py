@@ -8,7 +8,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
-from fuchsia_pl.policy.sources import public_name
+from fuchsia_pl.policy.sources import base_id
 from fuchsia_pl.policy.targets import check_targets
 from fuchsia_pl.policy.tensor_files import first_difference, shapes_in_file
 from fuchsia_pl.types import ConfigError
@@ -44,7 +44,7 @@ def add_adapter(model: PreTrainedModel, config: PolicyConfig) -> peft.PeftModel:
     found = check_adapter(lora)
     adapted = _fresh_adapter(model, lora) if found is None else _loaded_adapter(model, lora, found)
     # PEFT records the local folder. An exported adapter is more useful with a name that resolves on other machines.
-    adapted.peft_config["default"].base_model_name_or_path = public_name(config.name)
+    adapted.peft_config["default"].base_model_name_or_path = base_id(config.name, config.hub_id)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
             raise ConfigError(

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fuchsia_pl.policy.sources import read_template
+from fuchsia_pl.policy.sources import check_hub_id, read_template
 from fuchsia_pl.types import ConfigError
 
 PLAIN_NAME = r"[\w.]+"
@@ -109,7 +109,9 @@ class PolicyConfig:
         dtype: Type of the frozen base weights and of the engine's weights. Trained weights are always float32.
         chat_template: Replaces the tokenizer's chat template: a file, the text of a template, or "none" for a base model. With
             "none" a prompt is the text of the messages joined by blank lines, and a turn ends at the tokenizer's end id or at
-            the environment's `stop`. Only training uses it; `fuchsia serve` and an exported adapter do not contain it.
+            the environment's `stop`. `fuchsia export` writes it into the exported tokenizer, and `fuchsia serve RUN` serves it.
+        hub_id: Id of the model on the hub. An exported adapter and its model card name it as their base. None is the id of a
+            packaged model, a `name` that is a hub id, or the name of the local folder.
         lora: The adapter.
         shared_prefix: Whether a prefix that rows share is computed once. "auto": if a check at the start finds the same outputs
             with and without sharing. "always": a model that fails the check is refused. "never": plain rows.
@@ -131,10 +133,13 @@ class PolicyConfig:
     quantization: Literal["nf4"] | None = None
     logprob_chunk_tokens: int | None = None
     chat_template: str | None = None
+    hub_id: str | None = None
 
     def __post_init__(self) -> None:
-        """Rejects sizes below 1, a missing template, and trained weights in 4 bits."""
+        """Rejects sizes below 1, a missing template, a malformed hub id, and trained weights in 4 bits."""
         read_template(self.chat_template)
+        if self.hub_id is not None:
+            check_hub_id("model.policy.hub_id", self.hub_id)
         if self.quantization is not None and not self.lora.enabled:
             raise ConfigError(
                 f'model.policy.quantization="{self.quantization}" needs an adapter, since weights of 4 bits cannot learn: '

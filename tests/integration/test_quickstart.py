@@ -8,8 +8,8 @@ from statistics import fmean
 
 import pytest
 
-from fuchsia_pl.library.arithmetic import Arithmetic, last_integer
-from tests.integration.held_out import greedy_answers
+from fuchsia_pl.evaluation.held_out import read_held_out
+from tests.integration.held_out import accuracy_of, exported_answers, greedy_answers
 from tests.machine import HAS_BFLOAT16
 
 pytestmark = [
@@ -54,7 +54,18 @@ def test_everything_is_in_the_run_folder(run):
 
 
 def test_the_adapter_alone_gives_the_held_out_accuracy_again(run):
-    items, answers = Arithmetic().validation_items(), greedy_answers(run / "adapter")
-    accuracy = fmean(last_integer(text) == item["a"] + item["b"] for text, item in zip(answers, items, strict=True))
+    accuracy = accuracy_of(greedy_answers(run / "adapter"))
     # Two implementations round differently in bfloat16: a few greedy answers of 64 may differ.
     assert accuracy == pytest.approx(column(run, "validation/reward/correct")[-1], abs=4 / 64)
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf", "ollama"])
+def test_every_export_gives_the_held_out_accuracy_within_its_interval(run, form):
+    words = [Path(sys.executable).parent / "fuchsia", "export", "quickstart", "--to", form]
+    done = subprocess.run(words, cwd=run.parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = run / "export" / form
+    assert done.stdout.startswith(f"exported: {folder.relative_to(run.parents[2])}\n")
+    accuracy = accuracy_of(greedy_answers(folder) if form == "peft" else exported_answers(folder))
+    figure = read_held_out(run)[-1].figures["rollout/accuracy"]
+    assert figure.low <= accuracy <= figure.high
