@@ -13,10 +13,11 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 STYLES = ("vendor/uPlot.min.css", "css/base.css", "css/curves.css", "css/rollouts.css", "css/tables.css")
-# In this order: a file uses constants of those before it. The last one starts the page.
+# In this order: the first makes the whole script strict, a file uses constants of those before it, the last starts the page.
 SCRIPTS = (
+    "js/dom.js",
     "vendor/uPlot.iife.min.js",
-    *(f"js/{name}.js" for name in ("dom", "text", "data", "theme", "status", "chart", "legend", "curves")),
+    *(f"js/{name}.js" for name in ("text", "data", "theme", "status", "chart", "legend", "curves")),
     *(f"js/{name}.js" for name in ("evaluations", "config", "tokens", "card", "group", "filters", "list")),
     *(f"js/{name}.js" for name in ("browser", "keys", "reload", "main")),
 )

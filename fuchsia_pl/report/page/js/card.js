@@ -9,7 +9,7 @@ function rolloutCard(row, view) {
     el("button", { type: "button", class: "copy-link", title: "Copy a permanent link to this rollout (c)", onclick: (event) => copyText(linkTo(row), event.currentTarget) }, "link"));
   const title = el("div", { class: "card-title" },
     el("a", { href: hashOf(row), title: "Permanent link" }, `#${row.sibling}`),
-    el("span", { class: "reward" }, formatNumber(row.reward)),
+    el("span", { class: "reward" }, formatReward(row.reward)),
     rank ? el("span", { class: `badge ${rank}` }, rank === "best" ? "▲ best" : "▼ worst") : null,
     row.status === "complete" ? null : el("span", { class: "badge unusual" }, foreign(row.status)), buttons);
   const head = el("div", { class: "card-head" }, title, el("div", { class: "card-facts" }, ...cardFacts(row, view)));

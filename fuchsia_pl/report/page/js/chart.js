@@ -15,7 +15,7 @@ function makeChart(spec) {
   const legend = makeLegend(spec);
   const figure = el("figure", { class: "chart", tabindex: 0, role: "group", "aria-label": describe(spec) },
     el("figcaption", {}, foreign(spec.title), at),
-    spec.hint ? el("div", { class: "hint" }, spec.hint) : null, plot, legend.element);
+    el("div", { class: "hint" }, spec.hint ?? ""), plot, legend.element);
   const chart = { figure, plot, spec, legend, at, u: null };
   figure.addEventListener("keydown", (event) => moveCursor(event, chart));
   return chart;

@@ -44,7 +44,7 @@ function startCurves(summary) {
   const names = { 0: "none", 0.6: "light", 0.9: "strong" };
   const select = el("select", { id: "smoothing", onchange: (event) => { smoothing = Number(event.target.value); redraw(); } },
     ...Object.entries(names).sort().map(([value, name]) => el("option", { value }, name)));
-  byId("curve-controls").append(el("label", {}, "smoothing ", select), el("span", {}, "drag to zoom, double-click to reset"));
+  byId("curve-controls").append(el("label", {}, "smoothing ", select), el("span", { class: "pointer-only" }, "drag to zoom, double-click to reset"));
   redraw();
   const observer = new ResizeObserver(debounced(60, () => shownCharts.forEach(fitChart)));
   observer.observe(byId("charts"));
@@ -114,7 +114,8 @@ function resolveSpec(spec, frame) {
   if (!curves.length) return [];
   if (isOne) return [finishSpec(spec.title, spec, paint(curves, frame), frame)];
   const byMetric = Map.groupBy(curves, (one) => one.chart);
-  return [...byMetric].map(([name, series]) => finishSpec(byMetric.size > 1 ? name : spec.title, spec, series, frame));
+  if (byMetric.size === 1) return [finishSpec(spec.title, spec, curves, frame)];
+  return [...byMetric].map(([title, series]) => finishSpec(title, { hint: series[0].low ? "with 95 % intervals" : null }, series, frame));
 }
 
 const resolveSpecs = (specs, frame) => specs.flatMap((spec) => resolveSpec(spec, frame));
@@ -170,7 +171,7 @@ function heldOutCurve(name, series, numKinds, runIndex, frame) {
   const kind = numKinds > 1 ? `${split}, ${environment}` : split;
   const short = name === "rollout/accuracy" ? kind : `${name.replace(/^reward\//, "")}${numKinds > 1 ? ` (${kind})` : ""}`;
   const label = frame.runs.length > 1 ? `${frame.runs[runIndex].name}${numKinds > 1 ? ` (${kind})` : ""}` : short;
-  return runCurve({ chart: `held out: ${name}`, metric: name, label, values, low, high, points: true }, runIndex, frame);
+  return runCurve({ chart: `${name.replace(/^rollout\//, "")}, held out`, metric: name, label, values, low, high, points: true }, runIndex, frame);
 }
 
 function runCurve(curve, runIndex, frame) {

@@ -27,6 +27,9 @@ function formatNumber(value) {
   return (size >= 1 ? value.toPrecision(3) : value.toFixed(3)).replace("-", "−");
 }
 
+/** A reward: always three decimals, so that those of siblings are compared at a glance. */
+const formatReward = (value) => (isNumber(value) && Math.abs(value) < 1000 ? value.toFixed(3).replace("-", "−") : formatNumber(value));
+
 const formatSigned = (value) => (isNumber(value) && value > 0 ? "+" : "") + formatNumber(value);
 
 /** A figure with its interval, such as `0.656 [0.53, 0.77]`. */

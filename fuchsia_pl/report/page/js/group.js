@@ -4,6 +4,7 @@
 function groupView(group, context) {
   const colouring = context.colouring;
   const view = { colouring, scale: colourScale(group.rows, colouring), matches: context.matches, rewardNames: context.data.reward_names };
+  view.hasEnvironmentText = group.rows.some((row) => row.parts.some((part) => !part.policy));
   const rows = context.order === "reward" ? [...group.rows].sort((a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity)) : group.rows;
   const siblings = el("div", { class: "siblings" }, ...rows.map((row) => rolloutCard(row, view)));
   watchTokens(siblings);
@@ -12,7 +13,7 @@ function groupView(group, context) {
 
 function groupHead(group, context) {
   const words = isNumber(group.mean)
-    ? `mean reward ${formatNumber(group.mean)}${group.rows.length > 1 ? (group.spread > 0 ? `, spread ${formatNumber(group.spread)}` : ", all equal: nothing to learn from") : ""}`
+    ? `mean reward ${formatReward(group.mean)}${group.rows.length > 1 ? (group.spread > 0 ? `, spread ${formatReward(group.spread)}` : ", all equal: nothing to learn from") : ""}`
     : "not scored";
   const button = (label, title, onclick, disabled) => el("button", { type: "button", title, onclick, disabled }, label);
   return el("div", { class: "group-head" },
@@ -76,5 +77,5 @@ function colouringBar(view, context) {
     el("label", {}, "colour by ", choose("Colour tokens by", COLOURINGS, view.colouring, (value) => context.set("colouring", value))),
     colourLegend(view.scale, view.colouring),
     el("label", {}, "siblings ", choose("Order of the siblings", { sampled: "as sampled", reward: "by reward" }, context.order, (value) => context.set("order", value))),
-    el("span", {}, "grey: text of the environment"));
+    view.hasEnvironmentText ? el("span", {}, "grey: text of the environment") : null);
 }

@@ -49,7 +49,7 @@ function drawWindow(list, spacer, context, onSelect) {
 }
 
 function option(group, index, count, isSelected, context, onSelect) {
-  const top = el("div", { class: "top" }, el("span", {}, ...groupTitle(group, context)), el("span", { class: "mean" }, formatNumber(group.mean)));
+  const top = el("div", { class: "top" }, el("span", {}, ...groupTitle(group, context)), el("span", { class: "mean" }, formatReward(group.mean)));
   const element = el("div", { class: "option", id: `option-${index}`, role: "option", "aria-selected": String(isSelected), "aria-setsize": count, "aria-posinset": index + 1, onclick: () => onSelect(index) },
     top, foreign(context.excerpt(group), { class: "excerpt" }), dots(group, context));
   element.style.transform = `translateY(${index * ROW_HEIGHT}px)`;

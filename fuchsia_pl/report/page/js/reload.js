@@ -9,7 +9,7 @@ function startReload(summary) {
   let isOn = memory.get(sessionStorageOrNull(), "reload") !== "off";
   let lastInput = Date.now();
   const label = () => {
-    button.textContent = isOn ? "Live: on" : "Live: off";
+    button.textContent = isOn ? "live" : "paused";
     button.setAttribute("aria-label", `Load the report again every ${RELOAD_SECONDS} seconds: ${isOn ? "on" : "off"}. Change`);
   };
   button.hidden = false;

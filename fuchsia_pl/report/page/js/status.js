@@ -7,12 +7,8 @@ function showStatus(summary) {
   byId("status").replaceChildren(
     el("h1", {}, foreign(run.name)),
     statusLine(run.status),
-    run.status.reason ? el("p", { class: "reason" }, foreign(run.status.reason)) : null ?? "",
-    progressBar(run.status) ?? "",
-    facts(run) ?? "",
-    warningList(run.warnings) ?? "",
-    tiles(run) ?? "",
-    otherRuns(summary.runs) ?? "",
+    run.status.reason ? el("p", { class: "reason" }, foreign(run.status.reason)) : "",
+    ...[progressBar(run.status), facts(run), warningList(run.warnings), tiles(run), otherRuns(summary.runs)].filter(Boolean),
   );
   byId("footer").replaceChildren(
     `Written ${formatTime(summary.generated_at)} by Fuchsia-PL `, foreign(summary.version), `. Folder of the run: `,
@@ -39,7 +35,7 @@ function facts(run) {
   const { status } = run;
   const words = [
     isNumber(status.step) ? `step ${status.step}${isNumber(status.max_steps) ? ` of ${status.max_steps}` : ""}` : null,
-    isNumber(status.seconds) ? `${formatSeconds(status.seconds)} so far`.replace(" so far", status.outcome === "running" ? " so far" : "") : null,
+    isNumber(status.seconds) ? `${formatSeconds(status.seconds)}${status.outcome === "running" ? " so far" : ""}` : null,
     isNumber(status.seconds_left) ? `about ${formatSeconds(status.seconds_left)} left` : null,
     status.started_at ? `started ${formatTime(status.started_at)}` : null,
     status.ended_at ? `ended ${formatTime(status.ended_at)}` : null,
@@ -108,13 +104,22 @@ function tile(title, from, to, note) {
   return el("div", { class: "tile" }, el("h3", {}, ...title), figure, el("div", { class: "note" }, note));
 }
 
+/** Held-out accuracy of a run, from its first to its last evaluation. */
+function heldOutWords(run) {
+  const found = run.evaluations.filter((one) => one.figures["rollout/accuracy"]).sort((a, b) => a.step - b.step);
+  if (!found.length) return null;
+  const [first, last] = [found[0], found[found.length - 1]].map((one) => one.figures["rollout/accuracy"]);
+  const words = found.length > 1 ? `${formatNumber(first.value)} → ${formatNumber(last.value)}` : formatNumber(last.value);
+  return el("span", {}, `held-out accuracy ${words} ${formatInterval(last)}`);
+}
+
 /** One line for each run that is laid over the first. */
 function otherRuns(runs) {
   if (runs.length < 2) return null;
   const lines = runs.map((run, i) => {
     const swatch = el("span", { class: "swatch area" });
     swatch.style.background = `var(--c${i % NUM_COLOURS})`;
-    return el("div", { class: "run-line" }, swatch, el("b", {}, foreign(run.name)), el("span", { class: "muted" }, foreign(run.status.words)));
+    return el("div", { class: "run-line" }, swatch, el("b", {}, foreign(run.name)), el("span", { class: "muted" }, foreign(run.status.words)), heldOutWords(run));
   });
   return el("div", { class: "runs" }, ...lines);
 }

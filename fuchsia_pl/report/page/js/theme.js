@@ -10,7 +10,7 @@ function startTheme(onChange) {
   const apply = () => {
     if (theme === "auto") document.documentElement.removeAttribute("data-theme");
     else document.documentElement.setAttribute("data-theme", theme);
-    button.textContent = `Theme: ${theme}`;
+    button.textContent = { auto: "◐ auto", light: "○ light", dark: "● dark" }[theme];
     button.setAttribute("aria-label", `Colour theme: ${theme}. Change`);
   };
   button.addEventListener("click", () => {
