@@ -84,7 +84,7 @@ def test_text_from_right_to_left_stays_in_its_element(opened):
         assert page.locator(row).first.evaluate("e => getComputedStyle(e).direction") == "ltr"
 
 
-def test_a_megabyte_is_folded_and_shown_on_demand(opened):
+def test_a_megabyte_is_folded_and_shown_in_pieces(opened):
     """In one piece, as one token, as many tokens, without any space."""
     million = "x" * 1_000_000
     rollouts = hostile_rollouts(["short"])
@@ -95,14 +95,17 @@ def test_a_megabyte_is_folded_and_shown_on_demand(opened):
         {"role": "assistant", "policy": True, "text": million, "tokens": ["x" * 10] * 100_000, "gaps": [0.1] * 100_000},
     ]
     page = opened(None, rollouts)
-    blocks = page.locator(".card .text")
-    lengths = blocks.evaluate_all("all => all.map((e) => e.textContent.length)")
-    assert lengths == [6000, 6000, 6000]
+    lengths = "all => all.map((e) => [...e.querySelectorAll('.text')].reduce((sum, e) => sum + e.textContent.length, 0))"
+    parts = page.locator(".card .part")
+    assert parts.evaluate_all(lengths) == [6000, 1001, 6000]  # a token of a megabyte is cut
     assert page.evaluate("document.documentElement.scrollWidth") == 1280
-    for _ in range(3):
-        page.locator(".card .more").first.click()
-    assert blocks.evaluate_all("all => all.map((e) => e.textContent.length)") == [1_000_000] * 3
-    assert page.locator(".card .more").count() == 0
+    page.locator(".card .more").first.click()
+    page.locator(".card .more").last.click()
+    assert parts.evaluate_all(lengths) == [106_000, 1001, 106_000]
+    assert page.locator(".card .more").first.text_content() == "… show more of 1,000,000 characters"
+    page.evaluate("for (let i = 0; i < 9; i++) document.querySelector('.card .more').click()")
+    assert parts.evaluate_all(lengths) == [1_000_000, 1001, 106_000]
+    assert page.locator(".card .more").count() == 1
 
 
 def test_data_that_cannot_be_unpacked_are_reported(opened, chromium, tmp_path):

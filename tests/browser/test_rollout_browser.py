@@ -254,7 +254,7 @@ def test_the_search_marks_what_it_found(opened):
     page = opened(None, small(), hash="#r=train-1-0-0")
     fill(page, "text", "answer")
     found = page.evaluate("[...CSS.highlights.get('found')].map((range) => range.toString())")
-    assert found == ["answer", "answer"]
+    assert found == ["answer"] * 3  # one is in the item
 
 
 def test_a_sample_of_the_rollouts_says_so(opened):

@@ -79,7 +79,8 @@ function applyFilter(context) {
   context.matches = predicate(filter, data);
   const matching = data.rows.filter(context.matches);
   const isAll = matching.length === data.rows.length;
-  context.shown = [...new Set(matching.map((row) => row.group))].sort(SORTS[filter.sort][1]);
+  // Equal groups stay in the order of the last step.
+  context.shown = [...new Set(matching.map((row) => row.group))].sort(SORTS.last[1]).sort(SORTS[filter.sort][1]);
   context.count.textContent = isAll
     ? `${plural(context.groups.length, "group")}, ${plural(data.rows.length, "rollout")}`
     : `${context.shown.length.toLocaleString("en-US")} of ${plural(context.groups.length, "group")}, ${matching.length.toLocaleString("en-US")} of ${plural(data.rows.length, "rollout")} match`;

@@ -20,11 +20,15 @@ const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 /** A number with three significant digits, as short as it can be. */
 function formatNumber(value) {
   if (!isNumber(value)) return "–";
-  if (Number.isInteger(value)) return Math.abs(value) < 1e7 ? value.toLocaleString("en-US") : value.toExponential(2);
+  return digits(value).replace(/^-/, "−");
+}
+
+function digits(value) {
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-3) return value.toExponential(1).replace("-", "−");
-  if (size >= 1000) return Math.round(value).toLocaleString("en-US").replace("-", "−");
-  return (size >= 1 ? value.toPrecision(3) : value.toFixed(3)).replace("-", "−");
+  if (Number.isInteger(value)) return size < 1e7 ? value.toLocaleString("en-US") : value.toExponential(2);
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(1);
+  if (size >= 1000) return Math.round(value).toLocaleString("en-US");
+  return size >= 1 ? value.toPrecision(3) : value.toFixed(3);
 }
 
 /** A reward: always three decimals, so that those of siblings are compared at a glance. */

@@ -55,7 +55,7 @@ const PROMPT_LINES = 9;
 function foldedLines(text) {
   const lines = text.split("\n");
   if (lines.length <= PROMPT_LINES + 2) return textBlock(text);
-  const place = el("div", {}, textBlock(lines.slice(0, 3).join("\n")), showAllButton(lines.length, "lines", () => place.replaceChildren(textBlock(text))),
+  const place = el("div", {}, textBlock(lines.slice(0, 3).join("\n")), moreButton(`… show all ${lines.length} lines`, () => place.replaceChildren(textBlock(text))),
     textBlock(lines.slice(-(PROMPT_LINES - 3)).join("\n")));
   return place;
 }

@@ -4,7 +4,7 @@
 const COLOURINGS = { advantage: "advantage", gap: "trainer − sampler gap", none: "nothing" };
 const NUM_LEVELS = 5;
 const SMALLEST_SCALE = { advantage: 1e-6, gap: 0.01, none: 1 }; // below it a gap is rounding, not worth a colour
-const FOLD_TOKENS = 1500;
+const LONGEST_TOKEN = 1000; // characters; longer than any of a tokenizer
 
 const tokenFacts = new WeakMap(); // text element -> {tokens, advantages, gaps, row}
 
@@ -41,16 +41,13 @@ function tokenBlock(row, part, columns, { colouring, scale }) {
   const [tokens, advantages, gaps] = columns;
   const values = colourValues(row, part, columns, colouring);
   if (!tokens?.length) return plainBlock(part.text, values, scale);
-  const block = el("div", { class: "text", dir: "auto", tabindex: 0, role: "group", "aria-label": `${plural(tokens.length, "token")}. Left and right arrow keys show the values of each.` });
-  tokenFacts.set(block, { tokens, advantages, gaps, row });
-  const shown = appendTokens(block, tokens, values, scale, 0, FOLD_AT);
-  if (shown === tokens.length) return block;
-  const button = showAllButton(tokens.length, "tokens", () => {
-    block.replaceChildren();
-    appendTokens(block, tokens, values, scale, 0, Infinity);
-    button.remove();
+  return folded(tokens.length, "token", (start, limit) => {
+    const block = el("div", { class: "text", dir: "auto", tabindex: 0, role: "group", "aria-label": `${plural(tokens.length, "token")}. Left and right arrow keys show the values of each.` });
+    tokenFacts.set(block, { tokens, advantages, gaps, row });
+    const end = appendTokens(block, tokens, values, scale, start, limit);
+    markUnbroken(block, block.textContent);
+    return { block, end };
   });
-  return el("div", {}, block, button);
 }
 
 function plainBlock(text, values, scale) {
@@ -58,18 +55,14 @@ function plainBlock(text, values, scale) {
   return text.trim() || !tint ? textBlock(text, { class: `text ${tint}` }) : textBlock(text);
 }
 
-/** Appends tokens until `limit` characters, and returns how many are shown whole. */
+/** Appends tokens until `limit` characters, at least one, and returns where they end. */
 function appendTokens(block, tokens, values, scale, start, limit) {
-  const fragment = document.createDocumentFragment();
   let room = limit;
   let i = start;
-  for (; i < tokens.length && room > 0 && i < (limit === Infinity ? tokens.length : FOLD_TOKENS); i++) {
-    const isCut = tokens[i].length > room;
-    fragment.append(tokenSpan(isCut ? beginning(tokens[i], room) : tokens[i], i, Array.isArray(values) ? values[i] : values, scale));
-    room -= tokens[i].length;
-    if (isCut) break;
+  for (; i < tokens.length && room > 0; i++) {
+    block.append(tokenSpan(tokens[i], i, Array.isArray(values) ? values[i] : values, scale));
+    room -= tokens[i].length || 1;
   }
-  block.append(fragment);
   return i;
 }
 
@@ -77,7 +70,7 @@ function tokenSpan(token, index, value, scale) {
   const span = document.createElement("span");
   const tint = colourClass(value, scale);
   span.className = `t${tint ? ` ${tint}` : ""}${token === "\n" ? " newline" : ""}`;
-  span.textContent = visible(token);
+  span.textContent = visible(token.length > LONGEST_TOKEN ? `${beginning(token, LONGEST_TOKEN)}…` : token);
   span.tokenIndex = index;
   return span;
 }
@@ -96,9 +89,9 @@ function moveToken(event) {
   if (!move || !tokenFacts.has(block)) return;
   event.preventDefault();
   const active = block.querySelector(".t.active");
-  const index = clamp((active?.tokenIndex ?? -1) + move, 0, block.childElementCount - 1);
+  const children = [...block.children];
+  const span = children[clamp(children.indexOf(active) + move, 0, children.length - 1)];
   active?.classList.remove("active");
-  const span = block.children[index];
   span.classList.add("active");
   span.scrollIntoView({ block: "nearest" });
   showReadout(span);
