@@ -6,7 +6,30 @@ from typing import Any
 
 from fuchsia_pl.report.page.render import render_page
 
-WORDS = "the sum of two numbers is found by adding tens and then units so we get 12 plus 30 equals 42 .".split()
+WORDS = [
+    "the",
+    "sum",
+    "of",
+    "two",
+    "numbers",
+    "is",
+    "found",
+    "by",
+    "adding",
+    "tens",
+    "and",
+    "then",
+    "units",
+    "so",
+    "we",
+    "get",
+    "12",
+    "plus",
+    "30",
+    "equals",
+    "42",
+    ".",
+]
 Summary = dict[str, Any]
 Row = dict[str, Any]
 

@@ -8,7 +8,16 @@ SCRIPT = "</script><script>document.title = 'owned'; alert(1)</script>"
 IMAGE = '<img src="http://127.0.0.1:9/x.png" onerror="document.title = \'owned\'">'
 STYLE = "</style><style>body { display: none }</style><link rel=stylesheet href=http://127.0.0.1:9/x.css>"
 TEMPLATE = "{{js}} {{rollouts}} ${alert(1)} <!-- ]]> &lt;b&gt;"
-HOSTILE = [SCRIPT, IMAGE, STYLE, TEMPLATE, "a\ud800b", "\udfff", "nul \x00 \x1b[31m \r\x07", "\u202eright to left\u2066"]
+HOSTILE = [
+    SCRIPT,
+    IMAGE,
+    STYLE,
+    TEMPLATE,
+    "a\ud800b",
+    "\udfff",
+    "nul \x00 \x1b[31m \r\x07",
+    "\u202eright to left\u2066",
+]
 
 
 def hostile_rollouts(texts):
@@ -36,9 +45,12 @@ def hostile_rollouts(texts):
         for i, text in enumerate(texts)
     ]
     everything = " ".join(texts)
-    return {"prompts": [everything], "items": [everything], "environments": [everything], "reward_names": [everything]} | {
-        "rows": rows
-    }
+    return {
+        "prompts": [everything],
+        "items": [everything],
+        "environments": [everything],
+        "reward_names": [everything],
+    } | {"rows": rows}
 
 
 def hostile_run(text):
@@ -52,7 +64,9 @@ def hostile_run(text):
     return run
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=["script", "image", "style", "template", "high", "low", "control", "bidi"])
+@pytest.mark.parametrize(
+    "text", HOSTILE, ids=["script", "image", "style", "template", "high", "low", "control", "bidi"]
+)
 def test_hostile_text_is_shown_and_does_nothing(opened, text):
     """The fixture fails on any console error, dialog or request."""
     page = opened(make_summary(hostile_run(text), version=text), hostile_rollouts([text, "plain"]))
@@ -95,7 +109,9 @@ def test_a_megabyte_is_folded_and_shown_in_pieces(opened):
         {"role": "assistant", "policy": True, "text": million, "tokens": ["x" * 10] * 100_000, "gaps": [0.1] * 100_000},
     ]
     page = opened(None, rollouts)
-    lengths = "all => all.map((e) => [...e.querySelectorAll('.text')].reduce((sum, e) => sum + e.textContent.length, 0))"
+    lengths = (
+        "all => all.map((e) => [...e.querySelectorAll('.text')].reduce((sum, e) => sum + e.textContent.length, 0))"
+    )
     parts = page.locator(".card .part")
     assert parts.evaluate_all(lengths) == [6000, 1001, 6000]  # a token of a megabyte is cut
     assert page.evaluate("document.documentElement.scrollWidth") == 1280

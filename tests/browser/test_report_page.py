@@ -125,7 +125,7 @@ def test_every_evaluation_is_in_the_table_with_its_interval(opened):
     rows = page.locator("#evaluation-table tbody tr")
     assert rows.count() == 4
     cells = rows.nth(1).locator("td").all_text_contents()
-    assert cells[:5] == ["10", "validation", "Arithmetic", "64 × 4", "0.556[0.466, 0.656]"]
+    assert cells[:5] == ["10", "validation", "Arithmetic", "64 \N{MULTIPLICATION SIGN} 4", "0.556[0.466, 0.656]"]
     assert rows.nth(1).get_attribute("class") == "best"
     assert page.locator("tr.best").count() == 1
 
@@ -182,7 +182,8 @@ def test_text_has_contrast(opened, scheme):
     page = opened(None, FEW, scheme=scheme)
     ratio = """([ink, ground]) => {
       const light = (name) => {
-        const [r, g, b] = colour(name).match(/[\\d.]+/g).map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        const [r, g, b] = colour(name).match(/[\\d.]+/g).map((v) => linear(v / 255));
         return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
       };
       const [a, b] = [light(ink), light(ground)];

@@ -5,6 +5,8 @@ import pytest
 from tests.browser.pages import make_rollouts, make_summary
 
 NUM_ROLLOUTS = 10_000
+MINUS = "\N{MINUS SIGN}"
+VALUES_OF_B = f"token 2: ␣b · advantage {MINUS}1 · gap {MINUS}0.050"
 
 
 def part(text, **changes):
@@ -140,7 +142,7 @@ def test_tokens_are_coloured_by_advantage_or_gap_with_values_on_demand(opened):
     assert colours(page, 1) == ["t n2", "t n2"]  # the rollout's advantage, where tokens have none
     assert page.locator(".card").nth(1).locator(".text").last.get_attribute("class") == "text n2"
     page.locator(".card .t").nth(1).hover()
-    assert page.locator("#readout").text_content() == "token 2: ␣b · advantage −1 · gap −0.050"
+    assert page.locator("#readout").text_content() == VALUES_OF_B
     page.get_by_label("Colour tokens by").select_option("gap")
     assert colours(page) == ["t p5", "t n3", "t newline", "t", "t"]
     assert "+0.100" in page.locator(".scale").text_content()
@@ -148,7 +150,7 @@ def test_tokens_are_coloured_by_advantage_or_gap_with_values_on_demand(opened):
     block.focus()
     for _ in range(2):
         page.keyboard.press("ArrowRight")
-    assert page.locator("#readout").text_content() == "token 2: ␣b · advantage −1 · gap −0.050"
+    assert page.locator("#readout").text_content() == VALUES_OF_B
     page.get_by_label("Colour tokens by").select_option("none")
     assert colours(page) == ["t", "t", "t newline", "t", "t"]
 
@@ -178,7 +180,7 @@ def test_a_permanent_link_opens_its_rollout_whatever_is_filtered(opened):
     fill(page, "split", "validation")
     page.evaluate("location.hash = '#r=train-2-1-0'")
     page.wait_for_timeout(200)
-    assert page.locator(".card.target").get_attribute("aria-label") == "Rollout 0, reward −1, worst"
+    assert page.locator(".card.target").get_attribute("aria-label") == f"Rollout 0, reward {MINUS}1, worst"
     page.locator(".card.target .copy-link").click()
     page.wait_for_timeout(200)
     copied = page.evaluate("navigator.clipboard.readText()")
