@@ -137,7 +137,7 @@ def make_row(step: int, item: int, sibling: int, draw: random.Random, num_tokens
         "prompt": item,
         "environment": 0,
         "sibling": sibling,
-        "status": "truncated" if draw.random() < 0.06 else "complete",
+        "status": "truncated" if draw.random() < 0.06 else "completed",
         "reward": correct + 0.1 * draw.randint(0, 2),
         "rewards": [correct, round(draw.random(), 2)],
         "advantage": None,

@@ -130,6 +130,20 @@ def test_every_evaluation_is_in_the_table_with_its_interval(opened):
     assert page.locator("tr.best").count() == 1
 
 
+def test_figures_without_interval_and_number_of_items_are_shown(opened):
+    """Held-out figures of runs that have no file of evaluations."""
+    figures = {"rollout/accuracy": {"value": 0.25, "low": None, "high": None}}
+    series = [{**evaluation(step, 0.0), "figures": figures, "num_items": None, "num_samples": None} for step in (0, 5)]
+    page = opened(make_summary(make_run(evaluations=series)), FEW)
+    assert "0.250 → 0.250at step 5" in page.locator(".tile").first.text_content()
+    assert chart(page, "accuracy").locator(".legend").text_content().startswith("validation0.250training")
+    assert (
+        page.locator("#evaluation-table tbody tr")
+        .first.text_content()
+        .endswith("Arithmetic– \N{MULTIPLICATION SIGN} –0.250")
+    )
+
+
 def test_the_configuration_shows_what_differs_and_is_filtered(opened):
     page = opened(make_summary(), FEW)
     keys = page.locator("#config-table tbody th")

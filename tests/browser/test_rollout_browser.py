@@ -15,7 +15,7 @@ def part(text, **changes):
 
 def make_row(step, item, sibling, reward, text="yes", **changes):
     row = {"id": f"train-{step}-{item}-{sibling}", "split": "train", "step": step, "item": item, "item_row": item}
-    row |= {"prompt": item, "environment": 0, "sibling": sibling, "status": "complete", "reward": reward}
+    row |= {"prompt": item, "environment": 0, "sibling": sibling, "status": "completed", "reward": reward}
     row |= {"rewards": [reward, None], "advantage": None, "version": step, "parts": [part(text)]}
     return {**row, **changes}
 

@@ -61,13 +61,15 @@ def _packed(rollouts: Mapping[str, Any]) -> str:
 
 
 def _with_packed_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose tokens are one JSON text, `token_data`. The page parses that text when it shows the row.
+    """A row whose tokens are one JSON text, `token_data`. The page parses that text when it shows the row. A packed row stays.
 
     Ten thousand texts are read in a fraction of the time that millions of tokens would take, and need less memory.
 
     >>> _with_packed_tokens({"id": "a", "parts": [{"text": "ab", "tokens": ["a", "b"], "gaps": [0, 1]}, {"text": "c"}]})
     {'id': 'a', 'parts': [{'text': 'ab'}, {'text': 'c'}], 'token_data': '[[["a","b"],null,[0,1]],[null,null,null]]'}
     """
+    if "token_data" in row:
+        return dict(row)
     parts: Sequence[Mapping[str, Any]] = row["parts"]
     columns = ("tokens", "advantages", "gaps")
     texts = [{key: value for key, value in part.items() if key not in columns} for part in parts]

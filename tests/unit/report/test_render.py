@@ -51,6 +51,11 @@ def test_hostile_data_add_no_element_and_come_back_as_they_were():
     page.encode("utf-8")  # a lone surrogate would fail
 
 
+def test_rows_that_are_packed_already_stay_as_they_are():
+    row = {"id": "a", "parts": [{"text": "b"}], "token_data": '[[["b"],null,[0.5]]]'}
+    assert unpacked(render_page("t", {}, {"rows": [row]}))["rows"] == [row]
+
+
 def test_the_title_is_text():
     page = render_page("<b>&'\ud800", {}, {"rows": []})
     assert html.unescape(re.search("<title>(.*)</title>", page)[1]) == "<b>&'?"

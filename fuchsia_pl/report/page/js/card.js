@@ -10,8 +10,7 @@ function rolloutCard(row, view) {
   const title = el("div", { class: "card-title" },
     el("a", { href: hashOf(row), title: "Permanent link" }, `#${row.sibling}`),
     el("span", { class: "reward" }, formatReward(row.reward)),
-    rank ? el("span", { class: `badge ${rank}` }, rank === "best" ? "▲ best" : "▼ worst") : null,
-    row.status === "complete" ? null : el("span", { class: "badge unusual" }, foreign(row.status)), buttons);
+    rank ? el("span", { class: `badge ${rank}` }, rank === "best" ? "▲ best" : "▼ worst") : null, buttons);
   const head = el("div", { class: "card-head" }, title, el("div", { class: "card-facts" }, ...cardFacts(row, view)));
   const classes = ["card", rank, view.matches(row) ? null : "unmatched"].filter(Boolean).join(" ");
   return el("article", { class: classes, id: cardId(row), tabindex: -1, "aria-label": `Rollout ${row.sibling}, reward ${formatNumber(row.reward)}${rank ? `, ${rank}` : ""}` }, head, partList(row, view));
@@ -23,7 +22,7 @@ const linkTo = (row) => location.href.split("#")[0] + hashOf(row);
 const rowText = (row) => row.parts.map((part) => part.text).join("");
 
 function cardFacts(row, { rewardNames }) {
-  const facts = [];
+  const facts = row.status === "completed" ? [] : [el("span", { class: "badge unusual" }, foreign(row.status))];
   if (rewardNames.length > 1) {
     rewardNames.forEach((name, i) => isNumber(row.rewards?.[i]) && facts.push(el("span", {}, foreign(name), ` ${formatNumber(row.rewards[i])}`)));
   }

@@ -35,7 +35,7 @@ function legendEntry(one, spec) {
 
 function valueAt(one, at) {
   const value = formatNumber(one.values[at]);
-  return one.low && isNumber(one.values[at]) ? `${value} ${formatInterval({ low: one.low[at], high: one.high[at] })}` : value;
+  return one.low && isNumber(one.values[at]) ? `${value} ${formatInterval({ low: one.low[at], high: one.high[at] })}`.trim() : value;
 }
 
 function lastIndex(values) {
