@@ -21,13 +21,18 @@ function makeChart(spec) {
   return chart;
 }
 
-/** Draws a chart. Its figure is in the page, so that it has a width. */
-function drawChart(chart) {
+/** Draws charts whose figures are in the page. Their widths are read first: each later look would lay the page out again. */
+function drawCharts(charts) {
+  const widths = charts.map(({ plot }) => plot.clientWidth);
+  charts.forEach((chart, i) => drawChart(chart, widths[i]));
+}
+
+function drawChart(chart, width) {
   chart.u?.destroy();
   const { spec, plot } = chart;
   const { data, series, bands } = columnsOf(spec);
   const options = {
-    width: Math.max(plot.clientWidth, 120), height: CHART_HEIGHT, series, bands, padding: [8, 8, 0, 0],
+    width: Math.max(width, 120), height: CHART_HEIGHT, series, bands, padding: [8, 8, 0, 0],
     legend: { show: false }, focus: { alpha: 1 }, axes: axes(),
     scales: { x: { time: false, range: xRange }, y: { range: (_, low, high) => yRange(low, high, spec) } },
     cursor: { sync: { key: SYNC, setSeries: false }, drag: { x: true, y: false }, y: false, points: { size: 6 } },

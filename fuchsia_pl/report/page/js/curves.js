@@ -65,7 +65,7 @@ function showCurves(summary) {
   const more = resolveSpecs(unnamedMetrics(frame), frame);
   byId("charts").replaceChildren(runLegend(summary) ?? "", ...parts.filter(Boolean), moreGroup(more, isMoreOpen) ?? "");
   if (!byId("charts").querySelector(".chart")) byId("charts").append(el("p", { class: "notice" }, "No step has been logged yet."));
-  shownCharts.filter(({ figure }) => figure.checkVisibility()).forEach(drawChart);
+  drawCharts(shownCharts.filter(({ figure }) => figure.checkVisibility()));
 }
 
 /** Buttons that hide a run in all charts. */
@@ -90,7 +90,7 @@ function chartGroup(title, specs) {
 
 function moreGroup(specs, isOpen) {
   if (!specs.length) return null;
-  const drawAll = (event) => event.target.open && shownCharts.filter(({ u }) => !u).forEach(drawChart);
+  const drawAll = (event) => event.target.open && drawCharts(shownCharts.filter(({ u }) => !u));
   return el("details", { class: "chart-group", open: isOpen, ontoggle: drawAll }, el("summary", {}, `more (${specs.length})`), chartGrid(specs));
 }
 

@@ -31,8 +31,15 @@ function localStorageOrNull() {
   }
 }
 
+const resolvedColours = new Map(); // of the present theme; each look-up would make the browser style the page again
+
 /** The colour that a variable stands for in the present theme, as a canvas takes it. */
 function colour(name) {
+  if (!resolvedColours.has(name)) resolvedColours.set(name, resolveColour(name));
+  return resolvedColours.get(name);
+}
+
+function resolveColour(name) {
   const probe = el("span", {});
   probe.style.color = `var(${name})`;
   document.body.append(probe);
@@ -49,7 +56,8 @@ function faint(resolved, alpha) {
 
 const NUM_COLOURS = 8;
 
-/** Colours of curves. */
+/** Colours of curves, in the theme of now. */
 function palette() {
+  resolvedColours.clear();
   return Array.from({ length: NUM_COLOURS }, (_, i) => colour(`--c${i}`));
 }
