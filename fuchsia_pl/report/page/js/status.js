@@ -80,7 +80,7 @@ function evaluationTiles(evaluations) {
     const environment = kinds.length > 1 ? [" · ", foreign(last.environment)] : [];
     const title = [`${name === "reward/mean" ? "reward" : "accuracy"}, `, foreign(last.split), ...environment];
     // Runs of earlier versions have neither intervals nor numbers of items.
-    const note = [formatInterval(last.figures[name]), `at step ${last.step}`, isNumber(last.num_items) ? `of ${plural(last.num_items, "item")}` : ""].filter(Boolean).join(" ");
+    const note = [formatInterval(last.figures[name]), `at step ${last.step}`, isNumber(last.num_items) ? `(${plural(last.num_items, "item")})` : ""].filter(Boolean).join(" ");
     return tile(title, first === last ? null : first.figures[name].value, last.figures[name].value, note);
   });
 }
