@@ -1,0 +1,1 @@
+"""The page of the report: its template, styles and scripts, and the code that joins them."""
