@@ -181,4 +181,4 @@ def gap_lines(batch: Batch, logprobs: torch.Tensor) -> list[dict[str, Any]]:
 
 def _rounded(values: Iterable[float]) -> list[float | None]:
     """Values with five decimals; None in place of those that are not finite, which JSON does not have."""
-    return [round(value, DECIMALS) if math.isfinite(value) else None for value in values]
+    return [round(value, DECIMALS) + 0.0 if math.isfinite(value) else None for value in values]  # 0.0 in place of -0.0

@@ -21,6 +21,7 @@ RUN_COMMANDS = {
 OTHER_COMMANDS = {
     "check-env": "test an environment with known and hostile texts, without a model",
     "serve": "start the vLLM server of a run, here or on another machine",
+    "report": "write report.html of a run, or lay runs over each other",
     "replay": "compute a recorded optimizer step again",
     "completion": 'shell completion: eval "$(fuchsia completion bash)"',
 }
@@ -58,7 +59,7 @@ def unknown_command(name: str) -> str:
     """The error message for a command that does not exist.
 
     >>> unknown_command("trian")
-    "unknown command 'trian': the commands are fit, validate, test, predict, check-env, serve, replay, completion"
+    "unknown command 'trian': the commands are fit, validate, test, predict, check-env, serve, report, replay, completion"
     >>> unknown_command("fti")
     "unknown command 'fti'. Did you mean 'fit'?"
     """
@@ -124,9 +125,28 @@ def completion_options() -> argparse.ArgumentParser:
     return parser
 
 
+def report_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia report`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia report",
+        description="Writes report.html: status, curves, evaluations, settings and rollouts of a run, in one file that opens "
+        "without a network. A run writes it by itself while it trains; this command makes it of a run that was killed, copied or "
+        "of an older version. With several runs, the curves of the others are laid over those of the first.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run: runs/quickstart/0, quickstart/0, or quickstart")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the folder of the first run")
+    parser.add_argument("--root", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument(
+        "--max_rollouts", type=int, default=10_000, metavar="N", help="rollouts that the page shows at most (default: 10000)"
+    )
+    return parser
+
+
 OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "check-env": check_env_options,
     "serve": serve_options,
+    "report": report_options,
     "replay": replay_options,
     "completion": completion_options,
 }

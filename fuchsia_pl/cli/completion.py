@@ -25,7 +25,7 @@ _fuchsia() {{
     esac
     if [[ $word == -* ]]; then
         COMPREPLY=($(compgen -W "$words {debug}" -- "$word"))
-    elif [[ $previous == --*[._]file || $previous == --ckpt_path || $command == replay ]]; then
+    elif [[ $previous == --*[._]file || $previous == --ckpt_path || $command == replay || $command == report ]]; then
         compopt -o filenames 2>/dev/null
         COMPREPLY=($(compgen -f -- "$word"))
     elif [[ $command == completion ]]; then
@@ -53,7 +53,7 @@ def _options(command: str, table: Table) -> list[str]:
     own = (
         [word for action in OPTIONS[command]()._actions for word in action.option_strings] if command in OPTIONS else []
     )
-    if command in ("replay", "completion"):
+    if command in ("report", "replay", "completion"):
         return own
     settings = [s.key for group in table.groups for s in group.settings if s.command in ("", command)]
     helps = [*HELP_OPTIONS, HELP_ALL_OPTION] if command in RUN_COMMANDS else []

@@ -12,6 +12,7 @@ from fuchsia_pl.cli.commands import DEBUG_OPTION, is_help
 from fuchsia_pl.cli.ending import leave_stopped
 from fuchsia_pl.cli.launch import to_first_rank
 from fuchsia_pl.cli.replay import replay
+from fuchsia_pl.cli.report import report
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.cli.settings_table import print_help
 from fuchsia_pl.engines.base import EngineError
@@ -23,6 +24,7 @@ from fuchsia_pl.stopping import stopping
 # The commands that define their own options, by name. Each function gets the words after the name and returns the exit code.
 HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "check-env": check_env,
+    "report": report,
     "replay": replay,
     "serve": serve,
 }
