@@ -7,7 +7,7 @@ from typing import Any
 
 from fuchsia_pl.run_record import RunRecord, write_record
 
-WORDS = "The answer is 27 plus 35 , so 62 because seven and five make twelve .".split()
+WORDS = ["The", "answer", "is", "27", "plus", "35", ",", "so", "62", "because", "seven", "and", "five", "make", "."]
 CONFIG = "data:\n  batch_size: 8\n  environment:\n    class_path: fuchsia_pl.library.arithmetic.Arithmetic\n"
 
 
@@ -54,7 +54,12 @@ def make_run(folder: Path, num_steps: int = 2, num_items: int = 2, group_size: i
                 tokens = [f" {numbers.choice(WORDS)}" for _ in range(numbers.randint(20, 30))]
                 reward, advantage = float(numbers.random() < 0.5), numbers.gauss(0, 1)
                 varied = [round(numbers.gauss(0, 1), 5) for _ in tokens]
-                figures = {"reward": reward, "rewards": {"correct": reward}, "advantage": advantage, "advantages": varied}
+                figures = {
+                    "reward": reward,
+                    "rewards": {"correct": reward},
+                    "advantage": advantage,
+                    "advantages": varied,
+                }
                 train.append(rollout_line(step, step * num_items + item, sibling, tokens, **figures))
                 address = {name: train[-1][name] for name in ("step", "item_index", "sibling")}
                 gaps.append({**address, "gaps": [round(numbers.gauss(0, 0.04), 5) for _ in tokens]})

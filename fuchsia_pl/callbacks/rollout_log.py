@@ -78,9 +78,7 @@ class RolloutLog(Callback):
     ) -> None:
         """Writes the rollouts of a held-out split."""
         assert trainer.state.stage is not None
-        lines = [
-            self._line_without_advantage(trainer, rollout, rollout.policy_version) for rollout in batch.rollouts
-        ]
+        lines = [self._line_without_advantage(trainer, rollout, rollout.policy_version) for rollout in batch.rollouts]
         self._append(trainer, f"rollouts-{SPLITS[trainer.state.stage]}.jsonl", lines)
 
     on_test_batch_end = on_validation_batch_end

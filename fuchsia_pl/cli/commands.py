@@ -135,10 +135,16 @@ def report_options() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run: runs/quickstart/0, quickstart/0, or quickstart")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the folder of the first run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html in the folder of the first run"
+    )
     parser.add_argument("--root", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument(
-        "--max_rollouts", type=int, default=10_000, metavar="N", help="rollouts that the page shows at most (default: 10000)"
+        "--max_rollouts",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="rollouts that the page shows at most (default: 10000)",
     )
     return parser
 

@@ -68,7 +68,9 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> Curves:
         step = whole(row.get("step"), default=-1)
         if step < 0:
             continue
-        given = {name: number(value) for name, value in row.items() if name not in NO_METRICS and value not in (None, "")}
+        given = {
+            name: number(value) for name, value in row.items() if name not in NO_METRICS and value not in (None, "")
+        }
         own = {name: value for name, value in given.items() if name.partition("/")[0] not in HELD_OUT_SPLITS}
         if own:
             num_steps = step + 1
@@ -108,7 +110,10 @@ def evaluations(folder: Path, logged: Curves, environment: str) -> list[dict[str
 def warnings_of(folder: Path) -> list[dict[str, Any]]:
     """Warnings in words of a run, in order."""
     return [
-        {"step": whole(line.get("step")), **{name: text(line.get(name)) for name in ("name", "metric", "text", "advice")}}
+        {
+            "step": whole(line.get("step")),
+            **{name: text(line.get(name)) for name in ("name", "metric", "text", "advice")},
+        }
         for line in LineReader(folder / WARNINGS_FILE).new()
     ]
 
@@ -121,7 +126,9 @@ def _evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
         "environment": text(line.get("environment")),
         "num_items": number(line.get("num_items")),
         "num_samples": number(line.get("num_samples")),
-        "figures": {str(name): _figure(given) for name, given in (figures if isinstance(figures, dict) else {}).items()},
+        "figures": {
+            str(name): _figure(given) for name, given in (figures if isinstance(figures, dict) else {}).items()
+        },
     }
 
 

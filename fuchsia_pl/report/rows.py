@@ -80,7 +80,7 @@ def row_of(line: Mapping[str, Any], split: str) -> Row:
     """The row of a line of the log, of this version or of an older one without tokens."""
     rewards = line.get("rewards")
     parts, turn_of = _parts(line)
-    tokens, sizes = _tokens(line, turn_of, parts)
+    tokens, sizes = _tokens(line, turn_of)
     advantages = numbers(line.get("advantages"))
     if len(advantages) == sum(sizes):
         columns = zip(tokens, _split(advantages, sizes), strict=True)
@@ -156,12 +156,12 @@ def _answered(line: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": completion}] if completion else []
 
 
-def _tokens(line: Mapping[str, Any], turn_of: Sequence[int | None], parts: Sequence[Part]) -> tuple[list[str], list[int]]:
+def _tokens(line: Mapping[str, Any], turn_of: Sequence[int | None]) -> tuple[list[str], list[int]]:
     """For each part, the texts of its tokens as JSON and their number. A text that was cut has no tokens."""
     given = line.get("tokens")
     turns = [turn if isinstance(turn, list) else [] for turn in given] if isinstance(given, list) else []
     columns, sizes = [], []
-    for turn, part in zip(turn_of, parts, strict=True):
+    for turn in turn_of:
         texts = turns[turn] if turn is not None and turn < len(turns) else []
         # A token may be longer than its text: special tokens are left out of texts.
         is_whole = bool(texts) and sum(len(str(piece)) for piece in texts) <= MAX_TEXT_CHARS

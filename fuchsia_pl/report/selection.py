@@ -14,8 +14,8 @@ EXTREME_SHARE = 20  # the best and the worst groups each have at most a twentiet
 SLACK = 1.1  # so that a sample is taken anew once per many groups
 NO_WORD = r"\W+"  # what an address in a link cannot contain as it is
 RULE = (
-    "all held-out ones of the last evaluation, the groups with the highest and the lowest rewards, and of the others whole groups "
-    "by a fixed random choice"
+    "all held-out ones of the last evaluation, the groups with the highest and the lowest rewards, and of the others whole "
+    "groups by a fixed random choice"
 )
 
 

@@ -21,7 +21,9 @@ OBJECTIVE_FILE = "objective.yaml"
 SETTINGS_TABLE = Path(fuchsia_pl.__file__).parent / "cli" / "settings.json"
 # Classes that may be imported to read their defaults. A report never runs the code of a user's environment.
 TRUSTED = ("fuchsia_pl", "torch", "lightning")
-SECRET = re.compile(r"(^|[_.-])(api_?key|key|token|password|passwd|secret|credentials?|authorization|cookie)$", re.IGNORECASE)
+SECRET = re.compile(
+    r"(^|[_.-])(api_?key|key|token|password|passwd|secret|credentials?|authorization|cookie)$", re.IGNORECASE
+)
 IN_URL = re.compile(r"(://)[^/@\s]+@")
 HIDDEN = "(hidden)"
 MAX_VALUE_CHARS = 2000
@@ -104,10 +106,13 @@ def _class_defaults(leaves: dict[str, Any]) -> dict[str, str | None]:
         if last != "class_path":
             continue
         given = [name for name in leaves if name.startswith(f"{parent}.init_args.")]
-        found |= {name: None for name in given}
+        found |= dict.fromkeys(given)
         arguments = _defaults_of(str(path))
-        found |= {name: arguments[name.removeprefix(f"{parent}.init_args.")] for name in given if
-                  name.removeprefix(f"{parent}.init_args.") in arguments}
+        found |= {
+            name: arguments[name.removeprefix(f"{parent}.init_args.")]
+            for name in given
+            if name.removeprefix(f"{parent}.init_args.") in arguments
+        }
     return found
 
 
@@ -120,7 +125,9 @@ def _defaults_of(path: str) -> dict[str, str]:
     except Exception:  # the code of the module may raise anything
         return {}
     plain = (bool, int, float, str, list, tuple, type(None))
-    defaults = {name: parameter.default for name, parameter in parameters.items() if isinstance(parameter.default, plain)}
+    defaults = {
+        name: parameter.default for name, parameter in parameters.items() if isinstance(parameter.default, plain)
+    }
     return {name: as_yaml(list(value) if isinstance(value, tuple) else value) for name, value in defaults.items()}
 
 

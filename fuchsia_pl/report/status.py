@@ -70,7 +70,11 @@ def duration(seconds: float) -> str:
     ('3 s', '3 min 20 s', '2 h 1 min', '2 d 7 h')
     """
     whole = round(seconds)
-    for size, name, smaller_size, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for size, name, smaller_size, smaller_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
         if whole >= size:
             return f"{whole // size} {name} {whole % size // smaller_size} {smaller_name}"
     return f"{whole} s"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Callback
@@ -10,7 +11,6 @@ from fuchsia_pl.callbacks import live_report
 from fuchsia_pl.callbacks.live_report import LiveReport
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.files import DiskError
-from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer
 
@@ -110,7 +110,7 @@ def test_a_run_that_fails_has_a_report_that_states_it(tiny_model, tmp_path):
 def test_a_run_that_a_signal_stopped_has_a_report_that_states_it(tiny_model, tmp_path, monkeypatch):
     class Stops(Callback):
         def on_train_batch_end(self, trainer, *args):
-            monkeypatch.setattr(stopping, "signum", 15)
+            monkeypatch.setattr(live_report, "stopping", SimpleNamespace(signum=15))
             trainer.should_stop = True
 
     fit(tiny_model, tmp_path, Stops(), LiveReport())

@@ -16,9 +16,7 @@ from tests.doubles import EOS, denominators, make_data, make_module, make_sample
 
 def fit(tiny_model, root, log: RolloutLog, **loss) -> None:
     module = make_module(tiny_model, LossConfig(**loss))
-    trainer = make_trainer(
-        root, log, max_steps=2, accumulate_grad_batches=2, limit_val_batches=1.0, max_epochs=-1
-    )
+    trainer = make_trainer(root, log, max_steps=2, accumulate_grad_batches=2, limit_val_batches=1.0, max_epochs=-1)
     trainer.fit(module, datamodule=make_data(module, batch_size=4, steps_per_epoch=2))
 
 
@@ -37,7 +35,9 @@ def test_each_sampled_token_has_its_text_and_logprob_and_each_trained_one_its_ga
         assert len(line["logprobs"]) == len(pieces)
         assert all(logprob <= 0 for logprob in line["logprobs"])
         assert "advantages" not in line  # those of a row are equal
-    gaps = {(line["step"], line["item_index"], line["sibling"]): line["gaps"] for line in lines_of(tmp_path / "gaps.jsonl")}
+    gaps = {
+        (line["step"], line["item_index"], line["sibling"]): line["gaps"] for line in lines_of(tmp_path / "gaps.jsonl")
+    }
     trained = {(line["step"], line["item_index"], line["sibling"]): line for line in lines if line["advantage"]}
     assert gaps.keys() == trained.keys()
     assert {key[0] for key in gaps} == {0, 1}
@@ -118,7 +118,14 @@ def test_the_second_update_of_a_phase_is_not_logged_again(tiny_model, tmp_path):
 
 
 def test_gaps_are_a_file_of_the_log(tmp_path):
-    for name in ("gaps.jsonl", "gaps.jsonl.rank1", "rollouts.jsonl", "rollouts-test.jsonl.rank0", "my-gaps.jsonl", "held_out.jsonl"):
+    for name in (
+        "gaps.jsonl",
+        "gaps.jsonl.rank1",
+        "rollouts.jsonl",
+        "rollouts-test.jsonl.rank0",
+        "my-gaps.jsonl",
+        "held_out.jsonl",
+    ):
         (tmp_path / name).touch()
     names = [file.name for file in log_files(tmp_path)]
     assert names == ["gaps.jsonl", "gaps.jsonl.rank1", "rollouts-test.jsonl.rank0", "rollouts.jsonl"]

@@ -26,7 +26,7 @@ def root(tmp_path, monkeypatch):
 def test_it_prints_the_file_that_it_wrote(root, capsys, words, file):
     assert report(words) == 0
     assert capsys.readouterr().out == f"{file}\n"
-    assert [path for path in root.rglob("*.html")] == [root / file]
+    assert list(root.rglob("*.html")) == [root / file]
 
 
 @pytest.mark.parametrize(

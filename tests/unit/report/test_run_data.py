@@ -56,9 +56,7 @@ def test_a_finished_run_has_its_figures_in_the_page(tmp_path):
     assert summary["shown_words"] == "all 12 rollouts are shown"
     assert len({row["id"] for row in rollouts["rows"]}) == 12
     row = next(row for row in rollouts["rows"] if row["id"] == "train-1-0-1")
-    line, gaps = (
-        json.loads((folder / name).read_text().splitlines()[1]) for name in ("rollouts.jsonl", "gaps.jsonl")
-    )
+    line, gaps = (json.loads((folder / name).read_text().splitlines()[1]) for name in ("rollouts.jsonl", "gaps.jsonl"))
     assert rollouts["prompts"][row["prompt"]] == line["prompt"]
     assert json.loads(rollouts["items"][row["item_row"]]) == line["item"]
     assert rollouts["environments"][row["environment"]] == "Arithmetic"
@@ -117,7 +115,9 @@ def test_a_log_of_an_older_version_has_its_turns_by_their_texts(tmp_path):
         {"role": "assistant", "content": "yes"},
     ]
     line = rollout_line(3, 5, 0, [], messages=messages, completion="oneyes")
-    write_lines(tmp_path / "rollouts.jsonl", [{name: line[name] for name in line if name not in ("tokens", "logprobs")}])
+    write_lines(
+        tmp_path / "rollouts.jsonl", [{name: line[name] for name in line if name not in ("tokens", "logprobs")}]
+    )
     (row,) = rows_of(tmp_path)
     assert [part["text"] for part in row["parts"]] == ["one", "sure?", "yes"]
     assert (row["id"], row["step"], row["version"]) == ("train-4-5-0", 4, 3)
@@ -128,15 +128,27 @@ def test_a_log_of_an_older_version_has_its_turns_by_their_texts(tmp_path):
     [
         ({}, "finished after 25 steps in 3 min 20 s"),
         ({"outcome": "stopped", "reason": "SIGTERM", "step": 7}, "stopped by SIGTERM after step 7"),
-        ({"outcome": "failed", "reason": "EngineError: gone", "step": 0}, "failed before the first step: EngineError: gone"),
-        ({"outcome": "running", "ended_at": None, "step": 12, "pid": os.getpid()}, "step 12 of 25, about 1 min 18 s left"),
+        (
+            {"outcome": "failed", "reason": "EngineError: gone", "step": 0},
+            "failed before the first step: EngineError: gone",
+        ),
+        (
+            {"outcome": "running", "ended_at": None, "step": 12, "pid": os.getpid()},
+            "step 12 of 25, about 1 min 18 s left",
+        ),
         ({"outcome": "running", "ended_at": None, "step": 0, "pid": os.getpid()}, "starting, no step is done yet"),
         ({"outcome": "running", "ended_at": None, "step": 3, "max_steps": None}, "step 3, without a limit of steps"),
         ({"command": "validate", "step": 25}, "validate: finished in 3 min 20 s"),
     ],
 )
 def test_the_state_of_a_run_is_a_sentence(changes, words):
-    facts = {"command": "fit", "ended_at": "2026-01-02T03:07:25+00:00", "outcome": "finished", "step": 25, "max_steps": 25}
+    facts = {
+        "command": "fit",
+        "ended_at": "2026-01-02T03:07:25+00:00",
+        "outcome": "finished",
+        "step": 25,
+        "max_steps": 25,
+    }
     facts |= {"started_at": "2026-01-02T03:04:05+00:00", "version": "", "host": "elsewhere", "pid": 1, **changes}
     # 13 steps are left, and the median of a step is 6 s.
     assert status_of(RunRecord(**facts), Progress(0, [100.0, None, 6, 6]))["words"] == words
@@ -163,8 +175,16 @@ def test_an_empty_or_damaged_folder_has_a_report_too(tmp_path):
     summary, rollouts, _ = report_of(tmp_path)
     assert rollouts["rows"] == summary["runs"][0]["steps"] == []
     assert summary["runs"][0]["status"]["outcome"] == "unknown"
-    for name in ("rollouts.jsonl", "gaps.jsonl", "metrics.csv", "config.yaml", "run.json", "held_out.jsonl", "objective.yaml"):
-        (tmp_path / name).write_bytes(b"\xff\x00{]\n[1]\n{\"step\": \"x\", \"messages\": 3, \"rewards\": [], \"tokens\": [3]}\n")
+    for name in (
+        "rollouts.jsonl",
+        "gaps.jsonl",
+        "metrics.csv",
+        "config.yaml",
+        "run.json",
+        "held_out.jsonl",
+        "objective.yaml",
+    ):
+        (tmp_path / name).write_bytes(b'\xff\x00{]\n[1]\n{"step": "x", "messages": 3, "rewards": [], "tokens": [3]}\n')
     summary, rollouts, _ = report_of(tmp_path)
     assert [row["id"] for row in rollouts["rows"]] == ["train-1-0-0"]
 
@@ -184,7 +204,9 @@ def test_all_ranks_are_read(tmp_path):
     for rank in range(2):
         write_lines(tmp_path / f"rollouts.jsonl.rank{rank}", [rollout_line(0, rank, 0, ["a"])])
         write_lines(tmp_path / f"rollouts-validation.jsonl.rank{rank}", [rollout_line(0, rank, 0, ["a"])])
-        write_lines(tmp_path / f"gaps.jsonl.rank{rank}", [{"step": 0, "item_index": rank, "sibling": 0, "gaps": [rank]}])
+        write_lines(
+            tmp_path / f"gaps.jsonl.rank{rank}", [{"step": 0, "item_index": rank, "sibling": 0, "gaps": [rank]}]
+        )
     rows = rows_of(tmp_path)
     assert [row["id"] for row in rows] == ["train-1-0-0", "train-1-1-0", "validation-0-0-0", "validation-0-1-0"]
     assert [json.loads(row["token_data"])[0][2] for row in rows] == [[0], [1], None, None]
@@ -204,10 +226,18 @@ HOSTILE = "</script><script>alert(1)</script>{{js}}&<!--\u2028\u2029\u202e\ud800
 
 def test_hostile_texts_stay_texts(tmp_path):
     line = rollout_line(0, 0, 0, [HOSTILE], rewards={HOSTILE: float("nan")}, reward=float("inf"))
-    line |= {"item": {HOSTILE: HOSTILE}, "prompt": HOSTILE, "status": HOSTILE, "advantage": float("nan"), "messages": [{"role": HOSTILE, "content": "x"}]}
+    line |= {
+        "item": {HOSTILE: HOSTILE},
+        "prompt": HOSTILE,
+        "status": HOSTILE,
+        "advantage": float("nan"),
+        "messages": [{"role": HOSTILE, "content": "x"}],
+    }
     write_lines(tmp_path / "rollouts.jsonl", [line])
     write_lines(tmp_path / "warnings.jsonl", [{"step": 1, "name": HOSTILE, "text": HOSTILE}])
-    write_lines(tmp_path / "held_out.jsonl", [{"step": 0, "split": HOSTILE, "figures": {HOSTILE: {"value": float("nan")}}}])
+    write_lines(
+        tmp_path / "held_out.jsonl", [{"step": 0, "split": HOSTILE, "figures": {HOSTILE: {"value": float("nan")}}}]
+    )
     (tmp_path / "config.yaml").write_text(json.dumps({"data": {"prompt": HOSTILE.replace("\ud800", "")}}))
     summary, rollouts, page = report_of(tmp_path)
     assert summary["runs"][0]["warnings"][0]["text"] == HOSTILE
@@ -302,7 +332,11 @@ def test_held_out_figures_come_from_their_file_else_from_the_metrics(tmp_path):
     table = "step,reward/mean,validation/rollout/accuracy\n0,,0.1\n0,0.5,\n0,,0.2\n1,0.6,\n1,,0.3\n1,"
     (tmp_path / "metrics.csv").write_text(table)
     found = run_summary(tmp_path)["evaluations"]
-    assert [(one["step"], one["figures"]["rollout/accuracy"]["value"]) for one in found] == [(0, 0.1), (1, 0.2), (2, 0.3)]
+    assert [(one["step"], one["figures"]["rollout/accuracy"]["value"]) for one in found] == [
+        (0, 0.1),
+        (1, 0.2),
+        (2, 0.3),
+    ]
     figure = {"value": 0.15625, "low": 0.08, "high": 0.25}
     line = {"step": 0, "split": "validation", "environment": "A", "num_items": 64, "num_samples": 1}
     write_lines(tmp_path / "held_out.jsonl", [{**line, "figures": {"rollout/accuracy": figure}}])
@@ -360,7 +394,9 @@ def test_any_json_line_gives_a_page(tmp_path, seed):
     line = rollout_line(0, 0, 0, ["a"])
     lines = [{name: numbers.choice([value, *values]) for name, value in line.items()} for _ in range(50)]
     write_lines(tmp_path / "rollouts.jsonl", lines)
-    write_lines(tmp_path / "gaps.jsonl", [{"step": numbers.choice(values), "gaps": numbers.choice(values)} for _ in lines])
+    write_lines(
+        tmp_path / "gaps.jsonl", [{"step": numbers.choice(values), "gaps": numbers.choice(values)} for _ in lines]
+    )
     for name in ("held_out.jsonl", "warnings.jsonl"):
         fields = ("step", "split", "figures", "text", "num_items")
         write_lines(tmp_path / name, [{field: numbers.choice(values) for field in fields} for _ in lines])
