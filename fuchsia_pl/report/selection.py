@@ -175,8 +175,9 @@ class Selection:
 
     def _extremes(self) -> set[Key]:
         """The trained groups with the highest and the lowest mean rewards."""
-        scored = [group for key, group in self._groups.items() if key[0] == TRAIN and group.reward is not None]
-        ascending = sorted(scored, key=lambda group: (group.reward, group.draw))
+        trained = [(group.reward, group) for key, group in self._groups.items() if key[0] == TRAIN]
+        scored = [(reward, group.draw, group) for reward, group in trained if reward is not None]
+        ascending = [group for *_, group in sorted(scored, key=lambda one: one[:2])]
         return {*self._first_of(ascending), *self._first_of(ascending[::-1])}
 
     def _first_of(self, groups: list[Group]) -> set[Key]:

@@ -78,7 +78,7 @@ def as_yaml(value: Any) -> str:
     >>> as_yaml(1e-05), as_yaml([1, 2]), as_yaml(None), as_yaml("a: b")
     ('1.0e-05', '[1, 2]', 'null', "'a: b'")
     """
-    written = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    written = yaml.safe_dump(value, default_flow_style=True, width=1 << 30, allow_unicode=True)
     return text(written.removesuffix("\n").removesuffix("\n..."), MAX_VALUE_CHARS)
 
 
