@@ -32,6 +32,7 @@ IN_ORDER = [
     "RunCheckpoint",
     "Resume",
     "OwedValidation",
+    "LiveReport",
 ]
 
 
