@@ -132,6 +132,12 @@ class RolloutDataModule(LightningDataModule):
         model = self.served_model
         return Chat(model.folder, model.chat_template, self._started_at, self.sampling.special_tokens_in_text)
 
+    @property
+    def chat(self) -> Chat:
+        """Tokenizer and chat template of the run, from `setup` on."""
+        assert self._collector is not None, "setup is called first"
+        return self._collector.chat
+
     def state_dict(self) -> dict[str, Any]:
         """Content of a checkpoint: the start time of the run."""
         return {"started_at": self._started_at.isoformat()}

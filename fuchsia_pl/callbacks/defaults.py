@@ -15,6 +15,7 @@ from fuchsia_pl.callbacks.health import HealthWarnings
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.hyperparameters import HyperparameterLog
 from fuchsia_pl.callbacks.last_row import LastRow
+from fuchsia_pl.callbacks.live_report import LiveReport
 from fuchsia_pl.callbacks.lost_rank import LostRank
 from fuchsia_pl.callbacks.memory import MemoryReport
 from fuchsia_pl.callbacks.outcome import Outcome
@@ -53,6 +54,7 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "checkpoint": RunCheckpoint,
     "resume": Resume,
     "owed_validation": OwedValidation,
+    "report": LiveReport,  # last: it reads the files of the others
 }
 
 

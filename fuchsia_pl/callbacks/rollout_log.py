@@ -1,32 +1,46 @@
 """A log of all rollouts as JSON lines."""
 
 import json
+import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
 from fuchsia_pl.batch import Batch
+from fuchsia_pl.callbacks.access import data_of, module_of
 from fuchsia_pl.files import append_lines
+from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.types import Evaluation, Rollout
 
 TRAIN_FILE = "rollouts.jsonl"
+GAPS_FILE = "gaps.jsonl"
 SPLITS = {
     RunningStage.SANITY_CHECKING: "validation",
     RunningStage.VALIDATING: "validation",
     RunningStage.TESTING: "test",
     RunningStage.PREDICTING: "predict",
 }
-OWN_NAME = re.compile(rf"rollouts(-({'|'.join(sorted(set(SPLITS.values())))}))?\.jsonl(\.rank\d+)?")
+OWN_NAME = re.compile(rf"(rollouts(-({'|'.join(sorted(set(SPLITS.values())))}))?|gaps)\.jsonl(\.rank\d+)?")
+DECIMALS = 5  # of logprobs and advantages per token; a float32 logprob of -10 has six
 
 
 class RolloutLog(Callback):
     """Appends a line per rollout to `rollouts.jsonl`, or to `rollouts-<split>.jsonl` for held-out splits.
 
     With several ranks, each writes its rollouts to a file that ends in its rank.
+
+    Args:
+        tokens: Whether the lines contain the text, the logprob and, where they differ, the advantage of each sampled token, and
+            `gaps.jsonl` the difference between the trainer's logprobs and these. The report colours tokens by them.
     """
+
+    def __init__(self, tokens: bool = True) -> None:
+        self.tokens = tokens
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Writes the rows of a micro-batch before they are trained, so that the log contains the rows at which a run fails."""
@@ -35,9 +49,23 @@ class RolloutLog(Callback):
         is_first = batch_idx % trainer.accumulate_grad_batches == 0  # of its step: logs the facts of the step once
         samples = [*batch.samples, *(batch.step.zero_advantage if is_first else ())]
         unused = batch.step.unused if is_first else ()
-        lines = [rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage) for sample in samples]
-        lines += [rollout_line(rollout, trainer.global_step, None) for rollout in unused]
+        lines = [
+            {
+                **rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage),
+                **self._token_fields(trainer, sample.rollout, sample.advantages),
+            }
+            for sample in samples
+        ]
+        lines += [self._line_without_advantage(trainer, rollout, trainer.global_step) for rollout in unused]
         self._append(trainer, TRAIN_FILE, lines)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Writes the gaps of a micro-batch, whose logprobs the trainer has computed by now."""
+        if self.tokens and batch.step.policy_update == 0 and batch.samples:
+            logprobs = module_of(trainer).trainer_logprobs[batch_idx % trainer.accumulate_grad_batches]
+            self._append(trainer, GAPS_FILE, gap_lines(batch, logprobs))
 
     def on_validation_batch_end(
         self,
@@ -50,11 +78,17 @@ class RolloutLog(Callback):
     ) -> None:
         """Writes the rollouts of a held-out split."""
         assert trainer.state.stage is not None
-        lines = [rollout_line(rollout, rollout.policy_version, None) for rollout in batch.rollouts]
+        lines = [self._line_without_advantage(trainer, rollout, rollout.policy_version) for rollout in batch.rollouts]
         self._append(trainer, f"rollouts-{SPLITS[trainer.state.stage]}.jsonl", lines)
 
     on_test_batch_end = on_validation_batch_end
     on_predict_batch_end = on_validation_batch_end
+
+    def _line_without_advantage(self, trainer: Trainer, rollout: Rollout, step: int) -> dict[str, Any]:
+        return {**rollout_line(rollout, step, None), **self._token_fields(trainer, rollout, ())}
+
+    def _token_fields(self, trainer: Trainer, rollout: Rollout, advantages: Sequence[float]) -> dict[str, Any]:
+        return token_fields(rollout, advantages, data_of(trainer).chat) if self.tokens else {}
 
     def _append(self, trainer: Trainer, name: str, lines: list[dict[str, Any]]) -> None:
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
@@ -101,3 +135,48 @@ def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[s
         "policy_version": rollout.policy_version,
         "policy_versions": rollout.policy_versions[num_prompt_tokens:],
     }
+
+
+def token_fields(rollout: Rollout, advantages: Sequence[float], chat: Chat) -> dict[str, Any]:
+    """Fields of a log line about the sampled tokens.
+
+    Args:
+        rollout: The rollout.
+        advantages: One per sampled token, or none.
+        chat: Tokenizer of the run.
+
+    Returns:
+        `tokens`: a list of texts for each turn; `logprobs`: one per sampled token; `advantages`: the same, if they differ.
+    """
+    pairs = zip(rollout.sampling_logprobs, rollout.loss_mask, strict=True)
+    fields: dict[str, Any] = {
+        "tokens": [chat.pieces(turn.completion.token_ids) for turn in rollout.turns],
+        "logprobs": _rounded(logprob for logprob, kept in pairs if kept),
+    }
+    if len(set(advantages)) > 1:
+        fields["advantages"] = _rounded(advantages)
+    return fields
+
+
+def gap_lines(batch: Batch, logprobs: torch.Tensor) -> list[dict[str, Any]]:
+    """Lines with the trainer's minus the sampling logprob of each sampled token, one line per row.
+
+    Args:
+        batch: The micro-batch. Its rows are those of its samples, in order.
+        logprobs: The trainer's logprobs, float32 [B, T].
+    """
+    gaps, mask = (logprobs.float() - batch.sampling_logprobs).cpu(), batch.loss_mask.cpu()
+    return [
+        {
+            "step": batch.step.step,
+            "item_index": sample.rollout.item_index,
+            "sibling": sample.rollout.sibling,
+            "gaps": _rounded(gaps[row, mask[row]].tolist()),
+        }
+        for row, sample in enumerate(batch.samples)
+    ]
+
+
+def _rounded(values: Iterable[float]) -> list[float | None]:
+    """Values with five decimals; None in place of those that are not finite, which JSON does not have."""
+    return [round(value, DECIMALS) + 0.0 if math.isfinite(value) else None for value in values]  # 0.0 in place of -0.0

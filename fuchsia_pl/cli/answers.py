@@ -7,16 +7,14 @@ from fuchsia_pl.cli.commands import (
     COMMANDS,
     DEBUG_OPTION,
     HELP_OPTIONS,
-    OPTIONS,
     RUN_COMMANDS,
-    completion_options,
     is_help,
     overview,
-    runs_diff_options,
     unknown_command,
 )
 from fuchsia_pl.cli.completion import bash_completion
 from fuchsia_pl.cli.help_page import help_page, packaged_table
+from fuchsia_pl.cli.options import OPTIONS, completion_options, runs_diff_options
 
 
 def answer(arguments: list[str]) -> None:

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from fuchsia_pl.callbacks.adapter_export import ADAPTER_FOLDER
 from fuchsia_pl.cli.chat_session import HELP, ChatSettings, Session, conversation_environment
-from fuchsia_pl.cli.commands import chat_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.find_run import find_run
+from fuchsia_pl.cli.options import chat_options
 from fuchsia_pl.cli.run_folder import SAVED_CONFIG
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.policy.cpu import has_bfloat16

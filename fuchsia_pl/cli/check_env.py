@@ -15,9 +15,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fuchsia_pl.cli.commands import check_env_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.examination import Examination, Examiner, Run
+from fuchsia_pl.cli.options import check_env_options
 from fuchsia_pl.cli.played import Played
 from fuchsia_pl.envs.base import check_rewards
 from fuchsia_pl.loop import run_blocking

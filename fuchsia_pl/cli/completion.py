@@ -1,15 +1,8 @@
 """Completion for bash: a script that contains all commands and settings, since a call of Python at each TAB takes too long."""
 
-from fuchsia_pl.cli.commands import (
-    COMMANDS,
-    DEBUG_OPTION,
-    HELP_ALL_OPTION,
-    HELP_OPTIONS,
-    OPTIONS,
-    RUN_COMMANDS,
-    RUN_OPTIONS,
-)
+from fuchsia_pl.cli.commands import COMMANDS, DEBUG_OPTION, HELP_ALL_OPTION, HELP_OPTIONS, RUN_COMMANDS
 from fuchsia_pl.cli.help_page import Table
+from fuchsia_pl.cli.options import OPTIONS, RUN_OPTIONS
 
 # `compopt` exists in bash 4 and later; the bash of macOS adds a space after a folder.
 SCRIPT = """\
@@ -33,7 +26,7 @@ _fuchsia() {{
     esac
     if [[ $word == -* ]]; then
         COMPREPLY=($(compgen -W "$words {debug}" -- "$word"))
-    elif [[ $previous == --*[._]file || $previous == --ckpt_path || $command == replay ]]; then
+    elif [[ $previous == --*[._]file || $previous == --ckpt_path || $command == replay || $command == report ]]; then
         compopt -o filenames 2>/dev/null
         COMPREPLY=($(compgen -f -- "$word"))
     elif [[ $command == completion ]]; then
@@ -62,7 +55,7 @@ def _options(command: str, table: Table) -> list[str]:
     own = (
         [word for action in options[command]()._actions for word in action.option_strings] if command in options else []
     )
-    if command in ("replay", "runs", "completion"):
+    if command in ("report", "replay", "runs", "completion"):
         return own
     settings = [s.key for group in table.groups for s in group.settings if s.command in ("", command)]
     helps = [*HELP_OPTIONS, HELP_ALL_OPTION] if command in RUN_COMMANDS else []

@@ -17,10 +17,10 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from fuchsia_pl.cli import doctor_machine as machine
-from fuchsia_pl.cli.commands import doctor_options
 from fuchsia_pl.cli.diagnosis import Check, Finding, bounded, worst
 from fuchsia_pl.cli.doctor_config import ConfigChecks, DoctorCLI
 from fuchsia_pl.cli.doctor_step import CLOSING_S, trial_step
+from fuchsia_pl.cli.options import doctor_options
 from fuchsia_pl.cli.run_folder import CONFIG_OPTIONS, DEFAULT_ROOT
 from fuchsia_pl.cli.terminal import plain
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from fuchsia_pl.callbacks.access import callbacks_of
 from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.cli.app import FuchsiaCLI
-from fuchsia_pl.cli.commands import eval_options
 from fuchsia_pl.cli.evaluated_policy import Rival, choose_temperature, find_rival, run_arguments
 from fuchsia_pl.cli.evaluation_table import comparison_lines, evaluation_table
 from fuchsia_pl.cli.failures import refused_by
+from fuchsia_pl.cli.options import eval_options
 from fuchsia_pl.cli.run_folder import find_config
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.kept import KeptEngine

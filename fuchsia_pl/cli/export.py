@@ -14,9 +14,9 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.callbacks.card_facts import CARD_FILE
-from fuchsia_pl.cli.commands import export_options
 from fuchsia_pl.cli.gguf_file import write_gguf
 from fuchsia_pl.cli.modelfile import MODELFILE, modelfile
+from fuchsia_pl.cli.options import export_options
 from fuchsia_pl.cli.trained import Trained, find_trained
 from fuchsia_pl.cli.upload import check_upload, upload
 from fuchsia_pl.engines.merge import ADAPTER_WEIGHTS, merged_weights

@@ -9,7 +9,8 @@ import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fuchsia_pl.cli.commands import DEBUG_OPTION, HELP_ALL_OPTION, RUN_COMMANDS, RUN_OPTIONS
+from fuchsia_pl.cli.commands import DEBUG_OPTION, HELP_ALL_OPTION, RUN_COMMANDS
+from fuchsia_pl.cli.options import RUN_OPTIONS
 
 PACKAGED_TABLE = Path(__file__).parent / "settings.json"
 WIDTH = 100

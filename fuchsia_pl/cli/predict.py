@@ -14,9 +14,9 @@ from fuchsia_pl.callbacks.rollout_log import log_files
 from fuchsia_pl.cli.answer_file import STARTED_AT, AnswerFile, StandardOutput, weights_digest
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.chat_session import conversation_environment
-from fuchsia_pl.cli.commands import predict_options
 from fuchsia_pl.cli.evaluated_policy import choose_temperature, policy_words, sampling_words
 from fuchsia_pl.cli.launch import is_first_rank
+from fuchsia_pl.cli.options import predict_options
 from fuchsia_pl.cli.prompt_data import PromptData
 from fuchsia_pl.cli.prompt_file import STANDARD, Prompts, read_prompts
 from fuchsia_pl.cli.run_folder import remove_unused

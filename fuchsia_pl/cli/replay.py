@@ -23,8 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step, unscaled
-from fuchsia_pl.cli.commands import replay_options
 from fuchsia_pl.cli.failures import one_line
+from fuchsia_pl.cli.options import replay_options
 from fuchsia_pl.module import GRPOModule, parsed_settings
 from fuchsia_pl.policy.contents import fingerprint, not_finite
 from fuchsia_pl.policy.sharding import total_norm

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fuchsia_pl.cli.commands import runs_diff_options, runs_options
 from fuchsia_pl.cli.find_run import find_run
+from fuchsia_pl.cli.options import runs_diff_options, runs_options
 from fuchsia_pl.cli.run_diff import compared, print_difference
 from fuchsia_pl.cli.run_summary import NO_RUN, RunSummary, is_training, summaries
 from fuchsia_pl.cli.terminal import duration, figure, local_time, plain, size

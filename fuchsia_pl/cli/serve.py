@@ -19,8 +19,8 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from fuchsia_pl import orphans
-from fuchsia_pl.cli.commands import serve_config_options
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
+from fuchsia_pl.cli.options import serve_config_options
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
     NUM_SERVED_ADAPTERS,

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from fuchsia_pl import orphans
 from fuchsia_pl.callbacks.card_facts import read_config
-from fuchsia_pl.cli.commands import serve_options
+from fuchsia_pl.cli.options import serve_options
 from fuchsia_pl.cli.run_folder import SAVED_CONFIG
 from fuchsia_pl.cli.serve import SERVER_MODULE, Listener, ServerCommand, become, guarded, listener_of
 from fuchsia_pl.cli.trained import Trained, find_trained

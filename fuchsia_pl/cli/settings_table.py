@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.class_change import fresh_arguments
-from fuchsia_pl.cli.commands import HELP_ALL_OPTION, RUN_COMMANDS, RUN_OPTIONS, is_help
+from fuchsia_pl.cli.commands import HELP_ALL_OPTION, RUN_COMMANDS, is_help
 from fuchsia_pl.cli.help_page import PACKAGED_TABLE, Group, SettingHelp, Table, as_json, help_page
+from fuchsia_pl.cli.options import RUN_OPTIONS
 from fuchsia_pl.cli.run_folder import CONFIG_FOLDER
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.envs.base import Environment

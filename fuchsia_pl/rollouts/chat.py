@@ -8,6 +8,7 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fuchsia_pl.envs.thinking import without_thinking
@@ -149,6 +150,24 @@ class Chat:
     def raw_text(self, token_ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The text that each id adds, special tokens included. A character of several ids belongs to the last of them.
+
+        Returns:
+            One text per id. The text of an id in the middle of a character is empty.
+        """
+        tokenizer, stream = self._tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=False)
+        pieces: list[str | None] = []
+        for token in token_ids:
+            try:
+                pieces.append(stream.step(tokenizer, token))
+            except Exception:  # of no narrower class: bytes that are no UTF-8 may break the state of the stream
+                stream = DecodeStream(skip_special_tokens=False)
+                pieces.append(stream.step(tokenizer, token))
+        if pieces and pieces[-1] is None:  # the turn was cut within a character
+            pieces[-1] = "\N{REPLACEMENT CHARACTER}"
+        return [piece or "" for piece in pieces]
 
     def turn_text(self, token_ids: Sequence[int]) -> str:
         """The text of a turn with special tokens, without the one that ended it."""

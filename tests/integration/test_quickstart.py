@@ -51,6 +51,7 @@ def test_everything_is_in_the_run_folder(run):
     expected = {"config.yaml", "metrics.csv", "rollouts.jsonl", "rollouts-validation.jsonl", "adapter", "checkpoints"}
     assert files >= {*expected, "engine.log", "run.log"}
     assert len((run / "rollouts.jsonl").read_text().splitlines()) == 25 * 64
+    assert (run / "report.html").stat().st_size <= 1_000_000
 
 
 def test_the_adapter_alone_gives_the_held_out_accuracy_again(run):

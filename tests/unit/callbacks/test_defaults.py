@@ -35,6 +35,7 @@ IN_ORDER = [
     "RunCheckpoint",
     "Resume",
     "OwedValidation",
+    "LiveReport",
 ]
 
 
