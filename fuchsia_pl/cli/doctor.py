@@ -86,7 +86,8 @@ def shown_configs(words: Sequence[str]) -> str:
     >>> shown_configs(["--config", "a.yaml", "--config=b.yaml", "--data.batch_size", "4"])
     'a.yaml, b.yaml, 1 other option'
     """
-    names, number = [], 0
+    names: list[str] = []
+    number = 0
     for position, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option in CONFIG_OPTIONS:

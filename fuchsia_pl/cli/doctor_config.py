@@ -125,7 +125,7 @@ class ConfigChecks:
     def tokenizer(self) -> Sequence[Finding]:
         """Whether the ids of the tokenizer are rows of the model's embedding, and completions can end."""
         tokenizer, ends = load_tokenizer(self.folder), self.data.make_chat().stop_token_ids
-        num_rows = self.blank.get_input_embeddings().weight.shape[0]
+        num_rows = self.blank.config.get_text_config().vocab_size
         if len(tokenizer) > num_rows:
             text = (
                 f"it has {len(tokenizer)} tokens, and the model's embedding {num_rows} rows: ids above crash the engine"

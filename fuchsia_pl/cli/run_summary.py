@@ -165,7 +165,9 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _measure(folder: Path) -> tuple[int, datetime | None, datetime | None]:
     """Bytes in a folder, and the times of its oldest and its newest file. A file with several names counts once."""
-    size, times, seen = 0, [], set()
+    size = 0
+    times: list[float] = []
+    seen: set[tuple[int, int]] = set()
     for entry in _files(folder):
         try:
             facts = entry.stat(follow_symlinks=False)
