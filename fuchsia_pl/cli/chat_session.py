@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fuchsia_pl.callbacks.console_text import visible
 from fuchsia_pl.envs import SingleTurnEnvironment
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.thinking import ends_in_thinking
@@ -28,20 +29,6 @@ HELP = """/base           answer the last question again without the adapter; th
 /quit           end, like Ctrl-D; Ctrl-C ends an answer"""
 CLOSE_TIMEOUT_S = 30.0
 DEFAULT_MAX_LENGTH = 4096  # of a model whose config states no limit
-UNPRINTABLE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-# Marks that reorder text: they could hide what a model wrote.
-UNPRINTABLE |= {
-    code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
-
-
-def printable(text: str) -> str:
-    r"""A text without characters that control a terminal; they are written as escapes.
-
-    >>> printable("a\x1b[2Jb\nc")
-    'a\\x1b[2Jb\nc'
-    """
-    return text.translate(UNPRINTABLE).encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True)
@@ -252,7 +239,7 @@ class _Printed:
         self._shown = text
         if new:
             style = "dim" if ends_in_thinking(self._chat.raw_text(self._ids), self._marks) else ""
-            self._console.print(Text(printable(new), style=style), end="", soft_wrap=True)
+            self._console.print(Text(visible(new), style=style), end="", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -59,4 +59,4 @@ def _options(command: str, table: Table) -> list[str]:
         return own
     settings = [s.key for group in table.groups for s in group.settings if s.command in ("", command)]
     helps = [*HELP_OPTIONS, HELP_ALL_OPTION] if command in RUN_COMMANDS else []
-    return [*own, *helps, *(f"--{key}" for key in settings)]
+    return list(dict.fromkeys([*own, *helps, *(f"--{key}" for key in settings)]))

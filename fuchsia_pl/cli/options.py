@@ -201,7 +201,9 @@ def predict_options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--as_items", "--as-items", action="store_true", help="rows are items of the config's environment"
     )
-    parser.add_argument("--samples", type=int, metavar="INT", help="completions per row (default: 1)")
+    parser.add_argument(
+        "--samples", type=int, metavar="INT", help="completions per row (default: data.sampling.validation_samples)"
+    )
     parser.add_argument(
         "--temperature",
         type=float,

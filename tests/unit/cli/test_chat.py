@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from fuchsia_pl.cli.chat import chat, find_target
-from fuchsia_pl.cli.chat_session import ChatSettings, Session, conversation_environment, printable
+from fuchsia_pl.cli.chat_session import ChatSettings, Session, conversation_environment
 from fuchsia_pl.engines.base import SamplingParams
 from fuchsia_pl.envs.tool_environment import ToolEnvironment
 from fuchsia_pl.loop import run_blocking
@@ -187,8 +187,18 @@ def test_a_conversation_that_is_too_long_is_told(tiny_model):
     assert session.messages == []
 
 
-def test_control_characters_are_shown_and_never_sent():
-    assert printable("a\x1b[31m\r\x07\x9b\u202e\ud800\n\tb") == "a\\x1b[31m\\x0d\\x07\\x9b\\u202e?\n\tb"
+def test_control_characters_are_shown_and_never_sent(tiny_model):
+    session, engine, text = made(tiny_model)
+
+    async def generate(prompt_ids, sampling):
+        engine.on_token(7)
+        return Completion((7,), (0.0,), "stop", None, 0)
+
+    engine.generate = generate
+    session.chat.text = lambda ids: "a\x1b[2J\r\u202e[red]b" if ids else ""
+    with session.open():
+        session.take("hello")
+    assert text.getvalue() == "a\\x1b[2J\\r\\u202e[red]b\n"
 
 
 @pytest.mark.parametrize(
