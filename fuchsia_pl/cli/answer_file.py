@@ -28,7 +28,7 @@ class AnswerFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings_path = path.with_name(path.name + SETTINGS_SUFFIX)
-        self.num_done = 0
+        self.num_done = self.num_written = 0
         self._lock: BufferedReader | None = None
 
     def check(self, settings: Mapping[str, Any], ids: Sequence[str | int]) -> dict[str, Any]:
@@ -86,6 +86,7 @@ class AnswerFile:
     def write(self, lines: str) -> None:
         """Appends lines."""
         append_lines(self.path, lines)
+        self.num_written += lines.count("\n")
 
     def end(self) -> None:
         """Lets other processes write the file."""
@@ -128,12 +129,13 @@ class StandardOutput:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.num_done = 0
+        self.num_done = self.num_written = 0
 
     def write(self, lines: str) -> None:
         """Writes lines at once. A lone surrogate, which UTF-8 cannot encode, is written as a JSON escape."""
         self._stream.write(lines.encode(errors="backslashreplace").decode())
         self._stream.flush()
+        self.num_written += lines.count("\n")
 
     def end(self) -> None:
         """Does nothing: the stream belongs to the process."""

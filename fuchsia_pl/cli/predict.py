@@ -125,7 +125,9 @@ class PredictCLI(FuchsiaCLI):
             return
         name = "standard output" if self.given.output == STANDARD else self.given.output
         earlier = f", {self.output.num_done} of them from an earlier call" if self.output.num_done else ""
-        self._tell(f"answers to {len(self.prompts.ids)} rows: {name}{earlier}; whole rollouts: {self.run_folder}")
+        number = self.output.num_done + self.output.num_written
+        number_text = str(number) if number == len(self.prompts.ids) else f"{number} of {len(self.prompts.ids)}"
+        self._tell(f"answers to {number_text} rows: {name}{earlier}; whole rollouts: {self.run_folder}")
 
     def _tell(self, line: str) -> None:
         """Prints a line on the first rank; on standard error if answers may go to standard output."""

@@ -336,8 +336,9 @@ def test_prompts_that_are_too_long_may_be_left_out(config):
     assert last["completions"]
 
 
-def test_limit_predict_batches_takes_the_first_rows(config):
+def test_limit_predict_batches_takes_the_first_rows(config, capsys):
     file_run(config, "--trainer.limit_predict_batches", "2")
+    assert "answers to 2 of 4 rows: out.jsonl" in capsys.readouterr().err
     assert [row["id"] for row in answered()] == [1, 2]
     file_run(config)  # continues
     assert [row["id"] for row in answered()] == [1, 2, 3, 4]
