@@ -16,15 +16,15 @@ RUN_COMMANDS = {
     "predict": "completions of held-out items, or of a file: --input FILE",
 }
 OTHER_COMMANDS = {
-    "chat": "talk to a trained adapter or a model in the terminal",
     "eval": "figures with intervals: --run quickstart/0 --against base",
-    "check-env": "test an environment with known and hostile texts, without a model",
+    "report": "write report.html of a run, or lay runs over each other",
+    "chat": "talk to a trained adapter or a model in the terminal",
     "export": "trained weights as an adapter, whole model, GGUF or for Ollama",
     "serve": "a vLLM server: of a finished run, or for one that trains",
-    "report": "write report.html of a run, or lay runs over each other",
-    "replay": "compute a recorded optimizer step again",
     "runs": "list the runs; `runs diff A B` compares two",
+    "check-env": "test an environment with known and hostile texts, without a model",
     "doctor": "check this machine, a config on it, and a first step",
+    "replay": "compute a recorded optimizer step again",
     "completion": 'shell completion: eval "$(fuchsia completion bash)"',
 }
 COMMANDS = {**RUN_COMMANDS, **OTHER_COMMANDS}

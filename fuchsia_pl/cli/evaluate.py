@@ -117,7 +117,8 @@ class EvalCLI(FuchsiaCLI):
         self.model.policy = None  # the device may not have room for two
         gc.collect()
         module = GRPOModule(self.rival.policy, self.model.loss_config, self.model.optimizer, self.model.lr_scheduler)
-        self.trainer._default_root_dir = str(self.run_folder / RIVAL_FOLDER)
+        # Lightning has no setter; the callbacks write to this folder.
+        self.trainer._default_root_dir = str(self.run_folder / RIVAL_FOLDER)  # type: ignore[attr-defined]
         environments = [self.datamodule.environment, *self.others]
         return [self._evaluated(module, environment, self.rival.checkpoint) for environment in environments]
 

@@ -124,7 +124,8 @@ def _policy_of_run(run: Path) -> PolicyConfig:
             f"{run / SAVED_CONFIG} names no model (model.policy.name): it is not the config of a training"
         )
     lora = LoRASettings(**_known(LoRASettings, policy.get("lora")))
-    kept = {name: policy.get(name) for name in ("dtype", "chat_template", "hub_id") if policy.get(name) is not None}
+    names = ("dtype", "chat_template", "hub_id")
+    kept: dict[str, Any] = {name: policy[name] for name in names if policy.get(name) is not None}
     return PolicyConfig(policy["name"], lora=lora, **kept)
 
 
@@ -147,7 +148,7 @@ def _license(folder: Path) -> str | None:
 
     file = folder / "README.md"
     try:
-        found = ModelCard(file.read_text(encoding="utf-8")).data.license if file.is_file() else None
+        found = ModelCard(file.read_text(encoding="utf-8")).data.to_dict().get("license") if file.is_file() else None
     except (OSError, ValueError):
         return None
     return found if isinstance(found, str) else None

@@ -115,8 +115,8 @@ class LocalEngine(Engine):
             )
         sampled = tuple(streamer.token_ids)
         has_ended = bool(sampled) and sampled[-1] in sampling.stop_token_ids
-        reason = "stop" if has_ended or (len(sampled) < sampling.max_tokens and not self.is_stopped) else "length"
-        return Completion(sampled, (0.0,) * len(sampled), reason, None, policy_version=0)
+        is_whole = has_ended or (len(sampled) < sampling.max_tokens and not self.is_stopped)
+        return Completion(sampled, (0.0,) * len(sampled), "stop" if is_whole else "length", None, policy_version=0)
 
 
 class _Tokens(BaseStreamer):

@@ -78,11 +78,15 @@ def test_the_overview_fits_one_screen_and_names_every_command():
         "validate",
         "test",
         "predict",
-        "check-env",
+        "eval",
+        "report",
+        "chat",
+        "export",
         "serve",
-        "replay",
         "runs",
+        "check-env",
         "doctor",
+        "replay",
         "completion",
     ]
     assert set(FuchsiaCLI.subcommands()) == set(RUN_COMMANDS)
