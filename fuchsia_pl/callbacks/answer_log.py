@@ -1,12 +1,12 @@
 """Writes the answers to the prompts of a file, one line per prompt, in the order of the file."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fuchsia_pl.callbacks.rollout_log import json_line
 from fuchsia_pl.rollouts.in_order import Answers
 from fuchsia_pl.types import Rollout, RolloutStatus
 
@@ -55,7 +55,7 @@ def answer_line(row_id: str | int, answers: Answers) -> str:
     line: dict[str, Any] = {"id": row_id, "completions": completions}
     if not completions:
         line["error"] = TOO_LONG
-    return json.dumps(line, ensure_ascii=False, default=str) + "\n"
+    return json_line(line)
 
 
 def _completion(rollout: Rollout, seed: int, max_turns: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from fuchsia_pl.types import Evaluation, Rollout, shortened
 
 OWN_NAME = re.compile(rf"{re.escape(ITEMS_FILE)}(\.rank\d+)?")
 MAX_ANSWER_CHARS = 1000
-LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 class EvaluationLog(Callback):
@@ -51,7 +50,7 @@ class EvaluationLog(Callback):
             return  # a resumed run repeats an evaluation that the run before it has recorded
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         folder = Path(trainer.default_root_dir)
-        append_lines(folder / (ITEMS_FILE + suffix), "".join(_whole_line(line) for line in item_lines(batch)))
+        append_lines(folder / (ITEMS_FILE + suffix), "".join(json_line(line) for line in item_lines(batch)))
         if trainer.is_global_zero:
             write_held_out(folder, [batch.held_out])
 
@@ -79,11 +78,6 @@ def item_lines(evaluation: HeldOutEvaluation) -> Iterator[dict[str, Any]]:
             "in_training": None if held_out.num_shared is None else first.item_index in evaluation.shared,
             "samples": [_sample(rollout, grade) for rollout, grade in samples],
         }
-
-
-def _whole_line(line: dict[str, Any]) -> str:
-    """A line that `str.splitlines` does not cut either: it takes more characters for line ends than JSON lines do."""
-    return json_line(line).translate(LINE_ENDS)
 
 
 def _sample(rollout: Rollout, grade: Grade) -> dict[str, Any]:

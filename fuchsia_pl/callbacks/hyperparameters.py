@@ -1,6 +1,5 @@
 """Settings of a run, for every logger."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,14 +13,10 @@ from torch.optim import Optimizer
 import fuchsia_pl
 from fuchsia_pl.callbacks.access import data_of, module_of, policy_of
 from fuchsia_pl.envs.base import Environment, reward_name
+from fuchsia_pl.report.secrets import SECRET_NAME, SECRET_TEXT
 
 Plain = bool | int | float | str | None
 MAX_TEXT_CHARS = 500
-SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth|cookie|header", re.IGNORECASE)
-# User and password in an address, and the beginnings of common keys. Texts with them are left out.
-SECRET_TEXT = re.compile(
-    r"://[^/\s]*@|\b(sk|pk|hf|ghp|gho|glpat|xox[abp]|AKIA)[-_]?[A-Za-z0-9]{8}|-----BEGIN|\bBearer\s"
-)
 
 
 class HyperparameterLog(Callback):

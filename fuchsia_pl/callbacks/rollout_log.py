@@ -25,6 +25,11 @@ SPLITS = {
     RunningStage.TESTING: "test",
     RunningStage.PREDICTING: "predict",
 }
+# Control characters, which JSON writes as they are above 0x7e, line and paragraph separators, and marks that reorder text.
+INVISIBLE = {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
+}
 OWN_NAME = re.compile(rf"(rollouts(-({'|'.join(sorted(set(SPLITS.values())))}))?|gaps)\.jsonl(\.rank\d+)?")
 DECIMALS = 5  # of logprobs and advantages per token; a float32 logprob of -10 has six
 
@@ -78,7 +83,11 @@ class RolloutLog(Callback):
     ) -> None:
         """Writes the rollouts of a held-out split."""
         assert trainer.state.stage is not None
-        lines = [self._line_without_advantage(trainer, rollout, rollout.policy_version) for rollout in batch.rollouts]
+        name = {"environment": type(data_of(trainer).environment).__name__}  # `fuchsia eval` may evaluate on several
+        lines = [
+            {**self._line_without_advantage(trainer, rollout, rollout.policy_version), **name}
+            for rollout in batch.rollouts
+        ]
         self._append(trainer, f"rollouts-{SPLITS[trainer.state.stage]}.jsonl", lines)
 
     on_test_batch_end = on_validation_batch_end
@@ -102,15 +111,20 @@ def log_files(folder: Path) -> list[Path]:
 
 
 def json_line(line: dict[str, Any]) -> str:
-    r"""A log line as JSON. An item that JSON cannot represent, such as one with a tuple as a key, is written as its `repr`.
+    r"""A log line as JSON, in which characters that end a line, control a terminal or reorder text are escapes.
+
+    An item that JSON cannot represent, such as one with a tuple as a key, is written as its `repr`.
 
     >>> json_line({"step": 1, "item": {(0, 1): "a"}})
     '{"step": 1, "item": "{(0, 1): \'a\'}"}\n'
+    >>> json_line({"completion": "a\u2028\x9b"})
+    '{"completion": "a\\u2028\\u009b"}\n'
     """
     try:
-        return json.dumps(line, ensure_ascii=False, default=str) + "\n"
+        written = json.dumps(line, ensure_ascii=False, default=str)
     except (TypeError, ValueError, RecursionError):
-        return json.dumps({**line, "item": repr(line["item"])}, ensure_ascii=False, default=str) + "\n"
+        written = json.dumps({**line, "item": repr(line["item"])}, ensure_ascii=False, default=str)
+    return written.translate(INVISIBLE) + "\n"
 
 
 def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[str, Any]:

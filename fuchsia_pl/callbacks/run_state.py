@@ -91,7 +91,8 @@ class RunState(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notes the step of the policy that was evaluated."""
-        if stage != "fit":
+        is_own = Path(trainer.default_root_dir) == self.folder  # not that of the policy that `eval` compares with
+        if stage != "fit" and is_own:
             self.record = replace(self.record, step=module_of(trainer).loaded_step)
 
     def _note(self, trainer: Trainer) -> None:

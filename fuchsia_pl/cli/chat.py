@@ -1,5 +1,6 @@
 """`fuchsia chat`: a conversation with a trained adapter, a model or both in the terminal, with the tools of a config."""
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.callbacks.adapter_export import ADAPTER_FOLDER
 from fuchsia_pl.cli.chat_session import HELP, ChatSettings, Session, conversation_environment
@@ -96,6 +98,7 @@ def made_session(target: Target, settings: ChatSettings, console: Console) -> Se
     assert name is not None, "a target without a model has a config"
     if not torch.cuda.is_available() and dtype == "bfloat16" and not has_bfloat16(torch.cpu.get_capabilities()):
         dtype = "float32"
+    disable_progress_bar()
     try:
         folder = resolve_model(name)
     except ModelNotFoundError as error:
@@ -111,6 +114,8 @@ def made_session(target: Target, settings: ChatSettings, console: Console) -> Se
 
 def lines(console: Console) -> Iterator[str]:
     """The user's lines: with a prompt on a terminal, else from standard input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

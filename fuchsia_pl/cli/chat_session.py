@@ -194,6 +194,9 @@ class Session:
                 "a new one"
             )
             return None
+        except ConfigError as error:  # the template cannot render this conversation
+            self._tell(str(error))
+            return None
         self._printed.end()
         self._num_answers += self.engine.uses_adapter
         if rollout.status is RolloutStatus.TRUNCATED:
@@ -250,7 +253,10 @@ def _interrupts(engine: LocalEngine) -> Iterator[None]:
         engine.is_stopped = True
 
     before = signal.signal(signal.SIGINT, stop)
+    # Python also writes signals to this descriptor, where a thread would begin the orderly end of the program.
+    descriptor = signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGINT, before)

@@ -55,7 +55,7 @@ def _options(command: str, table: Table) -> list[str]:
     own = (
         [word for action in options[command]()._actions for word in action.option_strings] if command in options else []
     )
-    if command in ("report", "replay", "runs", "completion"):
+    if command in ("chat", "export", "report", "replay", "runs", "completion"):
         return own
     settings = [s.key for group in table.groups for s in group.settings if s.command in ("", command)]
     helps = [*HELP_OPTIONS, HELP_ALL_OPTION] if command in RUN_COMMANDS else []

@@ -16,8 +16,11 @@ class ConfigOnlyCLI(FuchsiaCLI):
     def instantiate_classes(self) -> None:
         """Makes module and data module; neither loads anything."""
         with self._refusals():
+            given = {
+                word.partition("=")[0] for word in self.arguments
+            }  # the saved config of a resumed run has them too
             for name in ("ckpt_path", "resume.optimizer", "resume.scheduler"):
-                if self._get(self.config, name) is not None:
+                if f"--{name}" in given:
                     raise ConfigError(f"--{name} does nothing in this command, which loads no checkpoint: leave it out")
             self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")

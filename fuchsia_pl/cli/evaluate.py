@@ -63,6 +63,7 @@ class EvalCLI(FuchsiaCLI):
         super().instantiate_classes()
         with self._refusals():
             self.others = [_environment_of(config) for config in self.given.also]
+            _check_names([self.datamodule.environment, *self.others])
             if self.given.against is not None:
                 self.rival = find_rival(self.given.against, self.model.policy_config, self.arguments)
                 check_adapter(self.rival.policy.lora)
@@ -130,6 +131,17 @@ class EvalCLI(FuchsiaCLI):
 
 def _compared(own: HeldOutEvaluation, rival: HeldOutEvaluation) -> list[Difference]:
     return differences(own.table, rival.table, own.held_out.num_samples)
+
+
+def _check_names(environments: Sequence[Environment]) -> None:
+    """Refuses two environments of one class: files and figures name them by it."""
+    names = [type(environment).__name__ for environment in environments]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ConfigError(
+            f"--also names another {repeated}, and figures are named by the class of their environment: evaluate it in a second "
+            "`fuchsia eval`"
+        )
 
 
 def _environment_of(config: str) -> Environment:

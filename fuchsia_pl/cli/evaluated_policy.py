@@ -52,7 +52,10 @@ def run_arguments(given: argparse.Namespace, words: list[str]) -> list[str]:
     configs, found = policy_words(given, words)
     if given.num_items is not None and given.num_items < 1:
         raise ConfigError(f"--num_items must be 1 or more, got {given.num_items}")
-    if not any(word.partition("=")[0] == ITEMS_OPTION for word in words):
+    has_limit = any(word.partition("=")[0] == ITEMS_OPTION for word in words)
+    if has_limit and given.num_items is not None:
+        raise ConfigError(f"--num_items and {ITEMS_OPTION} both limit the items: give one")
+    if not has_limit:
         found += [ITEMS_OPTION, "1.0" if given.num_items is None else str(given.num_items)]
     found += sampling_words(given)
     # A config changes what options before it have set.

@@ -104,6 +104,8 @@ def write_merged(trained: Trained, folder: Path, given: Namespace) -> None:
                 raise ConfigError(
                     f"the weight {name} is not finite in {dtype}: export another --dtype, or other weights"
                 )
+    except ConfigError:
+        raise
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(
             f"{trained.weights} does not fit {trained.base}: {error}. Name its base with --base"

@@ -64,6 +64,8 @@ def write_gguf(trained: Trained, file: Path, quantize: str) -> None:
         writer.write_ti_data_to_file()
         for name, tensor in names.of(merged_weights(trained.base, trained.weights)):
             writer.write_tensor_data(_stored(name, tensor, config, architecture, kind))
+    except ConfigError:
+        raise
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{trained.weights} cannot be written as GGUF: {error}") from error
     finally:

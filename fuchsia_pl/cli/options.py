@@ -147,7 +147,11 @@ def eval_options() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="folder of a PEFT adapter")
     parser.add_argument("--against", help="the policy to compare with: base, a run, or the folder of an adapter")
     parser.add_argument("--samples", type=int, help="samples per item (default: data.sampling.validation_samples)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: data.sampling.validation_temperature)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0 is greedy (default: data.sampling.validation_temperature; with several samples that of training)",
+    )
     parser.add_argument("--max_completion_tokens", type=int, help="most tokens of a sample (default: as in training)")
     parser.add_argument("--num_items", type=int, help="first items only (default: all held-out items)")
     parser.add_argument(

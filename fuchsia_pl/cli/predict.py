@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -92,7 +94,8 @@ class PredictCLI(FuchsiaCLI):
             "max_length": sampling.max_length,
             "special_tokens_in_text": sampling.special_tokens_in_text,
             "seed": data.seed,
-            "environment": config.data.environment.as_dict(),
+            # A hash, since settings of an environment may be secret.
+            "environment": _hash_of(config.data.environment.as_dict()),
             STARTED_AT: data.state_dict()[STARTED_AT],
         }
 
@@ -183,3 +186,8 @@ def _told_on_stderr(is_told: bool) -> Iterator[TextIO]:
     stream = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if is_told else contextlib.nullcontext():
         yield stream
+
+
+def _hash_of(settings: object) -> str:
+    """A number that differs for other settings, without the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import ArgsType
 from fuchsia_pl import orphans
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.options import serve_config_options
+from fuchsia_pl.cli.run_folder import CONFIG_OPTIONS
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.vllm_arguments import (
     NUM_SERVED_ADAPTERS,
@@ -228,11 +229,11 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(arguments: list[str]) -> NoReturn:
-    """Runs `fuchsia serve`: for a run if a word that is no option precedes other options, else for the training of a config."""
+    """Runs `fuchsia serve`: for the training of a config if one is given, else for a run."""
     given, rest = serve_config_options().parse_known_args(arguments)
     try:
         check_port(given.host, given.port)
-        if rest and not rest[0].startswith("-"):
+        if not any(word.partition("=")[0] in CONFIG_OPTIONS for word in rest):
             from fuchsia_pl.cli.serve_run import serve_run  # it imports this module
 
             serve_run(arguments)

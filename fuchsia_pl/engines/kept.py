@@ -19,6 +19,7 @@ class KeptEngine(Engine):
     def __init__(self, engine: Engine, lora_rank: int) -> None:
         self.engine = engine
         self.lora_rank = lora_rank
+        self._has_started = False
 
     @property
     def policy_version(self) -> int:
@@ -42,7 +43,9 @@ class KeptEngine(Engine):
 
     def start(self, spec: EngineSpec) -> None:
         """Starts the engine with room for the largest adapter. Returns at once if it runs."""
-        self.engine.start(replace(spec, model=replace(spec.model, lora_rank=self.lora_rank)))
+        if not self._has_started:
+            self.engine.start(replace(spec, model=replace(spec.model, lora_rank=self.lora_rank)))
+            self._has_started = True
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """Samples one completion."""

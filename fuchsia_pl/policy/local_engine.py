@@ -91,12 +91,11 @@ class LocalEngine(Engine):
         stops = StoppingCriteriaList([_Stopped(self)])
         if sampling.stop:
             stops.append(StopStringCriteria(self._tokenizer, list(sampling.stop)))
-        is_greedy = sampling.temperature == 0
+        # transformers warns of settings that greedy sampling does not use.
+        how: dict[str, Any] = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
-            do_sample=not is_greedy,
-            temperature=1.0 if is_greedy else sampling.temperature,
-            top_k=0,
-            top_p=1.0,
+            do_sample=sampling.temperature > 0,
+            **(how if sampling.temperature > 0 else {}),
             max_new_tokens=sampling.max_tokens,
             eos_token_id=list(sampling.stop_token_ids),
             pad_token_id=sampling.stop_token_ids[0] if sampling.stop_token_ids else 0,

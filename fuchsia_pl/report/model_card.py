@@ -208,7 +208,9 @@ def _held_out_section(facts: CardFacts) -> str:
         items = f", {last.num_items} items" if last.num_items else ""
         rows.append(f"| {last.split} | {_cell(last.name)} | {before} | {last.text}, step {last.step}{items} |")
     note = (
-        "Intervals (in brackets) are of 95 %, by a bootstrap over items." if any(f.low for f in facts.held_out) else ""
+        "Intervals (in brackets) are of 95 % over items: Wilson's for shares, a bootstrap for other means."
+        if any(f.low is not None for f in facts.held_out)
+        else ""
     )
     return "\n".join(["## Held-out figures", "", *rows, *(["", note] if note else [])])
 

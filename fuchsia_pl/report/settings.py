@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 import fuchsia_pl
+from fuchsia_pl.report.secrets import SECRET_NAME, SECRET_TEXT
 from fuchsia_pl.report.values import text
 
 CONFIG_FILE = "config.yaml"
@@ -25,6 +26,7 @@ SECRET = re.compile(
     r"(^|[_.-])(api_?key|key|token|password|passwd|secret|credentials?|authorization|cookie)$", re.IGNORECASE
 )
 IN_URL = re.compile(r"(://)[^/@\s]+@")
+USERS_OWN = re.compile(r"(environment|engine|logger)(\[\])?\.(init_args\.)?")
 HIDDEN = "(hidden)"
 MAX_VALUE_CHARS = 2000
 
@@ -156,10 +158,24 @@ def _masked(key: str, value: Any) -> Any:
     """
     if SECRET.search(key) and value not in (None, "", [], {}):
         return HIDDEN
+    if isinstance(value, str | list | dict) and value and _may_be_secret(key):
+        return HIDDEN
     if isinstance(value, str):
-        return IN_URL.sub(rf"\1{HIDDEN}@", value)
+        shown = IN_URL.sub(rf"\1{HIDDEN}@", value)
+        return HIDDEN if SECRET_TEXT.search(shown.replace(f"{HIDDEN}@", "")) else shown
     if isinstance(value, list):
-        return [_masked("", inner) for inner in value]
+        # An option such as `--api-key` names the word after it.
+        before = [str(inner) for inner in (f"{key}[]", *value[:-1])]
+        return [
+            HIDDEN if name.startswith("-") and SECRET.search(name) else _masked(f"{key}[]", inner)
+            for name, inner in zip(before, value, strict=True)
+        ]
     if isinstance(value, dict):
-        return {name: _masked(str(name), inner) for name, inner in value.items()}
+        return {name: _masked(f"{key}.{name}", inner) for name, inner in value.items()}
     return value
+
+
+def _may_be_secret(key: str) -> bool:
+    """Whether a key is one of a user's class, and its name that of a secret."""
+    found = USERS_OWN.search(key)
+    return found is not None and SECRET_NAME.search(key[found.end() :]) is not None

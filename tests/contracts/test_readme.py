@@ -1,6 +1,7 @@
 """The five README pages are correct: commands run, environments train, and links, map, settings and metrics exist."""
 
 import csv
+import io
 import json
 import re
 import shlex
@@ -14,6 +15,8 @@ import yaml
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
+from fuchsia_pl.cli.run_command import HANDLERS
+from fuchsia_pl.cli.runs import runs as list_runs
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.objectives.presets import PRESETS
 from tests.contracts.test_structure import ROOT, tracked_files
@@ -23,7 +26,7 @@ from tests.unit.test_serve import StartedError, start_nothing
 NAMES = ("README.md", "configs/README.md", "envs/README.md", "fuchsia_pl/README.md", "tests/README.md")
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 TEXT = "\n".join(PAGES.values())
-COMMANDS = re.findall(r"^(fuchsia .*)$", TEXT, flags=re.MULTILINE)
+COMMANDS = [line.partition(" #")[0].strip() for line in re.findall(r"^(fuchsia .*)$", TEXT, flags=re.MULTILINE)]
 MAKE_TARGETS = re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE) + re.findall(r"`make (\w+)`", TEXT)
 QUICKSTART = "fuchsia fit --config quickstart.yaml"
 MOST_LINES = 230
@@ -55,6 +58,7 @@ def write_files(folder: Path) -> None:
     rows = [json.dumps({"question": f"How much is {n} times 6?", "answer": str(6 * n)}) for n in range(1, 11)]
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("\n".join(rows))
+    (folder / "prompts.jsonl").write_text('{"prompt": "2 plus 3?"}\n{"prompt": "4 plus 5?", "id": "b"}\n')
 
 
 class Runs:
@@ -70,6 +74,7 @@ class Runs:
         write_files(Path())
         self._folders: dict[str, Path | None] = {}
         assert self.folder(QUICKSTART) == Path("runs/quickstart/0")  # commands continue from its checkpoint
+        assert FuchsiaCLI(["fit", "--config", "quickstart.yaml", "--config", "tiny.yaml"]).run_folder.name == "1"
 
     def folder(self, command: str) -> Path | None:
         """Runs a command unless it has run already; returns its run folder, None for a command without one."""
@@ -91,11 +96,15 @@ class Runs:
         if words[0] == "check-env":
             assert check_env(words[1:]) == 0
             return None
+        if words[0] in OF_A_RUN or "--input" in words:
+            self._run_handler(words)
+            return None
         if words[0] == "serve":
+            of_a_run = "--config" not in words
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("os.execve", start_nothing)
                 with pytest.raises(StartedError):
-                    serve([*words[1:], "--config", "tiny.yaml"])
+                    serve(words[1:] if of_a_run else [*words[1:], "--config", "tiny.yaml"])
             return None
         last = max(index for index, word in enumerate(words) if word == "--config") + 2
         words = [*words[:last], "--config", "tiny.yaml", *words[last:]]
@@ -105,6 +114,20 @@ class Runs:
             assert caught.value.code == 0
             return None
         return FuchsiaCLI(words).run_folder
+
+    @staticmethod
+    def _run_handler(words: list[str]) -> None:
+        """Runs a command about a finished run, or about this machine."""
+        if words[0] == "doctor":
+            words = [*words, "--config", "tiny.yaml"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO("2 plus 2?\n/base\n"))
+            code = {**HANDLERS, "runs": list_runs}[words[0]](words[1:])
+        assert code == 0
+
+
+# Commands that take no settings of a run, or take them from a run.
+OF_A_RUN = ("report", "eval", "chat", "export", "runs", "doctor")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,11 @@
 """`fuchsia chat`: what a conversation is with, its answers, its tools and its commands."""
 
+import asyncio
 import io
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.local_engine import LocalEngine
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.chat import Chat
+from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import Completion, ConfigError
 from tests.doubles import EOS
 from tests.unit.test_cli import TINY
@@ -231,7 +236,10 @@ def test_the_command_answers_standard_input(tiny_model, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs/a/0"
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(TINY % tiny_model)
+    resumed = (
+        "\nckpt_path: runs/a/9/checkpoints/last.ckpt\nresume: {optimizer: config}\n"  # as in a resumed run's config
+    )
+    (run / "config.yaml").write_text(TINY % tiny_model + resumed)
     (run / "adapter").symlink_to(adapter)
     monkeypatch.setattr("sys.stdin", io.StringIO("2 plus 2?\n/base\n"))
     assert chat(["a/0", "--temperature", "0", "--max_tokens", "4"]) == 0
@@ -244,3 +252,36 @@ def test_the_command_answers_standard_input(tiny_model, tmp_path, monkeypatch, c
     error = capsys.readouterr().err
     assert "'no/such' is neither a run, nor an adapter, nor a model" in error
     assert "Traceback" not in error
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_program(tiny_model):
+    """With the handlers of the command, whose thread would otherwise begin the end of the program."""
+    session, engine, text = made(tiny_model, "four")
+
+    async def generate(prompt_ids, sampling):
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 10
+        while not engine.is_stopped and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return Completion((7,), (0.0,), "length", None, 0)
+
+    answering = engine.generate
+    engine.generate = generate
+    with stopping.handled(), session.open():
+        session.take("2 plus 2?")
+        assert engine.is_stopped
+        engine.generate = answering
+        session.take("again")
+        time.sleep(0.2)  # the thread would act by now
+        assert stopping.signum is None
+    assert text.getvalue().splitlines() == ["stopped", "four"]
+
+
+def test_a_conversation_that_cannot_be_rendered_is_told_and_the_next_line_is_answered(tiny_model):
+    session, engine, text = made(tiny_model, "four")
+    with session.open():
+        session.take("a half \ud800")
+        session.take("2 plus 2?")
+    assert "half of a surrogate pair" in text.getvalue()
+    assert text.getvalue().endswith("\nfour\n")
+    assert len(engine.prompts) == 1

@@ -13,6 +13,7 @@ from fuchsia_pl.cli.evaluate import evaluate
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from fuchsia_pl.envs import SingleTurnEnvironment
 from fuchsia_pl.evaluation.held_out import read_held_out
+from fuchsia_pl.run_record import read_record
 from tests.doubles import TinyEngine
 
 TINY = """
@@ -92,6 +93,7 @@ def test_a_run_is_compared_with_its_base_on_one_engine(config, tmp_path, capsys)
     printed = capsys.readouterr().out
     folder = newest(tmp_path)
     (own,), (base,) = read_held_out(folder), read_held_out(folder / "against")
+    assert read_record(folder).step == own.step == 2
     assert CountedEngine.starts == 1
     assert (own.step, base.step, own.num_items, own.num_samples, own.num_shared) == (2, 0, 8, 4, 3)
     assert own.figures["rollout/accuracy"] != base.figures["rollout/accuracy"]
@@ -170,7 +172,9 @@ def test_options_change_the_evaluation(config, tmp_path, options, changes):
         (["--samples", "0"], "validation_samples must be 1 or more, got 0"),
         (["--samples", "4", "--temperature", "0"], "greedy samples are all alike"),
         (["--max_completion_tokens", "40"], "validation_max_completion_tokens must be above 0 and below max_length=40"),
+        (["--num_items", "3", "--trainer.limit_val_batches", "4"], "both limit the items: give one"),
         (["--also", "missing.yaml"], "'missing.yaml' is no file"),
+        (["--also", "tiny.yaml"], "--also names another Letters"),
         (["--against", "other/0"], "'other/0' is no run"),
     ],
 )

@@ -46,7 +46,7 @@ def start(folders, monkeypatch):
 
 def refused(capsys, folders, *words: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        serve([*words, str(folders[1])] if "--port" in words else [str(folders[1]), *words])
+        serve([*words, str(folders[1])] if {"--port", "--max_model_len"} & set(words) else [str(folders[1]), *words])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -17,7 +17,7 @@ import pytest
 from fuchsia_pl.report.metrics import curves
 from fuchsia_pl.report.run_data import RolloutReader, run_summary, write_report
 from fuchsia_pl.report.selection import Selection
-from fuchsia_pl.report.settings import settings_of
+from fuchsia_pl.report.settings import _masked, settings_of
 from fuchsia_pl.report.status import Progress, status_of
 from fuchsia_pl.run_record import RunRecord
 from tests.run_folders import make_run, record, rollout_line, write_lines
@@ -350,6 +350,37 @@ def test_metrics_of_one_step_are_joined_and_numbers_that_are_not_finite_are_left
     found = curves([*rows, {"step": "4", "a": "0.123456"}])
     assert found.steps == [4, 5]
     assert found.metrics == {"a": [None, 0.1235], "b": [1, None], "c": [None, None]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.environment.init_args.command", ["x", "--api-key", "s3cret"]),
+        ("data.environment.init_args.headers", {"X-Auth": "s3cret"}),
+        ("data.environment.init_args.auth", "Bearer s3cret"),
+        ("data.engine.init_args.hub", "hf_s3cretdefghijkl"),
+        ("trainer.logger.init_args.access_key", "s3cret"),
+        ("data.environment.init_args.servers", [{"env": {"MY_KEY": "s3cret"}}]),
+        ("data.environment.init_args.url", "https://me:s3cret@host/x"),
+    ],
+)
+def test_what_may_be_secret_is_hidden(key, value):
+    shown = str(_masked(key, value))
+    assert "s3cret" not in shown
+    assert "(hidden)" in shown
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.sampling.max_completion_tokens", 32),
+        ("data.engine.init_args.max_num_batched_tokens", 512),
+        ("data.environment.init_args.train_file", ["a.jsonl", "key.jsonl"]),
+        ("model.policy.lora.target_modules", ["q_proj", "k_proj"]),
+    ],
+)
+def test_other_values_are_shown(key, value):
+    assert _masked(key, value) == value
 
 
 def test_settings_have_their_defaults_and_no_secrets(tmp_path):

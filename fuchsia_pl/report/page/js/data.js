@@ -26,7 +26,7 @@ function bytesOf(binary) {
 function groupRows(rows) {
   const groups = new Map();
   for (const row of rows) {
-    const key = `${row.split} ${row.step} ${row.item}`;
+    const key = `${row.split} ${row.step} ${row.item} ${row.environment}`;
     let group = groups.get(key);
     if (!group) groups.set(key, (group = { key, split: row.split, step: row.step, item: row.item, rows: [] }));
     group.rows.push(row);
