@@ -90,7 +90,9 @@ class RolloutDataModule(LightningDataModule):
         self._phases: PhasesAhead[Sampled] | None = None
         self._fitting: list[int] = []  # positions of the training items whose prompts are short enough
         self._held_out: list[int] = []  # the same for the held-out items
-        self._shared: frozenset[int] | None = None  # those of them that are also training items, None if not known
+        self._shared: frozenset[int] | None = (
+            None  # those of them with the prompt of a training item, None if not known
+        )
         self._longest_row: budget.LongestRow | None = None
         self._planned = 1  # number of micro-batches that the budget requires
         self._limits: Limits | None = None
@@ -221,7 +223,7 @@ class RolloutDataModule(LightningDataModule):
             self._shared = None if self._stage == "predict" else self._shared_items()
 
     def _shared_items(self) -> frozenset[int] | None:
-        """The held-out items that are also training items, with a warning. None if there are no training items to read."""
+        """The held-out items with the prompt of a training item, with a warning. None if there are no training items to read."""
         environment = self.environment
         try:
             training, held_out = preparation.training_items(environment), preparation.held_out_items(environment)
@@ -229,11 +231,11 @@ class RolloutDataModule(LightningDataModule):
         except ConfigError as error:
             if self._stage == "fit":
                 raise
-            logger.info("it was not checked whether held-out items are also training items: %s", error)
+            logger.info("it was not checked whether held-out items have prompts of training items: %s", error)
             return None
         if shared and self._trainer.is_global_zero:
             logger.warning(
-                "%d of %d held-out items are also training items: they have the same prompts",
+                "%d of %d held-out items have the prompt of a training item",
                 len(shared),
                 len(self._held_out),
             )

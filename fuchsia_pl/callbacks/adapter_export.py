@@ -1,5 +1,6 @@
 """Export of the trained weights to the run folder, in a format that other tools load."""
 
+import logging
 import os
 import shutil
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.report.model_card import model_card
 
 ADAPTER_FOLDER = "adapter"
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterExport(Callback):
@@ -73,12 +76,18 @@ class AdapterExport(Callback):
             with writing(target):
                 policy.save_trained(partial)
                 # In place of PEFT's card, which names the base by its local folder.
-                card = model_card(
-                    card_facts(target.parent, policy.config), "peft" if policy.config.lora.enabled else "merged"
-                )
-                (partial / CARD_FILE).write_text(card, encoding="utf-8")
+                (partial / CARD_FILE).write_text(_card(policy, target.parent), encoding="utf-8")
                 target.mkdir(parents=True, exist_ok=True)
                 for file in sorted(partial.iterdir()):
                     os.replace(file, target / file.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _card(policy: Policy, run: Path) -> str:
+    """The model card of a run; a card without facts if its files cannot be read, which is no reason to lose the weights."""
+    try:
+        return model_card(card_facts(run, policy.config), "peft" if policy.config.lora.enabled else "merged")
+    except Exception as error:  # files of the run may hold anything
+        logger.warning("the model card of %s has no facts: %s: %s", run, type(error).__name__, error)
+        return f"# {run.parent.name}/{run.name}\n\nTrained with Fuchsia-PL.\n"

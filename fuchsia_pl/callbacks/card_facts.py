@@ -155,8 +155,14 @@ def _defaults(settings: Any) -> dict[str, Any]:
 
 def _without_path(value: Any) -> str:
     text = str(value)
-    if text.startswith(("/", "~", ".")) or (
-        "/" in text and "\n" not in text and len(text) < 1000 and Path(text).exists()
-    ):
+    if text.startswith(("/", "~", ".")) or ("/" in text and _exists(text)):
         return Path(text).name
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} …"
+
+
+def _exists(text: str) -> bool:
+    """Whether a text is the path of a file or folder. A text that is too long for a path is none."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False

@@ -30,6 +30,7 @@ class EvaluationLog(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the evaluations of the run that this one resumes."""
+        self.earlier = trainer.strategy.broadcast(self.earlier)  # only the first rank has read them
         if trainer.is_global_zero:
             write_held_out(Path(trainer.default_root_dir), self.earlier)
 

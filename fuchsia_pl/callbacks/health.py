@@ -11,10 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.access import data_of, is_trial, module_of
+from fuchsia_pl.envs.base import weights_at
+from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.evaluation.health import NAMES, Finding, find_illnesses, learning_rate
 from fuchsia_pl.evaluation.history import EQUAL_GROUPS, History, reward_spreads, step_row
 from fuchsia_pl.files import append_lines, replacing
 from fuchsia_pl.objectives.credit import GROUP_ADVANTAGES
+from fuchsia_pl.rollouts.credit import OVERLONG
 from fuchsia_pl.types import ConfigError
 
 WARNINGS_FILE = "warnings.jsonl"
@@ -92,8 +95,8 @@ class HealthWarnings(Callback):
         if loss.parts.advantage not in GROUP_ADVANTAGES:
             row.pop(EQUAL_GROUPS, None)  # equal siblings have advantages all the same
         elif loss.parts.reward_aggregation == "sum_then_normalize":
-            step = batch.step.step
-            row |= reward_spreads(rewards.values(), lambda name: data.environment.reward_weight(name, step))
+            weights = {OVERLONG: 1.0, **call_apart(weights_at, data.environment, batch.step.step)}
+            row |= reward_spreads(rewards.values(), lambda name: weights[name])
         self._history.add(row)
         for finding in find_illnesses(self._history):
             self._tell(trainer, finding)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import fuchsia_pl
 from fuchsia_pl.callbacks.access import data_of, module_of, policy_of
 from fuchsia_pl.envs.base import Environment, reward_name
-from fuchsia_pl.report.secrets import SECRET_NAME, SECRET_TEXT
+from fuchsia_pl.report.secrets import SECRET_NAME, follows_option, may_be_secret
 
 Plain = bool | int | float | str | None
 MAX_TEXT_CHARS = 500
@@ -135,6 +135,8 @@ def public_settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
     >>> public_settings({"max_value": 99, "api_key": "abc", "url": "http://me:pw@host", "max_tokens": 5, "_cache": 1})
     {'max_value': 99, 'max_tokens': 5}
+    >>> public_settings({"command": ["server", "--api-key", "abc"], "address": "https://host?key=abc", "args": "--token=abc"})
+    {}
     """
     found = {name: _public(name, value) for name, value in attributes.items() if not str(name).startswith("_")}
     return {str(name): value for name, value in found.items() if value is not Ellipsis}
@@ -157,12 +159,12 @@ def _public(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        is_secret = SECRET_NAME.search(name) is not None or SECRET_TEXT.search(value) is not None
+        is_secret = SECRET_NAME.search(name) is not None or may_be_secret(value)
         return ... if is_secret else value[:MAX_TEXT_CHARS]
     if isinstance(value, Mapping):
         return ... if SECRET_NAME.search(name) else (public_settings(value) or ...)
     if isinstance(value, list | tuple) and len(value) <= 100:
-        parts = [_public(name, part) for part in value]
+        parts = [... if follows_option(value, place) else _public(name, part) for place, part in enumerate(value)]
         return ... if any(part is ... for part in parts) or not parts else parts
     return ...
 

@@ -106,13 +106,14 @@ class LiveReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the last report of a run that fails. Lightning calls no `teardown` then."""
-        self._end(trainer, "failed", f"{type(exception).__name__}: {' '.join(str(exception).split())}")
+        if stopping.signum is not None:
+            self._end(trainer, "stopped", signal.Signals(stopping.signum).name)
+        else:
+            self._end(trainer, "failed", f"{type(exception).__name__}: {' '.join(str(exception).split())}")
 
     def _end(self, trainer: Trainer, outcome: Outcome, reason: str) -> None:
         if self._record is None or not self._has_begun:
             return
-        if stopping.signum is not None:
-            outcome, reason = "stopped", signal.Signals(stopping.signum).name
         step = trainer.global_step if self._record.command == "fit" else module_of(trainer).loaded_step
         self._record = replace(self._record, outcome=outcome, reason=reason, ended_at=_now(), step=step)
         self._write(trainer)

@@ -58,6 +58,15 @@ class OwedValidation(Callback):
             trainer._logger_connector._first_loop_iter = first_loop_iter
         epochs.completed, epoch_loop._batches_that_stepped = completed, num_steps
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets the step of the loggers at the first batch after a resume.
+
+        Lightning counts a step twice if a run resumes from a checkpoint of the last step before a validation.
+        """
+        if self._is_resumed:
+            self._is_resumed = False
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
 
 class _StartedFitLoop(_FitLoop):
     """Lightning's loop, which calls `on_train_start` and `on_train_end` also if a resumed run has no steps left."""

@@ -41,7 +41,8 @@ class RolloutLog(Callback):
 
     Args:
         tokens: Whether the lines contain the text, the logprob and, where they differ, the advantage of each sampled token, and
-            `gaps.jsonl` the difference between the trainer's logprobs and these. The report colours tokens by them.
+            `gaps.jsonl` the difference between the trainer's logprobs and these. The report colours tokens by them. This takes
+            about 8 microseconds per token on the first core: turn it off for millions of tokens per step.
     """
 
     def __init__(self, tokens: bool = True) -> None:

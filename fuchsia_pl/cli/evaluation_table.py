@@ -32,7 +32,7 @@ def headline(held_out: HeldOut, sampling: SamplingConfig) -> str:
     'Arithmetic, after step 25: 64 items, 4 samples each, temperature 1, at most 256 tokens'
     """
     samples = "1 sample each" if held_out.num_samples == 1 else f"{held_out.num_samples} samples each"
-    shared = f"; {held_out.num_shared} of {held_out.num_items} held-out items are also training items"
+    shared = f"; {held_out.num_shared} of {held_out.num_items} held-out items have the prompt of a training item"
     return (
         f"{held_out.environment}, after step {held_out.step}: {held_out.num_items} items, {samples}, "
         f"temperature {sampling.validation_temperature:g}, at most {sampling.held_out.max_completion_tokens} tokens"

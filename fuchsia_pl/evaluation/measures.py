@@ -61,7 +61,7 @@ class HeldOutEvaluation(Evaluation):
 
 
 def graded(rollouts: Sequence[Rollout], environment: Environment) -> list[Grade]:
-    """The judgements of an environment. Its code is called; a time limit is the caller's."""
+    """The judgements of an environment. Its code is called."""
     correct = are_correct(rollouts, environment)
     with user_code(f"{type(environment).__name__}.answer"):
         answers = [environment.answer(rollout) for rollout in rollouts]
@@ -154,7 +154,7 @@ def measure(
 
     Args:
         groups: The samples of each item of this rank, each [k].
-        environment: Its code runs in a thread, with a time limit.
+        environment: Its code runs in a thread, without a time limit, as `is_correct` always did.
         occasion: When and on what.
         ranks: This rank and the others.
         device: Device on which ranks exchange sums.

@@ -1,4 +1,4 @@
-"""Held-out items that are also training items."""
+"""Held-out items whose prompts are those of training items."""
 
 import hashlib
 import json

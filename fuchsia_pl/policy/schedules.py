@@ -96,10 +96,12 @@ def lightning_config(scheduler: LRScheduler, trainer: Trainer) -> dict[str, Any]
             f"model.lr_scheduler monitors {scheduler.monitor}, but trainer.limit_val_batches is 0: monitor a metric of training, "
             "such as reward/mean, or enable validation"
         )
-    if trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int):
+    # Lightning does not set the attribute for a time, which the data module refuses.
+    interval = vars(trainer).get("val_check_interval", 1.0)
+    if interval != 1.0 or isinstance(interval, int):
         raise ConfigError(
             f"model.lr_scheduler monitors {scheduler.monitor} and steps at the end of epochs, but trainer.val_check_interval is "
-            f"{trainer.val_check_interval}: leave it out, and set data.steps_per_epoch to the steps between two validations"
+            f"{interval}: leave it out, and set data.steps_per_epoch to the steps between two validations"
         )
     return {**config, "interval": "epoch", "frequency": trainer.check_val_every_n_epoch or 1}
 

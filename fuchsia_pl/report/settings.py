@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 import fuchsia_pl
-from fuchsia_pl.report.secrets import SECRET_NAME, SECRET_TEXT
+from fuchsia_pl.report.secrets import SECRET_NAME, follows_option, may_be_secret
 from fuchsia_pl.report.values import text
 
 CONFIG_FILE = "config.yaml"
@@ -153,6 +153,8 @@ def _masked(key: str, value: Any) -> Any:
 
     >>> _masked("data.engine.init_args.api_key", "s3cret"), _masked("model.max_tokens", 3), _masked("a.api_key", None)
     ('(hidden)', 3, None)
+    >>> _masked("finite_guard.record_steps", [])
+    []
     >>> _masked("urls", ["http://me:s3cret@host:1", {"env": {"HF_TOKEN": "s3cret"}}])
     ['http://(hidden)@host:1', {'env': {'HF_TOKEN': '(hidden)'}}]
     """
@@ -162,13 +164,11 @@ def _masked(key: str, value: Any) -> Any:
         return HIDDEN
     if isinstance(value, str):
         shown = IN_URL.sub(rf"\1{HIDDEN}@", value)
-        return HIDDEN if SECRET_TEXT.search(shown.replace(f"{HIDDEN}@", "")) else shown
+        return HIDDEN if may_be_secret(shown.replace(f"{HIDDEN}@", "")) else shown
     if isinstance(value, list):
-        # An option such as `--api-key` names the word after it.
-        before = [str(inner) for inner in (f"{key}[]", *value[:-1])]
         return [
-            HIDDEN if name.startswith("-") and SECRET.search(name) else _masked(f"{key}[]", inner)
-            for name, inner in zip(before, value, strict=True)
+            HIDDEN if follows_option(value, position) else _masked(f"{key}[]", inner)
+            for position, inner in enumerate(value)
         ]
     if isinstance(value, dict):
         return {name: _masked(f"{key}.{name}", inner) for name, inner in value.items()}

@@ -12,7 +12,7 @@ from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.owed_validation import OwedValidation
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
-from fuchsia_pl.callbacks.run_metrics import RunMetrics
+from fuchsia_pl.callbacks.run_metrics import RunMetrics, read_rows
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer
 
@@ -294,6 +294,9 @@ def test_a_checkpoint_from_the_end_of_a_run_owes_no_validation(tiny_model, tmp_p
     assert run("with", ckpt_path=last, logger=RunMetrics(tmp_path / "x/with/0", [])) == []
     longer = run("longer", 4, ckpt_path=last, logger=RunMetrics(tmp_path / "x/longer/0", []), max_epochs=-1)
     assert [steps for steps, _, _ in longer] == [4]
+    rows = read_rows(tmp_path / "x/longer/0/metrics.csv")
+    assert [row["step"] for row in rows if row["train/loss"]] == ["2", "3"]
+    assert [row["step"] for row in rows if row["validation/reward/mean"]] == ["3"]
     assert run("no step", max_steps=0) == []
     assert not (tmp_path / "no step/adapter").exists()
     assert not (tmp_path / "no step/checkpoints").exists()

@@ -48,7 +48,7 @@ def test_every_evaluation_is_a_line_and_every_item_of_it(tiny_model, tmp_path, c
     found = read_held_out(tmp_path)
     assert [one.key for one in found] == [(step, "validation", "Shared") for step in (0, 1, 2)]
     assert {(one.num_items, one.num_samples, one.num_shared) for one in found} == {(4, 1, 2)}
-    assert "2 of 4 held-out items are also training items" in caplog.text
+    assert "2 of 4 held-out items have the prompt of a training item" in caplog.text
     metrics = {name.removeprefix("validation/") for name in trainer.callback_metrics if name.startswith("validation/")}
     assert set(found[0].figures) == metrics - {"count/reward_errors"}
     items = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
