@@ -122,7 +122,10 @@ class FuchsiaCLI(LightningCLI):
         """Looks configs up by name before anything is parsed."""
         self.arguments = self.found_configs(parser, sys.argv[1:] if args is None else args)
         with fresh_arguments():
-            self.config = parser.parse_args(self.arguments)
+            try:
+                self.config = parser.parse_args(self.arguments)
+            except ValueError as error:  # from the system, for a value that is tried as the path of a further config
+                parser.error(f"a setting of the configs or of the command line cannot be read: {error}", error)
 
     def found_configs(self, parser: LightningArgumentParser, args: ArgsType) -> list[str]:
         """The command line with each config name replaced by the path of its file."""

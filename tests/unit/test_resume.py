@@ -292,7 +292,9 @@ def test_a_checkpoint_from_the_end_of_a_run_owes_no_validation(tiny_model, tmp_p
     last = tmp_path / "first/checkpoints/last.ckpt"
     assert run("without", ckpt_path=last) == []
     assert run("with", ckpt_path=last, logger=RunMetrics(tmp_path / "x/with/0", [])) == []
-    longer = run("longer", 4, ckpt_path=last, logger=RunMetrics(tmp_path / "x/longer/0", []), max_epochs=-1)
+    longer = run(
+        "longer", 4, ckpt_path=last, logger=RunMetrics(tmp_path / "x/longer/0", []), max_epochs=-1, log_every_n_steps=1
+    )
     assert [steps for steps, _, _ in longer] == [4]
     rows = read_rows(tmp_path / "x/longer/0/metrics.csv")
     assert [row["step"] for row in rows if row["train/loss"]] == ["2", "3"]

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
-from fuchsia_pl.callbacks.card_facts import card_facts, changed_settings, curve, held_out_figures
+from fuchsia_pl.callbacks.card_facts import _without_path, card_facts, changed_settings, curve, held_out_figures
 from fuchsia_pl.policy.adapter_files import loading_line
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.sources import base_id
@@ -151,3 +151,9 @@ def test_a_card_without_facts_has_valid_first_lines():
         assert card.data.base_model is None
         assert card.data.eval_results is None
         assert "its id on the hub is not recorded" in card.text
+
+
+def test_a_setting_that_is_too_long_for_a_path_is_a_text():
+    template = "{{ x }}" * 60 + "</s>"  # no file system has a name of that length before the slash
+    assert _without_path(template).endswith(" …")
+    assert _without_path("/home/me/template.jinja") == "template.jinja"
