@@ -102,7 +102,7 @@ def run(words: list[str], wanted: dict[str, object], output: str) -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ["TEST_SIGNAL"] = json.dumps(wanted)
     if wanted.get("where") == "conversion":
-        sources._unpack = lambda file, folder: ((folder / "half").touch(), hit("conversion"))
+        sources._unpack = lambda file, folder, *_: ((folder / "half").touch(), hit("conversion"))
     sys.argv = ["fuchsia", *words]
     main()
 

@@ -23,6 +23,7 @@ IN_ORDER = [
     "AdapterSync",
     "BaselineValidation",
     "RolloutLog",
+    "EvaluationLog",
     "LostRank",
     "HyperparameterLog",
     "CompletionsTable",
