@@ -80,14 +80,15 @@ def _placed(logger: Logger, config: Any, folder: Path) -> Logger:
 def wandb_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Settings of a WandbLogger with the run's name and place.
 
-    >>> wandb_settings({"name": None, "save_dir": ".", "project": "p"}, Path("runs/quickstart/0"))
-    {'name': 'quickstart/0', 'save_dir': 'runs/quickstart/0', 'project': 'p'}
+    >>> wandb_settings({"name": None, "save_dir": ".", "project": "p"}, Path("/runs/quickstart/0"))
+    {'name': 'quickstart/0', 'save_dir': '/runs/quickstart/0', 'project': 'p'}
     """
     changed = dict(settings)
     if changed.get("name") is None and not os.environ.get("WANDB_NAME"):
         changed["name"] = f"{folder.parent.name}/{folder.name}"
     if changed.get("save_dir", HERE) in (HERE, None) and changed.get("dir") is None:
-        changed["save_dir"] = os.environ.get("WANDB_DIR") or str(folder)
+        # Absolute: the process of W&B that writes the files keeps the working directory in which it was started.
+        changed["save_dir"] = os.environ.get("WANDB_DIR") or str(folder.absolute())
     return changed
 
 
