@@ -35,6 +35,10 @@ SLOW_FILES = {
     *("callbacks/test_outcome.py", "cli/test_class_change.py", "envs/test_reading.py", "policy/test_schedules.py"),
     *("test_library.py", "test_prompts.py", "callbacks/test_card_facts.py"),
     *("cli/test_export.py", "cli/test_serve_run.py", "cli/test_upload.py"),
+    *(f"cli/test_{name}.py" for name in ("chat", "doctor", "predict", "report", "run_json", "runs")),
+    *("callbacks/test_console.py", "callbacks/test_console_progress.py", "callbacks/test_live_report.py"),
+    *("callbacks/test_rollout_log.py", "evaluation/test_health.py", "report/test_run_data.py"),
+    *("rollouts/test_progress.py", "rollouts/test_in_order.py"),
 }
 UNIT = Path(__file__).with_name("unit")
 
