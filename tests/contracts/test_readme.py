@@ -119,7 +119,7 @@ class Runs:
     def _run_handler(words: list[str]) -> None:
         """Runs a command about a finished run, or about this machine."""
         if words[0] == "doctor":
-            words = [*words, "--config", "tiny.yaml"]
+            words = [*words, "--config", "tiny.yaml", "--data.sampling.max_length", "2000"]  # the tiny model has 2048
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("2 plus 2?\n/base\n"))
             code = {**HANDLERS, "runs": list_runs}[words[0]](words[1:])
