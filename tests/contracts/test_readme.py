@@ -241,7 +241,7 @@ def test_the_command_finds_environments_in_the_current_folder(tmp_path):
 def test_the_settings_shown_as_yaml_train(runs):
     Path("shown.yaml").write_text(code_block("configs/README.md", "Settings", "yaml"))
     folder = runs.folder(f"{QUICKSTART} --config shown.yaml")
-    assert yaml.safe_load((folder / "hparams.yaml").read_text())["lr_scheduler"] == "TransformersSchedule"
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["lr_scheduler"]["class"].endswith(".TransformersSchedule")
 
 
 def dotted(settings: dict, prefix: str = "") -> set[str]:
@@ -270,7 +270,7 @@ def test_every_setting_named_exists(runs, capsys):
     assert named <= known | ALSO_SETTINGS
 
 
-SUFFIXES = {"py", "yaml", "md", "csv", "jsonl"}
+SUFFIXES = {"py", "yaml", "md", "csv", "jsonl", "html"}
 # Settings of DDP by class path, which no config names, and of classes that none of the configs above uses.
 ALSO_SETTINGS = {"trainer.strategy.timeout"}
 
