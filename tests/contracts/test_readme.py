@@ -241,7 +241,9 @@ def test_the_command_finds_environments_in_the_current_folder(tmp_path):
 def test_the_settings_shown_as_yaml_train(runs):
     Path("shown.yaml").write_text(code_block("configs/README.md", "Settings", "yaml"))
     folder = runs.folder(f"{QUICKSTART} --config shown.yaml")
-    assert yaml.safe_load((folder / "hparams.yaml").read_text())["lr_scheduler"]["class"].endswith(".TransformersSchedule")
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["lr_scheduler"]["class"].endswith(
+        ".TransformersSchedule"
+    )
 
 
 def dotted(settings: dict, prefix: str = "") -> set[str]:

@@ -258,7 +258,10 @@ def test_print_config_shows_a_config_that_can_be_used(config, capsys):
         (["--model.lr_scheduler", "LinearLR", "--model.lr_scheduler.start_factor", "7"], ["LinearLR does not take"]),
         (["--trainer.max_epochs", "-5"], ["the trainer does not take its settings: `max_epochs` must be"]),
         (["--trainer.strategy", "nonesuch"], ["the trainer does not take its settings: ", "nonesuch"]),
-        (["--trainer.logger", "lightning.pytorch.loggers.MLFlowLogger"], ["MLFlowLogger needs a package that is not installed", "pip install mlflow"]),
+        (
+            ["--trainer.logger", "lightning.pytorch.loggers.MLFlowLogger"],
+            ["MLFlowLogger needs a package that is not installed", "pip install mlflow"],
+        ),
         (["--trainer.default_root_dir", "tiny.yaml"], ["trainer.default_root_dir='tiny.yaml'", "(Not a directory)"]),
         (["--trainer.default_root_dir", "/proc/no"], ["trainer.default_root_dir='/proc/no'", "(No such file or dir"]),
         (["--model.policy.quantization", "nf4"], ['quantization="nf4" needs a CUDA device, and torch finds none']),
