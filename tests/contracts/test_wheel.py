@@ -106,7 +106,8 @@ def test_the_wheel_installs_one_package_with_the_environments_and_configs(wheel)
         home + name.removeprefix(room)
         for name in tracked_files()
         for room, home in homes.items()
-        if name.startswith(room) and name.endswith((".py", ".yaml", ".typed", ".json"))
+        if name.startswith(room)
+        and (name.endswith((".py", ".yaml", ".typed", ".json")) or name.startswith("fuchsia_pl/report/page/"))
     }
     assert {name for name in names if name.startswith("fuchsia_pl/")} == expected
 
