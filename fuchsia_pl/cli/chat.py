@@ -18,8 +18,9 @@ from fuchsia_pl.cli.find_run import find_run
 from fuchsia_pl.cli.options import chat_options
 from fuchsia_pl.cli.run_folder import SAVED_CONFIG
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.policy.adapter_files import read_adapter_config
 from fuchsia_pl.policy.cpu import has_bfloat16
-from fuchsia_pl.policy.local_engine import LocalEngine, adapter_base
+from fuchsia_pl.policy.local_engine import LocalEngine
 from fuchsia_pl.policy.sources import ModelNotFoundError, resolve_model
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.types import ConfigError
@@ -65,7 +66,7 @@ def find_target(given: str, config: str | None) -> Target:
     if (path / ADAPTER_CONFIG).is_file():
         saved = path.parent / SAVED_CONFIG
         own = str(saved) if path.name == ADAPTER_FOLDER and saved.is_file() else None
-        base = None if config or own else adapter_base(path)
+        base = None if config or own else read_adapter_config(path).get("base_model_name_or_path")
         if not (config or own or base):
             raise ConfigError(f"the adapter in {given} does not name its base model: give --config of its run")
         return Target(base, path, config or own, given)

@@ -132,7 +132,7 @@ def _start(logger: Logger) -> None:
         _ = logger.experiment  # type: ignore[attr-defined]
     except AttributeError:
         return  # a logger without one
-    except Exception as error:
+    except Exception as error:  # loggers raise many types; each is one line before the engine starts
         advice = f". {LOGIN_ADVICE}" if isinstance(logger, WandbLogger) else ""
         raise ConfigError(f"trainer.logger: {kind} does not start: {one_line(error)}{advice}") from error
 

@@ -164,18 +164,3 @@ def adapter_settings(folder: Path) -> LoRASettings:
         ) from error
     check_adapter(settings)
     return settings
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The base model that an adapter names; None if it names none.
-
-    Raises:
-        ConfigError: The folder has no adapter that can be read.
-    """
-    try:
-        name = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the folder {folder} has no adapter that can be read: {' '.join(str(error).split())}"
-        ) from error
-    return name or None

@@ -56,7 +56,7 @@ class InOrder:
             self._tasks.append(asyncio.create_task(self._sampled(self._waiting.popleft())))
         try:
             rollouts = await self._tasks[0]
-        except Exception:
+        except Exception:  # any error: no sampling of other rows may continue
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
