@@ -40,6 +40,7 @@ SLOW_FILES = {
     *("callbacks/test_rollout_log.py", "evaluation/test_health.py", "report/test_run_data.py"),
     *("rollouts/test_progress.py", "rollouts/test_in_order.py", "cli/test_unknown_keys.py", "envs/test_thinking.py"),
 }
+RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "NODE_RANK", "LOCAL_RANK")
 UNIT = Path(__file__).with_name("unit")
 
 
@@ -54,6 +55,18 @@ def no_run_of_weights_and_biases_goes_on() -> Iterator[None]:
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
+
+
+@pytest.fixture(autouse=True)
+def no_address_of_ranks_is_left() -> Iterator[None]:
+    """Removes the variables that a Trainer of several ranks sets: a process started later would take the same port."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.hookimpl(tryfirst=True)

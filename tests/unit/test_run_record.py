@@ -40,7 +40,8 @@ def test_a_later_process_with_the_same_number_is_not_the_run():
     earlier = (datetime.now(UTC) - timedelta(days=30)).isoformat(timespec="seconds")
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert replace(RECORD, pid=process.pid).current_outcome == "running"
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        assert replace(RECORD, pid=process.pid, started_at=now).current_outcome == "running"
         assert replace(RECORD, pid=process.pid, started_at=earlier).current_outcome == "killed"
         assert replace(RECORD, pid=process.pid, started_at="a while ago").current_outcome == "running"
     finally:

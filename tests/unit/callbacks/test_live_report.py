@@ -11,6 +11,7 @@ from fuchsia_pl.callbacks import live_report
 from fuchsia_pl.callbacks.live_report import LiveReport
 from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.files import DiskError
+from fuchsia_pl.stopping import Stopped
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_data, make_module, make_trainer
 
@@ -107,14 +108,27 @@ def test_a_run_that_fails_has_a_report_that_states_it(tiny_model, tmp_path):
     assert status["words"] == "failed after step 1: ValueError: no more"
 
 
-def test_a_run_that_a_signal_stopped_has_a_report_that_states_it(tiny_model, tmp_path, monkeypatch):
-    class Stops(Callback):
-        def on_train_batch_end(self, trainer, *args):
-            monkeypatch.setattr(live_report, "stopping", SimpleNamespace(signum=15))
-            trainer.should_stop = True
+class Signals(Callback):
+    """A signal arrives in the first step. With `ends`, the run is abandoned, else it completes."""
 
-    fit(tiny_model, tmp_path, Stops(), LiveReport())
+    def __init__(self, monkeypatch, ends):
+        self.monkeypatch, self.ends = monkeypatch, ends
+
+    def on_train_batch_end(self, trainer, *args):
+        self.monkeypatch.setattr(live_report, "stopping", SimpleNamespace(signum=15))
+        if self.ends:
+            raise Stopped(15)
+
+
+def test_a_run_that_a_signal_stopped_has_a_report_that_states_it(tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        fit(tiny_model, tmp_path, Signals(monkeypatch, ends=True), LiveReport())
     assert summary_of(tmp_path / "report.html")["runs"][0]["status"]["words"] == "stopped by SIGTERM after step 1"
+
+
+def test_a_run_that_completed_after_a_signal_is_finished(tiny_model, tmp_path, monkeypatch):
+    fit(tiny_model, tmp_path, Signals(monkeypatch, ends=False), LiveReport(), max_steps=1)
+    assert "finished after 1 step" in summary_of(tmp_path / "report.html")["runs"][0]["status"]["words"]
 
 
 def test_a_full_disk_is_one_warning_and_never_ends_the_run(tiny_model, tmp_path, monkeypatch, caplog, always):

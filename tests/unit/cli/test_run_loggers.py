@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,7 +198,8 @@ main()
 
 
 def without_packages(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", WITHOUT, *words], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    return subprocess.run([sys.executable, "-c", WITHOUT, *words], capture_output=True, text=True, env=environment)
 
 
 def test_a_run_needs_neither_package(config, tmp_path):

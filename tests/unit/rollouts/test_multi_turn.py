@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 
 import pytest
@@ -167,33 +168,32 @@ class TinyAnswer(TinyEnvironment):
         self.reward_functions, self.reward_weights = [constant], {}
 
 
-class Sleepy(Talk):
-    """The tool of one turn, a different one for each sibling, takes up to two seconds; the others up to 0.3 s."""
+class Meeting(Talk):
+    """All rollouts are in their first tool call at once; the first rollout then waits until all others have ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_rollouts: int) -> None:
         super().__init__()
-        rng = random.Random(0)
-        self.seconds = {
-            (item, sibling): [rng.uniform(0, 2 if turn == sibling % 4 else 0.3) for turn in range(4)]
-            for item in range(8)
-            for sibling in range(8)
-        }
+        self.all_called = threading.Barrier(num_rollouts)
+        self.num_others, self.others_ended, self.lock = num_rollouts - 1, threading.Event(), threading.Lock()
 
     def step_rollout(self, rollout):
-        time.sleep(self.seconds[rollout.item_index, rollout.sibling][len(rollout.turns) - 1])
+        is_first = (rollout.item_index, rollout.sibling) == (0, 0)
+        if len(rollout.turns) == 1:
+            self.all_called.wait(timeout=60)
+        if is_first and len(rollout.turns) == 2 and not self.others_ended.wait(60):
+            raise RuntimeError("the others wait for the first rollout")
         super().step_rollout(rollout)
+        if rollout.status is not None and not is_first:
+            with self.lock:
+                self.num_others -= 1
+            if self.num_others == 0:
+                self.others_ended.set()
 
 
-def test_sixty_four_slow_conversations_take_as_long_as_the_longest_and_not_as_the_slowest_of_each_turn(tiny_model):
-    environment = Sleepy()
-    chains = environment.seconds.values()
-    longest, per_turn = max(sum(chain) for chain in chains), sum(max(turn) for turn in zip(*chains, strict=True))
-    assert per_turn > 2 * longest  # so that waiting for each other would be visible
-    start = time.perf_counter()
-    rollouts, *_ = collect(tiny_model, environment, siblings=8, items=range(8), max_length=400)
-    seconds = time.perf_counter() - start
+def test_no_conversation_waits_for_a_turn_of_another(tiny_model):
+    rollouts, *_ = collect(tiny_model, Meeting(64), siblings=8, items=range(8), max_length=400)
+    assert len(rollouts) == 64
     assert all(rollout.status is RolloutStatus.COMPLETED for rollout in rollouts)
-    assert longest <= seconds < 1.3 * longest
 
 
 class Faulty(Talk):
