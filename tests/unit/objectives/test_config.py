@@ -92,6 +92,9 @@ def test_where_the_kl_goes():
     ]
     assert [c.needs_signals for c in (without, in_loss, in_reward)] == [False, False, True]
     assert LossConfig("ppo", advantage="gae").needs_signals
+    free = LossConfig("rloo", beta=0.0)  # without a weight the reference is not computed
+    assert not free.kl_in_reward
+    assert not free.needs_signals
 
 
 @pytest.mark.parametrize(
