@@ -109,7 +109,7 @@ class AdapterSync(Callback):
         self.sync(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Chooses the micro-batches to probe: of the first step with trained weights, and of later ones while rounding hides the effect.
+        """Chooses the micro-batches to probe: of the first step of trained weights, and of later ones while rounding hides it.
 
         Raises:
             SyncError: The weights differ from those of the last sync.
@@ -122,7 +122,7 @@ class AdapterSync(Callback):
         self._lag = trainer.global_step - batch.step.policy_update - batch.step.policy_version
         # The probe compares the sampling weights with the current ones, so the steps between must be few against all steps.
         is_comparable = batch.step.policy_version > MIN_STEPS_PER_LAG * self._lag
-        # The last micro-batch of a step has rows on every rank; earlier ones may be empty.
+        # Earlier micro-batches of a step may be empty.
         is_candidate = is_first_update and micro_batch + 1 == trainer.accumulate_grad_batches
         if self.agreement is not None or not (is_candidate and policy.has_reference and is_comparable):
             return
