@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import random
-import resource
+import re
 import sys
 import time
 from functools import partial
@@ -274,13 +274,18 @@ class MeasuredModule(GRPOModule):
     """Records the memory that loading and sharding a model take on a rank, in bytes."""
 
     def configure_model(self) -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
+        before = self._peak()
         super().configure_model()
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        peak = self._peak() - before
         shard = sum(local(p).nbytes for p in self.policy.parameters())
         folder = Path(self.trainer.default_root_dir)
         found = {"peak": peak, "shard": shard, "shares_prefix": self.policy.shares_prefix}
         (folder / f"memory-{self.trainer.global_rank}.json").write_text(json.dumps(found))
+
+    def _peak(self) -> int:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
 
 
 def memory(model: Path, root: Path, strategy: str) -> None:

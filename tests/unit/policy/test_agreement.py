@@ -70,5 +70,5 @@ def test_only_what_is_not_rounding_asks_for_more_tokens():
     assert few.lacks_tokens
     assert not few.is_conclusive
     assert not adapter_agreement(EFFECT.repeat(8), torch.zeros(24), EFFECT.repeat(8)).lacks_tokens  # conclusive
-    assert not adapter_agreement(EFFECT, torch.zeros(3), -EFFECT.flip(0)).lacks_tokens  # noise
+    assert not adapter_agreement(EFFECT, torch.zeros(3), torch.tensor([0.2, 0.1, 0.2])).lacks_tokens  # noise
     assert not adapter_agreement(REFERENCE, REFERENCE, REFERENCE).lacks_tokens  # no effect
