@@ -156,7 +156,7 @@ class Batch:
             return self
         last_row, last_position = places[num_tokens - 1].tolist()
         num_rows, lengths = last_row + 1, (*self.lengths[:last_row], last_position + 1)
-        kept = {
+        kept: dict[str, Any] = {
             name: value[:num_rows, : max(lengths)] if value.dim() == 2 else value[:num_rows]
             for name, value in self.__dict__.items()
             if isinstance(value, Tensor)
