@@ -13,7 +13,7 @@ from fuchsia_pl.policy.policy import Policy
 from tests.bench.training import batches_of, make_policy, rows, run
 from tests.bench.work import report
 
-NUM_ROUNDS, NUM_MICRO_BATCHES = 5, 2
+NUM_ROUNDS, NUM_MICRO_BATCHES = 3, 2
 
 
 def seconds(work: Callable[[], object]) -> float:
