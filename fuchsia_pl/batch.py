@@ -143,6 +143,43 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def head(self, num_tokens: int) -> "Batch":
+        """Returns the first rows, up to the label that is number `num_tokens` of those in `loss_mask`; the last row ends there.
+
+        Attention is causal, so the outputs at the remaining positions do not depend on the rest.
+
+        Args:
+            num_tokens: Number of labels in the new `loss_mask`, at least 1. If there are no more, the batch itself is returned.
+        """
+        places = self.loss_mask.nonzero()
+        if len(places) <= num_tokens:
+            return self
+        last_row, last_position = places[num_tokens - 1].tolist()
+        num_rows, lengths = last_row + 1, (*self.lengths[:last_row], last_position + 1)
+        kept: dict[str, Any] = {
+            name: value[:num_rows, : max(lengths)] if value.dim() == 2 else value[:num_rows]
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor)
+        }
+        loss_mask = kept.pop("loss_mask").clone()
+        loss_mask[last_row, last_position + 1 :] = False
+        groups, samples = _first_groups(self.groups, lengths), self.samples[:num_rows]
+        rest: dict[str, Any] = {"loss_mask": loss_mask, "lengths": lengths, "groups": groups, "samples": samples}
+        return replace(self, **kept, **rest)
+
+
+def _first_groups(groups: tuple[PrefixGroup, ...], lengths: tuple[int, ...]) -> tuple[PrefixGroup, ...]:
+    """The groups of the first rows, whose last one may have become shorter."""
+    found: list[PrefixGroup] = []
+    first = 0
+    for group in groups:
+        of_group = lengths[first : first + group.num_rows]
+        if of_group:
+            prefix_length = of_group[0] if len(of_group) == 1 else min(group.prefix_length, *of_group)
+            found.append(PrefixGroup(len(of_group), prefix_length))
+        first += group.num_rows
+    return tuple(found)
+
 
 @dataclass(frozen=True)
 class PolicyOutput:

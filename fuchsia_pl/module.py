@@ -37,7 +37,7 @@ from fuchsia_pl.policy.cpu import warn_of_slow_bfloat16
 from fuchsia_pl.policy.optimization import Recipe, ResumeChoice, Resumed, resumed
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.schedules import check_optimization, lightning_config
-from fuchsia_pl.policy.sharding import total_norm
+from fuchsia_pl.policy.sharding import built_on_all_ranks, check_sharded, mesh_of_all_ranks, total_norm
 from fuchsia_pl.policy.sources import read_template, resolve_model
 from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
 
@@ -101,26 +101,24 @@ class GRPOModule(LightningModule):
     def configure_model(self) -> None:
         """Loads the model once per process, in the hook where Lightning's strategies expect it.
 
+        If weights are sharded, the first rank loads it and the others receive their shards.
+
         Raises:
             ConfigError: The config does not suit the model, or the strategy does not average gradients over all ranks.
         """
-        if self.policy is None:
-            self.policy = Policy(
-                self.policy_config,
-                self.learner.served_model.folder,
-                with_reference=self.loss_config.beta > 0,
-                with_critic=self.loss_config.parts.advantage == "gae",
-            )
-            self.policy.train()
-        if self.device_mesh is None or self.policy.is_sharded:
+        if self.device_mesh is None:
+            self.policy = self.policy or self._build_policy()
             return
-        mesh = self.device_mesh["data_parallel"]
-        if mesh.size() != self.trainer.world_size:
-            raise ConfigError(
-                f"trainer.strategy averages over {mesh.size()} of {self.trainer.world_size} ranks, whose "
-                "weights would diverge: use fuchsia_pl.policy.sharding.FSDP2Strategy (--config overlays/fsdp.yaml), or ddp"
-            )
-        self.policy.shard(mesh)
+        if self.policy is not None and self.policy.is_sharded:
+            return
+        mesh = mesh_of_all_ranks(self.device_mesh, self.trainer.world_size)
+        is_empty = not self.trainer.is_global_zero
+        self.policy = self.policy or built_on_all_ranks(lambda: self._build_policy(is_empty))
+        self.policy.shard(mesh, self.trainer.strategy.root_device)
+
+    def _build_policy(self, is_empty: bool = False) -> Policy:
+        folder, with_critic = self.learner.served_model.folder, self.loss_config.parts.advantage == "gae"
+        return Policy(self.policy_config, folder, self.loss_config.beta > 0, with_critic, is_empty).train()
 
     def setup(self, stage: str) -> None:
         """Resets what an earlier run loaded from its checkpoint. Lightning loads the checkpoint of this run later."""
@@ -135,11 +133,12 @@ class GRPOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": lightning_config(self.lr_scheduler(optimizer), self.trainer)}
 
     def check_run(self, trainer: Trainer) -> None:
-        """Checks the settings of optimizer and scheduler before the engine starts.
+        """Checks the settings of sharding, optimizer and scheduler before the engine starts.
 
         Raises:
             ConfigError: A setting is invalid.
         """
+        check_sharded(trainer, self.policy_config)
         if trainer.is_global_zero:
             warn_of_slow_bfloat16(trainer.strategy.root_device, self.policy_config.dtype, trainer.precision)
         if trainer.state.fn == TrainerFn.FITTING:

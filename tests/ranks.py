@@ -1,10 +1,13 @@
 """Runs for the tests of several ranks: each process is a rank that Lightning launches, over gloo.
 
-python -m tests.ranks equal|resume|uneven|fails|nonfinite MODEL_FOLDER FOLDER STRATEGY [NUMBER]
+python -m tests.ranks equal|resume|uneven|fails|nonfinite|turns|memory MODEL_FOLDER FOLDER STRATEGY [NUMBER]
 """
 
+import asyncio
+import json
 import os
 import random
+import re
 import sys
 import time
 from functools import partial
@@ -17,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from fuchsia_pl.callbacks.adapter_export import AdapterExport
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
+from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.module import GRPOModule
@@ -211,10 +215,93 @@ def nonfinite(model: Path, root: Path, strategy: str) -> None:
         assert stopped or all(part.isfinite().all() for part in weights), what
 
 
+class Timeline(Callback):
+    """The times at which a rank's engine sleeps and wakes and its micro-batches start and end. Rank 1 is slow."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, float]] = []
+
+    def add(self, event: str) -> None:
+        self.events.append((event, time.monotonic()))  # the same clock in all processes of a machine
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.add("forward")
+
+
+class SlowEnd(Callback):
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        time.sleep(0.3 * trainer.global_rank)
+        self.timeline.add("trained")
+
+
+class SleepingEngine(RecordedEngine):
+    can_sleep = True
+
+    def __init__(self, timeline: Timeline) -> None:
+        super().__init__()
+        self.timeline = timeline
+
+    async def sleep(self) -> None:
+        await asyncio.sleep(0.3 * int(os.environ.get("LOCAL_RANK", "0")))
+        self.timeline.add("asleep")
+
+    async def wake(self) -> None:
+        self.timeline.add("wakes")
+
+
+def turns(model: Path, root: Path, strategy: str) -> None:
+    """Trains two steps with HotSwap and without it."""
+    for is_shared in (True, False):
+        seed_everything(0, verbose=False)
+        config = PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8))
+        module, timeline = GRPOModule(config, LossConfig(beta=0.01), ADAM), Timeline()
+        callbacks = [SlowEnd(timeline), HotSwap(is_shared), timeline]
+        trainer = make_trainer(root, *callbacks, sync=AdapterSync(tolerance=100.0), **STRATEGIES[strategy]())
+        data = make_data(module, SleepingEngine(timeline), batch_size=4, steps_per_epoch=2)
+        trainer.fit(module, datamodule=data)
+        weights = {name: whole(p.detach()) for name, p in module.policy.named_parameters() if p.requires_grad}
+        if trainer.is_global_zero:
+            torch.save(weights, root / f"weights-{is_shared}.pt")
+        if is_shared:
+            (root / f"timeline-{trainer.global_rank}.json").write_text(json.dumps(timeline.events))
+        trainer.strategy.barrier("the last gather has reached every rank")
+
+
+class MeasuredModule(GRPOModule):
+    """Records the memory that loading and sharding a model take on a rank, in bytes."""
+
+    def configure_model(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
+        before = self._peak()
+        super().configure_model()
+        peak = self._peak() - before
+        shard = sum(local(p).nbytes for p in self.policy.parameters())
+        folder = Path(self.trainer.default_root_dir)
+        found = {"peak": peak, "shard": shard, "shares_prefix": self.policy.shares_prefix}
+        (folder / f"memory-{self.trainer.global_rank}.json").write_text(json.dumps(found))
+
+    def _peak(self) -> int:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
+
+
+def memory(model: Path, root: Path, strategy: str) -> None:
+    """Loads a model, and trains a step with it."""
+    root.mkdir(exist_ok=True)
+    seed_everything(0, verbose=False)
+    module = MeasuredModule(PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8)), LossConfig(), SGD)
+    trainer = make_trainer(root, sync=AdapterSync(tolerance=100.0), max_steps=1, **STRATEGIES[strategy]())
+    trainer.fit(module, datamodule=make_data(module, RecordedEngine(), batch_size=2))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, model, root, strategy, *numbers = sys.argv[1:]
     tasks = {"equal": equal, "resume": resume, "uneven": uneven, "fails": fails, "nonfinite": nonfinite}
+    tasks |= {"turns": turns, "memory": memory}
     start = time.perf_counter()
     tasks[what](Path(model), Path(root), strategy, *map(int, numbers))
     sys.stderr.write(f"{what} {strategy}: {time.perf_counter() - start:.1f} s\n")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,7 +17,8 @@ from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.types import ConfigError
 
 HOST = torch.device("cpu")
-Place = tuple[dict[str, Any], str]  # optimizer state of one weight, and the name of a tensor in it
+# Optimizer state of one weight, the name of a tensor in it, and a name among all optimizers.
+Place = tuple[dict[str, Any], str, str]
 
 
 class DeviceOwner(Enum):
@@ -30,11 +32,16 @@ class HotSwap(Callback):
     """Moves the trainer's weights and optimizer to host memory while the engine samples; otherwise puts the engine to sleep.
 
     The device then holds the larger of the two and never both: one side is moved off before the other is loaded. The cost is
-    the time of the transfers, twice per phase, and host memory for the side that is moved off. Not tested on a GPU.
+    the time of the transfers and host memory for the side that is moved off. Frozen weights are copied to the host once, into
+    page-locked memory, and only uploaded afterwards; trained weights and optimizer state go both ways. Not tested on a GPU.
 
     The engine sleeps as soon as it has started, before Lightning moves the model to the device. At the start of a phase the
     trainer is moved to the host and the engine wakes; sync and sampling follow. Before the first micro-batch of the phase the
     engine sleeps and the trainer is moved back. Held-out splits are sampled while the engine owns the device.
+
+    With several ranks, each with a device and an engine of its own, all ranks change the owner together, and a part of the
+    trainer stays on the device: with DDP the trained weights, whose gradient hooks a move would remove; with FSDP2, whose
+    collectives need device tensors, the rank's shards and their optimizer state.
 
     Args:
         enabled: False keeps both on the device.
@@ -98,16 +105,33 @@ class HotSwap(Callback):
     def to_engine(self, trainer: Trainer) -> None:
         """Moves the trainer to the host, then wakes the engine. Does nothing if the engine owns the device."""
         if self.enabled and self.owner is DeviceOwner.TRAINER:
-            self._moved = move_to_host(policy_of(trainer), trainer.optimizers, HOST)
+            trainer.strategy.barrier("hotswap")  # a rank may still compute with weights that another rank would move
+            if leaves_device(trainer):
+                self._moved = move_to_host(policy_of(trainer), trainer.optimizers, HOST, moves_trained(trainer))
             run_blocking(data_of(trainer).engine.wake())
+            trainer.strategy.barrier("hotswap")
             self.owner = DeviceOwner.ENGINE
 
     def to_trainer(self, trainer: Trainer) -> None:
         """Puts the engine to sleep, then moves the trainer to the device. Does nothing if the trainer owns the device."""
         if self.enabled and self.owner is DeviceOwner.ENGINE:
+            trainer.strategy.barrier("hotswap")
             run_blocking(data_of(trainer).engine.sleep())
-            move_to_device(policy_of(trainer), self._moved, trainer.strategy.root_device)
+            if leaves_device(trainer):
+                device, with_trained = trainer.strategy.root_device, moves_trained(trainer)
+                move_to_device(policy_of(trainer), self._moved, device, with_trained)
+            trainer.strategy.barrier("hotswap")
             self.owner, self._moved = DeviceOwner.TRAINER, []
+
+
+def leaves_device(trainer: Trainer) -> bool:
+    """Whether anything of the trainer is moved: not with FSDP2, whose collectives work with tensors on the device only."""
+    return not isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def moves_trained(trainer: Trainer) -> bool:
+    """Whether trained weights are moved: not with DDP, whose hooks belong to a weight on its device."""
+    return isinstance(trainer.strategy, SingleDeviceStrategy)
 
 
 def obstacle(trainer: Trainer) -> str | None:
@@ -115,8 +139,6 @@ def obstacle(trainer: Trainer) -> str | None:
     data = data_of(trainer)
     if not data.engine.can_sleep:
         return f"{type(data.engine).__name__} cannot sleep"
-    if trainer.world_size > 1:
-        return f"there are {trainer.world_size} ranks, and a shared device allows one engine and one trainer only"
     if data.sampling.max_staleness:
         return f"data.sampling.max_staleness is {data.sampling.max_staleness}: sampling beside training needs both on the device"
     if data.loss.needs_signals:
@@ -127,32 +149,44 @@ def obstacle(trainer: Trainer) -> str | None:
     return None
 
 
-def move_to_host(policy: Policy, optimizers: Sequence[Optimizer], host: torch.device) -> list[Place]:
+def move_to_host(
+    policy: Policy, optimizers: Sequence[Optimizer], host: torch.device, with_trained: bool = True
+) -> list[Place]:
     """Moves weights and optimizer state from the device to the host.
+
+    Args:
+        policy: Its weights and its reference are moved.
+        optimizers: Their state is moved.
+        host: Target device.
+        with_trained: Whether trained weights and their gradients are moved.
 
     Returns:
         The tensors of the optimizers that were on the device of their weight. Some optimizers keep others, such as counters, on
         the host.
     """
-    states = [(parameter.device, state) for optimizer in optimizers for parameter, state in optimizer.state.items()]
-    moved = [
-        (state, name)
-        for device, state in states
+    states = [
+        (f"{number}.{of_weight}", parameter.device, state)
+        for number, optimizer in enumerate(optimizers)
+        for of_weight, (parameter, state) in enumerate(optimizer.state.items())
+    ]
+    places = [
+        (state, name, f"optimizer.{prefix}.{name}")
+        for prefix, device, state in states
         for name, value in state.items()
         if isinstance(value, Tensor) and value.device == device
     ]
-    _move(policy, moved, host)
+    _move(policy, places, host, with_trained)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the engine's process cannot use memory that torch has cached
-    return moved
+    return places
 
 
-def move_to_device(policy: Policy, moved: Sequence[Place], device: torch.device) -> None:
+def move_to_device(policy: Policy, moved: Sequence[Place], device: torch.device, with_trained: bool = True) -> None:
     """Moves weights, and the optimizer state that `move_to_host` has moved, to the device."""
-    _move(policy, moved, device)
+    _move(policy, moved, device, with_trained)
 
 
-def _move(policy: Policy, places: Sequence[Place], device: torch.device) -> None:
-    policy.to_device(device)
-    for state, name in places:
-        state[name] = state[name].to(device)
+def _move(policy: Policy, places: Sequence[Place], device: torch.device, with_trained: bool) -> None:
+    policy.to_device(device, with_trained)
+    for state, name, key in places:
+        state[name] = policy.host_copies.moved(key, state[name], device, changes=True)

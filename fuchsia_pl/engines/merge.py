@@ -74,7 +74,7 @@ def block_of(name: str) -> str:
 
 
 def merged_weights(
-    model_folder: Path, trained_folder: Path, only_reached: bool = False
+    model_folder: Path, trained_folder: Path, only_reached: bool = False, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, Tensor]]:
     """W + scale * B A for every adapted weight, W for the others. Whole weights are returned unchanged.
 
@@ -85,9 +85,10 @@ def merged_weights(
         trained_folder: A PEFT adapter folder, or a whole model folder.
         only_reached: Leave out blocks without an adapted weight, and the embeddings. Engines store several weights of a
             block in one tensor, so a block is whole or absent.
+        device: Device of the sums. A vLLM worker on a GPU computes on a single CPU thread while it serves.
 
     Yields:
-        Checkpoint name and tensor.
+        Checkpoint name and tensor: sums on `device`, unchanged weights on the CPU.
 
     Raises:
         ValueError: The adapter has weights for layers that the checkpoint lacks.
@@ -108,9 +109,9 @@ def merged_weights(
             yield name, weight
             continue
         unused -= {a, b}
-        # Not in place: a float32 weight shares its memory with the file.
-        merged = torch.addmm(weight.float(), factors[b].float(), factors[a].float(), alpha=scale)
-        yield name, merged
+        of_base, of_b, of_a = (tensor.to(device, torch.float32) for tensor in (weight, factors[b], factors[a]))
+        # Not in place: a float32 weight on the CPU shares its memory with the file.
+        yield name, torch.addmm(of_base, of_b, of_a, alpha=scale)
     if unused:
         raise ValueError(
             f"the checkpoint {model_folder} has no weights for these parts of the adapter: {sorted(unused)[:4]}"

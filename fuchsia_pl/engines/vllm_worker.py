@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fuchsia_pl.engines.merge import merged_weights
 
 NICENESS = 19
@@ -18,6 +20,7 @@ class WorkerExtension:
     """
 
     if TYPE_CHECKING:
+        device: torch.device
 
         def reload_weights(self, **kwargs: Any) -> None:
             """The worker's own method."""
@@ -31,8 +34,13 @@ class WorkerExtension:
         os.nice(NICENESS)
 
     def load_trained_weights(self, model_folder: str, trained_folder: str, only_reached: bool) -> None:
-        """Rebuilds the served weights from the pristine checkpoint and the trained weights; see `merged_weights`."""
+        """Rebuilds the served weights from the pristine checkpoint and the trained weights, on the worker's device.
+
+        See `merged_weights`. The memory of the sums, of one layer at a time, is returned to the device. Untested on a GPU.
+        """
         if only_reached:  # vLLM warns about every layer that is not reloaded
             logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
-        weights = merged_weights(Path(model_folder), Path(trained_folder), only_reached)
+        weights = merged_weights(Path(model_folder), Path(trained_folder), only_reached, self.device)
         self.reload_weights(weights_iterator=weights)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -43,6 +43,11 @@ class Agreement:
         return spread and self.error < CONCLUSIVE_ERROR and self.noise < CONCLUSIVE_NOISE
 
     @property
+    def lacks_tokens(self) -> bool:
+        """Whether more tokens may make the result conclusive. They do not help against rounding, which is in each of them."""
+        return self.noise < CONCLUSIVE_NOISE and not self.is_conclusive
+
+    @property
     def holds(self) -> bool:
         """Whether the slope is nearer to 1 than to 0 or 2."""
         return abs(self.slope - 1.0) < ALLOWED_DEVIATION

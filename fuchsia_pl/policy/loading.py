@@ -84,7 +84,7 @@ def check_quantization(quantization: Literal["nf4"] | None) -> None:
     if quantization is not None and not torch.cuda.is_available():
         missing = "a CUDA device, and torch finds none"
     elif quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        missing = "bitsandbytes, which is not installed"
+        missing = "bitsandbytes, which is not installed (pip install bitsandbytes)"
     else:
         return
     raise ConfigError(f'model.policy.quantization="{quantization}" needs {missing}: leave it out, or provide that')

@@ -7,6 +7,7 @@ from typing import Literal
 
 import peft
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -17,10 +18,11 @@ from fuchsia_pl.policy.adapter import add_adapter
 from fuchsia_pl.policy.checkpointing import checkpoint_blocks, offloaded
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.critic import Critic
+from fuchsia_pl.policy.host_copies import HostCopies
 from fuchsia_pl.policy.loading import load_base
 from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs, fastest_chunk_tokens
-from fuchsia_pl.policy.sharding import shard, whole
-from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, lay_out, shares_prefix
+from fuchsia_pl.policy.sharding import fill_from_first_rank, of_first_rank, shard, whole
+from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, lay_out, set_shared_prefix, shares_prefix
 from fuchsia_pl.types import ConfigError
 
 # Largest difference in logits that rounding explains in the head check, relative to the largest logit, in units of the type's
@@ -39,6 +41,8 @@ class Policy(nn.Module):
         folder: Folder of the model, see `resolve_model`.
         with_reference: Whether `reference_logprobs` will be called.
         with_critic: Whether a critic on the model's hidden states is trained as well.
+        is_empty: Whether `shard` gets the weights from the first rank. Until then they are on the meta device, without values,
+            and what the outputs decide is left to the first rank.
 
     Raises:
         ConfigError: `OutputHead` does not represent the model's output head, or the model cannot share prefixes although
@@ -46,28 +50,39 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, config: PolicyConfig, folder: str | Path, with_reference: bool, with_critic: bool = False
+        self,
+        config: PolicyConfig,
+        folder: str | Path,
+        with_reference: bool,
+        with_critic: bool = False,
+        is_empty: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         dtype = getattr(torch, config.dtype) if config.lora.enabled else torch.float32
-        base = load_base(folder, dtype, config.quantization)
-        _enable_shared_prefix(base, config.shared_prefix)
+        device: Literal["meta"] | None = "meta" if is_empty else None
+        base = load_base(folder, dtype, config.quantization, device)
+        if not is_empty:
+            _enable_shared_prefix(base, config.shared_prefix)
         self.model: nn.Module = base
         self._frozen: list[PreTrainedModel] = []  # in a list, so that it is not a submodule and is not saved
         self._initial_adapter: list[Tensor] = []
+        self.host_copies = HostCopies()
         if config.lora.enabled:
             self.model = add_adapter(base, config)
             if config.lora.init_from is not None:
                 self._initial_adapter = self._adapter_copy()
         elif with_reference:
-            self._frozen = [load_base(folder, getattr(torch, config.dtype)).requires_grad_(False)]
-            _enable_shared_prefix(self._frozen[0], config.shared_prefix)
+            self._frozen = [load_base(folder, getattr(torch, config.dtype), device=device).requires_grad_(False)]
+            if not is_empty:
+                _enable_shared_prefix(self._frozen[0], config.shared_prefix)
         if config.checkpointing.enabled:
             checkpoint_blocks(base, config.checkpointing.every_n_layers)
-        _check_head(self.causal_lm)
+        if not is_empty:
+            _check_head(self.causal_lm)
         self.is_sharded = False
-        self.critic = Critic(base.config.get_text_config().hidden_size) if with_critic else None
+        with torch.device("meta") if is_empty else nullcontext():
+            self.critic = Critic(base.config.get_text_config().hidden_size) if with_critic else None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -102,12 +117,28 @@ class Policy(nn.Module):
         """Weights that only the reference uses: a frozen copy, or the adapter as it was loaded."""
         return [*self._initial_adapter, *(weight for model in self._frozen for weight in model.parameters())]
 
-    def to_device(self, device: torch.device) -> None:
-        """Moves weights, gradients, buffers and the reference. Parameters stay the same objects, so an optimizer stays valid."""
-        self.to(device)
-        for reference in self._frozen:
-            reference.to(device)
-        self._initial_adapter = [initial.to(device) for initial in self._initial_adapter]
+    def to_device(self, device: torch.device, with_trained: bool = True) -> None:
+        """Moves weights and gradients between host and device. Parameters stay the same objects, so an optimizer stays valid.
+
+        Frozen weights, also those of the reference, are copied to the host once, and uploaded at every return. Buffers, which
+        are small, stay where they are.
+
+        Args:
+            device: The host, or the device that computes.
+            with_trained: Whether trained weights and their gradients are moved.
+        """
+        for number, model in enumerate([self, *self._frozen]):
+            for name, weight in model.named_parameters():
+                if with_trained or not weight.requires_grad:
+                    self._move(f"{number}.{name}", weight, device)
+        for number, initial in enumerate(self._initial_adapter):
+            self._initial_adapter[number] = self.host_copies.moved(f"initial.{number}", initial, device, changes=False)
+
+    def _move(self, name: str, weight: nn.Parameter, device: torch.device) -> None:
+        gradient, changes = weight.grad, weight.requires_grad
+        weight.data = self.host_copies.moved(name, weight.data, device, changes)
+        if gradient is not None:
+            weight.grad = self.host_copies.moved(f"{name}.grad", gradient, device, changes)
 
     def output(self, batch: Batch) -> PolicyOutput:
         """Computes logprobs of the labels and entropies at the temperature of each row, and values if there is a critic.
@@ -202,12 +233,31 @@ class Policy(nn.Module):
     def _adapter_copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Shards the weights over the ranks of a mesh. A frozen reference copy stays whole on each rank."""
+    def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Shards the weights over all ranks, with the values of the first rank. A frozen reference copy stays whole on each rank.
+
+        Args:
+            mesh: One-dimensional, over all ranks.
+            device: This rank's device.
+        """
+        weights = self.state_dict() if dist.get_rank() == 0 else {}  # before they are sharded
         shard(self, self.causal_lm, mesh)
+        fill_from_first_rank(self, weights, device)
+        for frozen in self._frozen:
+            fill_from_first_rank(frozen, frozen.state_dict(), device)
+            frozen.tie_weights()
+        self._follow_first_rank()
         self.is_sharded = True
         if self._initial_adapter:
             self._initial_adapter = self._adapter_copy()
+
+    def _follow_first_rank(self) -> None:
+        """Takes over what the first rank decided by its outputs, and its random state: it alone has drawn initial weights."""
+        shares, random_state = of_first_rank((self.shares_prefix, torch.get_rng_state()))
+        torch.set_rng_state(random_state)
+        if shares and not self.shares_prefix:
+            for model in (self.causal_lm, *self._frozen):
+                set_shared_prefix(model)
 
     def save_trained(self, folder: Path, writes: bool = True) -> None:
         """Writes the trained weights: a PEFT adapter folder, or without LoRA a whole model folder in `config.dtype`.

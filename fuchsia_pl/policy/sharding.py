@@ -1,12 +1,15 @@
 """Sharding by FSDP2: each rank keeps a shard of every weight, and a block gathers its weights only while it computes."""
 
 import shutil
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -26,10 +29,12 @@ from transformers import PreTrainedModel
 
 from fuchsia_pl.policy.checkpointing import transformer_blocks
 from fuchsia_pl.policy.checksums import check_intact, damaged_part
+from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.types import ConfigError
 
 DEFAULT_TIMEOUT_S = 1800.0
 FOLDER_METADATA = "meta.pt"  # Lightning's file for everything but weights and optimizer
+T = TypeVar("T")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -184,6 +189,85 @@ def shard(policy: nn.Module, model: PreTrainedModel, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh)
     # Without resharding, gathered head weights would stay stale if an optimizer step follows a forward without backward.
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
+
+
+def check_sharded(trainer: Trainer, policy: PolicyConfig) -> None:
+    """Checks that the weights can be sharded, if the trainer's strategy does that.
+
+    Raises:
+        ConfigError: They have 4 bits: FSDP2 replaces each weight by its shard, which has no quantization constants any more.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy) and policy.quantization is not None:
+        raise ConfigError(
+            f'model.policy.quantization="{policy.quantization}" does not work with {type(trainer.strategy).__name__}: sharding '
+            "replaces the weights and loses their quantization constants. Leave it out, or use ddp, which keeps a whole copy on "
+            "each device"
+        )
+
+
+def mesh_of_all_ranks(mesh: DeviceMesh, num_ranks: int) -> DeviceMesh:
+    """The part of a strategy's mesh over which it averages gradients.
+
+    Raises:
+        ConfigError: It does not have all ranks.
+    """
+    averaging = mesh["data_parallel"]
+    if averaging.size() != num_ranks:
+        raise ConfigError(
+            f"trainer.strategy averages over {averaging.size()} of {num_ranks} ranks, whose weights would diverge: use "
+            "fuchsia_pl.policy.sharding.FSDP2Strategy (--config overlays/fsdp.yaml), or ddp"
+        )
+    return averaging
+
+
+def built_on_all_ranks(build: Callable[[], T]) -> T:
+    """Calls a function on every rank. If it raises a ConfigError on some of them, all ranks raise the first one.
+
+    Otherwise ranks without an error would wait for the others, and the error of a rank may be on its own output only.
+
+    Raises:
+        ConfigError: The function raised it on some rank.
+    """
+    made: list[T] = []
+    problem: str | None = None
+    try:
+        made.append(build())
+    except ConfigError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise ConfigError(found)
+    return made[0]
+
+
+def fill_from_first_rank(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Fills a model on all ranks with the weights and buffers of the first rank. All ranks must call this together.
+
+    Weights are sent one at a time, and a rank keeps only its shard, so no other rank holds the whole model at any time.
+
+    Args:
+        model: Sharded or not; on the meta device on ranks that have no weights.
+        weights: On the first rank its whole state dict; ignored on others.
+        device: Where a model from the meta device is allocated.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(weights), options=options)
+    # Those that are not in the state dict, such as the frequencies of rotary embeddings. Names, since buffers may be shared.
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    sent = of_first_rank({name: buffer.cpu() for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        buffer.copy_(sent[name])
+
+
+def of_first_rank(value: T) -> T:
+    """The value that the first rank has. All ranks must call this together."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def whole(tensor: Tensor) -> Tensor:

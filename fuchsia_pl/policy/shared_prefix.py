@@ -212,6 +212,12 @@ def shares_prefix(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == ATTENTION_NAME
 
 
+def set_shared_prefix(model: PreTrainedModel) -> None:
+    """Sets the attention of this module on a model that has passed the check of `enable_shared_prefix` on another rank."""
+    AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+    model.set_attn_implementation(ATTENTION_NAME)
+
+
 def enable_shared_prefix(model: PreTrainedModel) -> bool:
     """Sets the attention of this module on a model if its outputs stay the same, with and without a shared prefix.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.bench.work import MARK
 
-PARTS = (["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["sampling"], ["overlap"])
+PARTS = (["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["probe"], ["sampling"], ["overlap"])
 TIMEOUT_S = 1800
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -24,7 +24,7 @@ NOTES = """\
 The quickstart's work with `beta: 0`, as TRL's. Under its own rewards, groups whose siblings score alike move no weight and
 stay out of the forward; with `every row in the forward` the rewards are such that there are none. TRL computes every row
 either way. Checkpoints come every fifth step and are in none of the medians. In the first nine steps the sync is probed four
-times, for which the reference runs; at a `beta` above 0 it has run anyway.""".splitlines()
+times, for which the reference runs on 128 sampled tokens; at a `beta` above 0 it has run anyway.""".splitlines()
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         ),
         Ratio("share of the step outside sampling and training, every row", f["every_rest_share_32"], "<=", 0.08),
         Ratio("the same from the tenth step on, quickstart's rewards", f["later_rest_share"], "<=", 0.08),
+        Ratio("probe of a sync / forward and backward of a step", f["probe_share"], "<=", 0.05),
         Ratio("sampling / bare AsyncLLM", f["sampling_tokens_per_s"] / f["bare_tokens_per_s"], ">=", 0.95),
         Ratio("sampling / bare AsyncLLM, 4 turns", f["turns_tokens_per_s"] / f["bare_turns_tokens_per_s"], ">=", 0.9),
         Ratio(

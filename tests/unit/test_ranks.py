@@ -2,9 +2,11 @@
 
 import csv
 import io
+import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fuchsia_pl.callbacks.recorded_step import read_step
 from fuchsia_pl.cli.replay import replay_step
@@ -210,3 +212,45 @@ def test_a_rank_that_fails_ends_all_of_them(tiny_model, tmp_path, where, word):
     assert done.returncode != 0
     assert word in done.stderr
     assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_ranks_change_the_owner_of_their_devices_together(tiny_model, tmp_path, strategy):
+    """On rank 1 the engine takes 0.3 s to sleep, and a micro-batch ends 0.3 s later than on rank 0."""
+    done = run("turns", tiny_model, tmp_path, strategy)
+    assert done.returncode == 0, errors_of(done)
+    ranks = [json.loads((tmp_path / f"timeline-{rank}.json").read_text()) for rank in (0, 1)]
+    order = ["asleep", "wakes", *["asleep", "forward", "trained", "wakes"] * 2]
+    assert [[event for event, _ in rank] for rank in ranks] == [order, order]
+    times = [[at for _, at in rank] for rank in ranks]
+    for position, event in enumerate(order[1:], start=1):
+        if event in ("forward", "wakes"):  # none of them starts before the event ahead has ended on both ranks
+            earlier, later = [max(rank[position - 1] for rank in times), min(rank[position] for rank in times)]
+            assert earlier <= later, (position, event)
+    shared, plain = (torch.load(tmp_path / f"weights-{shared}.pt", weights_only=True) for shared in (True, False))
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in shared.items())
+
+
+@pytest.fixture
+def large_model(tiny_model, tmp_path) -> Path:
+    """A model of 200 MB with many small layers, tied embeddings, and the tests' tokenizer."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_model, folder)
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 2048, 12
+    config.head_dim, config.tie_word_embeddings = 128, True
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_only_the_first_rank_holds_the_whole_model(large_model, tmp_path):
+    done = run("memory", large_model, tmp_path / "run", "fsdp")
+    assert done.returncode == 0, errors_of(done)
+    first, second = (json.loads((tmp_path / f"run/memory-{rank}.json").read_text()) for rank in (0, 1))
+    size = first["shard"] + second["shard"]
+    assert size > 180e6
+    assert first["peak"] > size
+    # Here, the memory of a rank's device is that of the host too.
+    assert second["peak"] - second["shard"] < 0.25 * size
+    assert second["shares_prefix"]
+    assert first["shares_prefix"]

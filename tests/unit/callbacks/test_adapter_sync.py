@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuchsia_pl.callbacks.adapter_sync import AdapterSync, SyncError
+from fuchsia_pl.callbacks.adapter_sync import PROBED_TOKENS, AdapterSync, SyncError
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.policy.agreement import Agreement
 from fuchsia_pl.policy.policy import Policy
-from tests.doubles import TinyEngine, make_data, make_module, make_trainer
+from tests.doubles import RecordedEngine, TinyEngine, make_data, make_module, make_trainer
 
 
 def fit(tiny_model, root, engine, sync=None, data=None, **settings):
@@ -66,6 +67,51 @@ def test_an_adapter_without_effect_is_probed_a_bounded_number_of_times(
     assert sync.agreement is None
     assert len(probes) == num_forwards
     assert caplog.text.count("2 probes found no effect of the adapter") == 1
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """(number of sampled tokens, number of input positions, whether it is a probe) of each forward."""
+    found: list[tuple[int, int, bool]] = []
+    original = Policy.output
+
+    def output(self, batch):
+        found.append((int(batch.loss_mask.sum()), sum(batch.lengths), not torch.is_grad_enabled()))
+        return original(self, batch)
+
+    monkeypatch.setattr(Policy, "output", output)
+    return found
+
+
+def many_tokens(tiny_model, root, sync, loss=None, **settings):
+    """Steps of 16 x 8 rows with up to 100 tokens, in two micro-batches. Their logprobs are arbitrary."""
+    module = make_module(tiny_model, loss or LossConfig(beta=0.0), optimizer=partial(torch.optim.SGD, lr=0.0))
+    sampling = {"group_size": 8, "max_completion_tokens": 100, "max_length": 120}
+    data = make_data(module, RecordedEngine(), batch_size=16, sampling=sampling)
+    make_trainer(root, sync=sync, **{"accumulate_grad_batches": 2, **settings}).fit(module, datamodule=data)
+
+
+def test_a_probe_computes_a_few_percent_of_a_step(tiny_model, tmp_path, forwards):
+    """Without a KL the reference is computed for the probe alone."""
+    many_tokens(tiny_model, tmp_path, AdapterSync(tolerance=100.0))
+    kinds = [is_probe for _, _, is_probe in forwards]
+    # The probe follows the last micro-batch, since others may be empty. The first step has no trained weights.
+    assert kinds == [False, False, False, False, True, False, False, True]
+    for first in (2, 5):
+        step, (num_tokens, num_inputs, _) = forwards[first : first + 2], forwards[first + 2]
+        assert num_tokens == PROBED_TOKENS
+        assert num_inputs < 0.05 * sum(inputs for _, inputs, _ in step)
+
+
+def test_after_a_probe_with_an_effect_on_too_few_tokens_the_next_one_has_more(
+    tiny_model, tmp_path, monkeypatch, forwards
+):
+    clear, rounded = (Agreement(1.0, 0.01, noise, num_effective=5) for noise in (0.1, 0.9))
+    answers = [rounded, clear, clear, clear]
+    monkeypatch.setattr("fuchsia_pl.callbacks.adapter_sync.adapter_agreement", lambda *args: answers.pop(0))
+    monkeypatch.setattr("fuchsia_pl.callbacks.adapter_sync.PROBED_TOKENS", 8)
+    many_tokens(tiny_model, tmp_path, AdapterSync(tolerance=100.0), max_epochs=3)
+    assert [num_tokens for num_tokens, _, is_probe in forwards if is_probe] == [8, 8, 32, 128]
 
 
 def test_a_gap_above_the_tolerance_stops_the_run_before_the_update(tiny_model, tmp_path):

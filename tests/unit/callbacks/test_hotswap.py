@@ -1,18 +1,29 @@
 """One device for engine and trainer: the order of moves, equal results, and the settings that are refused."""
 
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 
 from fuchsia_pl.callbacks import hotswap
-from fuchsia_pl.callbacks.hotswap import DeviceOwner, HotSwap, move_to_device, move_to_host
+from fuchsia_pl.callbacks.hotswap import (
+    DeviceOwner,
+    HotSwap,
+    leaves_device,
+    move_to_device,
+    move_to_host,
+    moves_trained,
+)
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.policy.host_copies import HostCopies
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.policy.sharding import FSDP2Strategy
 from fuchsia_pl.types import ConfigError
 from tests.doubles import SayingEngine, TinyEngine, make_data, make_module, make_trainer
 
@@ -105,8 +116,9 @@ def test_a_resumed_run_begins_with_the_engine_asleep(tiny_model, tmp_path, calls
 
 
 @pytest.mark.parametrize("loss", [None, TWO_UPDATES], ids=["one update", "two updates"])
-def test_what_is_learned_is_the_same_bit_for_bit(tiny_model, tmp_path, loss):
-    """With held-out splits between the phases."""
+def test_what_is_learned_is_the_same_bit_for_bit(tiny_model, tmp_path, monkeypatch, loss):
+    """With held-out splits between the phases. The trainer's tensors are in the host copies from the first turn on."""
+    monkeypatch.setattr(hotswap, "HOST", HOST)
     settings = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0, "steps": 4}
     runs = [fit(tiny_model, tmp_path, HotSwap(enabled), loss=loss, **settings) for enabled in (True, False)]
     assert_equal(*(weights(module) for module, _ in runs))
@@ -169,22 +181,20 @@ def test_a_run_that_fails_with_either_owner_closes_the_engine(tiny_model, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("loss", "engine", "num_ranks", "max_staleness", "reason"),
+    ("loss", "engine", "max_staleness", "reason"),
     [
-        (None, SayingEngine(None), 1, 0, "SayingEngine cannot sleep"),
-        (None, None, 2, 0, "there are 2 ranks"),
-        (None, None, 1, 2, "data.sampling.max_staleness is 2: sampling beside training needs both"),
-        (LossConfig("ppo", advantage="gae"), None, 1, 0, "advantage gae, or a KL in the reward"),
-        (LossConfig("rloo", beta=0.1), None, 1, 0, "advantage gae, or a KL in the reward"),
+        (None, SayingEngine(None), 0, "SayingEngine cannot sleep"),
+        (None, None, 2, "data.sampling.max_staleness is 2: sampling beside training needs both"),
+        (LossConfig("ppo", advantage="gae"), None, 0, "advantage gae, or a KL in the reward"),
+        (LossConfig("rloo", beta=0.1), None, 0, "advantage gae, or a KL in the reward"),
     ],
-    ids=["engine", "ranks", "staleness", "critic", "KL in the reward"],
+    ids=["engine", "staleness", "critic", "KL in the reward"],
 )
 def test_settings_without_a_shared_device_are_refused_before_the_engine_starts(
-    tiny_model, tmp_path, monkeypatch, loss, engine, num_ranks, max_staleness, reason
+    tiny_model, tmp_path, monkeypatch, loss, engine, max_staleness, reason
 ):
     started = []
     monkeypatch.setattr(TinyEngine, "start", lambda self, spec: started.append(spec))
-    monkeypatch.setattr(Trainer, "world_size", num_ranks)
     module = make_module(tiny_model, loss)
     trainer = make_trainer(tmp_path, HotSwap(True))
     with pytest.raises(ConfigError, match=f"hotswap.enabled is true, but .*{reason}.*: set it to false"):
@@ -204,41 +214,70 @@ def trained_policy(tiny_model, **settings) -> tuple[Policy, torch.optim.Optimize
     return policy, optimizer
 
 
+class Moves(HostCopies):
+    """Records what is moved, as (name, whether it changes), and the tensors that take its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes: dict[str, bool] = {}
+        self.made: dict[str, torch.Tensor] = {}
+
+    def moved(self, name, tensor, device, changes):
+        assert name not in self.changes, "two tensors have one name"
+        self.changes[name], self.made[name] = changes, tensor.clone()
+        return self.made[name]
+
+
 @pytest.mark.parametrize("with_lora", [True, False], ids=["LoRA", "all weights"])
-def test_all_tensors_of_the_trainer_that_are_on_the_device_are_moved(tiny_model, with_lora):
+def test_all_weights_and_optimizer_states_are_moved_and_the_frozen_ones_as_unchanged(tiny_model, with_lora):
     policy, optimizer = trained_policy(tiny_model, lora=LoRASettings(enabled=with_lora, r=4, alpha=8))
     for state in optimizer.state.values():
         state["elsewhere"] = torch.ones(1, device=META)
         state["number"] = 3
-    moved = move_to_host(policy, [optimizer], META)
-    tensors = [*policy.parameters(), *policy.buffers(), *(p.grad for p in policy.trainable_parameters())]
-    tensors += [tensor for model in policy._frozen for tensor in model.parameters()]
+    before = [id(parameter) for parameter in policy.parameters()]
+    policy.host_copies = moves = Moves()
+    places = move_to_host(policy, [optimizer], HOST)
     assert len(policy._frozen) == (not with_lora)
-    tensors += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert {tensor.device for tensor in tensors} == {META}
-    assert {name for _, name in moved} == {"step", "exp_avg", "exp_avg_sq"}
-    assert len(moved) == 3 * len(optimizer.state)
+    weights = [*policy.parameters(), *(weight for model in policy._frozen for weight in model.parameters())]
+    trained = policy.trainable_parameters()
+    states = [state[name] for state in optimizer.state.values() for name in ("step", "exp_avg", "exp_avg_sq")]
+    pointers = {tensor.data_ptr() for tensor in moves.made.values()}
+    assert {tensor.data_ptr() for tensor in [*weights, *(p.grad for p in trained), *states]} == pointers
+    assert sum(moves.changes.values()) == 5 * len(trained)  # weight, gradient, and three of the optimizer
+    assert len(moves.changes) - sum(moves.changes.values()) == len(weights) - len(trained)
+    assert [id(parameter) for parameter in policy.parameters()] == before
+    policy.host_copies = back = Moves()
+    move_to_device(policy, places, HOST)
+    assert back.changes == moves.changes
 
 
-def test_only_moved_tensors_return_to_the_device(tiny_model):
+def test_with_other_ranks_the_trained_weights_stay(tiny_model):
+    """DDP's hooks are bound to a weight on its device: a move would end the exchange of gradients without an error."""
     policy, optimizer = trained_policy(tiny_model, lora=LoRASettings(r=4, alpha=8))
-    moved = [place for place in move_to_host(policy, [optimizer], torch.device("cpu")) if place[1] != "step"]
-    move_to_device(policy, moved, META)
-    assert {tensor.device for tensor in policy.parameters()} == {META}
-    for state in optimizer.state.values():
-        assert {name: tensor.device.type for name, tensor in state.items()} == {
-            "step": "cpu",
-            "exp_avg": "meta",
-            "exp_avg_sq": "meta",
-        }
+    policy.host_copies = moves = Moves()
+    move_to_host(policy, [optimizer], HOST, with_trained=False)
+    frozen = {f"0.{name}" for name, weight in policy.named_parameters() if not weight.requires_grad}
+    assert {name for name in moves.changes if not name.startswith("optimizer.")} == frozen
+    assert sum(name.startswith("optimizer.") for name in moves.changes) == 3 * len(optimizer.state)
 
 
-def test_an_adapter_to_start_from_moves_too_and_parameters_stay_the_same_objects(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [(SingleDeviceStrategy(), (True, True)), (DDPStrategy(), (True, False)), (FSDP2Strategy(), (False, False))],
+    ids=["one rank", "ddp", "fsdp"],
+)
+def test_what_leaves_the_device_depends_on_the_strategy(strategy, expected):
+    trainer = SimpleNamespace(strategy=strategy)
+    assert (leaves_device(trainer), moves_trained(trainer)) == expected
+
+
+def test_the_adapter_to_start_from_moves_once(tiny_model, tmp_path):
     first, _ = trained_policy(tiny_model, lora=LoRASettings(r=4, alpha=8))
     first.save_trained(tmp_path)
     policy, _ = trained_policy(tiny_model, lora=LoRASettings(r=4, alpha=8, init_from=str(tmp_path)))
-    before = [id(parameter) for parameter in policy.parameters()]
+    policy.host_copies = moves = Moves()
     policy.to_device(HOST)
-    assert [id(parameter) for parameter in policy.parameters()] == before
-    policy.to_device(META)
-    assert {tensor.device for tensor in policy._initial_adapter} == {META}
+    initial = [name for name in moves.changes if name.startswith("initial.")]
+    assert len(initial) == len(policy.trainable_parameters())
+    assert not any(moves.changes[name] for name in initial)
+    assert all(isinstance(parameter, nn.Parameter) for parameter in policy.parameters())

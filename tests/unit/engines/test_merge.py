@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from fuchsia_pl.engines.merge import checkpoint_weights, merged_weights
+from fuchsia_pl.engines.vllm_worker import WorkerExtension
 
 # W = identity, A = (1 2), B = (3, 4)^T: BA = [[3, 6], [4, 8]]
 WEIGHT = torch.eye(2)
@@ -93,3 +94,24 @@ def test_transposed_layers_are_refused(tmp_path):
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \.safetensors"):
         list(checkpoint_weights(tmp_path))
+
+
+def test_sums_are_on_the_given_device_and_other_weights_where_they_are(tmp_path):
+    merged = dict(merged_weights(*write(tmp_path), device="meta"))
+    places = {name: (tensor.device.type, tensor.dtype) for name, tensor in merged.items()}
+    assert places == {
+        "model.layers.0.q_proj.weight": ("meta", torch.float32),
+        "model.norm.weight": ("cpu", torch.float32),
+    }
+
+
+def test_a_worker_computes_on_its_own_device(tmp_path):
+    class Worker(WorkerExtension):
+        device = torch.device("meta")
+
+        def reload_weights(self, weights_iterator):
+            self.loaded = {name: tensor.device.type for name, tensor in weights_iterator}
+
+    worker, (base, adapter) = Worker(), write(tmp_path)
+    worker.load_trained_weights(str(base), str(adapter), only_reached=True)
+    assert worker.loaded == {"model.layers.0.q_proj.weight": "meta"}

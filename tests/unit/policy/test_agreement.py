@@ -63,3 +63,12 @@ def test_an_effect_above_the_rounding_is_told_from_none(applied):
     agreement = adapter_agreement(0.2 * effect + policy, reference, applied * 0.2 * effect + sampled)
     assert agreement.is_conclusive
     assert agreement.holds == (applied == 1.0)
+
+
+def test_only_what_is_not_rounding_asks_for_more_tokens():
+    few = adapter_agreement(EFFECT, torch.zeros(3), EFFECT)  # exact, on three tokens
+    assert few.lacks_tokens
+    assert not few.is_conclusive
+    assert not adapter_agreement(EFFECT.repeat(8), torch.zeros(24), EFFECT.repeat(8)).lacks_tokens  # conclusive
+    assert not adapter_agreement(EFFECT, torch.zeros(3), torch.tensor([0.2, 0.1, 0.2])).lacks_tokens  # noise
+    assert not adapter_agreement(REFERENCE, REFERENCE, REFERENCE).lacks_tokens  # no effect

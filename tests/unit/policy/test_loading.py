@@ -1,11 +1,15 @@
 """The base model: required contents of its files, and its trained weights, from headers alone."""
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.loading import load_base, trained_shapes
@@ -61,3 +65,10 @@ def test_what_would_be_trained_is_known_without_loading_it(tiny_model: Path, lor
     policy = Policy(config, tiny_model, with_reference=False, with_critic=has_critic)
     expected = {name: tuple(p.shape) for name, p in policy.named_parameters() if p.requires_grad}
     assert trained_shapes(config, tiny_model, has_critic) == expected
+
+
+def test_the_extra_for_a_gpu_has_what_weights_of_four_bits_need():
+    settings = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    extra = {entry.name: entry for entry in map(Requirement, settings["project"]["optional-dependencies"]["gpu"])}
+    lowest = next(entry.version for entry in extra["bitsandbytes"].specifier if entry.operator == ">=")
+    assert Version(lowest) >= Version(BITSANDBYTES_MIN_VERSION)

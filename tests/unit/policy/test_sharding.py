@@ -1,9 +1,12 @@
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
-from fuchsia_pl.policy.sharding import FSDP2Strategy, local, total_norm, whole
+from fuchsia_pl.policy.config import PolicyConfig
+from fuchsia_pl.policy.sharding import FSDP2Strategy, check_sharded, local, total_norm, whole
 from fuchsia_pl.types import ConfigError
 
 
@@ -26,3 +29,13 @@ def test_what_is_written_is_kept_by_the_rank_that_writes(monkeypatch):
     for writes, num_kept in ((True, 3), (False, 0)):
         monkeypatch.setattr(FSDP2Strategy, "is_global_zero", writes)
         assert strategy._on_writer(tensor).numel() == num_kept
+
+
+def test_weights_of_four_bits_are_not_sharded():
+    sharded, copied = (SimpleNamespace(strategy=strategy) for strategy in (FSDP2Strategy(), DDPStrategy()))
+    with pytest.raises(
+        ConfigError, match=r'quantization="nf4" does not work with FSDP2Strategy.*constants\. Leave it out'
+    ):
+        check_sharded(sharded, PolicyConfig("", quantization="nf4"))
+    check_sharded(copied, PolicyConfig("", quantization="nf4"))
+    check_sharded(sharded, PolicyConfig(""))
