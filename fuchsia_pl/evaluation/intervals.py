@@ -104,7 +104,8 @@ def mean_intervals(values: Tensor) -> tuple[Tensor, Tensor]:
     values = values.double()
     number = values.shape[1]
     if number < 2:
-        return values[:, 0] * torch.nan, values[:, 0] * torch.nan
+        unknown = torch.full((len(values),), torch.nan, dtype=torch.float64)
+        return unknown, unknown
     mean, smallest, largest = values.mean(dim=1), values.amin(dim=1), values.amax(dim=1)
     centered = values - mean[:, None]
     error = _standard_error(centered.square().mean(dim=1), number)
