@@ -14,7 +14,7 @@ from fuchsia_pl.batch import PrefixGroup
 from fuchsia_pl.policy.prefix_kernels import joined_attention, varlen_attention, varlen_works
 from fuchsia_pl.policy.prefix_layout import lay_out
 
-# The sequence: a prefix of 5 with branches of 3, 7 and 1 and one without own tokens; a row of 3 alone; a prefix of 1 with 2 and 4.
+# Branches of 3, 7, 0 and 1 tokens after a prefix of 5; a row of 3 alone; branches of 2 and 4 after a prefix of 1.
 GROUPS = (PrefixGroup(4, 5), PrefixGroup(1, 3), PrefixGroup(2, 1))
 LENGTHS = (8, 12, 5, 6, 3, 3, 5)
 ROWS = [
