@@ -94,9 +94,9 @@ def _kernel(
     if query.is_cuda:
         works = varlen_works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1])
         return "varlen" if works else "masked"
-    is_windowed = bool(window) and layout.longest_row > window
-    is_faster = layout.uses_mask is None and query.dtype in MASKED_TYPES and layout.longest_row <= MASKED_ON_CPU
-    return "joined" if query.device.type == "cpu" and not is_windowed and not is_faster else "masked"
+    sees_whole_rows = not window or layout.longest_row <= window
+    mask_is_faster = layout.uses_mask is None and query.dtype in MASKED_TYPES and layout.longest_row <= MASKED_ON_CPU
+    return "joined" if query.device.type == "cpu" and sees_whole_rows and not mask_is_faster else "masked"
 
 
 def _masked_attention(
