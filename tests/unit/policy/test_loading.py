@@ -9,6 +9,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
@@ -72,3 +73,22 @@ def test_the_extra_for_a_gpu_has_what_weights_of_four_bits_need():
     extra = {entry.name: entry for entry in map(Requirement, settings["project"]["optional-dependencies"]["gpu"])}
     lowest = next(entry.version for entry in extra["bitsandbytes"].specifier if entry.operator == ">=")
     assert Version(lowest) >= Version(BITSANDBYTES_MIN_VERSION)
+
+
+def test_scores_of_attention_are_capped_where_the_model_caps_them(tmp_path):
+    """vLLM caps them; the default attention of transformers does not, without a word."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5, "pad_token_id": 0}
+    logits = {}
+    for cap in (2.0, None):
+        config = Gemma2Config(**sizes, **heads, attn_logit_softcapping=cap)
+        torch.manual_seed(0)
+        Gemma2ForCausalLM(config).save_pretrained(tmp_path / str(cap))
+        model = load_base(tmp_path / str(cap), torch.float32).eval()
+        exact = Gemma2ForCausalLM.from_pretrained(tmp_path / str(cap), attn_implementation="eager").eval()
+        ids = torch.arange(3, 23).unsqueeze(0)
+        logits[cap] = model(ids).logits
+        torch.testing.assert_close(logits[cap], exact(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (logits[2.0] - logits[None]).abs().max() > 0.01
+    assert not Policy(PolicyConfig("", "float32"), tmp_path / "2.0", with_reference=False).shares_prefix
