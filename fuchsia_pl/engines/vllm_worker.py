@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fuchsia_pl.engines.merge import merged_weights
 
 NICENESS = 19
@@ -30,9 +32,22 @@ class WorkerExtension:
         """
         os.nice(NICENESS)
 
+    def device_uuid(self) -> str:
+        """The id of this worker's GPU; see `gpu_uuid`."""
+        return gpu_uuid(torch.cuda.current_device())
+
     def load_trained_weights(self, model_folder: str, trained_folder: str, only_reached: bool) -> None:
         """Rebuilds the served weights from the pristine checkpoint and the trained weights; see `merged_weights`."""
         if only_reached:  # vLLM warns about every layer that is not reloaded
             logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
         weights = merged_weights(Path(model_folder), Path(trained_folder), only_reached)
         self.reload_weights(weights_iterator=weights)
+
+
+def gpu_uuid(index: int) -> str:
+    """Id of a GPU, the same in all processes and containers.
+
+    Args:
+        index: Its index among the GPUs that this process sees.
+    """
+    return str(torch.cuda.get_device_properties(index).uuid)
