@@ -13,9 +13,9 @@ from fuchsia_pl.types import ConfigError, ServedModel
 CPU_KV_CACHE_GB = 4.0
 # Share of a device's memory that "auto" leaves free: the allocators of two processes keep blocks that fit no request.
 FREE_SHARE = 0.05
-# Memory of vLLM's process that is no tensor of the model, as its own logs report it: CUDA context and libraries ("non_torch_memory
-# takes 0.33 to 0.39 GiB"), the workspace of FlashInfer (VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE, 394 MiB), and CUDA graphs ("Graph
-# capturing finished, took 0.4 to 1.4 GiB"; none if `enforce_eager`).
+# Memory of vLLM's process beside tensors, by its own logs: CUDA context and libraries ("non_torch_memory takes 0.33 to
+# 0.39 GiB"), the workspace of FlashInfer (VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE, 394 MiB), and CUDA graphs ("Graph capturing
+# finished, took 0.4 to 1.4 GiB"; none if `enforce_eager`).
 CONTEXT_GB = 0.5
 WORKSPACE_GB = 0.4
 GRAPHS_GB = 1.0

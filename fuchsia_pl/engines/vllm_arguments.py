@@ -150,9 +150,9 @@ def num_batched_tokens(settings: VLLMSettings, max_length: int) -> int:
 
 
 def compile_cache(rank: int) -> dict[str, str]:
-    """Variable that gives every rank but the first a cache of vLLM of its own, since engines that start at the same time write to it.
+    """Variable that gives every rank but the first its own cache of vLLM, since engines that start together would share one.
 
-    It has the same place at every start, so a rank compiles once. The first rank uses vLLM's own folder, as a run of one rank does.
+    It has the same place at every start, so a rank compiles once. The first rank uses vLLM's own folder, as single ranks do.
 
     Args:
         rank: Number of the rank among all, since machines may share a home folder.

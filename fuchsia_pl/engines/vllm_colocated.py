@@ -71,9 +71,9 @@ class VLLMColocatedEngine(Engine):
             memory plan, vLLM's weights and 5 % of the GPU, and 4 on a CPU.
         max_num_seqs: Requests that are decoded at the same time.
         enforce_eager: Skip compilation: starts faster, samples slower.
-        quantization: "fp8" (a scale per matrix) or "fp8_per_channel" (a scale per row; on GPUs from Ada on), applied to weights and
-            activations while the checkpoint loads. The sampled distribution then differs slightly from the trained one, as the
-            sampler correction expects. Untested on a GPU.
+        quantization: "fp8" (a scale per matrix) or "fp8_per_channel" (a scale per row; on GPUs from Ada on), applied to weights
+            and activations while the checkpoint loads. The sampled distribution then differs slightly from the trained one, as
+            the sampler correction expects. Untested on a GPU.
         tensor_parallel_size: Devices that share a copy of the weights. Above 1 only if the trainer has one rank.
         timeout_s: Bound of the start (which downloads nothing), of each request and of each load of an adapter.
         engine_args: More arguments of `vllm.AsyncEngineArgs`, by their names there: `speculative_config`, `cpu_offload_gb`,

@@ -131,9 +131,9 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
 
 
 def refused_by_vllm(engine_args: Mapping[str, Any], error: Exception) -> ConfigError:
-    """The error for values that vLLM does not accept, in one line.
+    r"""The error for values that vLLM does not accept, in one line.
 
-    >>> refused_by_vllm({"cpu_offload_gb": -1}, ValueError("cpu_offload_gb\\n  must be above 0")).args[0][-76:]
+    >>> refused_by_vllm({"cpu_offload_gb": -1}, ValueError("cpu_offload_gb\n  must be above 0")).args[0][-76:]
     'cpu_offload_gb (ValueError: cpu_offload_gb must be above 0): correct or remove them'
     """
     reason = " ".join(str(error).split())
@@ -154,5 +154,7 @@ def argument_names() -> frozenset[str]:
         return frozenset()
     classes = (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef))
     fields = (field for node in classes if node.name in CLASSES for field in node.body)
-    names = (field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name))
+    names = (
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )
     return frozenset(name for name in names if not name.startswith("_"))

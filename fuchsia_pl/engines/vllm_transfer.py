@@ -92,8 +92,8 @@ class WeightTransferClient(VLLMClient):
             answer = await self._control("POST", "/collective_rpc", QUICK_TIMEOUT_S, {"method": "device_uuid"})
             if gpu_uuid(self._sender.device_index) in answer["results"]:
                 raise ConfigError(
-                    f"the vLLM server {self.url} is on the trainer's GPU, and NCCL sends weights to other GPUs only: start it with "
-                    "another CUDA_VISIBLE_DEVICES, train an adapter, or use VLLMColocatedEngine"
+                    f"the vLLM server {self.url} is on the trainer's GPU, and NCCL sends weights to other GPUs only: start it "
+                    "with another CUDA_VISIBLE_DEVICES, train an adapter, or use VLLMColocatedEngine"
                 )
         return await super().model()
 

@@ -18,7 +18,9 @@ def test_a_full_device_is_one_line_with_what_fills_it():
         auto_kv_cache_gb(20.0, 24.0, reserved_gb=13.2, weights_gb=3.0, overhead_gb=2.5)
     message = str(caught.value)
     assert "\n" not in message
-    assert "of 20.0 GiB the trainer needs 13.2, vLLM's weights 3.0 and its other memory 2.5, and 1.2 stay free" in message
+    assert (
+        "of 20.0 GiB the trainer needs 13.2, vLLM's weights 3.0 and its other memory 2.5, and 1.2 stay free" in message
+    )
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -62,4 +64,6 @@ def test_other_memory_is_of_context_graphs_buffers_and_activations(model, monkey
     assert overhead_gb(model, "bfloat16", 4, 50, settings) * GIB == pytest.approx(logits + activations + buffers)
     monkeypatch.setattr(kv_cache, "GRAPHS_GB", 1.0)
     eager = VLLMSettings("auto", 16, enforce_eager=True, quantization=None, tensor_parallel_size=1)
-    assert overhead_gb(model, "bfloat16", 0, 50, settings) - overhead_gb(model, "bfloat16", 0, 50, eager) == pytest.approx(1.0)
+    assert overhead_gb(model, "bfloat16", 0, 50, settings) - overhead_gb(
+        model, "bfloat16", 0, 50, eager
+    ) == pytest.approx(1.0)

@@ -57,12 +57,16 @@ def test_quantized_weights_are_refused_where_they_cannot_work(tmp_path, monkeypa
     with pytest.raises(ConfigError, match='quantization="fp8" needs sync_mode "lora", got "merge"'):
         VLLMColocatedEngine(quantization="fp8", sync_mode="merge").start(make_spec(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 6))
-    with pytest.raises(ConfigError, match=r'quantization="fp8_per_channel" needs a GPU that multiplies fp8 .* use "fp8"'):
+    with pytest.raises(
+        ConfigError, match=r'quantization="fp8_per_channel" needs a GPU that multiplies fp8 .* use "fp8"'
+    ):
         VLLMColocatedEngine(quantization="fp8_per_channel", sync_mode="lora").start(make_spec(tmp_path))
 
 
 def test_a_quantization_that_leaves_dense_layers_as_they_are_is_refused():
-    with pytest.raises(ConfigError, match=r'must be one of fp8, fp8_per_channel, got "int8": .* all layers but experts') as caught:
+    with pytest.raises(
+        ConfigError, match=r'must be one of fp8, fp8_per_channel, got "int8": .* all layers but experts'
+    ) as caught:
         VLLMColocatedEngine(quantization="int8")
     assert "\n" not in str(caught.value)
 
@@ -110,7 +114,9 @@ def test_the_cache_gets_what_the_gpu_has_left(tmp_path, monkeypatch, gpu):
     shared = make_spec(tmp_path, reserved_gb=20.0, device_index=1)
     args = started_with(monkeypatch, tmp_path, shared, kv_cache_gb="auto", tensor_parallel_size=2)
     assert args["kv_cache_memory_bytes"] == 39 * GIB  # half of the weights; the trainer's GPU has least
-    with pytest.raises(ConfigError, match=r'kv_cache_gb is "auto", and nothing is left for it: of 70\.0 GiB the trainer needs 60'):
+    with pytest.raises(
+        ConfigError, match=r'kv_cache_gb is "auto", and nothing is left for it: of 70\.0 GiB the trainer needs 60'
+    ):
         VLLMColocatedEngine().start(make_spec(tmp_path, reserved_gb=60.0, device_index=0))
 
 
@@ -183,7 +189,9 @@ def test_values_that_vllm_does_not_accept_are_one_line(tmp_path, monkeypatch, gi
         raise ValueError("3 is\n  too small")
 
     monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", refuse)
-    with pytest.raises(ConfigError, match=rf"^vLLM does not start with data.engine.init_args.engine_args .*\({reason}") as caught:
+    with pytest.raises(
+        ConfigError, match=rf"^vLLM does not start with data.engine.init_args.engine_args .*\({reason}"
+    ) as caught:
         VLLMColocatedEngine(engine_args=given).start(make_spec(tmp_path))
     assert "\n" not in str(caught.value)
     with pytest.raises(EngineError, match="vLLM did not start"):  # not the fault of arguments that were not given

@@ -1,4 +1,4 @@
-"""Arguments of vLLM that a user gives: names are checked without vLLM, and those that would change what is sampled are refused."""
+"""Arguments of vLLM that a user gives: their names, and those that are refused because they would change what is sampled."""
 
 import dataclasses
 import subprocess

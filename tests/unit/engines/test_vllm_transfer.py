@@ -219,7 +219,9 @@ def test_a_server_that_takes_no_weights_is_told(start, server):
 def test_a_server_on_the_gpu_that_sends_is_refused_at_the_start(start, server):
     """NCCL has no group with one GPU twice. Another rank sends nothing, so it may share its GPU."""
     server.gpus = ["GPU-a", "GPU-3"]
-    with pytest.raises(ConfigError, match=r"is on the trainer's GPU, .* start it with another CUDA_VISIBLE_DEVICES") as caught:
+    with pytest.raises(
+        ConfigError, match=r"is on the trainer's GPU, .* start it with another CUDA_VISIBLE_DEVICES"
+    ) as caught:
         start(device_index=3)
     assert "\n" not in str(caught.value)
     assert start(rank=1, device_index=3).policy_version == -1
@@ -251,7 +253,9 @@ def test_vllm_has_the_endpoints():
     routes = [*router.routes, *cache_router.routes, *rpc_router.routes]
     asked = {f"{method} {route.path}" for route in routes for method in route.methods}
     gets = {f"GET /{name}" for name in ("weight_info", "get_world_size")}
-    posts = {f"POST /{name}" for name in ("update_weight_version", "pause", "resume", "reset_prefix_cache", "collective_rpc")}
+    posts = {
+        f"POST /{name}" for name in ("update_weight_version", "pause", "resume", "reset_prefix_cache", "collective_rpc")
+    }
     steps = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
     posts |= {f"POST /{name}" for name in (*steps, "shutdown_weight_transfer_engine")}
     assert asked >= gets | posts
