@@ -43,6 +43,7 @@ class FakeServer:
         self.takes_weights = False  # like vLLM in development mode, which accepts new weights of its model
         self.controls: list[str] = []  # requests in that mode, except `GET /weight_info`
         self.resets = True  # whether it clears its prefix cache
+        self.gpus = ["GPU-a", "GPU-b"]
         self._open(port=0)
 
     @property
@@ -100,7 +101,10 @@ class FakeServer:
             return 200, {"weight_version": self.weight_version}
         self.controls.append(asked)
         if asked == "GET /get_world_size":
-            return 200, {"world_size": 2}
+            return 200, {"world_size": len(self.gpus)}
+        if asked == "POST /collective_rpc":
+            assert body == {"method": "device_uuid"}
+            return 200, {"results": self.gpus}
         if asked == "POST /update_weight_version":
             self.weight_version = body["new_version"]
         elif asked == "POST /reset_prefix_cache":

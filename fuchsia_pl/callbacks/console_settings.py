@@ -6,6 +6,7 @@ from rich.text import Text
 
 from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
 from fuchsia_pl.callbacks.preflight import Preflight
+from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.memory import MemoryPlan
 
@@ -25,12 +26,18 @@ def run_table(trainer: Trainer) -> Table:
         "objective": objective_text(module_of(trainer).loss_config),
         "rows per step": f"{data.rows_per_step} in {split}",
         "prompts": "computed once for all siblings" if policy.shares_prefix else "computed in each row",
-        "engine": type(data.engine).__name__,
+        "engine": engine_text(data.engine),
         "memory": "; ".join(plan.text for plan in memory_plans(trainer)) or "no plan: the trainer has no Preflight",
         "run folder": trainer.default_root_dir,
     }.items():
         table.add_row(Text(name, style="dim"), Text(value))  # not strings, which are read as markup
     return table
+
+
+def engine_text(engine: Engine) -> str:
+    """The class of an engine, and the size of its cache on each device of the trainer, which it may have chosen itself."""
+    cache = f", kv_cache_gb {engine.kv_cache_bytes / 2**30:.1f}" if engine.kv_cache_bytes else ""
+    return type(engine).__name__ + cache
 
 
 def memory_plans(trainer: Trainer) -> list[MemoryPlan]:

@@ -196,6 +196,14 @@ SAMPLING = (
     Setting(f"{ENGINE}.max_num_seqs", "64", (), ("rollout.max_num_seqs",)),
     Setting(f"{ENGINE}.enforce_eager", "true", (), ("rollout.enforce_eager",)),
     Setting(f"{ENGINE}.quantization", "fp8", (), ("rollout.quantization",), ("server.quantization",)),
+    Setting(
+        f"{ENGINE}.engine_args",
+        "{max_num_batched_tokens: 4096, kv_cache_dtype: fp8}",
+        ("vllm_model_impl",),
+        ("engine_kwargs", "max_num_batched_tokens"),
+        ("kv_quantization",),
+        "arguments of vLLM by their own names, such as kv_cache_dtype",
+    ),
     Setting("hotswap.enabled", "true", ("vllm_enable_sleep_mode",), OFFLOADING, ("single_gpu",)),
 )
 OBJECTIVE = (

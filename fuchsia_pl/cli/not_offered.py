@@ -213,7 +213,6 @@ ROLLOUTS = (
             "use_transformers_continuous_batching",
             "transformers_continuous_batching_config",
             "use_transformers_paged",
-            "vllm_model_impl",
         ),
         ("hybrid_engine", "load_format"),
     ),
@@ -226,10 +225,9 @@ ROLLOUTS = (
     NotOffered(
         "Prefix caching is always on, and the logprob of each sampled token is always returned: leave it out",
         (),
-        ("calculate_log_probs", "enable_chunked_prefill", "max_num_batched_tokens"),
+        ("calculate_log_probs", "enable_chunked_prefill"),
         ("enable_prefix_caching", "logprobs"),
     ),
-    NotOffered("Keys and values have the type of the model: leave it out", (), (), ("kv_quantization",)),
     NotOffered(
         "Rollouts go to the trainer in memory and not by files or HTTP: leave it out",
         (),

@@ -6,7 +6,6 @@ config's VLLMColocatedEngine, or its defaults if the config has another engine.
 
 import errno
 import ipaddress
-import json
 import logging
 import os
 import socket
@@ -29,10 +28,12 @@ from fuchsia_pl.engines.vllm_arguments import (
     VLLM_ENVIRONMENT,
     VLLMSettings,
     as_options,
+    check_quantization,
     vllm_arguments,
 )
-from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.engines.vllm_colocated import WORKER_EXTENSION, VLLMColocatedEngine
 from fuchsia_pl.engines.vllm_guard import API_KEY_VARIABLE, KeyGuard
+from fuchsia_pl.engines.vllm_kv_cache import kv_cache_gb
 from fuchsia_pl.engines.vllm_processes import socket_environment
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.scratch import remove_left_behind, scratch_folder
@@ -113,10 +114,14 @@ def server_command(data: RolloutDataModule, listener: Listener) -> ServerCommand
         ConfigError: A setting does not work on this machine, or the server would be open to others.
     """
     engine = data.engine if isinstance(data.engine, VLLMColocatedEngine) else VLLMColocatedEngine()
-    model = data.served_model
+    model, settings, length = data.served_model, engine.settings, data.sampling.max_length
+    check_quantization(settings)
+    own = ADAPTER_ARGUMENTS if model.lora_rank else transfer_arguments(settings)
+    # The server has its devices for itself: nothing is reserved for a trainer.
+    size = kv_cache_gb(settings, model, length, served_rank=model.lora_rank)
     arguments = {
-        **vllm_arguments(engine.settings, model, data.sampling.max_length, data.seed),
-        **(ADAPTER_ARGUMENTS if model.lora_rank else transfer_arguments(engine.settings)),
+        **vllm_arguments(settings, model, length, data.seed, size),
+        **own,
         "host": listener.host,
         "port": listener.port,
         "disable_access_log_for_endpoints": QUIET_ENDPOINTS,
@@ -198,7 +203,7 @@ def transfer_arguments(settings: VLLMSettings) -> dict[str, Any]:
             f'data.engine.init_args.quantization="{settings.quantization}" and model.policy.lora.enabled=false: the weights that '
             "are trained would be sampled from in another precision. Leave one of them out"
         )
-    return {"weight_transfer_config": json.dumps({"backend": "nccl"})}
+    return {"weight_transfer_config": {"backend": "nccl"}, "worker_extension_cls": WORKER_EXTENSION}
 
 
 def check_port(host: str, port: int) -> None:

@@ -70,7 +70,7 @@ def run_server_command(trained: Trained, given: Namespace, listener: Listener) -
     length = served_length(config, dtype, given.kv_cache_gb, given.max_model_len)
     model = ServedModel(str(model_folder), dtype, rank, resolve=Path)
     arguments: dict[str, Any] = {
-        **vllm_arguments(engine.settings, model, length, seed=0),
+        **vllm_arguments(engine.settings, model, length, seed=0, kv_cache_gb=given.kv_cache_gb),
         "tokenizer": str(trained.base),
         "chat_template": trained.chat_template,
         "served_model_name": trained.base_id if trained.is_adapter else trained.name,

@@ -44,6 +44,8 @@ class EngineSpec:
         loads_in_flight: Whether `load_weights` may be called while requests are in flight. They continue with the new weights.
         sleeps: Whether `sleep` will be called. Some engines need this at their start.
         max_restarts: How often an engine whose processes have ended is started again.
+        reserved_gb: Memory that the trainer needs on the engine's device at its peak, in GiB, without its CUDA context. It counts
+            only where the engine takes what is left.
     """
 
     model: ServedModel
@@ -58,6 +60,7 @@ class EngineSpec:
     loads_in_flight: bool = False
     sleeps: bool = False
     max_restarts: int = 0
+    reserved_gb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Engine(ABC):
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory for its keys and values on the trainer's device; 0 if it runs elsewhere."""
+        """Memory for its keys and values on the trainer's device; 0 if it runs elsewhere, or before a start that decides it."""
         return 0
 
     @property

@@ -20,16 +20,20 @@ from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
 from fuchsia_pl.engines.restarts import NO_START, Restarts
 from fuchsia_pl.engines.vllm_arguments import (
+    GIB,
     OVERRIDING_VARIABLE,
     VLLM_ENVIRONMENT,
     Quantization,
     VLLMSettings,
     changed_environment,
     check_mode,
+    compile_cache,
     vllm_arguments,
     worker_environment,
 )
 from fuchsia_pl.engines.vllm_convert import logprobs_of_output, to_completion, to_vllm, to_vllm_scoring
+from fuchsia_pl.engines.vllm_engine_args import checked_by_vllm
+from fuchsia_pl.engines.vllm_kv_cache import CPU_KV_CACHE_GB, kv_cache_gb
 from fuchsia_pl.engines.vllm_processes import (
     end_engine_processes,
     has_ended,
@@ -61,35 +65,42 @@ class VLLMColocatedEngine(Engine):
         sync_mode: How trained weights reach vLLM. "lora": vLLM serves the adapter, reloaded in place. "merge": its worker
             rebuilds W + scale B A from the pristine weights; on a CPU a served LoRA costs most of the speed. "auto": merge on
             a CPU or without LoRA, lora on a GPU.
-        kv_cache_gb: Memory for keys and values, in GiB.
+        kv_cache_gb: Memory for keys and values on each device, in GiB. "auto" takes what the GPU has left beside the trainer's
+            memory plan, vLLM's weights and 5 % of the GPU, and 4 on a CPU.
         max_num_seqs: Requests that are decoded at the same time.
         enforce_eager: Skip compilation: starts faster, samples slower.
-        quantization: "int8" (weights) or "fp8" (weights and activations), applied to the checkpoint's weights while they load.
-            The sampled distribution then differs slightly from the trained one, as the sampler correction expects. Untested on
-            a GPU.
+        quantization: "fp8" (a scale per matrix) or "fp8_per_channel" (a scale per row; on GPUs from Ada on), applied to weights
+            and activations while the checkpoint loads. The sampled distribution then differs slightly from the trained one, as
+            the sampler correction expects. Untested on a GPU.
         tensor_parallel_size: Devices that share a copy of the weights. Above 1 only if the trainer has one rank.
         timeout_s: Bound of the start (which downloads nothing), of each request and of each load of an adapter.
+        engine_args: More arguments of `vllm.AsyncEngineArgs`, by their names there: `speculative_config`, `cpu_offload_gb`,
+            `attention_backend`, … Those that a setting decides or that would change what is sampled are refused. One that only
+            rounds differently, such as `kv_cache_dtype: fp8`, is measured: it is part of `train/logprob_gap`.
 
     Raises:
-        ConfigError: A bound or a size is not above 0.
+        ConfigError: A bound or a size is not above 0, or an argument is refused.
     """
 
     def __init__(
         self,
         sync_mode: SyncMode = "auto",
-        kv_cache_gb: float = 4.0,
+        kv_cache_gb: float | Literal["auto"] = "auto",
         max_num_seqs: int = 64,
         enforce_eager: bool = False,
         quantization: Quantization | None = None,
         tensor_parallel_size: int = 1,
         timeout_s: float = 600.0,
+        engine_args: dict[str, Any] | None = None,
     ) -> None:
         if timeout_s <= 0:
             raise ConfigError(f"data.engine.init_args.timeout_s must be above 0, got {timeout_s}")
-        self.settings = VLLMSettings(kv_cache_gb, max_num_seqs, enforce_eager, quantization, tensor_parallel_size)
+        sizes = (kv_cache_gb, max_num_seqs, enforce_eager, quantization, tensor_parallel_size)
+        self.settings = VLLMSettings(*sizes, engine_args or {})
         self.sync_mode = sync_mode
         self.timeout_s = timeout_s
         self._version = -1
+        self._kv_cache_gb: float | None = None  # of the last start
         self._thread: LoopThread | None = None
         self._spec: EngineSpec | None = None
         self._llm: Any = None
@@ -111,8 +122,11 @@ class VLLMColocatedEngine(Engine):
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory for keys and values."""
-        return int(self.settings.kv_cache_gb * 2**30)
+        """Memory for keys and values on each device. Before the first start 0 if the memory left on a GPU decides it."""
+        size = self.settings.kv_cache_gb if self._kv_cache_gb is None else self._kv_cache_gb
+        if size == "auto":
+            size = 0.0 if torch.cuda.is_available() else CPU_KV_CACHE_GB
+        return int(size * GIB)
 
     @property
     def weights_share(self) -> float:
@@ -132,8 +146,8 @@ class VLLMColocatedEngine(Engine):
 
         Raises:
             EngineError: The start failed or took longer than `timeout_s`.
-            ConfigError: Mode "lora" without an adapter, quantized weights where they cannot work, or several ranks that would
-                each need several devices.
+            ConfigError: Mode "lora" without an adapter, quantized weights where they cannot work, several ranks that would
+                each need several devices, no memory left for keys and values, or `engine_args` that vLLM does not accept.
         """
         if self._llm is not None:
             return
@@ -141,8 +155,12 @@ class VLLMColocatedEngine(Engine):
 
     def _launch(self, spec: EngineSpec) -> None:
         self._spec = spec
-        arguments = vllm_arguments(self.settings, spec.model, spec.max_length, spec.seed)
-        check_mode(self.settings, self.sync_mode, self.serves_lora, spec)
+        model, settings = spec.model, self.settings
+        check_mode(settings, self.sync_mode, self.serves_lora, spec)
+        served_rank = model.lora_rank if self.serves_lora else 0
+        size = kv_cache_gb(settings, model, spec.max_length, served_rank, spec.device_index, spec.reserved_gb)
+        arguments = vllm_arguments(settings, model, spec.max_length, spec.seed, size)
+        self._kv_cache_gb = size
         orphans.watch()
         self._scratch = scratch_folder("vllm")
         self._thread = LoopThread("vllm")
@@ -159,6 +177,8 @@ class VLLMColocatedEngine(Engine):
                 self._llm, self._gate = llm, BurstGate(partial(llm.pause_generation, **PAUSE), llm.resume_generation)
             except TimeoutError:
                 raise EngineError(self._with_log(f"vLLM did not start within {self.timeout_s:g} s")) from None
+            except ConfigError:
+                raise
             except Exception as error:  # vLLM raises many types at its start; each is reported with the end of its log
                 raise EngineError(self._with_log(f"vLLM did not start ({type(error).__name__}: {error})")) from error
             finally:
@@ -266,20 +286,19 @@ class VLLMColocatedEngine(Engine):
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = AsyncEngineArgs(
-            **arguments,
-            enable_lora=self.serves_lora,
-            max_loras=1,
-            worker_extension_cls=WORKER_EXTENSION,
-            enable_sleep_mode=self._spec.sleeps and torch.cuda.is_available(),  # refused on a CPU
-        )
+        own = {
+            "enable_lora": self.serves_lora,
+            "max_loras": 1,
+            "worker_extension_cls": WORKER_EXTENSION,
+            "enable_sleep_mode": self._spec.sleeps and torch.cuda.is_available(),  # refused on a CPU
+        }
         # The engine is in no local variable: a library imported above keeps this frame alive, and with it its variables.
         # Tensor parallelism uses GPUs beside the trainer's, so all of them stay visible.
         spec, shares = self._spec, self.settings.tensor_parallel_size > 1
         environment = worker_environment(spec.local_rank, spec.num_local_ranks, None if shares else spec.device_index)
-        environment |= socket_environment(self._scratch)
-        with changed_environment(environment):
-            return AsyncLLM.from_engine_args(args)
+        environment |= socket_environment(self._scratch) | compile_cache(spec.rank)
+        with checked_by_vllm(self.settings.engine_args), changed_environment(environment):
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, **own))
 
     async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Completion:
         output = await self._output(prompt_ids, to_vllm(sampling))

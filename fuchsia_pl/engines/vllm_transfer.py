@@ -19,8 +19,10 @@ from torch import Tensor
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.engines.merge import checkpoint_weights
 from fuchsia_pl.engines.published import PublishedWeights
-from fuchsia_pl.engines.server_client import ServerGoneError, UnknownWeightsError
+from fuchsia_pl.engines.server_client import HostedModel, ServerGoneError, UnknownWeightsError
 from fuchsia_pl.engines.vllm_http import QUICK_TIMEOUT_S, VLLMClient, key_headers
+from fuchsia_pl.engines.vllm_worker import gpu_uuid
+from fuchsia_pl.types import ConfigError
 
 # The weight version of a server while its weights are replaced, and after a replacement failed half-way.
 CHANGING = "changing"
@@ -36,7 +38,7 @@ class WeightSender:
     """
 
     def __init__(self, device_index: int, api_key: str | None) -> None:
-        self._device_index = device_index
+        self.device_index = device_index
         self._api_key = api_key
         self._lock = asyncio.Lock()
         self._sending: Future[None] | None = None
@@ -51,7 +53,7 @@ class WeightSender:
             if self._sending is not None:  # its caller has timed out, but NCCL allows no second transfer beside it
                 await asyncio.wait([asyncio.wrap_future(self._sending)])
             self._sending = in_thread(
-                lambda: send_over_nccl(url, self._api_key, folder, num_workers, self._device_index, timeout_s)
+                lambda: send_over_nccl(url, self._api_key, folder, num_workers, self.device_index, timeout_s)
             )
             try:
                 # Shielded: a transfer still occupies the GPU after its caller has timed out.
@@ -79,6 +81,21 @@ class WeightTransferClient(VLLMClient):
         super().__init__(url, api_key)
         self._sender = sender
         self._base: str | None = None
+
+    async def model(self) -> HostedModel:
+        """The model that the server was started with. The sending rank also compares the server's GPUs with its own.
+
+        Raises:
+            ConfigError: The server is on the GPU that sends. NCCL refuses a group with one GPU twice.
+        """
+        if self._sender is not None:
+            answer = await self._control("POST", "/collective_rpc", QUICK_TIMEOUT_S, {"method": "device_uuid"})
+            if gpu_uuid(self._sender.device_index) in answer["results"]:
+                raise ConfigError(
+                    f"the vLLM server {self.url} is on the trainer's GPU, and NCCL sends weights to other GPUs only: start it "
+                    "with another CUDA_VISIBLE_DEVICES, train an adapter, or use VLLMColocatedEngine"
+                )
+        return await super().model()
 
     async def load(self, weights: PublishedWeights, timeout_s: float) -> None:
         """Sends weights to the server, or waits until another rank has sent them. Returns at once if the server has them.

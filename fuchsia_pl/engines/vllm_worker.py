@@ -33,6 +33,10 @@ class WorkerExtension:
         """
         os.nice(NICENESS)
 
+    def device_uuid(self) -> str:
+        """The id of this worker's GPU; see `gpu_uuid`."""
+        return gpu_uuid(torch.cuda.current_device())
+
     def load_trained_weights(self, model_folder: str, trained_folder: str, only_reached: bool) -> None:
         """Rebuilds the served weights from the pristine checkpoint and the trained weights, on the worker's device.
 
@@ -44,3 +48,12 @@ class WorkerExtension:
         self.reload_weights(weights_iterator=weights)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def gpu_uuid(index: int) -> str:
+    """Id of a GPU, the same in all processes and containers.
+
+    Args:
+        index: Its index among the GPUs that this process sees.
+    """
+    return str(torch.cuda.get_device_properties(index).uuid)

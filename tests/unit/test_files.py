@@ -165,6 +165,26 @@ def test_short_lived_files_lie_in_memory_where_they_fit_there(disk, tmp_path, mo
     assert roomy_folder(1, "it") == elsewhere
 
 
+@pytest.mark.parametrize(("num_local_ranks", "is_in_memory"), [(1, True), (2, False)])
+def test_a_sync_asks_for_the_room_of_all_ranks_of_its_machine(
+    tiny_model, disk, tmp_path, monkeypatch, num_local_ranks, is_in_memory
+):
+    """A rank writes two versions of at least 1 MiB each: one rank fits into 4 MiB, two do not."""
+    monkeypatch.setattr("fuchsia_pl.files.RAM_BACKED", disk)
+    monkeypatch.setattr("lightning.pytorch.Trainer.num_devices", property(lambda trainer: num_local_ranks))
+    used = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            used.append(any(disk.iterdir()))
+
+    module = make_module(tiny_model)
+    make_trainer(tmp_path / "run", Watch(), sync=AdapterSync(tolerance=1e-3), max_steps=1).fit(
+        module, datamodule=make_data(module)
+    )
+    assert used == [is_in_memory]
+
+
 class Full(Callback):
     """Fills a disk after the second step."""
 

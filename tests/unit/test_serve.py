@@ -115,13 +115,50 @@ def test_every_setting_changes_what_it_says_and_nothing_else(start, parse, words
 
 
 def test_quantization_is_passed_on_where_there_is_a_gpu(start, parse, monkeypatch, capsys):
-    words = [f"{ENGINE}quantization", "int8"]
+    words = [f"{ENGINE}quantization", "fp8", f"{ENGINE}kv_cache_gb", "2"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         start(*words)
-    assert 'quantization="int8" needs a GPU' in capsys.readouterr().err
+    assert 'quantization="fp8" needs a GPU' in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert parse(start(*words)[0])["quantization"] == "int8_per_channel_weight_only"
+    assert parse(start(*words)[0])["quantization"] == "fp8_per_tensor"
+    with pytest.raises(SystemExit) as caught:
+        start(f"{ENGINE}quantization", "int8")
+    assert caught.value.code == 2
+    assert "fp8_per_channel" in capsys.readouterr().err
+
+
+def test_the_server_takes_what_its_gpu_has_left(start, parse, monkeypatch):
+    """24 GiB free of 24: less 5 % (1.2), context, workspace and graphs (1.9), and a tiny model: 20.8 are left, rounded down."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (24 * 2**30, 24 * 2**30))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda index: 0)
+    found = parse(start()[0])
+    assert found["kv_cache_memory_bytes"] == int(20.8 * 2**30)
+    assert (found["enable_chunked_prefill"], found["max_num_batched_tokens"]) == (True, 8192)
+
+
+def test_arguments_of_vllm_are_passed_on(start, parse, capsys):
+    given = (
+        "{speculative_config: {method: ngram, num_speculative_tokens: 2}, cpu_offload_gb: 2, async_scheduling: false, "
+        "cudagraph_capture_sizes: [1, 2], attention_config: {backend: TRITON_ATTN}, kv_cache_dtype: fp8}"
+    )
+    before, after = parse(start()[0]), parse(start(f"{ENGINE}engine_args", given)[0])
+    changed = {name: after[name] for name in after if after[name] != before[name]}
+    assert changed.pop("attention_config").backend.name == "TRITON_ATTN"
+    assert changed == {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+        "cpu_offload_gb": 2.0,
+        "async_scheduling": False,
+        "cudagraph_capture_sizes": [1, 2],
+        "kv_cache_dtype": "fp8",
+    }
+    with pytest.raises(SystemExit) as caught:
+        start(f"{ENGINE}engine_args", "{cpu_offload_bg: 2}")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "engine_args.cpu_offload_bg is no argument of vLLM: did you mean cpu_offload_gb" in error
+    assert "Traceback" not in error
 
 
 def test_the_key_is_in_the_environment_and_not_on_the_command_line(start, monkeypatch):
@@ -164,9 +201,10 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_printed(start, capsys,
 
 def test_whole_weights_are_taken_where_there_is_a_gpu(start, parse, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    command, environment = start("--model.policy.lora.enabled", "false")
+    command, environment = start("--model.policy.lora.enabled", "false", f"{ENGINE}kv_cache_gb", "2")
     said = parse(command)
     assert said["weight_transfer_config"].backend == "nccl"
+    assert said["worker_extension_cls"] == "fuchsia_pl.engines.vllm_worker.WorkerExtension"
     assert not said["enable_lora"]
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment

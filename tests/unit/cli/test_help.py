@@ -137,7 +137,7 @@ def test_help_shows_the_most_used_settings_first_and_hides_the_rest_of_lightning
         "engine (VLLMColocatedEngine):",
         "checkpoints, weights, memory and logs:",
     ]
-    assert "  --data.engine.init_args.kv_cache_gb NUMBER (4.0)\n      Memory for keys and values" in page
+    assert "  --data.engine.init_args.kv_cache_gb NUMBER|auto (auto)\n      Memory for keys and values" in page
     assert "  --data.batch_size INT (8)\n" in page
     assert "  --model.policy.name TEXT (required)\n" in page
     assert page.index("--data.sampling.group_size") < page.index("--data.sampling.long_prompts")
@@ -156,7 +156,7 @@ def test_help_with_a_config_shows_its_classes_and_values(tmp_path, monkeypatch, 
     print_help(["fit", "--config", "tiny.yaml", "--data.engine", VLLM, "--data.batch_size", "5", "--help"])
     page = capsys.readouterr().out
     assert "environment (TinyEnvironment):" in page
-    assert "--data.engine.init_args.kv_cache_gb NUMBER (4.0)" in page
+    assert "--data.engine.init_args.kv_cache_gb NUMBER|auto (auto)" in page
     assert "--data.batch_size INT (config: 5; default: 8)" in page
     assert "--model.policy.name TEXT (config: nowhere; required)" in page
     assert "init_args.dataset" not in page, "which every environment has, and this one does not take"

@@ -7,9 +7,20 @@ from types import SimpleNamespace
 import pytest
 from vllm.outputs import WeightVersionSpan
 
+from fuchsia_pl.engines import vllm_kv_cache
 from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, SamplingParams, check_version_file
+from fuchsia_pl.engines.vllm_arguments import GIB, VLLM_QUANTIZATION
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.types import ConfigError, ServedModel
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch finds a GPU that multiplies fp8, with 80 GiB of which 60 are free and the trainer holds 10."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda index: 10 * GIB)
 
 
 @pytest.mark.parametrize("name", ["kv_cache_gb", "max_num_seqs", "tensor_parallel_size", "timeout_s"])
@@ -40,21 +51,79 @@ def test_tensor_parallelism_needs_a_trainer_of_one_rank(tmp_path, monkeypatch):
 
 def test_quantized_weights_are_refused_where_they_cannot_work(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match='quantization="int8" needs a GPU: vLLM has no kernels for it on a CPU'):
-        VLLMColocatedEngine(quantization="int8", sync_mode="lora").start(make_spec(tmp_path))
+    with pytest.raises(ConfigError, match='quantization="fp8" needs a GPU: vLLM has no kernels for it on a CPU'):
+        VLLMColocatedEngine(quantization="fp8", sync_mode="lora").start(make_spec(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(ConfigError, match='quantization="fp8" needs sync_mode "lora", got "merge"'):
         VLLMColocatedEngine(quantization="fp8", sync_mode="merge").start(make_spec(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 6))
+    with pytest.raises(
+        ConfigError, match=r'quantization="fp8_per_channel" needs a GPU that multiplies fp8 .* use "fp8"'
+    ):
+        VLLMColocatedEngine(quantization="fp8_per_channel", sync_mode="lora").start(make_spec(tmp_path))
+
+
+def test_a_quantization_that_leaves_dense_layers_as_they_are_is_refused():
+    with pytest.raises(
+        ConfigError, match=r'must be one of fp8, fp8_per_channel, got "int8": .* all layers but experts'
+    ) as caught:
+        VLLMColocatedEngine(quantization="int8")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("quantization", "name"), [("int8", "int8_per_channel_weight_only"), ("fp8", "fp8_per_tensor"), (None, None)]
+    ("quantization", "name"), [("fp8", "fp8_per_tensor"), ("fp8_per_channel", "fp8_per_channel"), (None, None)]
 )
-def test_the_quantization_reaches_vllm_by_its_own_name(tmp_path, monkeypatch, quantization, name):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+def test_the_quantization_reaches_vllm_by_its_own_name(tmp_path, monkeypatch, gpu, quantization, name):
     args = started_with(monkeypatch, tmp_path, quantization=quantization, sync_mode="lora")
     assert args["quantization"] == name
+
+
+def test_vllm_quantizes_dense_layers_by_these_names():
+    """By the table of vLLM itself: a name without a `linear` entry would change nothing in a dense model."""
+    from vllm.config.quantization import _ONLINE_SHORTHANDS
+
+    assert all(_ONLINE_SHORTHANDS[name].linear is not None for name in VLLM_QUANTIZATION.values())
+    assert _ONLINE_SHORTHANDS["int8_per_channel_weight_only"].linear is None
+
+
+def test_on_a_gpu_prefill_is_chunked_and_a_batch_has_8192_tokens(tmp_path, monkeypatch, gpu):
+    args = started_with(monkeypatch, tmp_path, make_spec(tmp_path, max_length=20_000))
+    assert (args["enable_chunked_prefill"], args["max_num_batched_tokens"]) == (True, 8192)
     assert args["block_size"] is None  # vLLM's own choice
+    assert started_with(monkeypatch, tmp_path, max_num_seqs=9000)["max_num_batched_tokens"] == 9000
+
+
+def test_on_a_cpu_a_batch_holds_the_longest_prompt(tmp_path, monkeypatch):
+    assert started_with(monkeypatch, tmp_path)["max_num_batched_tokens"] == 2048
+    args = started_with(monkeypatch, tmp_path, make_spec(tmp_path, max_length=20_000))
+    assert (args["enable_chunked_prefill"], args["max_num_batched_tokens"]) == (False, 20_000)
+
+
+def test_the_cache_gets_what_the_gpu_has_left(tmp_path, monkeypatch, gpu):
+    """60 free and 10 held by the trainer, less its 20 (those 10 among them), weights 8, other memory 3 and 5 % of 80: 35."""
+    monkeypatch.setattr(vllm_kv_cache, "blank_model", lambda folder: folder)
+    monkeypatch.setattr(vllm_kv_cache, "weights_gb", lambda blank, dtype, is_quantized: 8.0)
+    monkeypatch.setattr(vllm_kv_cache, "overhead_gb", lambda *arguments: 3.0)
+    spec = make_spec(tmp_path, reserved_gb=20.0, device_index=0)
+    engine = VLLMColocatedEngine()
+    assert engine.kv_cache_bytes == 0
+    assert started_with(monkeypatch, tmp_path, spec, engine)["kv_cache_memory_bytes"] == 35 * GIB
+    assert engine.kv_cache_bytes == 35 * GIB
+    assert started_with(monkeypatch, tmp_path, spec, kv_cache_gb=2.5)["kv_cache_memory_bytes"] == 2.5 * GIB
+    shared = make_spec(tmp_path, reserved_gb=20.0, device_index=1)
+    args = started_with(monkeypatch, tmp_path, shared, kv_cache_gb="auto", tensor_parallel_size=2)
+    assert args["kv_cache_memory_bytes"] == 39 * GIB  # half of the weights; the trainer's GPU has least
+    with pytest.raises(
+        ConfigError, match=r'kv_cache_gb is "auto", and nothing is left for it: of 70\.0 GiB the trainer needs 60'
+    ):
+        VLLMColocatedEngine().start(make_spec(tmp_path, reserved_gb=60.0, device_index=0))
+
+
+def test_the_cache_has_four_gib_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert VLLMColocatedEngine().kv_cache_bytes == 4 * GIB
+    assert started_with(monkeypatch, tmp_path, kv_cache_gb="auto")["kv_cache_memory_bytes"] == 4 * GIB
 
 
 def test_on_a_cpu_siblings_share_blocks_and_no_core_is_kept_back(tmp_path, monkeypatch):
@@ -63,27 +132,70 @@ def test_on_a_cpu_siblings_share_blocks_and_no_core_is_kept_back(tmp_path, monke
     assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
 
 
-def make_spec(root, lora_rank: int = 5, num_ranks: int = 1) -> EngineSpec:
+def make_spec(root, lora_rank: int = 5, max_length: int = 64, **changes) -> EngineSpec:
     model = ServedModel("/m", "float16", lora_rank, Path)
-    return EngineSpec(model, max_length=64, seed=3, log_file=root / "engine.log", num_ranks=num_ranks)
+    return EngineSpec(model, max_length, seed=3, log_file=root / "engine.log", **changes)
 
 
 class StoppedStartError(Exception):
     """Raised instead of a start, once the arguments are known."""
 
 
-def started_with(monkeypatch, root, spec=None, **settings):
-    """The arguments that vLLM would be started with."""
+def started_with(monkeypatch, root, spec=None, engine=None, **settings):
+    """The arguments that vLLM would be started with, and the variable of its caches."""
     seen = {}
 
     def capture(args):
-        seen.update(vars(args))
+        seen.update(vars(args), cache=os.environ.get("VLLM_CACHE_ROOT"))
         raise StoppedStartError
 
     monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", capture)
+    engine = engine or VLLMColocatedEngine(**{"kv_cache_gb": 4.0, **settings})
     with pytest.raises(EngineError, match="StoppedStartError"):
-        VLLMColocatedEngine(**settings).start(spec or make_spec(root))
+        engine.start(spec or make_spec(root))
     return seen
+
+
+def test_each_rank_has_a_compile_cache_of_its_own_at_every_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    specs = [make_spec(tmp_path, rank=rank, local_rank=rank % 2, num_ranks=4, num_local_ranks=2) for rank in range(4)]
+    caches = [started_with(monkeypatch, tmp_path, spec)["cache"] for spec in specs]
+    assert caches == [None, *(str(tmp_path / f"vllm/rank-{rank}") for rank in (1, 2, 3))]
+    assert [started_with(monkeypatch, tmp_path, spec)["cache"] for spec in specs] == caches
+    assert "VLLM_CACHE_ROOT" not in os.environ
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/fast")
+    assert [started_with(monkeypatch, tmp_path, spec)["cache"] for spec in specs[:2]] == ["/fast", "/fast/rank-1"]
+
+
+def test_arguments_of_vllm_are_passed_on_as_they_are(tmp_path, monkeypatch):
+    given = {"cpu_offload_gb": 2, "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
+    args = started_with(monkeypatch, tmp_path, engine_args={**given, "max_num_batched_tokens": 4096})
+    assert {name: args[name] for name in given} == given
+    assert args["max_num_batched_tokens"] == 4096
+    assert started_with(monkeypatch, tmp_path)["cpu_offload_gb"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"attention_config": {"bakend": "FLASH_ATTN"}}, "ValidationError: .*bakend"),
+        ({"max_num_batched_tokens": 3}, "ValueError: 3 is too small"),
+    ],
+    ids=["names in it", "a value"],
+)
+def test_values_that_vllm_does_not_accept_are_one_line(tmp_path, monkeypatch, given, reason):
+    def refuse(args):
+        raise ValueError("3 is\n  too small")
+
+    monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", refuse)
+    with pytest.raises(
+        ConfigError, match=rf"^vLLM does not start with data.engine.init_args.engine_args .*\({reason}"
+    ) as caught:
+        VLLMColocatedEngine(engine_args=given).start(make_spec(tmp_path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(EngineError, match="vLLM did not start"):  # not the fault of arguments that were not given
+        VLLMColocatedEngine().start(make_spec(tmp_path))
 
 
 def test_what_the_run_says_reaches_vllm_and_nothing_of_the_models_own(monkeypatch, tmp_path):

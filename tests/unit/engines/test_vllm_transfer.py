@@ -23,6 +23,7 @@ def short_waits(monkeypatch):
     monkeypatch.setattr("fuchsia_pl.engines.pool.POLL_S", 0.05)
     monkeypatch.setattr("fuchsia_pl.engines.pool.BACKOFF_S", 0.01)
     monkeypatch.setattr("fuchsia_pl.engines.vllm_transfer.POLL_S", 0.02)
+    monkeypatch.setattr("fuchsia_pl.engines.vllm_transfer.gpu_uuid", lambda index: f"GPU-{index}")
 
 
 @pytest.fixture
@@ -209,10 +210,22 @@ def test_a_transfer_that_fails_ends_the_run_and_says_what_it_needs(start, tmp_pa
     assert server.weight_version == "changing"
 
 
-def test_a_server_that_takes_no_weights_is_told(start, tmp_path, server):
+def test_a_server_that_takes_no_weights_is_told(start, server):
     server.takes_weights = False
-    with pytest.raises(EngineError, match=r"/weight_info with 404: start it with `fuchsia serve`"):
-        load(start(), tmp_path, 0, -0.25)
+    with pytest.raises(EngineError, match=r"/collective_rpc with 404: start it with `fuchsia serve`"):
+        start(timeout_s=0.5)
+
+
+def test_a_server_on_the_gpu_that_sends_is_refused_at_the_start(start, server):
+    """NCCL has no group with one GPU twice. Another rank sends nothing, so it may share its GPU."""
+    server.gpus = ["GPU-a", "GPU-3"]
+    with pytest.raises(
+        ConfigError, match=r"is on the trainer's GPU, .* start it with another CUDA_VISIBLE_DEVICES"
+    ) as caught:
+        start(device_index=3)
+    assert "\n" not in str(caught.value)
+    assert start(rank=1, device_index=3).policy_version == -1
+    assert start(device_index=2).policy_version == -1
 
 
 def test_a_trainer_on_a_cpu_is_refused(start):
@@ -235,11 +248,14 @@ def test_what_is_announced_is_what_is_sent(tmp_path):
 def test_vllm_has_the_endpoints():
     from vllm.entrypoints.rl.online.api_router import router
     from vllm.entrypoints.serve.dev.cache.api_router import router as cache_router
+    from vllm.entrypoints.serve.dev.rpc.api_router import router as rpc_router
 
-    routes = [*router.routes, *cache_router.routes]
+    routes = [*router.routes, *cache_router.routes, *rpc_router.routes]
     asked = {f"{method} {route.path}" for route in routes for method in route.methods}
     gets = {f"GET /{name}" for name in ("weight_info", "get_world_size")}
-    posts = {f"POST /{name}" for name in ("update_weight_version", "pause", "resume", "reset_prefix_cache")}
+    posts = {
+        f"POST /{name}" for name in ("update_weight_version", "pause", "resume", "reset_prefix_cache", "collective_rpc")
+    }
     steps = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
     posts |= {f"POST /{name}" for name in (*steps, "shutdown_weight_transfer_engine")}
     assert asked >= gets | posts
