@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from tests.doubles import save_tiny_model
 from tests.machine import FLOAT32_VARIABLE, HAS_BFLOAT16
 
@@ -47,6 +48,19 @@ UNIT = Path(__file__).with_name("unit")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def command_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a test that runs commands in this process."""
+    from transformers.utils.logging import disable_progress_bar
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuchsia"])
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+    # It would redirect the loggers of all later tests to a file of this test.
+    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: disable_progress_bar())
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,6 +32,20 @@ ADAM = partial(torch.optim.AdamW, lr=1e-2)
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
+# The config of a run of two steps, for `TINY % folder of the model`.
+TINY = """
+seed_everything: 3
+trainer: {accelerator: cpu, max_epochs: 1, max_steps: 2, limit_val_batches: 0}
+model:
+  policy: {name: %s, dtype: float32, lora: {r: 4, alpha: 8}}
+  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+data:
+  batch_size: 5
+  steps_per_epoch: 2
+  sampling: {group_size: 2, max_completion_tokens: 4, max_length: 40}
+  environment: {class_path: tests.doubles.TinyEnvironment}
+  engine: {class_path: tests.doubles.TinyEngine}
+"""
 
 
 def save_tiny_model(folder: Path) -> Path:
@@ -187,6 +202,14 @@ class Spread(TinyEnvironment):
     def __init__(self, num_items: int = 20) -> None:
         super().__init__(num_items)
         self.reward_functions, self.reward_weights = [even_items], {}
+
+
+def tiny_config(model: Path, environment: str, engine: str, lr: float) -> str:
+    """TINY with other classes and another learning rate."""
+    settings = yaml.safe_load(TINY % model)
+    settings["data"] |= {"environment": {"class_path": environment}, "engine": {"class_path": engine}}
+    settings["model"]["optimizer"]["init_args"]["lr"] = lr
+    return yaml.safe_dump(settings)
 
 
 def make_module(folder: Path, loss: LossConfig | None = None, optimizer=ADAM, **lora) -> GRPOModule:

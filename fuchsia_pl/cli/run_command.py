@@ -17,7 +17,6 @@ from fuchsia_pl.cli.export import export
 from fuchsia_pl.cli.launch import is_first_rank, to_first_rank
 from fuchsia_pl.cli.predict import predict
 from fuchsia_pl.cli.replay import replay
-from fuchsia_pl.cli.report import report
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.cli.settings_table import print_help
 from fuchsia_pl.engines.base import EngineError
@@ -34,7 +33,6 @@ HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "eval": evaluate,
     "predict": predict,
-    "report": report,
     "replay": replay,
     "serve": serve,
 }

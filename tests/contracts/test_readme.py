@@ -15,12 +15,13 @@ import yaml
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
+from fuchsia_pl.cli.report import report
 from fuchsia_pl.cli.run_command import HANDLERS
 from fuchsia_pl.cli.runs import runs as list_runs
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.objectives.presets import PRESETS
 from tests.contracts.test_structure import ROOT, tracked_files
-from tests.unit.test_cli import TINY
+from tests.doubles import TINY
 from tests.unit.test_serve import StartedError, start_nothing
 
 NAMES = ("README.md", "configs/README.md", "envs/README.md", "fuchsia_pl/README.md", "tests/README.md")
@@ -122,7 +123,7 @@ class Runs:
             words = [*words, "--config", "tiny.yaml", "--data.sampling.max_length", "2000"]  # the tiny model has 2048
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("2 plus 2?\n/base\n"))
-            code = {**HANDLERS, "runs": list_runs}[words[0]](words[1:])
+            code = {**HANDLERS, "report": report, "runs": list_runs}[words[0]](words[1:])
         assert code == 0
 
 

@@ -14,8 +14,9 @@ from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.checkpoints import find_checkpoint
 from fuchsia_pl.cli.launch import CHECKPOINT_VARIABLE
 from fuchsia_pl.cli.run_folder import new_run_folder
+from tests.doubles import TINY
 from tests.unit.policy.test_adapter import Touches
-from tests.unit.test_cli import TINY, config, refused
+from tests.unit.test_cli import config, refused
 
 __all__ = ["config"]  # the fixture
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE, is_first_rank
-from fuchsia_pl.cli.run_folder import new_run_folder, remove_unused, run_name
+from fuchsia_pl.cli.run_folder import nearest_existing, new_run_folder, remove_unused, run_name
 from fuchsia_pl.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -101,8 +101,19 @@ def test_what_ran_is_not_removed_for_a_config_that_is_refused(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         for file in files:
             (tmp_path / "runs" / name / file).write_text("")
-        remove_unused(tmp_path / "runs" / name)
+        remove_unused(tmp_path / "runs" / name, kept=tmp_path)
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["ran"]
+
+
+def test_empty_folders_of_a_refused_run_go_and_those_that_were_there_stay(tmp_path):
+    there, root = tmp_path / "there", tmp_path / "there" / "new" / "runs"
+    there.mkdir()
+    kept = nearest_existing(root)
+    assert kept == there
+    remove_unused(new_run_folder(root, "x"), kept)
+    assert list(tmp_path.iterdir()) == [there]
+    assert list(there.iterdir()) == []
+    assert nearest_existing(Path("no/such")) == Path(".")
 
 
 def test_a_machine_that_nobody_tells_the_run_folder_is_refused(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.rollouts.calls import EnvironmentStepError
 from fuchsia_pl.rollouts.scoring import RewardError
 from fuchsia_pl.types import ConfigError
-from tests.doubles import RecordedEngine, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
-from tests.unit.test_cli import TINY, config
+from tests.doubles import TINY, RecordedEngine, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
+from tests.unit.test_cli import config
 
 __all__ = ["config"]  # a fixture
 ROOT = Path(__file__).parents[2]

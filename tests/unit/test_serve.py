@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fuchsia_pl.cli.serve import serve
-from tests.unit.test_cli import TINY
+from tests.doubles import TINY
 
 ROOT = Path(__file__).parents[2]
 
