@@ -9,6 +9,7 @@ import pytest
 
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from tests.doubles import save_tiny_model
+from tests.forked import Forkserver
 from tests.machine import FLOAT32_VARIABLE, HAS_BFLOAT16
 
 # Under `unit/`: files whose tests train, start processes or load tokenizers. `make fast` leaves them out.
@@ -48,6 +49,14 @@ UNIT = Path(__file__).with_name("unit")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def forkserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forkserver]:
+    """Starts processes that have imported everything."""
+    server = Forkserver(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import csv
 import io
-import os
 import pickle
 import re
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -24,23 +23,29 @@ from fuchsia_pl.types import ConfigError
 from tests.ranks import POLICIES
 from tests.unit.policy.test_adapter import Touches
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    command = [sys.executable, "-m", "tests.ranks", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
+@pytest.fixture(scope="module")
+def run(forkserver) -> Callable[..., SimpleNamespace]:
+    """Runs a task of `tests/ranks.py`, in as many processes as its first strategy has ranks."""
+
+    def run(what: str, model: Path, root: Path, strategy: str, *numbers: int) -> SimpleNamespace:
+        # Lightning starts the second rank of a run that fails, since it must end that rank too.
+        num_ranks = 1 if strategy == "one" or what == "fails" else 2
+        words = ["-m", "tests.ranks", what, model, root, strategy, *numbers]
+        return forkserver.run(*words, num_ranks=num_ranks, timeout_s=TIMEOUT_S)
+
+    return run
 
 
-def errors_of(done: subprocess.CompletedProcess[str]) -> str:
+def errors_of(done: SimpleNamespace) -> str:
     """Output of all ranks without the frames of tracebacks; that of the first rank to fail is the relevant one."""
-    return "\n".join(line for line in done.stderr.splitlines() if not re.match(r"(\[rank\d\]:)?  ", line))
+    return "\n".join(line for line in done.printed.splitlines() if not re.match(r"(\[rank\d\]:)?  ", line))
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, tmp_path_factory) -> Path:
+def trained(run, tiny_model, tmp_path_factory) -> Path:
     """A folder per strategy, with one per policy in it."""
     root = tmp_path_factory.mktemp("ranks")
     for strategy in ("one", "ddp", "fsdp"):
@@ -148,7 +153,7 @@ def check_that_a_folder_is_read_before_it_is_loaded(folder: Path, root: Path) ->
         ("ddp+fsdp", True),
     ],
 )
-def test_a_run_resumes_with_another_strategy_or_number_of_ranks(tiny_model, tmp_path, strategies, is_exact):
+def test_a_run_resumes_with_another_strategy_or_number_of_ranks(run, tiny_model, tmp_path, strategies, is_exact):
     done = run("resume", tiny_model, tmp_path, strategies)
     assert done.returncode == 0, errors_of(done)
     rows = csv.DictReader((tmp_path / "after/metrics.csv").open())
@@ -164,7 +169,7 @@ def test_a_run_resumes_with_another_strategy_or_number_of_ranks(tiny_model, tmp_
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_nan_on_one_rank_is_skipped_or_stops_all_of_them_and_reaches_no_file(tiny_model, tmp_path, strategy):
+def test_a_nan_on_one_rank_is_skipped_or_stops_all_of_them_and_reaches_no_file(run, tiny_model, tmp_path, strategy):
     done = run("nonfinite", tiny_model, tmp_path, strategy)
     assert done.returncode == 0, errors_of(done)
     for what, last in (("gradient", 3), ("loss", 3), ("state", 1)):
@@ -191,7 +196,7 @@ def test_a_nan_on_one_rank_is_skipped_or_stops_all_of_them_and_reaches_no_file(t
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_that_drop_groups_by_chance_never_wait_for_each_other(tiny_model, tmp_path, strategy):
+def test_ranks_that_drop_groups_by_chance_never_wait_for_each_other(run, tiny_model, tmp_path, strategy):
     done = run("uneven", tiny_model, tmp_path, strategy, 12)
     assert done.returncode == 0, errors_of(done)
 
@@ -204,9 +209,9 @@ def test_ranks_that_drop_groups_by_chance_never_wait_for_each_other(tiny_model, 
     ],
     ids=["at a sync on rank 1", "while it samples on rank 0"],
 )
-def test_a_rank_that_fails_ends_all_of_them(tiny_model, tmp_path, where, word):
+def test_a_rank_that_fails_ends_all_of_them(run, tiny_model, tmp_path, where, word):
     start = time.perf_counter()
     done = run("fails", tiny_model, tmp_path, "ddp", where)
     assert done.returncode != 0
-    assert word in done.stderr
+    assert word in done.printed
     assert time.perf_counter() - start < 60
