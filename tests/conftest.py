@@ -107,7 +107,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests that this machine cannot run, with the reason, and orders tests that start engines last."""
+    """Skips tests that this machine cannot run, with the reason, and orders the rest.
+
+    Slow files come first, so that two processes that take a file at a time end together, and tests that start engines last.
+    """
     import torch
 
     runs_engines = HAS_BFLOAT16 or os.environ.get(FLOAT32_VARIABLE) == "1"
@@ -119,4 +122,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
-    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
+    items.sort(key=lambda item: (item.get_closest_marker("engine") is not None, _is_quick(item)))
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    is_outside = not item.path.is_relative_to(UNIT) and item.path.is_relative_to(UNIT.parent)
+    return not is_outside and item.get_closest_marker("slow") is None

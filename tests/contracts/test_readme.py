@@ -31,6 +31,7 @@ COMMANDS = [line.partition(" #")[0].strip() for line in re.findall(r"^(fuchsia .
 MAKE_TARGETS = re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE) + re.findall(r"`make (\w+)`", TEXT)
 QUICKSTART = "fuchsia fit --config quickstart.yaml"
 MOST_LINES = 230
+FEW_ITEMS = ["--data.environment.init_args.largest", "20"]  # of the quickstart, whose prompts are all checked
 
 
 def section(page: str, title: str) -> str:
@@ -75,7 +76,10 @@ class Runs:
         write_files(Path())
         self._folders: dict[str, Path | None] = {}
         assert self.folder(QUICKSTART) == Path("runs/quickstart/0")  # commands continue from its checkpoint
-        assert FuchsiaCLI(["fit", "--config", "quickstart.yaml", "--config", "tiny.yaml"]).run_folder.name == "1"
+        assert (
+            FuchsiaCLI(["fit", "--config", "quickstart.yaml", "--config", "tiny.yaml", *FEW_ITEMS]).run_folder.name
+            == "1"
+        )
 
     def folder(self, command: str) -> Path | None:
         """Runs a command unless it has run already; returns its run folder, None for a command without one."""
@@ -92,6 +96,8 @@ class Runs:
         # With a tokenizer of single characters, prompts are long, and rendering thousands of them takes long.
         command = re.sub(r"max_length \d+", "max_length 4000", command)
         words = shlex.split(re.sub(r"--model.policy.name \S+", "", command))[1:]
+        if "quickstart.yaml" in words and "--data.environment" not in command:
+            words += FEW_ITEMS
         if "countdown.yaml" in words or "function_calling.yaml" in words:
             words += ["--data.environment.init_args.num_train", "20"]
         if words[0] == "check-env":
