@@ -181,9 +181,10 @@ def test_nothing_runs_when_all_rows_are_answered(config, capsys):
     assert "has the answers to all 4 rows: nothing is left to do" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "rows", "message"),
-    [
+def test_answers_of_other_settings_are_not_continued(config, capsys):
+    file_run(config)
+    before = Path("out.jsonl").read_bytes()
+    for options, rows, message in (
         (["--temperature", "0.5"], "1234", "temperature was 0.0 and is 0.5"),
         (["--samples", "2"], "1234", "samples was 1 and is 2"),
         (["--max_completion_tokens", "2"], "1234", "max_completion_tokens was 4 and is 2"),
@@ -191,18 +192,14 @@ def test_nothing_runs_when_all_rows_are_answered(config, capsys):
         (["--data.environment.init_args.num_items", "21"], "1234", "environment differs"),
         (["--as_items"], "1234", "as_items was false and is true"),
         ([], "1235", "input differs"),
-    ],
-)
-def test_answers_of_other_settings_are_not_continued(config, capsys, options, rows, message):
-    file_run(config)
-    before = Path("out.jsonl").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        file_run(config, *options, rows=[f"{row}?" for row in rows])
-    assert end.value.code == 2
-    (line, _) = capsys.readouterr().err.splitlines()[-2:]
-    assert "--output out.jsonl was begun with other settings: " in line
-    assert message in line
-    assert Path("out.jsonl").read_bytes() == before
+    ):
+        with pytest.raises(SystemExit) as end:
+            file_run(config, *options, rows=[f"{row}?" for row in rows])
+        assert end.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "--output out.jsonl was begun with other settings: " in line
+        assert message in line
+        assert Path("out.jsonl").read_bytes() == before
     assert WatchedEngine.starts == 1
 
 
