@@ -126,7 +126,7 @@ class RolloutDataModule(LightningDataModule):
         with preparation.as_config_error(f"{type(self.environment).__name__}.prepare"):
             self._run(self._collector.prepare())
         call_apart(self._check_prompts)
-        with progress.activity(f"starting {type(self.engine).__name__}"):
+        with progress.activity(f"starting {self.engine.name}"):
             self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps))
 
     def make_chat(self) -> Chat:

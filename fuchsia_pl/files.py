@@ -81,6 +81,25 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
+def share_permissions(written: Path) -> None:
+    """Gives all files of a folder the permissions of one of them. safetensors writes files that only their owner can read.
+
+    Args:
+        written: A file of the folder that was opened for writing, so that its permissions are those of the process.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     (card, weights) = Path(folder, "README.md"), Path(folder, "model.safetensors")
+    ...     _ = card.write_text("ours"), weights.write_bytes(b""), weights.chmod(0o600)
+    ...     share_permissions(card)
+    ...     weights.stat().st_mode == card.stat().st_mode
+    True
+    """
+    mode = written.stat().st_mode
+    for file in written.parent.iterdir():
+        if file.is_file():
+            file.chmod(mode)
+
+
 def append_lines(path: Path, text: str) -> None:
     r"""Appends all of some lines to a file, or none. First removes an incomplete last line, which a killed process left.
 

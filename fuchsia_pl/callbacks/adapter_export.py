@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fuchsia_pl.callbacks.access import callbacks_of, is_trial, module_of, policy_of
 from fuchsia_pl.callbacks.card_facts import CARD_FILE, card_facts
 from fuchsia_pl.callbacks.weight_average import WeightAverage
-from fuchsia_pl.files import writing
+from fuchsia_pl.files import share_permissions, writing
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.report.model_card import model_card
 
@@ -77,6 +77,7 @@ class AdapterExport(Callback):
                 policy.save_trained(partial)
                 # In place of PEFT's card, which names the base by its local folder.
                 (partial / CARD_FILE).write_text(_card(policy, target.parent), encoding="utf-8")
+                share_permissions(partial / CARD_FILE)
                 target.mkdir(parents=True, exist_ok=True)
                 for file in sorted(partial.iterdir()):
                     os.replace(file, target / file.name)

@@ -49,6 +49,9 @@ class ConsoleReport(ProgressBar):
             raise ConfigError(f"console.every_n_steps must be 0 or more, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.console = RunConsole(highlight=False)
+        self.lists_figures = (
+            True  # of an evaluation outside of a training; False where the command prints a table of them
+        )
         self._display: ProgressDisplay | None = None
         self._columns: tuple[Column, ...] = ()  # of the header that the next row belongs to
         self._last_step = self._first_step = self._num_tokens = 0
@@ -209,7 +212,7 @@ class ConsoleReport(ProgressBar):
         evaluations = named if len(found) > 1 else {when: logged | (found[0].figures if found else {})}
         for name, figures in evaluations.items():
             self._print(evaluation_line(name, figures, self.console.width))
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING and self.lists_figures:
             for line in [*figure_lines(logged | evaluations.get(when, {})), *place_lines(folder)]:
                 self._print(line)
 

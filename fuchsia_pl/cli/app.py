@@ -253,9 +253,7 @@ class FuchsiaCLI(LightningCLI):
     def _announce(self) -> None:
         bar = self.trainer.progress_bar_callback
         if isinstance(bar, ConsoleReport) and is_first_rank():
-            bar.announce(
-                self.model.learner.served_model.name, type(self.datamodule.engine).__name__, str(self.run_folder)
-            )
+            bar.announce(self.model.learner.served_model.name, self.datamodule.engine.name, str(self.run_folder))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the run folder as its root, and a CSV log in it beside any logger of the config.

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from fuchsia_pl.callbacks.access import callbacks_of
+from fuchsia_pl.callbacks.console import ConsoleReport
 from fuchsia_pl.callbacks.evaluation_log import EvaluationLog
 from fuchsia_pl.cli.app import FuchsiaCLI
 from fuchsia_pl.cli.evaluated_policy import Rival, choose_temperature, find_rival, run_arguments
@@ -77,7 +78,9 @@ class EvalCLI(FuchsiaCLI):
                 self._kept.end()
 
     def before_validate(self) -> None:
-        """Keeps the engine for all evaluations. LightningCLI calls this."""
+        """Keeps the engine for all evaluations, whose figures are printed as tables. LightningCLI calls this."""
+        for report in callbacks_of(self.trainer, ConsoleReport):
+            report.lists_figures = False
         lora = [self.model.policy_config.lora] + ([self.rival.policy.lora] if self.rival else [])
         rank = max(settings.r if settings.enabled else 0 for settings in lora)
         self._kept = self.datamodule.engine = KeptEngine(self.datamodule.engine, rank)
@@ -115,6 +118,8 @@ class EvalCLI(FuchsiaCLI):
     def _evaluated_rival(self) -> list[HeldOutEvaluation]:
         """Evaluates the other policy on the same items with the same seeds."""
         assert self.rival is not None
+        if self.trainer.is_global_zero:
+            self.console.print(f"against {self.rival.name}:", soft_wrap=True, markup=False)
         self.model.policy = None  # the device may not have room for two
         gc.collect()
         module = GRPOModule(self.rival.policy, self.model.loss_config, self.model.optimizer, self.model.lr_scheduler)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from argparse import Namespace
@@ -20,7 +21,7 @@ from fuchsia_pl.cli.options import export_options
 from fuchsia_pl.cli.trained import Trained, find_trained
 from fuchsia_pl.cli.upload import check_upload, upload
 from fuchsia_pl.engines.merge import ADAPTER_WEIGHTS, merged_weights
-from fuchsia_pl.files import writing
+from fuchsia_pl.files import share_permissions, writing
 from fuchsia_pl.policy.adapter_files import ADAPTER_CONFIG, loading_line, read_adapter_config
 from fuchsia_pl.report.model_card import TAG, model_card
 from fuchsia_pl.types import ConfigError
@@ -75,6 +76,7 @@ def export_weights(trained: Trained, given: Namespace) -> Path:
             WRITERS[given.to](trained, partial, given)
             card = model_card(trained.facts, given.to, given.push_to_hub)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            share_permissions(partial / CARD_FILE)
             _replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -179,8 +181,11 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _hints(trained: Trained, given: Namespace, folder: Path) -> list[str]:
     """How to use what was written."""
-    if given.to in ("peft", "merged"):
+    if given.to == "peft":
         return [f"load it:  {loading_line(folder)}"]
+    if given.to == "merged":  # the command `vllm` of the CPU build does not start; its module does, in every build
+        serve = f"python -m vllm.entrypoints.openai.api_server --model {shlex.quote(str(folder))}"
+        return [f"load it:  {loading_line(folder)}", f"serve it: {serve}"]
     if given.to == "ollama":
         return [f"use it:   ollama create {trained.name} -f {folder / MODELFILE}"]
     return [f"use it:   llama-cli -m {folder / trained.name}.gguf"]

@@ -80,7 +80,9 @@ def run_server_command(trained: Trained, given: Namespace, listener: Listener) -
     if trained.is_adapter:
         arguments |= {
             "enable_lora": True,
-            "max_loras": 1,
+            # On a CPU, vLLM 0.32 applies the last slot to the rows of the base in a batch that also has rows of the adapter: a
+            # second slot stays empty, so nothing is added to them.
+            "max_loras": 1 if torch.cuda.is_available() else 2,
             "lora_modules": f"{trained.name}={trained.weights.resolve()}",
         }
     environment = {**VLLM_ENVIRONMENT, **os.environ}

@@ -95,6 +95,11 @@ class Engine(ABC):
         """The optimizer step of its weights; -1 before the first `load_weights` and after it has lost them."""
 
     @property
+    def name(self) -> str:
+        """Its name on the console."""
+        return type(self).__name__
+
+    @property
     def can_sleep(self) -> bool:
         """Whether it can free its device for the trainer. If it cannot, `sleep` and `wake` are never called."""
         return False

@@ -22,6 +22,11 @@ class KeptEngine(Engine):
         self._has_started = False
 
     @property
+    def name(self) -> str:
+        """That of the engine."""
+        return self.engine.name
+
+    @property
     def policy_version(self) -> int:
         """That of the engine."""
         return self.engine.policy_version

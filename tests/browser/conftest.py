@@ -15,9 +15,14 @@ ARGUMENTS = ["--no-sandbox", *QUIET.split(), "--disable-sync"]  # as root Chromi
 Opened = Callable[..., Any]
 
 
+def find_chromium() -> str | None:
+    """The path of an installed Chromium."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = find_chromium()
     if path is None:
         pytest.skip(f"no report was opened in a browser: none of {', '.join(NAMES)} is installed")
     playwright = pytest.importorskip("playwright.sync_api", reason="no report was opened in a browser: no playwright")

@@ -121,6 +121,12 @@ def test_held_out_rollouts_have_a_file_of_their_own(run):
     assert {line["advantage"] for line in lines} == {None}
 
 
+def test_everybody_can_read_the_adapter_who_can_read_the_metrics(run):
+    root, _ = run
+    files = [*(root / "adapter").iterdir(), root / "metrics.csv"]
+    assert len({file.stat().st_mode for file in files}) == 1
+
+
 def test_the_exported_adapter_is_the_trained_one(run, tiny_model):
     root, module = run
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(root / "adapter"))

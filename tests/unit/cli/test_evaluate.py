@@ -83,6 +83,10 @@ def test_a_run_is_compared_with_its_base_on_one_engine(config, tmp_path, capsys)
     assert found["value"] == own.figures["rollout/accuracy"].value
     assert found["difference"] == found["value"] - base.figures["rollout/accuracy"].value
     assert "3 of 8 held-out items have the prompt of a training item" in " ".join(printed.split())
+    assert printed.count("pass@2") == 1 + 1  # once in the table, once in the comparison
+    assert "\nagainst base:\n" in printed
+    assert "CountedEngine" in printed
+    assert "KeptEngine" not in printed
     assert "temperature 1" in printed  # four greedy samples would be alike
     assert f"{found['value']:.3f} against {found['against']:.3f}: " in printed
     lines = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]

@@ -65,7 +65,12 @@ def test_merged_weights_are_those_of_peft(trained, capsys):
     base, run, model = trained
     out = exported(capsys, run, "--to", "merged")
     folder = run / "export" / "merged"
-    assert out.splitlines() == [f"exported: {folder}", f'load it:  AutoModelForCausalLM.from_pretrained("{folder}")']
+    assert out.splitlines() == [
+        f"exported: {folder}",
+        f'load it:  AutoModelForCausalLM.from_pretrained("{folder}")',
+        f"serve it: python -m vllm.entrypoints.openai.api_server --model {folder}",
+    ]
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # safetensors lets only the owner read its file
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype == torch.float32
     ids = prompt_ids(folder)

@@ -3,7 +3,9 @@
 import sys
 
 import pytest
+import torch
 import yaml
+from vllm.lora.ops.torch_ops.lora_ops import bgmv_expand
 
 from fuchsia_pl.cli.serve import serve
 from tests.exported import save_base, save_run
@@ -64,6 +66,7 @@ def test_adapter_and_base_have_readable_names(start, folders, capsys):
         "served_model_name": ["someone/tiny-base"],
         "dtype": "float32",
         "enable_lora": True,
+        "max_loras": 2,  # on a CPU
         "max_lora_rank": 8,  # the smallest size of vLLM's buffers that holds rank 4
         "max_model_len": 256,  # the model's own limit, not a run's
         "chat_template": None,
@@ -76,6 +79,15 @@ def test_adapter_and_base_have_readable_names(start, folders, capsys):
         "serving tiny-0 (trained) and someone/tiny-base (its base) at http://127.0.0.1:8000/v1"
         in capsys.readouterr().out
     )
+
+
+def test_on_a_cpu_a_row_of_the_base_reads_the_last_slot():
+    """The reason for a second slot. If this fails, vLLM has mended it, and one slot suffices."""
+    slots = torch.stack([torch.ones(3, 2), torch.zeros(3, 2)])  # of an adapter, and an empty one
+    for used, added in ((slots, 0.0), (slots[:1], 2.0)):
+        output = torch.zeros(2, 3)
+        bgmv_expand(torch.ones(2, 2), used, output, torch.tensor([0, -1]))  # a row of the adapter, one of the base
+        assert output.tolist() == [[2.0] * 3, [added] * 3]
 
 
 def test_the_longest_request_fits_into_the_cache(start, folders, capsys):
