@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,7 +156,7 @@ def fork(request: Mapping[str, object]) -> int:
         if isinstance(code, str):
             sys.stderr.write(f"{code}\n")
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # torch's, which names the rank
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
