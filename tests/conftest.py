@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from tests.doubles import save_tiny_model
+from tests.forked import Forkserver
 from tests.machine import FLOAT32_VARIABLE, HAS_BFLOAT16
 
 # Under `unit/`: files whose tests train, start processes or load tokenizers. `make fast` leaves them out.
@@ -49,6 +51,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def forkserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forkserver]:
+    """Starts processes that have imported everything."""
+    server = Forkserver(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def command_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a test that runs commands in this process."""
+    from transformers.utils.logging import disable_progress_bar
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuchsia"])
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+    # It would redirect the loggers of all later tests to a file of this test.
+    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: disable_progress_bar())
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def no_run_of_weights_and_biases_goes_on() -> Iterator[None]:
     """Closes a run that a test has left open: the next logger of this process would continue it."""
@@ -84,7 +107,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests that this machine cannot run, with the reason, and orders tests that start engines last."""
+    """Skips tests that this machine cannot run, with the reason, and orders the rest.
+
+    Slow files come first, so that two processes that take a file at a time end together, and tests that start engines last.
+    """
     import torch
 
     runs_engines = HAS_BFLOAT16 or os.environ.get(FLOAT32_VARIABLE) == "1"
@@ -96,4 +122,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
-    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
+    items.sort(key=lambda item: (item.get_closest_marker("engine") is not None, _is_quick(item)))
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    is_outside = not item.path.is_relative_to(UNIT) and item.path.is_relative_to(UNIT.parent)
+    return not is_outside and item.get_closest_marker("slow") is None

@@ -7,7 +7,6 @@ python -m tests.killed MODEL_FOLDER FOLDER
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from fuchsia_pl.callbacks.rollout_log import RolloutLog
 from fuchsia_pl.callbacks.run_checkpoint import AtomicCheckpointIO, RunCheckpoint
 from fuchsia_pl.objectives.config import LossConfig
 from tests.doubles import make_data, make_module, make_trainer
+from tests.forked import free_port
 
 # (number of ranks, updates per phase) -> step of the last checkpoint before the kill.
 CASES = {(1, 1): 3, (2, 2): 2}
@@ -62,12 +62,9 @@ def run(model: Path, root: Path, num_ranks: int, num_updates: int, ckpt: Path | 
     """Runs all ranks; returns their exit codes."""
     environment = {}
     if num_ranks > 1:  # the variables that torchrun sets
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
         environment = {**sizes, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "killed"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     fork = multiprocessing.get_context("fork")
     arguments = [(model, root, num_updates, rank, environment, ckpt) for rank in range(num_ranks)]
     processes = [fork.Process(target=fit, args=given) for given in arguments]

@@ -48,6 +48,8 @@ POLICIES = {
 }
 
 
+# The variables of several ranks, which a run of one process must not have.
+RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
 # SGD, since Adam makes full steps even from gradients that are only rounding errors.
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
@@ -97,6 +99,9 @@ def resume(model: Path, root: Path, strategy: str) -> None:
         saved.rename(saved.with_name(".end.ckpt.older"))
     if after == "one" and int(os.environ.get("LOCAL_RANK", "0")):
         return  # otherwise the second process would be another run that writes the same files
+    if after == "one":
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
     fit(model, root / "after", after, "adapter", 5, ADAM, ckpt_path=root / "before/end.ckpt")
     fit(model, root / "straight", after, "adapter", 5, ADAM)
 

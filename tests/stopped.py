@@ -1,18 +1,16 @@
-"""Runs that receive a signal at a given point: real processes, forked here so that everything is imported once.
+"""Runs that receive a signal at a given point, in processes: `python -m tests.stopped` is `fuchsia` with the doubles below.
 
-python -m tests.stopped: reads runs from standard input, one JSON value per line; writes exit code and seconds.
+The environment variable TEST_SIGNAL has the signal and the point, as JSON.
 """
 
 import json
 import os
 import signal
-import sys
 import time
 
 import torch
 from lightning.pytorch import Callback
 
-from fuchsia_pl import scratch
 from fuchsia_pl.cli.main import main
 from fuchsia_pl.policy import sources
 from fuchsia_pl.stopping import SECOND_AFTER_S
@@ -93,50 +91,7 @@ class Leaving(TinyEnvironment):
         self.reward_weights = {}
 
 
-def run(words: list[str], wanted: dict[str, object], output: str) -> None:
-    """Runs one command in this process."""
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    os.environ["TEST_SIGNAL"] = json.dumps(wanted)
-    if wanted.get("where") == "conversion":
-        sources._unpack = lambda file, folder, *_: ((folder / "half").touch(), hit("conversion"))
-    sys.argv = ["fuchsia", *words]
-    main()
-
-
-def serve() -> None:
-    """Forks a process for each input line, and writes its exit code and its duration."""
-    torch.set_num_threads(1)
-    assert scratch.started_at(os.getpid())
-    for line in sys.stdin:
-        words, wanted, output = json.loads(line)
-        start = time.perf_counter()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                run(words, wanted, output)
-                code = 0
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)} {time.perf_counter() - start:.1f}\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        serve()
-    else:  # a rank that a launcher started
-        main()
+    if json.loads(os.environ["TEST_SIGNAL"]).get("where") == "conversion":
+        sources._unpack = lambda file, folder, *_: ((folder / "half").touch(), hit("conversion"))
+    main()

@@ -1,4 +1,4 @@
-"""Command lines that are answered without torch: help, version, completion, unknown commands and the list of runs."""
+"""Command lines that are answered without torch: help, version, completion, unknown commands, list and report of runs."""
 
 import sys
 
@@ -41,6 +41,10 @@ def answer(arguments: list[str]) -> None:
         from fuchsia_pl.cli.runs import runs  # imports rich and yaml
 
         sys.exit(runs(rest))
+    elif first == "report":
+        from fuchsia_pl.cli.report import report
+
+        sys.exit(report(rest))
     elif first == "completion":
         completion_options().parse_args(rest)
         _write(bash_completion(packaged_table()))

@@ -43,6 +43,7 @@ from fuchsia_pl.cli.run_folder import (
     SAVED_CONFIG,
     SAVED_OBJECTIVE,
     find_configs,
+    nearest_existing,
     new_run_folder,
     remove_unused,
     run_name,
@@ -83,8 +84,10 @@ class FuchsiaCLI(LightningCLI):
     """`fuchsia fit | validate | test | predict`. `settings_table` writes their help pages."""
 
     def __init__(self, args: ArgsType = None) -> None:
+        self._given = sys.argv[1:] if args is None else args
         self.arguments: list[str] = []
         self.run_folder = Path()
+        self._kept_folder = Path()  # the lowest folder above the run's that existed before it
         self._earlier: list[Row] = []  # metrics of the run that this one resumes
         self._earlier_evaluations: list[HeldOut] = []
         self._state: RunState | None = None
@@ -108,6 +111,12 @@ class FuchsiaCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that the command line starts with, or all: the parser of each has every setting and takes long to make."""
+        commands = LightningCLI.subcommands()
+        first = self._given[0] if isinstance(self._given, list) and self._given else ""
+        return {first: commands[first]} if first in commands else commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds a section for each default callback, and links what two parts share."""
@@ -150,6 +159,7 @@ class FuchsiaCLI(LightningCLI):
         with self._refusals(), shown_progress(RunConsole(highlight=False, quiet=is_quiet)):
             check_packages(self._get(self.config, "trainer").logger)
             checkpoint = self._find_checkpoint(Path(root) / run_name(self.arguments))
+            self._kept_folder = nearest_existing(Path(root))
             self.run_folder = new_run_folder(root, run_name(self.arguments), self.kind)
             if checkpoint is not None and self.subcommand == "fit" and is_first_rank():
                 self._earlier = earlier_metrics(Path(self.config.fit.ckpt_path), checkpoint)
@@ -230,7 +240,7 @@ class FuchsiaCLI(LightningCLI):
             yield
         except (ConfigError, MisconfigurationException) as error:
             if is_first_rank() and self.run_folder != Path():
-                remove_unused(self.run_folder)
+                remove_unused(self.run_folder, self._kept_folder)
             self._parser(self.subcommand).error(str(error), error)
         except SystemExit as end:
             if type(end) is not SystemExit or not is_success(end.code):

@@ -11,21 +11,19 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from fuchsia_pl.callbacks.adapter_export import ADAPTER_FOLDER
 from fuchsia_pl.cli.chat_session import HELP, ChatSettings, Session, conversation_environment
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
-from fuchsia_pl.cli.find_run import find_run
+from fuchsia_pl.cli.find_run import RunNotFoundError
 from fuchsia_pl.cli.options import chat_options
 from fuchsia_pl.cli.run_folder import SAVED_CONFIG
+from fuchsia_pl.cli.trained import find_weights
 from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.policy.adapter_files import read_adapter_config
+from fuchsia_pl.policy.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from fuchsia_pl.policy.cpu import has_bfloat16
 from fuchsia_pl.policy.local_engine import LocalEngine
 from fuchsia_pl.policy.sources import ModelNotFoundError, resolve_model
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.types import ConfigError
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -60,27 +58,20 @@ def find_target(given: str, config: str | None) -> Target:
         config: `--config`; None without it.
 
     Raises:
-        ConfigError: It is a run without an adapter or a model yet.
+        ConfigError: It is a run without trained weights yet, or an adapter without a base.
     """
-    path = Path(given)
-    if (path / ADAPTER_CONFIG).is_file():
-        saved = path.parent / SAVED_CONFIG
-        own = str(saved) if path.name == ADAPTER_FOLDER and saved.is_file() else None
-        base = None if config or own else read_adapter_config(path).get("base_model_name_or_path")
-        if not (config or own or base):
-            raise ConfigError(f"the adapter in {given} does not name its base model: give --config of its run")
-        return Target(base, path, config or own, given)
     try:
-        run = find_run(given)
-    except ConfigError:
+        weights, run = find_weights(given)
+    except RunNotFoundError:
         return Target(given, None, config, given)
-    weights = run / ADAPTER_FOLDER
-    if not weights.is_dir():
-        raise ConfigError(f"the run {run} has no {ADAPTER_FOLDER}/ yet: it is written with the first checkpoint")
-    config = config or str(run / SAVED_CONFIG)
-    if (weights / ADAPTER_CONFIG).is_file():
-        return Target(None, weights, config, str(run))
-    return Target(str(weights), None, config, str(run))  # all weights were trained
+    label = given if run is None else str(run)
+    config = config or (None if run is None else str(run / SAVED_CONFIG))
+    if not (weights / ADAPTER_CONFIG).is_file():
+        return Target(str(weights), None, config, label)  # all weights were trained
+    base = None if config else read_adapter_config(weights).get("base_model_name_or_path")
+    if not (config or base):
+        raise ConfigError(f"the adapter in {given} does not name its base model: give --config of its run")
+    return Target(base, weights, config, label)
 
 
 def made_session(target: Target, settings: ChatSettings, console: Console) -> Session:

@@ -6,6 +6,10 @@ from fuchsia_pl.cli.run_folder import DEFAULT_ROOT, FOLDER_NAME, SAVED_CONFIG, T
 from fuchsia_pl.types import ConfigError
 
 
+class RunNotFoundError(ConfigError):
+    """No run has that name."""
+
+
 def find_run(given: str, root: str | Path = DEFAULT_ROOT) -> Path:
     """The folder of a run: a path, `NAME/N` under the root, or `NAME` for the newest training of that config.
 
@@ -14,7 +18,7 @@ def find_run(given: str, root: str | Path = DEFAULT_ROOT) -> Path:
         root: Folder of the runs, `trainer.default_root_dir`.
 
     Raises:
-        ConfigError: There is no such run. The message lists those that exist.
+        RunNotFoundError: There is no such run. The message lists those that exist.
     """
     for folder in (Path(given), Path(root) / given):
         if (folder / SAVED_CONFIG).is_file():
@@ -25,7 +29,7 @@ def find_run(given: str, root: str | Path = DEFAULT_ROOT) -> Path:
             return newest
     names = sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in Path(root).glob(f"*/*/{SAVED_CONFIG}"))
     existing = f"the runs there are: {', '.join(names)}" if names else "there are none"
-    raise ConfigError(
+    raise RunNotFoundError(
         f"{given!r} is no run: neither that folder nor one of that name under {root}/ has a {SAVED_CONFIG}; {existing}. Give "
         "the path of a run folder, such as runs/quickstart/0"
     )

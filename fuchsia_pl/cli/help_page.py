@@ -6,7 +6,7 @@ The package contains the table of the default classes, written by `settings_tabl
 import argparse
 import json
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fuchsia_pl.cli.commands import DEBUG_OPTION, HELP_ALL_OPTION, RUN_COMMANDS
@@ -65,6 +65,7 @@ class Table:
     Attributes:
         groups: The groups, the most used first.
         configs: Names of the packaged configs.
+        classes: Defaults of the arguments of the classes that the packaged configs name, as YAML, by class path.
 
     >>> Table((), ("quickstart.yaml",)).configs
     ('quickstart.yaml',)
@@ -72,6 +73,7 @@ class Table:
 
     groups: tuple[Group, ...]
     configs: tuple[str, ...]
+    classes: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def packaged_table() -> Table:
@@ -96,7 +98,7 @@ def from_json(text: str) -> Table:
         Group(group["title"], tuple(SettingHelp(**setting) for setting in group["settings"]))
         for group in loaded["groups"]
     )
-    return Table(tuple(groups), tuple(loaded["configs"]))
+    return Table(tuple(groups), tuple(loaded["configs"]), loaded["classes"])
 
 
 def help_page(command: str, table: Table, with_all: bool) -> str:

@@ -142,17 +142,9 @@ def eval_options() -> argparse.ArgumentParser:
         epilog=LIKE_FIT,
         allow_abbrev=False,
     )
-    parser.add_argument("--run", help="a run: its config and its newest weights; a path, NAME/N or NAME under runs/")
+    _add_held_out_policy(parser)
     parser.add_argument("--ckpt_path", help="a checkpoint of the config: a path, last or best")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter")
     parser.add_argument("--against", help="the policy to compare with: base, a run, or the folder of an adapter")
-    parser.add_argument("--samples", type=int, help="samples per item (default: data.sampling.validation_samples)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        help="0 is greedy (default: data.sampling.validation_temperature; with several samples that of training)",
-    )
-    parser.add_argument("--max_completion_tokens", type=int, help="most tokens of a sample (default: as in training)")
     parser.add_argument("--num_items", type=int, help="first items only (default: all held-out items)")
     parser.add_argument(
         "--also",
@@ -205,8 +197,20 @@ def predict_options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--as_items", "--as-items", action="store_true", help="rows are items of the config's environment"
     )
+    _add_held_out_policy(parser)
+    parser.add_argument("--ckpt_path", help=argparse.SUPPRESS)  # among the settings
+    return parser
+
+
+def _add_held_out_policy(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose a policy, and how it samples held-out items or rows."""
+    parser.add_argument("--run", metavar="RUN", help="a run: its config and its newest weights; a path, NAME/N or NAME")
+    parser.add_argument("--adapter", metavar="FOLDER", help="folder of a PEFT adapter")
     parser.add_argument(
-        "--samples", type=int, metavar="INT", help="completions per row (default: data.sampling.validation_samples)"
+        "--samples",
+        type=int,
+        metavar="INT",
+        help="completions per item or row (default: data.sampling.validation_samples)",
     )
     parser.add_argument(
         "--temperature",
@@ -217,10 +221,6 @@ def predict_options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_completion_tokens", type=int, metavar="INT", help="most tokens of a completion (default: as in training)"
     )
-    parser.add_argument("--run", metavar="RUN", help="a run: its config and its newest weights; a path, NAME/N or NAME")
-    parser.add_argument("--adapter", metavar="FOLDER", help="folder of a PEFT adapter")
-    parser.add_argument("--ckpt_path", help=argparse.SUPPRESS)  # among the settings
-    return parser
 
 
 # Commands with the settings of a run and options of their own.

@@ -16,6 +16,7 @@ from fuchsia_pl.cli.unknown_keys import unknown_keys
 UNKNOWN_KEY = re.compile(
     r"unrecognized arguments: |does not accept option '|Option '[^']+' is not accepted|No action for key"
 )
+MISSING_KEY = "the following arguments are required: "  # that of a required key without a value
 
 
 class SuggestingParser(LightningArgumentParser):
@@ -26,7 +27,9 @@ class SuggestingParser(LightningArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the program with the message or one line for each unknown key, and the command that lists all keys.
+        """Ends the program with the message or one line for each unknown key.
+
+        After an error about a key, a last line names the command that lists all keys.
 
         Raises:
             ArgumentError: This is the parser of a class inside another parser, which reports the error.
@@ -38,8 +41,9 @@ class SuggestingParser(LightningArgumentParser):
         unknown = unknown_keys(parser, _words_of(parser, self.args)) if UNKNOWN_KEY.search(message) else []
         for line in [str(key) for key in unknown] or [" ".join(message.split())]:
             sys.stderr.write(f"error: {line}\n")
-        command = parser.prog.replace(" [options]", "")
-        sys.stderr.write(f"All keys: {command} {HELP_ALL_OPTION if ' ' in command else HELP_OPTIONS[-1]}\n")
+        if UNKNOWN_KEY.search(message) or MISSING_KEY in message:
+            command = parser.prog.replace(" [options]", "")
+            sys.stderr.write(f"All keys: {command} {HELP_ALL_OPTION if ' ' in command else HELP_OPTIONS[-1]}\n")
         raise SystemExit(2) from ex
 
     def instantiate(

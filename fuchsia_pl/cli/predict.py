@@ -117,7 +117,7 @@ class PredictCLI(FuchsiaCLI):
                 self.output.end()
             return
         if is_first_rank():
-            remove_unused(self.run_folder)
+            remove_unused(self.run_folder, self._kept_folder)
         self._tell(f"{self.given.output} has the answers to all {self.output.num_done} rows: nothing is left to do")
 
     def after_predict(self) -> None:

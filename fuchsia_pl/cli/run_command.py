@@ -13,11 +13,9 @@ from fuchsia_pl.cli.commands import DEBUG_OPTION, RUN_COMMANDS, is_help
 from fuchsia_pl.cli.doctor import doctor
 from fuchsia_pl.cli.ending import leave_stopped, resume_lines
 from fuchsia_pl.cli.evaluate import evaluate
-from fuchsia_pl.cli.export import export
 from fuchsia_pl.cli.launch import is_first_rank, to_first_rank
 from fuchsia_pl.cli.predict import predict
 from fuchsia_pl.cli.replay import replay
-from fuchsia_pl.cli.report import report
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.cli.settings_table import print_help
 from fuchsia_pl.engines.base import EngineError
@@ -25,6 +23,14 @@ from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import ends_by_itself
 from fuchsia_pl.files import DiskError
 from fuchsia_pl.stopping import stopping
+
+
+def export(words: list[str]) -> int:
+    """Runs `fuchsia export`, whose format GGUF needs a library that takes two seconds to import."""
+    from fuchsia_pl.cli.export import export
+
+    return export(words)
+
 
 # The commands that define their own options, by name. Each function gets the words after the name and returns the exit code.
 HANDLERS: dict[str, Callable[[list[str]], int]] = {
@@ -34,7 +40,6 @@ HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "eval": evaluate,
     "predict": predict,
-    "report": report,
     "replay": replay,
     "serve": serve,
 }

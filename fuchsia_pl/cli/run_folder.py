@@ -170,15 +170,26 @@ def _try_to_write(folder: Path) -> None:
     probe.unlink(missing_ok=True)
 
 
-def remove_unused(folder: Path) -> None:
-    """Removes the folder of a run that was refused before it began, and the folder of its config's runs if that is empty."""
+def nearest_existing(folder: Path) -> Path:
+    """The folder itself, or the lowest one above it that exists."""
+    return next((place for place in (folder, *folder.parents) if place.is_dir()), folder)
+
+
+def remove_unused(folder: Path, kept: Path) -> None:
+    """Removes the folder of a run that was refused before it began, and the folders above it if they are empty.
+
+    Args:
+        folder: The run folder.
+        kept: The lowest folder that existed before the run had one. It stays, as do all above it.
+    """
     if not folder.is_dir():
         return
     if not all(entry.name in BEFORE_A_RUN or entry.name.startswith(LOGGER_FILES) for entry in folder.iterdir()):
         return
     shutil.rmtree(folder)
     with contextlib.suppress(OSError):  # not empty
-        folder.parent.rmdir()
+        for parent in itertools.takewhile(lambda parent: parent != kept, folder.parents):
+            parent.rmdir()
 
 
 def _is_used(folder: Path) -> bool:

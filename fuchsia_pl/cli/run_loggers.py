@@ -126,12 +126,12 @@ def running(trainer: Trainer) -> Iterator[None]:
 
 def _start(logger: Logger) -> None:
     kind = type(logger).__name__
+    if not hasattr(type(logger), "experiment"):
+        return  # nothing to start; asking the class runs no code of the logger, whose AttributeError would be its own
     if isinstance(logger, WandbLogger):
         os.environ.setdefault("WANDB_QUIET", "true")  # else it prints dozens of lines at the end
     try:
         _ = logger.experiment  # type: ignore[attr-defined]
-    except AttributeError:
-        return  # a logger without one
     except Exception as error:  # loggers raise many types; each is one line before the engine starts
         advice = f". {LOGIN_ADVICE}" if isinstance(logger, WandbLogger) else ""
         raise ConfigError(f"trainer.logger: {kind} does not start: {one_line(error)}{advice}") from error

@@ -5,6 +5,7 @@ the parser.
 """
 
 import collections.abc
+import re
 import sys
 import types
 from pathlib import Path
@@ -27,6 +28,7 @@ from fuchsia_pl.cli.options import RUN_OPTIONS
 from fuchsia_pl.cli.run_folder import CONFIG_FOLDER
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.report.settings import class_defaults
 
 LAST_GROUP = "checkpoints, weights, memory and logs"
 LIGHTNING = "settings of Lightning"
@@ -81,6 +83,7 @@ TEXTS = {
 TYPE_NAMES = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false", type(None): "null"}
 RARE_IN_TORCH = {"amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"}
 MAX_TYPE_CHARS = 100
+CLASS_PATH = re.compile(r"^[^#\n]*\bclass_path: (\S+)", re.MULTILINE)
 # Defaults of the classes that a config names. The settings of an environment depend on its class.
 DEFAULT_CLASSES = {"data.engine": VLLMColocatedEngine, "data.environment": Environment}
 
@@ -136,7 +139,13 @@ def default_table() -> Table:
             own = [setting for setting in table.groups[position].settings if setting.key not in keys]
             settings += [SettingHelp(**{**vars(setting), "command": command}) for setting in own]
         merged.append(Group(group.title, tuple(settings)))
-    return Table(tuple(merged), tables["fit"].configs)
+    return Table(tuple(merged), tables["fit"].configs, {path: class_defaults(path) for path in packaged_classes()})
+
+
+def packaged_classes() -> list[str]:
+    """The paths of the classes that the packaged configs name."""
+    files = CONFIG_FOLDER.rglob("*.yaml")
+    return sorted({path for file in files for path in CLASS_PATH.findall(file.read_text(encoding="utf-8"))})
 
 
 def settings_table(parser: ArgumentParser, values: Namespace) -> Table:

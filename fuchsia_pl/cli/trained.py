@@ -82,6 +82,31 @@ class Trained:
         return replace(card_facts(self.weights, self.policy, license_name), name=self.name)
 
 
+def find_weights(given: str, root: str | Path = DEFAULT_ROOT) -> tuple[Path, Path | None]:
+    """The folder of trained weights, and the run that they are of; None for an adapter without a run.
+
+    Args:
+        given: A run (see `find_run`), or the folder of an adapter.
+        root: Folder of the runs.
+
+    Raises:
+        RunNotFoundError: It is neither.
+        ConfigError: The run has no trained weights yet.
+    """
+    folder = Path(given).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file():
+        parent = folder.resolve().parent
+        is_of_run = folder.resolve().name == ADAPTER_FOLDER and (parent / SAVED_CONFIG).is_file()
+        return folder, parent if is_of_run else None
+    run = find_run(given, root)
+    folder = run / ADAPTER_FOLDER
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
+        raise ConfigError(
+            f"the run {run} has no trained weights: {folder} is written with the first checkpoint and at the end of training"
+        )
+    return folder, run
+
+
 def find_trained(given: str, root: str | Path = DEFAULT_ROOT, base: str | None = None) -> Trained:
     """Finds trained weights.
 
@@ -93,17 +118,7 @@ def find_trained(given: str, root: str | Path = DEFAULT_ROOT, base: str | None =
     Raises:
         ConfigError: There are none, or their config cannot be read.
     """
-    folder = Path(given).expanduser()
-    if (folder / ADAPTER_CONFIG).is_file():
-        is_of_run = folder.resolve().name == ADAPTER_FOLDER and (folder.resolve().parent / SAVED_CONFIG).is_file()
-        run = folder.resolve().parent if is_of_run else None
-    else:
-        run = find_run(given, root)
-        folder = run / ADAPTER_FOLDER
-    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
-        raise ConfigError(
-            f"the run {run} has no trained weights: {folder} is written with the first checkpoint and at the end of training"
-        )
+    folder, run = find_weights(given, root)
     policy = _policy_of_adapter(folder) if run is None else _policy_of_run(run)
     if base is not None:
         policy = replace(policy, name=base, hub_id=policy.hub_id or base_id(policy.name))

@@ -271,6 +271,9 @@ class Policy(nn.Module):
             state = {name: whole(tensor) for name, tensor in self.model.state_dict().items() if "lora_" in name}
             # Otherwise PEFT queries the hub at every sync for a changed vocabulary; embeddings are never adapted here.
             if writes:
+                folder.mkdir(parents=True, exist_ok=True)
+                # PEFT completes a model card that exists; for a new one it would compile a template at every sync.
+                (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
                 self.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
             return
         dtype = getattr(torch, self.config.dtype)

@@ -63,13 +63,18 @@ def objective_of(folder: Path) -> str:
 
 
 @cache
+def _table() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(SETTINGS_TABLE.read_text(encoding="utf-8"))
+    return loaded
+
+
+@cache
 def packaged_defaults() -> dict[str, str | None]:
     """Defaults of all settings with the default classes, as YAML; None for a required setting."""
-    groups = json.loads(SETTINGS_TABLE.read_text(encoding="utf-8"))["groups"]
     # In the table, "" is null.
     return {
         setting["key"]: "null" if setting["default"] == "" else setting["default"]
-        for group in groups
+        for group in _table()["groups"]
         for setting in group["settings"]
     }
 
@@ -109,7 +114,9 @@ def _class_defaults(leaves: dict[str, Any]) -> dict[str, str | None]:
             continue
         given = [name for name in leaves if name.startswith(f"{parent}.init_args.")]
         found |= dict.fromkeys(given)
-        arguments = _defaults_of(str(path))
+        packaged = _table()["classes"]
+        # A run of a packaged config imports no class here, and so no torch.
+        arguments = packaged[path] if path in packaged else class_defaults(str(path))
         found |= {
             name: arguments[name.removeprefix(f"{parent}.init_args.")]
             for name in given
@@ -118,7 +125,12 @@ def _class_defaults(leaves: dict[str, Any]) -> dict[str, str | None]:
     return found
 
 
-def _defaults_of(path: str) -> dict[str, str]:
+def class_defaults(path: str) -> dict[str, str]:
+    """Defaults of the arguments of a class, as YAML; none if its module may not be imported here, or cannot.
+
+    >>> class_defaults("torch.optim.lr_scheduler.LinearLR")["total_iters"], class_defaults("my_envs.Mine")
+    ('5', {})
+    """
     module, _, name = path.rpartition(".")
     if module not in sys.modules and module.partition(".")[0] not in TRUSTED:
         return {}

@@ -15,12 +15,13 @@ import yaml
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
+from fuchsia_pl.cli.report import report
 from fuchsia_pl.cli.run_command import HANDLERS
 from fuchsia_pl.cli.runs import runs as list_runs
 from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.objectives.presets import PRESETS
 from tests.contracts.test_structure import ROOT, tracked_files
-from tests.unit.test_cli import TINY
+from tests.doubles import TINY
 from tests.unit.test_serve import StartedError, start_nothing
 
 NAMES = ("README.md", "configs/README.md", "envs/README.md", "fuchsia_pl/README.md", "tests/README.md")
@@ -30,6 +31,7 @@ COMMANDS = [line.partition(" #")[0].strip() for line in re.findall(r"^(fuchsia .
 MAKE_TARGETS = re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE) + re.findall(r"`make (\w+)`", TEXT)
 QUICKSTART = "fuchsia fit --config quickstart.yaml"
 MOST_LINES = 230
+FEW_ITEMS = ["--data.environment.init_args.largest", "20"]  # of the quickstart, whose prompts are all checked
 
 
 def section(page: str, title: str) -> str:
@@ -61,6 +63,11 @@ def write_files(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "2 plus 3?"}\n{"prompt": "4 plus 5?", "id": "b"}\n')
 
 
+def shortened(command: str) -> str:
+    """The command with 4 steps in place of 50."""
+    return command.replace(" 50 ", " 4 ")
+
+
 class Runs:
     """Runs commands of the pages in one folder, each once: a tiny model, a tiny engine, two steps, four held-out items."""
 
@@ -74,7 +81,10 @@ class Runs:
         write_files(Path())
         self._folders: dict[str, Path | None] = {}
         assert self.folder(QUICKSTART) == Path("runs/quickstart/0")  # commands continue from its checkpoint
-        assert FuchsiaCLI(["fit", "--config", "quickstart.yaml", "--config", "tiny.yaml"]).run_folder.name == "1"
+        assert (
+            FuchsiaCLI(["fit", "--config", "quickstart.yaml", "--config", "tiny.yaml", *FEW_ITEMS]).run_folder.name
+            == "1"
+        )
 
     def folder(self, command: str) -> Path | None:
         """Runs a command unless it has run already; returns its run folder, None for a command without one."""
@@ -89,8 +99,11 @@ class Runs:
 
     def _run(self, command: str) -> Path | None:
         # With a tokenizer of single characters, prompts are long, and rendering thousands of them takes long.
+        command = shortened(command)
         command = re.sub(r"max_length \d+", "max_length 4000", command)
         words = shlex.split(re.sub(r"--model.policy.name \S+", "", command))[1:]
+        if "quickstart.yaml" in words and "--data.environment" not in command:
+            words += FEW_ITEMS
         if "countdown.yaml" in words or "function_calling.yaml" in words:
             words += ["--data.environment.init_args.num_train", "20"]
         if words[0] == "check-env":
@@ -122,7 +135,7 @@ class Runs:
             words = [*words, "--config", "tiny.yaml", "--data.sampling.max_length", "2000"]  # the tiny model has 2048
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("2 plus 2?\n/base\n"))
-            code = {**HANDLERS, "runs": list_runs}[words[0]](words[1:])
+            code = {**HANDLERS, "report": report, "runs": list_runs}[words[0]](words[1:])
         assert code == 0
 
 
@@ -149,7 +162,7 @@ def test_every_command_runs(runs, command):
     folder = runs.folder(command)
     verb = command.split()[1]
     if verb == "fit" and folder:
-        steps = re.search(r"max_steps (\d+)", command)
+        steps = re.search(r"max_steps (\d+)", shortened(command))
         assert len(runs.rows(command)) == (int(steps[1]) if steps else 2)
     elif verb in ("validate", "test", "predict") and "--input" not in command:
         split = {"validate": "validation"}.get(verb, verb)

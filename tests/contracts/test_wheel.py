@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fuchsia_pl import __version__
-from tests import doubles
+from tests import doubles, tiny_llama
 from tests.contracts.test_structure import ROOT, tracked_files
 
 LIBRARIES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
@@ -94,6 +94,8 @@ def folder(tiny_model, tmp_path) -> Path:
     (tmp_path / "envs/mine.py").write_text(MINE)
     (tmp_path / "configs/mine.yaml").write_text(CONFIG % tiny_model)
     shutil.copy(doubles.__file__, tmp_path / "mine_engine.py")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(tiny_llama.__file__, tmp_path / "tests")  # which the doubles import
     return tmp_path
 
 

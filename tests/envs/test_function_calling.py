@@ -114,7 +114,7 @@ def test_hostile_code_ends_within_its_limit_under_its_own_status(interpreter, ke
     code, status, words = HOSTILE[case]
     start = time.perf_counter()
     ((text, found),) = interpreter.cells(code, key=key)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20
     assert found == status, text
     assert words in text
     assert len(text) <= 4200

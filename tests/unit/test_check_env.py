@@ -1,7 +1,6 @@
 """`fuchsia check-env` as a command, with correct and faulty environments."""
 
 import asyncio
-import subprocess
 import sys
 from pathlib import Path
 
@@ -510,18 +509,11 @@ def test_it_shows_the_prompts_that_the_chat_template_of_the_config_makes(run, tm
 
 
 @pytest.mark.parametrize("config", ["quickstart.yaml", "countdown.yaml", "function_calling.yaml"])
-def test_the_environments_that_come_with_it_hold(config, tmp_path):
-    command = [
-        Path(sys.executable).parent / "fuchsia",
-        "check-env",
-        "--config",
-        config,
-        "--config",
-        "overlays/cpu.yaml",
-    ]
-    done = subprocess.run([*command, "--num-items", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith(": holds\n")
+def test_the_environments_that_come_with_it_hold(forkserver, config, tmp_path):
+    words = ["-m", "fuchsia_pl", "check-env", "--config", config, "--config", "overlays/cpu.yaml", "--num-items", "2"]
+    done = forkserver.run(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.printed
+    assert done.printed.endswith(": holds\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,8 +14,9 @@ from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.checkpoints import find_checkpoint
 from fuchsia_pl.cli.launch import CHECKPOINT_VARIABLE
 from fuchsia_pl.cli.run_folder import new_run_folder
+from tests.doubles import TINY
 from tests.unit.policy.test_adapter import Touches
-from tests.unit.test_cli import TINY, config, refused
+from tests.unit.test_cli import config, refused
 
 __all__ = ["config"]  # the fixture
 
@@ -154,7 +155,7 @@ def test_a_checkpoint_that_cannot_be_used_is_told_in_one_line_and_before_anythin
         said = refused(capsys, "fit", "--config", str(config), "--ckpt_path", path)
         assert words in said
         assert "Traceback" not in said
-        assert len(said.splitlines()) == 2  # and where all keys are listed
+        assert len(said.splitlines()) == 1
     assert not Path("touched").exists()
     other = refused(
         capsys, "validate", "--config", str(config), "--ckpt_path", str(last_of(0)), "--model.policy.lora.r", "2"
@@ -250,7 +251,7 @@ def test_a_bad_checkpoint_names_the_newest_good_one_and_last_takes_it(config, ca
         last.write_bytes(content)
         said = refused(capsys, "fit", "--config", str(config), "--ckpt_path", str(last))
         assert f"The newest whole one beside it is {older}, of step 1" in said, name
-        assert len(said.splitlines()) == 2, name  # and where all keys are listed
+        assert len(said.splitlines()) == 1, name
     validated = FuchsiaCLI(["validate", "--config", str(config), "--ckpt_path", "last", *VALIDATE])
     assert f"--ckpt_path last: {older}, of step 1" in capsys.readouterr().out
     assert validated.model.loaded_step == 1

@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
-from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
 from fuchsia_pl.callbacks.finite import FiniteGuard
@@ -23,30 +22,12 @@ from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from fuchsia_pl.cli.run_folder import CONFIG_FOLDER, find_configs, new_run_folder, run_name
 from fuchsia_pl.types import ConfigError
-
-TINY = """
-seed_everything: 3
-trainer: {accelerator: cpu, max_epochs: 1, max_steps: 2, limit_val_batches: 0}
-model:
-  policy: {name: %s, dtype: float32, lora: {r: 4, alpha: 8}}
-  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
-data:
-  batch_size: 5
-  steps_per_epoch: 2
-  sampling: {group_size: 2, max_completion_tokens: 4, max_length: 40}
-  environment: {class_path: tests.doubles.TinyEnvironment}
-  engine: {class_path: tests.doubles.TinyEngine}
-"""
+from tests.doubles import TINY
 
 
 @pytest.fixture
-def config(tiny_model, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fuchsia"])
-    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
-    # It would redirect the loggers of all later tests to a file of this test.
-    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: disable_progress_bar())
-    file = tmp_path / "tiny.yaml"
+def config(tiny_model, command_folder) -> Path:
+    file = command_folder / "tiny.yaml"
     file.write_text(TINY % tiny_model)
     return file
 
@@ -280,8 +261,10 @@ def test_mistakes_are_told_in_one_line_with_what_to_do(config, capsys, tiny_mode
     for word in words:
         assert word in printed
     assert "Traceback" not in printed
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["error", "All keys"]
-    assert not list(Path("runs").glob("*"))
+    first, *rest = printed.splitlines()
+    assert first.startswith("error: ")
+    assert rest == (["All keys: fuchsia fit --help-all"] if "unknown key" in first else [])
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -302,7 +285,14 @@ def test_mistakes_that_only_the_data_or_the_model_shows_are_told_in_the_same_way
     printed = refused(capsys, "fit", "--config", str(config), *arguments)
     assert words in printed
     assert "Traceback" not in printed
-    assert not list(Path("runs").glob("*"))
+    assert "All keys" not in printed
+    assert not Path("runs").exists()
+
+
+def test_a_required_key_that_is_missing_comes_with_the_command_that_lists_all(config, capsys):
+    printed = refused(capsys, "fit", "--data.environment", "tests.doubles.TinyEnvironment")
+    assert "the following arguments are required: fit.model.policy" in printed
+    assert printed.splitlines()[-1] == "All keys: fuchsia --help"
 
 
 @pytest.mark.parametrize(

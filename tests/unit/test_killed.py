@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +10,14 @@ import torch
 
 from tests.killed import CASES, NUM_STEPS
 
-ROOT = Path(__file__).parents[2]
 TIMES = {"sync/seconds", "perf/rollout_tokens_per_s", "epoch"}
 
 
 @pytest.fixture(scope="module")
-def done(tiny_model, tmp_path_factory) -> Path:
+def done(forkserver, tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "tests.killed", str(tiny_model), str(folder)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = forkserver.run("-m", "tests.killed", tiny_model, folder, timeout_s=400)
+    assert ended.returncode == 0, ended.printed[-3000:]
     return folder
 
 

@@ -1,16 +1,12 @@
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE, is_first_rank
-from fuchsia_pl.cli.run_folder import new_run_folder, remove_unused, run_name
+from fuchsia_pl.cli.run_folder import nearest_existing, new_run_folder, remove_unused, run_name
 from fuchsia_pl.types import ConfigError
+from tests.forked import free_port
 
-ROOT = Path(__file__).parents[2]
 SAY = "from fuchsia_pl.cli.run_folder import new_run_folder; import sys; sys.stdout.write(str(new_run_folder('runs', 'x')))"
 
 
@@ -19,31 +15,20 @@ def outside_of_a_run(monkeypatch):
     monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
 
 
-def test_all_ranks_of_torchrun_have_the_folder_of_the_first(tmp_path):
+def test_all_ranks_of_torchrun_have_the_folder_of_the_first(forkserver, tmp_path):
     """Two processes that share only torchrun's variables; the second starts later."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     (tmp_path / "runs/x/4").mkdir(parents=True)
-
-    def start(rank: int) -> subprocess.Popen:
-        torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-        # The first rank has the store, so it runs until the other has read it.
-        code = SAY + ("; sys.stdout.flush(); sys.stdin.read()" if rank == 0 else "")
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, **torchrun, **where},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    first, second = start(0), start(1)
-    said_second, _ = second.communicate(timeout=100)
-    said_first, _ = first.communicate(timeout=100)
-    assert said_first == said_second == "runs/x/5"
+    # The first rank has the store, so it runs until the other has read it.
+    wait = "while os.environ['RANK'] == '0' and not os.path.exists('read'): time.sleep(0.02)"
+    code = f"import os, time; {SAY}; sys.stdout.flush()\n{wait}"
+    variables = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables["MASTER_PORT"] = str(free_port())
+    first, second = (forkserver.start("-c", code, cwd=tmp_path, RANK=rank, **variables) for rank in "01")
+    assert second.wait(100) == 0
+    (tmp_path / "read").touch()
+    assert first.wait(100) == 0
+    assert first.printed == second.printed == "runs/x/5"
+    (tmp_path / "read").unlink()
     assert sorted(folder.name for folder in (tmp_path / "runs/x").iterdir()) == ["4", "5"]
 
 
@@ -101,8 +86,19 @@ def test_what_ran_is_not_removed_for_a_config_that_is_refused(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         for file in files:
             (tmp_path / "runs" / name / file).write_text("")
-        remove_unused(tmp_path / "runs" / name)
+        remove_unused(tmp_path / "runs" / name, kept=tmp_path)
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["ran"]
+
+
+def test_empty_folders_of_a_refused_run_go_and_those_that_were_there_stay(tmp_path):
+    there, root = tmp_path / "there", tmp_path / "there" / "new" / "runs"
+    there.mkdir()
+    kept = nearest_existing(root)
+    assert kept == there
+    remove_unused(new_run_folder(root, "x"), kept)
+    assert list(tmp_path.iterdir()) == [there]
+    assert list(there.iterdir()) == []
+    assert nearest_existing(Path("no/such")) == Path(".")
 
 
 def test_a_machine_that_nobody_tells_the_run_folder_is_refused(tmp_path, monkeypatch):

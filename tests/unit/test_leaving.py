@@ -1,7 +1,6 @@
 """User code that tries to end the process, at every place where it is called: the error names the place."""
 
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,8 +13,8 @@ from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.rollouts.calls import EnvironmentStepError
 from fuchsia_pl.rollouts.scoring import RewardError
 from fuchsia_pl.types import ConfigError
-from tests.doubles import RecordedEngine, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
-from tests.unit.test_cli import TINY, config
+from tests.doubles import TINY, RecordedEngine, TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
+from tests.unit.test_cli import config
 
 __all__ = ["config"]  # a fixture
 ROOT = Path(__file__).parents[2]
@@ -181,11 +180,10 @@ class Mine(TinyEnvironment):
 """
 
 
-def test_a_real_run_whose_reward_function_ends_the_process_fails_by_name(tiny_model, tmp_path):
+def test_a_real_run_whose_reward_function_ends_the_process_fails_by_name(forkserver, tiny_model, tmp_path):
     (tmp_path / "mine.py").write_text(USER)
     (tmp_path / "tiny.yaml").write_text(TINY % tiny_model)
-    words = [sys.executable, "-m", "fuchsia_pl", "fit", "--config", "tiny.yaml", "--data.environment", "mine.Mine"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    words = ["-m", "fuchsia_pl", "fit", "--config", "tiny.yaml", "--data.environment", "mine.Mine"]
+    done = forkserver.run(*words, cwd=tmp_path)
     assert done.returncode == 1
-    assert "the reward function 'correct' raised SystemExit: os._exit(0) on item" in done.stderr
+    assert "the reward function 'correct' raised SystemExit: os._exit(0) on item" in done.printed

@@ -1,7 +1,4 @@
 import csv
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -169,14 +166,12 @@ for name, environment in {"refilled": Spread(num_items=40), "skipped": Constant(
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_model, tmp_path_factory) -> Path:
+def two_ranks(forkserver, tiny_model, tmp_path_factory) -> Path:
     """A folder per objective, written by two processes over gloo, each with its own engine and half of the items."""
     root = tmp_path_factory.mktemp("two")
     (root / "two.py").write_text(TWO_RANKS)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(root / "two.py"), str(tiny_model), str(root)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = forkserver.run(root / "two.py", tiny_model, root, num_ranks=2, cwd=root)
+    assert done.returncode == 0, done.printed[-3000:]
     return root
 
 

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 from fuchsia_pl.cli.serve import serve
-from tests.unit.test_cli import TINY
+from tests.doubles import TINY
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,7 +252,7 @@ def test_a_port_that_cannot_be_listened_on_is_told_before_anything_is_read(monke
     assert error in capsys.readouterr().err
 
 
-def test_the_process_becomes_the_server(tmp_path, tiny_model):
+def test_the_process_becomes_the_server(forkserver, tmp_path, tiny_model):
     """With a module instead of the server: it receives signals, and its exit code is that of the command."""
     stand_in = tmp_path / "vllm/entrypoints/openai/api_server.py"
     stand_in.parent.mkdir(parents=True)
@@ -261,7 +260,7 @@ def test_the_process_becomes_the_server(tmp_path, tiny_model):
         (folder / "__init__.py").touch()
     stand_in.write_text("import sys; print(sys.argv[1:3]); sys.exit(7)")
     (tmp_path / "tiny.yaml").write_text(TINY % tiny_model)
-    words = [sys.executable, "-m", "fuchsia_pl", "serve", "--config", "tiny.yaml"]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
-    assert (done.returncode, done.stdout.strip()) == (7, f"['--model', '{tiny_model}']"), done.stderr
+    words = ["-m", "fuchsia_pl", "serve", "--config", "tiny.yaml"]
+    process = forkserver.start(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert process.wait(120) == 7, process.printed
+    assert process.printed.splitlines()[-1] == f"['--model', '{tiny_model}']"

@@ -1,10 +1,6 @@
 """Two ranks, each with its own server: if one rank has no server left, both end."""
 
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -28,30 +24,26 @@ trainer.fit(module, datamodule=data)
 
 
 @pytest.mark.parametrize("loser", [0, 1])
-def test_every_rank_ends_within_a_bound_where_one_has_no_server_left(tiny_model, tmp_path, loser):
+def test_every_rank_ends_within_a_bound_where_one_has_no_server_left(forkserver, tiny_model, tmp_path, loser):
     servers = [FakeServer(model=str(tiny_model)) for _ in range(2)]
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    words = [sys.executable, str(tmp_path / "two.py"), str(tiny_model), str(tmp_path), *(s.url for s in servers)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "console").open("w") as console:
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=console, stderr=console, env=environment)
-    printed = (tmp_path / "console").read_text
+    process = forkserver.start(tmp_path / "two.py", tiny_model, tmp_path, *(s.url for s in servers), cwd=tmp_path)
     end = time.monotonic() + 120
     while not all(len({body["model"] for body in server.bodies}) > 1 for server in servers):
-        assert process.poll() is None, printed()[-3000:]
-        assert time.monotonic() < end, printed()[-3000:]
+        assert process.poll() is None, process.printed[-3000:]
+        assert time.monotonic() < end, process.printed[-3000:]
         time.sleep(0.05)
     others = psutil.Process(process.pid).children(recursive=True)
     assert len(others) == 1
     servers[loser].kill()
     assert process.wait(60) != 0
     _, running = psutil.wait_procs(others, timeout=10)
-    assert not running, printed()[-3000:]
+    assert not running, process.printed[-3000:]
     for words in (
         f"[rank{loser}]",
         "no server was left for 1 s",
         servers[loser].url,
         "Start one with `fuchsia serve`",
     ):
-        assert words in printed()
+        assert words in process.printed
     servers[1 - loser].kill()

@@ -1,12 +1,9 @@
 """Runs that receive a signal to end, in every phase, in real processes; `tests/stopped.py` contains the runs."""
 
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +16,8 @@ from fuchsia_pl.cli.ending import leave_stopped
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.stopping import CLOSING_S, Stopped, stopping
 from fuchsia_pl.types import ConfigError
+from tests.forked import Forkserver
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 seed_everything: 3
 trainer:
@@ -66,37 +63,21 @@ TIMEOUT_S = 300.0
 class Runs:
     """The results of all scenes, and of an undisturbed run."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, forkserver: Forkserver, folder: Path, model: Path) -> None:
         self.folder = folder
         self.codes: dict[str, int] = {}
+        self._forkserver, self._printed = forkserver, dict[str, str]()
         (folder / "k.yaml").write_text(CONFIG % model)
         (folder / "model.gguf").write_bytes(b"none")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "FUCHSIA_CACHE": str(folder / "cache"),
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.stopped"],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
     def run(self, name: str, wanted: dict[str, object], *words: str) -> None:
         command = ["fit", "--config", str(self.folder / "k.yaml"), "--trainer.default_root_dir", name, *words]
-        self._process.stdin.write(json.dumps([command, wanted, str(self.folder / f"{name}.log")]) + "\n")
-        self._process.stdin.flush()
-        self.codes[name] = int(self._process.stdout.readline().split()[0])
-
-    def end(self) -> None:
-        self._process.communicate(timeout=TIMEOUT_S)
+        variables = {"TEST_SIGNAL": json.dumps(wanted), "FUCHSIA_CACHE": str(self.folder / "cache")}
+        process = self._forkserver.start("-m", "tests.stopped", *command, cwd=self.folder, **variables)
+        self.codes[name], self._printed[name] = process.wait(TIMEOUT_S), process.printed
 
     def said(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()
+        return self._printed[name]
 
     def checkpoint(self, name: str) -> Path:
         return self.folder / name / "k/0/checkpoints/last.ckpt"
@@ -109,8 +90,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model, tmp_path_factory):
-    made = Runs(tmp_path_factory.mktemp("stopped"), tiny_model)
+def runs(forkserver, tiny_model, tmp_path_factory):
+    made = Runs(forkserver, tmp_path_factory.mktemp("stopped"), tiny_model)
     made.run("straight", {})
     for name, (where, step, number, more, _, _) in SCENES.items():
         words = {
@@ -125,7 +106,6 @@ def runs(tiny_model, tmp_path_factory):
     for name in RESUMED:
         made.run(f"{name}, resumed", {}, "--ckpt_path", str(made.checkpoint(name)))
     made.run("leaving", {}, "--data.environment", "tests.stopped.Leaving")
-    made.end()
     return made
 
 

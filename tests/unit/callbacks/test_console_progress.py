@@ -177,7 +177,9 @@ def test_the_line_is_on_the_terminal_while_an_engine_has_the_descriptors(tmp_pat
             saved = os.dup(stream.fileno())
             os.dup2(log.fileno(), stream.fileno())
             with progress.activity("starting VLLMColocatedEngine"):
-                time.sleep(0.4)
+                end = time.monotonic() + 30
+                while not (tmp_path / "terminal").read_text() and time.monotonic() < end:
+                    time.sleep(0.02)
             os.dup2(saved, stream.fileno())
             os.close(saved)
         assert console.file is stream

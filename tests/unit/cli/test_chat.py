@@ -23,8 +23,7 @@ from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import Completion, ConfigError
-from tests.doubles import EOS
-from tests.unit.test_cli import TINY
+from tests.doubles import EOS, TINY
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, seed=1, stop_token_ids=(EOS,))
 PROMPT = [5, 6, 7]
@@ -220,7 +219,9 @@ def test_targets(tmp_path, monkeypatch, adapter):
     run = tmp_path / "runs/a/0"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("")
-    with pytest.raises(ConfigError, match="has no adapter/ yet"):
+    with pytest.raises(
+        ConfigError, match="has no trained weights: runs/a/0/adapter is written with the first checkpoint"
+    ):
         find_target("a/0", None)
     (run / "adapter").symlink_to(adapter)
     found = find_target("a/0", None)

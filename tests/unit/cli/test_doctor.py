@@ -50,7 +50,7 @@ def test_a_check_that_raises_or_hangs_is_a_finding(capsys):
     assert capsys.readouterr().err == ""
     start = time.monotonic()
     finding = only(bounded("hub", lambda: time.sleep(30) or [], 0.2))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert (finding.state, finding.text) == ("problem", "the check did not end within 0.2 s")
     finding = only(bounded("adapter", lambda: {}["x"], 5))
     assert (finding.check, finding.state, finding.text) == ("adapter", "problem", "KeyError: 'x'")

@@ -1,34 +1,19 @@
 """`fuchsia eval` on the tiny model, in this process."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.evaluate import evaluate
-from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from fuchsia_pl.envs import SingleTurnEnvironment
 from fuchsia_pl.evaluation.held_out import read_held_out
 from fuchsia_pl.run_record import read_record
-from tests.doubles import TinyEngine
+from tests.doubles import TinyEngine, tiny_config
 
-TINY = """
-seed_everything: 3
-trainer: {accelerator: cpu, max_epochs: 1, max_steps: 2, limit_val_batches: 0}
-model:
-  policy: {name: %s, dtype: float32, lora: {r: 4, alpha: 8}}
-  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.3}}
-data:
-  batch_size: 5
-  steps_per_epoch: 2
-  sampling: {group_size: 2, max_completion_tokens: 4, max_length: 40}
-  environment: {class_path: tests.unit.cli.test_evaluate.Letters}
-  engine: {class_path: tests.unit.cli.test_evaluate.CountedEngine}
-"""
+HERE = "tests.unit.cli.test_evaluate"
 
 
 class CountedEngine(TinyEngine):
@@ -70,14 +55,10 @@ class Others(Letters):
 
 
 @pytest.fixture
-def config(tiny_model, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fuchsia"])
-    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: disable_progress_bar())
+def config(tiny_model, command_folder, monkeypatch) -> Path:
     monkeypatch.setattr(CountedEngine, "starts", 0)
-    file = tmp_path / "tiny.yaml"
-    file.write_text(TINY % tiny_model)
+    file = command_folder / "tiny.yaml"
+    file.write_text(tiny_config(tiny_model, f"{HERE}.Letters", f"{HERE}.CountedEngine", lr=0.3))
     return file
 
 

@@ -12,7 +12,7 @@ from fuchsia_pl.callbacks.finite import NonFiniteError
 from fuchsia_pl.engines.base import EngineError
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.stopping import stopping
-from tests.unit.test_cli import TINY
+from tests.doubles import TINY
 
 main_module = importlib.import_module("fuchsia_pl.cli.main")  # the package has a function of that name
 run_module = importlib.import_module("fuchsia_pl.cli.run_command")
@@ -48,7 +48,7 @@ def test_a_refused_setting_is_one_line_and_debug_adds_the_traceback(command, cap
     assert second.startswith(first)
     assert "Traceback" in second
     assert "ConfigError: data.batch_size must be" in second
-    assert not list((tmp_path / "runs").glob("*"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_surrogate_in_the_working_directory_is_found_and_refused_in_one_line(command, capsys, tmp_path):

@@ -9,33 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from fuchsia_pl.callbacks.answer_log import answer_line
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.help_page import help_page, packaged_table
-from fuchsia_pl.cli.launch import RUN_FOLDER_VARIABLE
 from fuchsia_pl.cli.predict import predict
 from fuchsia_pl.engines.base import EngineError, SamplingParams
 from fuchsia_pl.envs import MultiTurnEnvironment, SingleTurnEnvironment
 from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.rollouts.in_order import Answers
 from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
-from tests.doubles import EOS, TinyEngine
+from tests.doubles import EOS, TinyEngine, tiny_config
 
-TINY = """
-seed_everything: 3
-trainer: {accelerator: cpu, max_epochs: 1, max_steps: 2, limit_val_batches: 0}
-model:
-  policy: {name: %s, dtype: float32, lora: {r: 4, alpha: 8}}
-  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.3}}
-data:
-  batch_size: 5
-  steps_per_epoch: 2
-  sampling: {group_size: 2, max_completion_tokens: 4, max_length: 40}
-  environment: {class_path: tests.doubles.TinyEnvironment}
-  engine: {class_path: tests.unit.cli.test_predict.WatchedEngine}
-"""
 HERE = "tests.unit.cli.test_predict"
 ENVIRONMENT = "--data.environment.class_path"
 
@@ -82,15 +67,11 @@ class Twice(MultiTurnEnvironment):
 
 
 @pytest.fixture
-def config(tiny_model, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fuchsia"])
-    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr("fuchsia_pl.cli.app.chatter_to", lambda folder: disable_progress_bar())
+def config(tiny_model, command_folder, monkeypatch) -> Path:
     for name, value in {"starts": 0, "prompts": [], "fails_after": 10**6, "slow": ()}.items():
         monkeypatch.setattr(WatchedEngine, name, value)
-    file = tmp_path / "tiny.yaml"
-    file.write_text(TINY % tiny_model)
+    file = command_folder / "tiny.yaml"
+    file.write_text(tiny_config(tiny_model, "tests.doubles.TinyEnvironment", f"{HERE}.WatchedEngine", lr=0.3))
     return file
 
 
@@ -200,9 +181,10 @@ def test_nothing_runs_when_all_rows_are_answered(config, capsys):
     assert "has the answers to all 4 rows: nothing is left to do" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "rows", "message"),
-    [
+def test_answers_of_other_settings_are_not_continued(config, capsys):
+    file_run(config)
+    before = Path("out.jsonl").read_bytes()
+    for options, rows, message in (
         (["--temperature", "0.5"], "1234", "temperature was 0.0 and is 0.5"),
         (["--samples", "2"], "1234", "samples was 1 and is 2"),
         (["--max_completion_tokens", "2"], "1234", "max_completion_tokens was 4 and is 2"),
@@ -210,18 +192,14 @@ def test_nothing_runs_when_all_rows_are_answered(config, capsys):
         (["--data.environment.init_args.num_items", "21"], "1234", "environment differs"),
         (["--as_items"], "1234", "as_items was false and is true"),
         ([], "1235", "input differs"),
-    ],
-)
-def test_answers_of_other_settings_are_not_continued(config, capsys, options, rows, message):
-    file_run(config)
-    before = Path("out.jsonl").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        file_run(config, *options, rows=[f"{row}?" for row in rows])
-    assert end.value.code == 2
-    (line, _) = capsys.readouterr().err.splitlines()[-2:]
-    assert "--output out.jsonl was begun with other settings: " in line
-    assert message in line
-    assert Path("out.jsonl").read_bytes() == before
+    ):
+        with pytest.raises(SystemExit) as end:
+            file_run(config, *options, rows=[f"{row}?" for row in rows])
+        assert end.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "--output out.jsonl was begun with other settings: " in line
+        assert message in line
+        assert Path("out.jsonl").read_bytes() == before
     assert WatchedEngine.starts == 1
 
 

@@ -1,9 +1,14 @@
 """`fuchsia report`."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fuchsia_pl.cli.report import report
+from fuchsia_pl.cli.run_folder import CONFIG_FOLDER
 from tests.run_folders import make_run
+from tests.unit.cli.test_help import PROBE
 
 
 @pytest.fixture
@@ -54,3 +59,10 @@ def test_a_file_that_cannot_be_written_is_one_line(root, capsys):
         report(["a/0", "--output", "file/x.html"])
     assert caught.value.code == 1
     assert "file/x.html cannot be written" in capsys.readouterr().err
+
+
+def test_the_report_of_a_run_of_a_packaged_config_needs_no_torch(root):
+    """Its optimizer, schedule, environment and engine are packaged classes, whose defaults are in a table."""
+    (root / "runs/a/0/config.yaml").write_text((CONFIG_FOLDER / "quickstart.yaml").read_text())
+    done = subprocess.run([sys.executable, "-c", PROBE, "report", "a/0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "runs/a/0/report.html\n", "")

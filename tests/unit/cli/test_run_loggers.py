@@ -12,16 +12,18 @@ import pytest
 import wandb
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.run_loggers import placed
-from tests.unit.test_cli import TINY, config, refused
+from tests.doubles import TINY
+from tests.unit.test_cli import config, refused
 from tests.wandb_file import read_run
 
 __all__ = ["config"]  # a fixture
+HERE = "tests.unit.cli.test_run_loggers"
 OFFLINE = "{class_path: WandbLogger, init_args: {project: tests, offline: true}}"
 TENSORBOARD = "{class_path: TensorBoardLogger, init_args: {save_dir: .}}"
 LOGGED = ("--completions_table.every_n_steps", "1", "--completions_table.max_rows", "4", "--trainer.limit_val_batches")
@@ -161,7 +163,30 @@ def test_a_logger_that_does_not_start_is_one_line_before_the_engine_starts(confi
     (line,) = [line for line in error.splitlines() if "error:" in line]
     assert "WandbLogger does not start: No API key configured. Use `wandb login` to log in." in line
     assert "--trainer.logger.init_args.offline true" in line
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
+
+
+class NoExperiment(Logger):
+    """A logger of a user that has nothing to start."""
+
+    name, version = "none", 0
+
+    def log_metrics(self, metrics, step=None): ...
+
+    def log_hyperparams(self, params, *args, **kwargs): ...
+
+
+class Broken(NoExperiment):
+    @property
+    def experiment(self):
+        return self.no_such_attribute
+
+
+def test_an_attribute_that_a_logger_lacks_in_its_start_is_no_logger_without_a_start(config, capsys):
+    words = ["fit", "--config", str(config), "--trainer.max_steps", "1", "--trainer.logger"]
+    assert FuchsiaCLI([*words, f"{HERE}.NoExperiment"]).trainer.global_step == 1
+    error = refused(capsys, *words, f"{HERE}.Broken")
+    assert "trainer.logger: Broken does not start: 'Broken' object has no attribute 'no_such_attribute'" in error
 
 
 def test_a_refused_run_leaves_no_files_of_loggers(config, capsys, monkeypatch, tmp_path):

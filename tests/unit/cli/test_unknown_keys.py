@@ -11,7 +11,7 @@ import pytest
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.foreign_names import SETTINGS, migration_table, our_setting, reason_not_offered
 from fuchsia_pl.cli.not_offered import NOT_OFFERED
-from tests.unit.test_cli import TINY
+from tests.doubles import TINY
 
 CONFIGS_PAGE = (Path(__file__).parents[3] / "configs/README.md").read_text()
 # Names of TRL before 1.0 and of transformers before 5, which are still in use.

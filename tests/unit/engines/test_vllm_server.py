@@ -216,7 +216,7 @@ def test_a_server_that_cannot_serve_the_run_is_refused_at_once(start, server, wo
     begin = time.perf_counter()
     with pytest.raises(ConfigError, match=words):
         start([fake], timeout_s=30)
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 15
     fake.kill()
 
 

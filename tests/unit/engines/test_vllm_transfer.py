@@ -134,7 +134,7 @@ def test_only_the_first_rank_sends_and_the_others_wait_for_it(server, sent, star
     assert second.policy_version == -1
     assert not sent
     asyncio.run(first.load_weights(folder, 0))
-    waiting.join(5)
+    waiting.join(30)
     assert (second.policy_version, len(sent)) == (0, 1)
     assert ask(second).logprobs == (-0.25, -0.25)
 
@@ -154,7 +154,7 @@ def test_a_transfer_that_never_ends_is_an_error_and_none_is_begun_beside_it(star
         with pytest.raises(EngineError, match=rf"did not have policy-{version}-\w+ within 0\.3 s: resume the run"):
             load(engine, tmp_path, version, -0.25)
     assert len(begun) == 1
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 20
 
 
 def test_a_transfer_that_its_caller_gave_up_is_waited_for(tmp_path, monkeypatch):

@@ -33,16 +33,16 @@ def test_stop_iteration_is_reported_immediately():
     start = time.perf_counter()
     with pytest.raises(StrayError, match="StopIteration"):
         asyncio.run(call_bounded(lambda _: next(iter(())), None, 20.0))
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 15
 
 
 def test_a_blocking_call_does_not_block_other_calls():
-    async def both():
-        start = time.perf_counter()
-        await asyncio.gather(*(call_bounded(time.sleep, 0.3, 5.0) for _ in range(4)))
-        return time.perf_counter() - start
+    barrier = threading.Barrier(4)  # which opens only if all four calls run
 
-    assert asyncio.run(both()) < 0.9  # sequentially they would take 1.2 s
+    async def all_four():
+        await asyncio.gather(*(call_bounded(barrier.wait, 30, 60.0) for _ in range(4)))
+
+    asyncio.run(all_four())
 
 
 def test_a_hanging_call_ends_at_its_time_limit_and_does_not_block_the_end_of_the_loop():
@@ -50,7 +50,7 @@ def test_a_hanging_call_ends_at_its_time_limit_and_does_not_block_the_end_of_the
     start = time.perf_counter()
     with pytest.raises(TimeoutError):
         asyncio.run(call_bounded(lambda _: release.wait(30), None, 0.2))
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 15
     release.set()
 
 

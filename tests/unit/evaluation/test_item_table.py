@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,12 +78,9 @@ def numbers_of(rank: int, size: int) -> str:
     return f"{table.items} {table.value('a').hex()} {[end.hex() for end in mean_interval(table.values('a'))]}"
 
 
-def test_two_ranks_have_the_numbers_of_one(tmp_path):
-    command = [sys.executable, "-c", TWO_RANKS]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=200)[0].strip() for process in ranks]
+def test_two_ranks_have_the_numbers_of_one(forkserver, tmp_path):
+    ranks = [forkserver.start("-c", TWO_RANKS, rank, tmp_path / "store") for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    printed = [rank.printed.strip().splitlines()[-1] for rank in ranks]
     assert printed == [numbers_of(0, 1)] * 2
     assert printed[0].startswith("[0, 1, 2, 3, 4, 5, 6] 0x")

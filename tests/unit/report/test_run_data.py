@@ -388,7 +388,9 @@ def test_settings_have_their_defaults_and_no_secrets(tmp_path):
         """
 seed_everything: 3
 trainer: {logger: [{class_path: WandbLogger, init_args: {anonymous: null, settings: {api_key: s3cret}}}]}
-model: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01, eps: 1.0e-08}}}
+model:
+  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01, eps: 1.0e-08}}
+  lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 3, gamma: 0.5}}
 data:
   sampling: {max_completion_tokens: 256}
   environment: {class_path: my.Own, init_args: {n: 1, judge_token: s3cret, env: {HF_TOKEN: s3cret}}}
@@ -401,6 +403,7 @@ data:
     assert found["seed_everything"] == ("3", "0")
     assert found["model.optimizer.init_args.lr"] == ("0.01", "0.001")
     assert found["model.optimizer.init_args.eps"] == ("1.0e-08", "1.0e-08")
+    assert found["model.lr_scheduler.init_args.gamma"] == ("0.5", "0.1")
     assert found["data.sampling.max_completion_tokens"] == ("256", "256")
     assert found["data.environment.init_args.n"] == ("1", None)
     assert found["data.engine.init_args.timeout_s"] == ("600", "600")  # the default is 600.0
