@@ -24,9 +24,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Message:
-    """What a check's process sends to its parent: a figure, its device, or its end."""
+    """What a check's process sends to its parent. The end comes last: the pipe may stay open in a process that is left."""
 
-    kind: Literal["figure", "device", "not here", "crash"]
+    kind: Literal["figure", "device", "not here", "crash", "end"]
     content: Any
 
 

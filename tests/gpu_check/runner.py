@@ -7,23 +7,24 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 
 from tests.gpu_check.checks import Check
-from tests.gpu_check.findings import Figure, Findings, Message, NotHereError, Outcome
+from tests.gpu_check.findings import Findings, Message, NotHereError, Outcome
 
 # A driver of NVIDIA, AMD, or Windows under WSL.
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-END_S = 10.0
+END_S, LOOK_S = 10.0, 0.5
 Report = Callable[[str], None]
 
 
@@ -72,12 +73,10 @@ def run_check(check: Check, context: BaseContext, log: Path, report: Report) -> 
         process.start()
         sender.close()
         try:
-            if _listen(receiver, process.sentinel, start + check.limit_s, outcome, report):
-                process.join(END_S)
-                if process.exitcode:
-                    _add(outcome, f"its process ended with code {process.exitcode}", report)
-            else:
-                _add(outcome, f"took longer than {check.limit_s:g} s", report)
+            for message in _messages(process, receiver, check.limit_s):
+                figure = outcome.take(message)
+                if figure is not None:
+                    report(f"    {'' if figure.holds else 'FAILED '}{figure.text}")
         finally:
             _end(process.pid)
             process.join(END_S)
@@ -86,26 +85,26 @@ def run_check(check: Check, context: BaseContext, log: Path, report: Report) -> 
     return outcome
 
 
-def _listen(receiver: Connection, sentinel: int, deadline: float, outcome: Outcome, report: Report) -> bool:
-    """Takes messages until the process has ended (True) or the time is up (False)."""
+def _messages(process: BaseProcess, receiver: Connection, limit_s: float) -> Iterator[Message]:
+    """The messages of a check, and one more if the last of them does not come."""
+    deadline = time.monotonic() + limit_s
     while (left := deadline - time.monotonic()) > 0:
-        ready = wait([receiver, sentinel], left)
-        if receiver in ready:
-            try:
-                figure = outcome.take(receiver.recv())
-            except EOFError:
-                wait([sentinel], END_S)
-                return True
-            if figure is not None:
-                report(f"    {'' if figure.holds else 'FAILED '}{figure.text}")
-        elif ready:  # it has ended; a process that it left holds the pipe open
-            return True
-    return False
-
-
-def _add(outcome: Outcome, problem: str, report: Report) -> None:
-    outcome.figures.append(Figure(problem, False))
-    report(f"    FAILED {problem}")
+        if not receiver.poll(min(left, LOOK_S)):
+            if process.is_alive():
+                continue
+            break  # killed, and a process that it left holds the pipe open
+        try:
+            message = receiver.recv()
+        except EOFError:
+            break
+        if message.kind == "end":
+            return
+        yield message
+    else:
+        yield Message("crash", f"took longer than {limit_s:g} s")
+        return
+    process.join(END_S)
+    yield Message("crash", f"its process ended with code {process.exitcode}")
 
 
 def _end(pid: int) -> None:
@@ -136,7 +135,7 @@ def _run(check: Check, log: str, scratch: str, sender: Connection) -> None:
         traceback.print_exc()
         sender.send(Message("crash", crash_text(error)))
     sys.stderr.flush()
-    sender.close()
+    sender.send(Message("end", None))
     os._exit(0)  # threads of libraries may never end
 
 
