@@ -7,6 +7,7 @@ Beside FILE.md are FILE.json (the same as data) and FILE.log (what the libraries
 """
 
 import argparse
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -56,6 +57,7 @@ def main(words: list[str]) -> int:
     log = options.out.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the check in progress, as Ctrl-C does
     outcomes = run_checks(checks, start_context(checks), log, report)
     run = Run(outcomes, date.today().isoformat(), time.monotonic() - start)
     run.write(options.out)

@@ -25,7 +25,7 @@ from tests.gpu_check.training import WORDS
 RANK, KV_CACHE_GB, MAX_LENGTH = 8, 2.0, 512
 MIN_FREED_GIB = 0.9 * KV_CACHE_GB
 MAX_DRIFT_GIB = 0.25  # between the free memory of one turn and the next
-NUM_SYNCS, NUM_SLEEPS = 3, 2
+NUM_SYNCS, NUM_SLEEPS, NUM_COMPARED = 3, 2, 4
 PROMPT_TOKENS, OWN_TOKENS = 24, 16
 # Largest mean |trainer logprob - sampling logprob|.
 GAPS = {"float32": 1e-3, "bfloat16": 0.1}
@@ -133,7 +133,7 @@ class Cycle:
 
     def compare(self, when: str) -> None:
         """Compares the engine's logprobs, and the adapter's effect on them, with the trainer's."""
-        pairs = self.sample(8)
+        pairs = self.sample(NUM_COMPARED)
         versions = {completion.policy_version for _, completion in pairs}
         batch = batch_of(pairs).to(self.machine.device)
         mask = batch.loss_mask
@@ -141,10 +141,12 @@ class Cycle:
             own, reference = self.policy.output(batch).logprobs[mask], self.policy.reference_logprobs(batch)[mask]
         sampled = batch.sampling_logprobs[mask]
         agreement = adapter_agreement(own, reference, sampled)
-        self.findings.bar(f"{when}: mean gap of logprobs", (own - sampled).abs().mean().item(), "<=", self.allowed_gap)
+        gap = (own - sampled).abs().mean().item()
         self.findings.require(
-            agreement.holds and versions == {self.version},
-            f"{when}: {agreement.slope:.3f} of the adapter's effect, version {sorted(versions)} of {self.version}",
+            gap <= self.allowed_gap and agreement.holds and versions == {self.version},
+            f"{when}: logprobs differ by {gap:.2g} on average (<= {self.allowed_gap:g}), {agreement.slope:.3f} of the adapter's "
+            f"effect (0.5 to 1.5), version {', '.join(map(str, versions))} (must be {self.version})",
+            gap=gap,
             slope=agreement.slope,
         )
 
@@ -158,9 +160,8 @@ class Cycle:
             asyncio.run(self.engine.wake())
             awake.append(self.free())
             seconds = time.perf_counter() - start
-            self.findings.note(f"sleep and wake {number}: {seconds:.2f} s", seconds=seconds)
             self.sync()
-            self.compare(f"after sleep {number}")
+            self.compare(f"after sleep and wake {number} ({seconds:.2f} s)")
         if self.machine.is_gpu:
             self.findings.bar("GiB freed by a sleep", min(asleep) - awake[0], ">=", MIN_FREED_GIB)
             drift = max(max(each) - min(each) for each in (awake, asleep))

@@ -22,7 +22,7 @@ def environment(findings: Findings) -> None:
         _cards(findings)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    findings.note(f"{processor()}, {cores} cores, {threads} threads of torch, {memory:.0f} GiB", cores=cores)
+    findings.note(f"{processor()}, {cores} cores, of which torch uses {threads}, {memory:.0f} GiB", cores=cores)
     if not machine.is_gpu and machine.dtype == "float32":
         findings.note("no bfloat16 instructions: the checks compute in float32")
     findings.note(", ".join(f"{name} {installed(name)}" for name in PACKAGES), **{n: installed(n) for n in PACKAGES})

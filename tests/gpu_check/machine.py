@@ -15,6 +15,7 @@ from fuchsia_pl.policy.memory import is_out_of_memory
 from tests.gpu_check.findings import Findings, NotHereError
 
 GIB = 2**30
+NUM_ROUNDS = {"cuda": 3, "cpu": 1}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -97,11 +98,11 @@ class Cost:
         return f"{self.peak_bytes / GIB:.2f} GiB"
 
 
-def cost(machine: Machine, work: Callable[[], object], rounds: int = 3) -> Cost:
+def cost(machine: Machine, work: Callable[[], object]) -> Cost:
     """Runs `work` once to warm up, then measures it."""
     work()
     seconds, peaks = [], []
-    for _ in range(rounds):
+    for _ in range(NUM_ROUNDS[machine.device.type]):
         machine.wait()
         with Peak(machine) as peak:
             start = time.perf_counter()

@@ -26,7 +26,7 @@ from tests.gpu_check.models import (
     save_model,
 )
 
-HEAD_TOKENS = {"cuda": 16_384, "cpu": 512}
+HEAD_TOKENS = {"cuda": 16_384, "cpu": 256}
 
 
 def head(findings: Findings) -> None:
@@ -46,7 +46,7 @@ def head(findings: Findings) -> None:
         (found.sum() + 0.1 * entropies.sum()).backward()
         return found.detach()
 
-    taken, logits_bytes = cost(machine, work, rounds=2), 4 * number * VOCABULARY
+    taken, logits_bytes = cost(machine, work), 4 * number * VOCABULARY
     few = slice(0, 128)
     expected = torch.log_softmax(output.logits(hidden.detach()[few]), dim=1).gather(1, labels[few, None]).squeeze(1)
     findings.note(
@@ -63,8 +63,8 @@ def head(findings: Findings) -> None:
 def checkpointing(findings: Findings) -> None:
     """Kept bytes, memory, time and gradients with activations kept, recomputed and offloaded."""
     machine = here(findings)
-    prompt, own = (1024, 384) if machine.is_gpu else (96, 32)
-    rows, width = make_rows(1, prompt, own, 512), 1024 if machine.is_gpu else 128
+    prompt, own = (1024, 384) if machine.is_gpu else (48, 16)
+    rows, width = make_rows(1, prompt, own, 512), 1024 if machine.is_gpu else 96
     found: dict[str, tuple[Cost, int, Tensor]] = {}
     with TemporaryDirectory() as folder:
         sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 12}
@@ -76,7 +76,7 @@ def checkpointing(findings: Findings) -> None:
         }.items():
             policy = make_policy(model, machine.device, machine.dtype, checkpointing=settings)
             batch = make_batch(rows, policy.shares_prefix, machine.device)
-            taken = cost(machine, lambda policy=policy, batch=batch: backward(policy, batch, machine), rounds=2)
+            taken = cost(machine, lambda policy=policy, batch=batch: backward(policy, batch, machine))
             slope = gradient(policy)
             kept = resident(policy, batch, machine)
             found[name] = taken, kept, slope

@@ -24,7 +24,7 @@ from tests.gpu_check.findings import Findings, Message, NotHereError, Outcome
 # A driver of NVIDIA, AMD, or Windows under WSL.
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-END_S, LOOK_S = 10.0, 0.5
+END_S, LOOK_S = 5.0, 0.5
 Report = Callable[[str], None]
 
 
@@ -98,6 +98,7 @@ def _messages(process: BaseProcess, receiver: Connection, limit_s: float) -> Ite
         except EOFError:
             break
         if message.kind == "end":
+            process.join(END_S)  # its libraries free what belongs to the system
             return
         yield message
     else:
@@ -136,7 +137,6 @@ def _run(check: Check, log: str, scratch: str, sender: Connection) -> None:
         sender.send(Message("crash", crash_text(error)))
     sys.stderr.flush()
     sender.send(Message("end", None))
-    os._exit(0)  # threads of libraries may never end
 
 
 def crash_text(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The table of the outcomes, in Markdown and JSON."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def figure_text(figure: Figure) -> str:
 def escaped(text: str) -> str:
     """Text that stays in its cell of a Markdown table.
 
-    >>> escaped("a | b\\nof <module>")
-    'a \\\\| b of &lt;module>'
+    >>> escaped("a | b\\n<= 1 of <module>")
+    'a \\\\| b <= 1 of &lt;module>'
     """
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"<(?=[\w/!])", "&lt;", " ".join(text.split()).replace("|", "\\|"))
