@@ -74,15 +74,13 @@ def trained(module: GRPOModule) -> Tensor:
 
 def fit(findings: Findings) -> None:
     """Ten steps, and the same ten as five, a checkpoint and five more. The engine samples on the CPU."""
-    machine, gaps, preflight = here(findings), Gaps(), Preflight()
+    machine, gaps = here(findings), Gaps()
     with TemporaryDirectory() as made:
         root = Path(made)
         model = save_model(root / "model", machine, **WORDS)
         start = time.perf_counter()
-        straight, _ = run(model, root, machine, 10, TinyEngine(), gaps, preflight)
+        straight, _ = run(model, root, machine, 10, TinyEngine(), gaps, Preflight())
         findings.note(f"ten steps in {time.perf_counter() - start:.1f} s", gaps=gaps.gaps)
-        if preflight.plan is not None:
-            findings.note(f"preflight: {preflight.plan.text}")
         allowed = 1e-3 if machine.dtype == "float32" else 0.15
         findings.bar("largest gap of logprobs between trainer and engine", max(gaps.gaps), "<=", allowed)
         _, first = run(model, root, machine, 5, TinyEngine())
@@ -144,7 +142,7 @@ def turns(findings: Findings) -> None:
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8} if machine.is_gpu else {}
     with TemporaryDirectory() as made:
         root = Path(made)
-        model = save_model(root / "model", machine, **WORDS, **sizes)
+        model = save_model(root / "model", machine, **{**WORDS, **sizes})
         for name, fused in (("fused AdamW", True), ("AdamW", False)):
             adam = partial(torch.optim.AdamW, lr=1e-2, fused=fused)
             plain, _ = run(model, root, machine, 2, RecordedEngine(), optimizer=adam)
