@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+from fuchsia_pl import orphans
 from tests.gpu_check.checks import CHECKS, Check
 from tests.gpu_check.runner import run_checks, start_context
 from tests.gpu_check.table import Run
@@ -58,6 +59,7 @@ def main(words: list[str]) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the check in progress, as Ctrl-C does
+    orphans.watch()  # ends it also if this process is killed
     outcomes = run_checks(checks, start_context(checks), log, report)
     run = Run(outcomes, date.today().isoformat(), time.monotonic() - start)
     run.write(options.out)
