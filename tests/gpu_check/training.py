@@ -62,7 +62,7 @@ def run(
         max_steps=steps,
         **{"devices": 1, **settings},
     )
-    trainer.fit(module, datamodule=make_data(module, engine), ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=make_data(module, engine, batch_size=3), ckpt_path=ckpt_path)
     return module, trainer
 
 
