@@ -126,6 +126,7 @@ def _run(check: Check, log: str, scratch: str, sender: Connection) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    sys.stdout = sys.stderr = os.fdopen(descriptor, "a", buffering=1)
     sys.stderr.write(f"\n===== {check.name} =====\n")
     try:
         findings = Findings(sender.send, check.is_named)
