@@ -31,12 +31,17 @@ NUM_KERNELS = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """What one way of computing the rows takes and gives."""
+    """What one way of computing the rows takes and gives; its attention kernels with their milliseconds, longest first."""
 
     cost: Cost
     logprobs: Tensor
     gradient: Tensor
-    kernels: str
+    kernels: dict[str, float]
+
+    @property
+    def text(self) -> str:
+        """Time and memory."""
+        return f"{self.cost.seconds:.3f} s, {self.cost.peak}"
 
 
 def shared_prefix(findings: Findings) -> None:
@@ -51,6 +56,7 @@ def shared_prefix(findings: Findings) -> None:
             name: make_policy(model, machine.device, machine.dtype, shared_prefix=wish, **settings)
             for name, wish in WISHES.items()
         }
+        kernels_before: dict[str, set[str]] = {}
         for tokens in TOKENS[kind]:
             rows = make_rows(1, tokens // 2, tokens // (2 * GROUP), 512)
             found: dict[str, Measured] = {}
@@ -59,6 +65,11 @@ def shared_prefix(findings: Findings) -> None:
                     batch = make_batch(rows, policy.shares_prefix, machine.device)
                     found[name] = measured(policy, batch, machine)
             report(findings, tokens, found, machine)
+            for name, each in found.items():
+                if each.kernels.keys() != kernels_before.get(name):  # another size may take other kernels
+                    kernels_before[name] = set(each.kernels)
+                    shown = ", ".join(f"{kernel} {time:.1f} ms" for kernel, time in each.kernels.items())
+                    findings.note(f"attention kernels from {tokens} tokens on, {name}: {shown or 'none by name'}")
 
 
 def measured(policy: Policy, batch: Batch, machine: Machine) -> Measured:
@@ -69,28 +80,33 @@ def measured(policy: Policy, batch: Batch, machine: Machine) -> Measured:
 
 
 def report(findings: Findings, tokens: int, found: dict[str, Measured], machine: Machine) -> None:
-    """Notes the figures of one size."""
-    for name, each in found.items():
-        findings.note(
-            f"{tokens} tokens, {name}: {each.cost.seconds:.3f} s, {each.cost.peak}; {each.kernels}",
-            **{f"{name}_{tokens}_seconds": each.cost.seconds, f"{name}_{tokens}_peak_bytes": each.cost.peak_bytes},
-        )
+    """Adds the figures of one size."""
     if len(found) < len(WISHES):
+        for name, each in found.items():
+            findings.note(f"{tokens} tokens, {name}: {each.text}")
         return
     shared, plain = found["shared"], found["plain"]
-    difference = (shared.logprobs - plain.logprobs).abs()
+    ratio = plain.cost.seconds / shared.cost.seconds
     # A plain row computes the prompt again: 8 (1/2 + 1/16) = 4.5 times the tokens.
-    findings.bar(f"{tokens} tokens: plain / shared seconds", plain.cost.seconds / shared.cost.seconds, ">=", 1.0)
+    findings.require(
+        ratio >= 1,
+        f"{tokens} tokens: {shared.text}; plain rows {plain.text}: {ratio:.2f} times (>= 1; the tokens allow 4.5)",
+        **{f"{name}_{tokens}_seconds": each.cost.seconds for name, each in found.items()},
+        **{f"{name}_{tokens}_peak_bytes": each.cost.peak_bytes for name, each in found.items()},
+    )
+    difference = (shared.logprobs - plain.logprobs).abs()
     if machine.dtype == "float32":
-        findings.bar(f"{tokens} tokens: largest difference of logprobs", difference.max().item(), "<=", EXACT)
-        slopes = relative(shared.gradient, plain.gradient)
-        findings.bar(f"{tokens} tokens: relative difference of gradients", slopes, "<=", EXACT)
+        largest, slopes = difference.max().item(), relative(shared.gradient, plain.gradient)
+        text = (
+            f"{tokens} tokens: logprobs differ by {largest:.2g} at most, gradients by {slopes:.2g} (each <= {EXACT:g})"
+        )
+        findings.require(max(largest, slopes) <= EXACT, text, logprobs=largest, gradients=slopes)
     else:
         findings.bar(f"{tokens} tokens: mean difference of logprobs", difference.mean().item(), "<=", ROUNDED)
 
 
-def kernels(policy: Policy, batch: Batch, machine: Machine) -> str:
-    """Names of the attention kernels with the most time in one forward and backward."""
+def kernels(policy: Policy, batch: Batch, machine: Machine) -> dict[str, float]:
+    """The attention kernels with the most time in one forward and backward, and their milliseconds."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if machine.is_gpu else [])]
     with profile(activities=activities) as profiler:
         backward(policy, batch, machine)
@@ -101,10 +117,10 @@ def kernels(policy: Policy, batch: Batch, machine: Machine) -> str:
         is_attention = ATTENTION.search(event.key) and not OTHER.search(event.key)
         if event.device_type == kind and is_attention:
             name = short(event.key)
-            seconds = event.self_device_time_total if machine.is_gpu else event.self_cpu_time_total
-            times[name] = times.get(name, 0.0) + seconds
+            microseconds = event.self_device_time_total if machine.is_gpu else event.self_cpu_time_total
+            times[name] = times.get(name, 0.0) + microseconds / 1000
     longest = sorted(times, key=lambda name: times[name], reverse=True)[:NUM_KERNELS]
-    return ", ".join(f"{name} {times[name] / 1000:.1f} ms" for name in longest) or "no attention kernel by name"
+    return {name: times[name] for name in longest}
 
 
 def short(name: str) -> str:

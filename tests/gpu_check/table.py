@@ -72,7 +72,7 @@ def row(outcome: Outcome) -> str:
     else:
         ordered = sorted(outcome.figures, key=lambda figure: figure.holds)
         figures = "<br>".join(figure_text(figure) for figure in ordered) or "no figures"
-    name = f"`{outcome.name}` {escaped(outcome.title)}"
+    name = f"`{outcome.name}`<br>{escaped(outcome.title)}"
     return f"| {name} | {outcome.device or '-'} | {SHOWN[outcome.result]} | {figures} |"
 
 

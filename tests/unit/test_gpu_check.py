@@ -149,9 +149,9 @@ def test_the_table_has_a_line_per_check_and_its_data_are_the_same(tmp_path):
     assert (tmp_path / "a" / "table.md").read_text() == (
         "### 1 x Card\n\n2026-11-27, 1.5 minutes: 1 fail, 1 not here, 1 pass.\n\n"
         "| check | device | result | figures |\n|---|---|---|---|\n"
-        "| `environment` versions | cuda, bfloat16 | pass | 1 x Card |\n"
-        "| `one` first | cuda, bfloat16 | **fail** | **gap 2 (<= 1)**<br>a \\| b &lt;i> |\n"
-        "| `two` second | - | not here | needs 2 GPUs |\n"
+        "| `environment`<br>versions | cuda, bfloat16 | pass | 1 x Card |\n"
+        "| `one`<br>first | cuda, bfloat16 | **fail** | **gap 2 (<= 1)**<br>a \\| b &lt;i> |\n"
+        "| `two`<br>second | - | not here | needs 2 GPUs |\n"
     )
     data = json.loads((tmp_path / "a" / "table.json").read_text())
     assert [each["result"] for each in data["checks"]] == ["pass", "fail", "not here"]
