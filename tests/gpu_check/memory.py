@@ -26,7 +26,7 @@ from tests.gpu_check.models import (
     save_model,
 )
 
-HEAD_TOKENS = {"cuda": 16_384, "cpu": 512}
+HEAD_TOKENS = {"cuda": 16_384, "cpu": 1024}
 
 
 def head(findings: Findings) -> None:
