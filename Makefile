@@ -1,6 +1,7 @@
 # `make quickstart` trains a real model, `make test` passes the tests, `make fast` the quick ones, `make mutants` checks that the tests of objectives and figures
 # notice every mistake, `make chaos` kills and continues a run a hundred times, `make fuzz` reads thousands of mutated configs
 # and files, `make soak` trains 600 steps and counts memory, `make bench` measures the tables of tests/README.md, `make setup` only installs.
+# `make gpu-check` shows in ten minutes what works on this machine's GPU, and writes it as a table (runs/gpu-check.md).
 # Variables: EXTRA=cpu|gpu (default: gpu where nvidia-smi answers), PYTHON, VENV, ARGS (added to the quickstart's command).
 
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready-$(EXTRA)
 READY_DEV := $(VENV)/.ready-$(EXTRA)-dev
 
-.PHONY: quickstart test fast setup check bench mutants chaos fuzz soak clean
+.PHONY: quickstart test fast setup check bench mutants chaos fuzz soak gpu-check clean
 
 quickstart: $(READY)
 	$(BIN)/fuchsia fit --config quickstart.yaml $(ARGS)
@@ -48,6 +49,9 @@ soak: $(READY_DEV)
 
 fuzz: $(READY_DEV)
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

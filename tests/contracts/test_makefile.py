@@ -32,7 +32,7 @@ def test_a_second_call_installs_nothing(tmp_path):
     for ready in ("bin/python", ".ready-cpu", ".ready-cpu-dev"):
         (tmp_path / ready).parent.mkdir(exist_ok=True)
         (tmp_path / ready).touch()
-    for target in ("setup", "quickstart", "test"):
+    for target in ("setup", "quickstart", "test", "gpu-check"):
         assert "pip" not in planned(target, f"VENV={tmp_path}", "EXTRA=cpu")
 
 
