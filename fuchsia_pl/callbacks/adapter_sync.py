@@ -111,13 +111,13 @@ class AdapterSync(Callback):
         """
         policy = policy_of(trainer)
         self._probed = None
-        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0 and batch.step.policy_update == 0
-        if first_of_step:
+        first_of_phase = batch_idx % trainer.accumulate_grad_batches == 0 and batch.step.phase_step == 0
+        if first_of_phase:
             self._check_content(trainer, policy)
-        self._lag = trainer.global_step - batch.step.policy_update - batch.step.policy_version
+        self._lag = trainer.global_step - batch.step.phase_step - batch.step.policy_version
         # The probe compares the sampling weights with the current ones, so the steps between must be few against all steps.
         is_comparable = batch.step.policy_version > MIN_STEPS_PER_LAG * self._lag
-        if self.agreement is not None or not (first_of_step and policy.has_reference and is_comparable):
+        if self.agreement is not None or not (first_of_phase and policy.has_reference and is_comparable):
             return
         self._num_candidates += 1
         if self._num_probes == MAX_PROBES or self._num_candidates.bit_count() > 1:

@@ -44,8 +44,8 @@ class FiniteGuard(Callback):
     The callback must be before those that write weights in the trainer's callbacks; the command puts it first.
 
     Args:
-        max_nonfinite_steps: Number of skipped steps in a row that stops the run. The steps of a phase train the same rollouts
-            (`num_policy_updates`), so one bad rollout skips all of them: they count as one.
+        max_nonfinite_steps: Number of skipped steps in a row that stops the run. With `num_policy_updates`, one bad rollout skips
+            every step that trains it: they count as one.
         record_steps: Numbers of steps, counted from 1, that are recorded in the same way although they are finite.
 
     Raises:

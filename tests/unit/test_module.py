@@ -13,9 +13,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 
-from fuchsia_pl.batch import StepInfo
+from fuchsia_pl.batch import StaleBatchError, StepInfo
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
-from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
