@@ -56,8 +56,8 @@ class LossConfig:
         beta: Weight of the KL to the reference; with 0 the loss never runs the reference.
         entropy_weight: Weight of the entropy bonus, the mean entropy of the step's tokens.
         mini_batches: Number of optimizer steps into which the rollouts of a phase are split, each of which uses its share once.
-            Each rank's part of `data.batch_size` must be a multiple of it. Above 1, the trainer computes its logprobs of all shares
-            but the first before the first step, in one more forward.
+            Each rank's part of `data.batch_size` must be a multiple of it. Above 1, the trainer computes its logprobs of all
+            shares but the first before the first step, in one more forward.
         num_policy_updates: Passes over the rollouts of a phase, each of `mini_batches` optimizer steps. With LoRA dropout, the
             ratio of all steps but the first has dropout in the numerator and none in the denominator.
         old_logprobs: Denominator of the ratio. "trainer": the trainer's logprobs before the first update. "sampler": the
