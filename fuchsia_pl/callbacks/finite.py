@@ -122,7 +122,7 @@ class FiniteGuard(Callback):
         )
         if self._num_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(
-                f"step {step}: {found}. It is phase {self._num_in_a_row} of this kind in a row, and "
+                f"step {step}: {found}. {self._num_in_a_row} sets of rollouts in a row had such a step, and "
                 f"finite_guard.max_nonfinite_steps is {self.max_nonfinite_steps}. The weights are those of the last good step. "
                 "Lower the learning rate or the rewards, or set trainer.precision to 32-true"
             )
