@@ -119,7 +119,8 @@ class RolloutDataModule(LightningDataModule):
         trainer, self._stage = self._trainer, stage
         if stage != "predict":
             check_rewards(self.environment)
-        preparation.check_shares(self.batch_size, trainer.world_size, self.loss.mini_batches)
+        mini_batches = self.loss.mini_batches if stage == "fit" else 1
+        preparation.check_shares(self.batch_size, trainer.world_size, mini_batches)
         sleeps = check_run_setup(trainer)
         steps_per_phase = self.loss.steps_per_phase
         self._limits = take_limits(trainer, stage, self.steps_per_epoch, steps_per_phase, self.batch_size)

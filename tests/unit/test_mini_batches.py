@@ -39,7 +39,9 @@ class Watch(Callback):
         self.metrics.append({name: float(value) for name, value in pl_module.step_metrics.items()})
 
     def rows(self, step: int) -> list:
-        return [sample for batch in self.batches[step] for sample in batch.samples]
+        """The rows of a step, with those that do not enter the forward because their advantages are 0."""
+        batches = self.batches[step]
+        return [*(sample for batch in batches for sample in batch.samples), *batches[0].step.zero_advantage]
 
 
 def fit(
@@ -152,8 +154,9 @@ def test_gradients_and_clip_fractions_are_those_of_the_formula(tiny_model, tmp_p
                 ratio = (row_logprobs(module, sample) - old).exp()
                 bounded = ratio.clamp(0.98, 1.05)
                 total = total - torch.minimum(ratio * advantage, bounded * advantage).mean() / len(rows)
-                num_clipped += int((bounded * advantage < ratio * advantage).sum())
-                num_tokens += len(old)
+                if any(sample.advantages):  # metrics are means over the tokens in the forward, the loss over all rows
+                    num_clipped += int((bounded * advantage < ratio * advantage).sum())
+                    num_tokens += len(old)
             gradients = torch.autograd.grad(total, module.policy.trainable_parameters())
             return gradients, num_clipped / num_tokens
 
