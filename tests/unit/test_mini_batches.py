@@ -189,14 +189,14 @@ def test_the_rollouts_of_a_phase_are_split_once_synced_once_and_logged_once(tiny
 
 def test_a_run_resumes_between_phases_bit_for_bit(tiny_model, tmp_path):
     loss = LossConfig("ppo", mini_batches=2, num_policy_updates=2, beta=0.1)
-    settings = {"lora": {"dropout": 0.1}, "accumulate_grad_batches": 2}
+    settings = {"lora": {"dropout": 0.1}, "accumulate_grad_batches": 2, "data": {"steps_per_epoch": 12}}
     straight, *_ = fit(tiny_model, tmp_path / "a", loss, max_steps=12, **settings)
     checkpoint = RunCheckpoint(every_n_steps=5)
     fit(tiny_model, tmp_path / "b", loss, checkpoint, max_steps=8, enable_checkpointing=True, **settings)
     assert checkpoint._every_n_train_steps == 8  # rounded up to whole phases of four steps
     module = make_module(tiny_model, loss, dropout=0.1)
     trainer = make_trainer(tmp_path / "c", max_steps=12, max_epochs=-1, accumulate_grad_batches=2)
-    data = make_data(module, TinyEngine(), batch_size=4, steps_per_epoch=4)
+    data = make_data(module, TinyEngine(), batch_size=4, steps_per_epoch=12)
     trainer.fit(module, datamodule=data, ckpt_path=tmp_path / "b/checkpoints/last.ckpt")
     assert torch.equal(final(module), final(straight))
 

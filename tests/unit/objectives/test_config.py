@@ -125,7 +125,10 @@ def test_where_the_kl_goes():
             {"surrogate": "reinforce", "num_policy_updates": 2},
             'num_policy_updates=2 needs a surrogate with a ratio: "reinforce" has',
         ),
-        ({"surrogate": "reinforce", "mini_batches": 4}, 'mini_batches=4 needs a surrogate with a ratio: "reinforce" has'),
+        (
+            {"surrogate": "reinforce", "mini_batches": 4},
+            'mini_batches=4 needs a surrogate with a ratio: "reinforce" has',
+        ),
         (
             {"old_logprobs": "sampler", "sampler_correction": SamplerCorrection(mode="truncate")},
             "it would be corrected twice",

@@ -118,7 +118,7 @@ def test_a_mini_batch_without_rows_or_advantages_is_skipped_and_the_others_are_n
     assert reasons == ["every advantage of the step is 0: the rewards do not differ", None]
     # Dynamic sampling kept one group of two. The groups that it dropped are logged with the first step.
     sampled = Sampled([SPLIT], dropped=[ALIKE], num_refills=0, seconds=2.0)
-    phase = make_phase(LossConfig("dapo", mini_batches=2))
+    phase = make_phase(LossConfig("dapo", mini_batches=2, truncated="keep"))  # a penalty would change the rewards
     batches = phase.batches(sampled, 3, 3, Forward(1, False, no_signals))
     first, second = (batch.step for batch in batches)
     assert first.skip_reason.startswith("none of the step's rollouts can be trained on")
