@@ -210,7 +210,7 @@ def test_a_later_mini_batch_needs_the_logprobs_of_the_phases_start():
     back = ONE_TOKEN.probabilities(OTHER) / ONE_TOKEN.probabilities(POLICY)
     assert same(start, exact(ONE_TOKEN.rewards, ONE_TOKEN))
     assert same(moved, exact(ONE_TOKEN.rewards * back, ONE_TOKEN))
-    assert torch.cosine_similarity(start, moved, dim=0) < 0.99
+    assert not same(start, moved)
 
 
 def test_corrections_of_the_sampler_remove_its_bias_as_documented():
