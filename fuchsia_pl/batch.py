@@ -13,6 +13,10 @@ from torch import Tensor
 from fuchsia_pl.types import Rollout, Sample
 
 
+class StaleBatchError(RuntimeError):
+    """A batch was sampled with weights other than those that it would train."""
+
+
 @dataclass(frozen=True)
 class Denominators:
     """Divisors of a loss, counted over one optimizer step and all ranks, never over one micro-batch.
@@ -58,17 +62,20 @@ class StepInfo:
         step: The optimizer step that the rows train, counted from 0.
         denominators: Divisors of the loss and of the metrics, over all micro-batches and ranks.
         policy_version: The optimizer step whose weights sampled the rows; the oldest one if several did.
-        max_staleness: Largest allowed difference between `policy_version` and the step of the rows' first update.
+        max_staleness: Largest allowed difference between `policy_version` and the first step of the phase.
         metrics: Metrics of the step's rollouts, over all ranks.
         skip_reason: Why the optimizer step is skipped, None if it is not.
         unused: Rollouts that are not trained on, for logs.
         zero_advantage: Rows that cannot change any weight and do not enter the forward, for logs.
         policy_update: Number of earlier optimizer steps with the same rows.
+        phase_step: Number of earlier optimizer steps of the phase.
+        later: Micro-batches of the phase's other mini-batches, in order. The trainer computes its logprobs of them before the
+            phase's first update. Empty in the records of all other steps.
 
     >>> info = StepInfo(step=7, denominators=Denominators(1500, 64, 32, 1400), policy_version=6, max_staleness=2)
-    >>> second = info.next_update()
-    >>> (second.step, second.policy_update, second.policy_version, second.denominators is info.denominators)
-    (8, 1, 6, True)
+    >>> second = info.in_pass(1, steps_per_pass=4)
+    >>> (second.step, second.policy_update, second.phase_step, second.denominators is info.denominators)
+    (11, 1, 4, True)
     """
 
     step: int
@@ -80,10 +87,34 @@ class StepInfo:
     unused: tuple[Rollout, ...] = ()
     zero_advantage: tuple[Sample, ...] = ()
     policy_update: int = 0
+    phase_step: int = 0
+    later: tuple["Batch", ...] = ()
 
-    def next_update(self) -> "StepInfo":
-        """Returns the record of the next optimizer step with the same rows."""
-        return replace(self, step=self.step + 1, policy_update=self.policy_update + 1)
+    def check_age(self, global_step: int) -> None:
+        """Checks that the rows were not sampled with weights that are too old, or newer than those at the phase's start.
+
+        Args:
+            global_step: The trainer's optimizer step.
+
+        Raises:
+            StaleBatchError: They were.
+        """
+        if not 0 <= global_step - self.phase_step - self.policy_version <= self.max_staleness:
+            raise StaleBatchError(
+                f"step {global_step} received rollouts of policy version {self.policy_version} for step {self.phase_step} of "
+                f"their phase, and the largest allowed lag is {self.max_staleness} steps: the data loader sampled before the "
+                "sync, or the engine was not synced"
+            )
+
+    def in_pass(self, number: int, steps_per_pass: int) -> "StepInfo":
+        """Returns the record of the optimizer step that trains the rows of this first one again.
+
+        Args:
+            number: Number of earlier passes over the phase's rows; 0 is the first pass.
+            steps_per_pass: Optimizer steps of a pass.
+        """
+        moved = number * steps_per_pass
+        return replace(self, step=self.step + moved, policy_update=number, phase_step=self.phase_step + moved)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class RolloutDataModule(LightningDataModule):
         learner: Model and objective; the CLI takes them from the module.
         sampling: Settings of sampling.
         batch_size: Items of one phase of rollouts, over all ranks; each becomes `sampling.group_size` rollouts. A phase is
-            one optimizer step, or `num_policy_updates` of them.
+            one optimizer step, or `mini_batches` x `num_policy_updates` of them.
         steps_per_epoch: Optimizer steps between two validations.
         seed: The run's seed; the CLI takes it from `seed_everything`.
 
@@ -98,9 +98,14 @@ class RolloutDataModule(LightningDataModule):
         self._limits: Limits | None = None
 
     @property
+    def rows_per_phase(self) -> int:
+        """Rollouts of one phase, over all ranks, without those of replaced groups."""
+        return self.batch_size * self.sampling.group_size
+
+    @property
     def rows_per_step(self) -> int:
         """Rollouts of one optimizer step, over all ranks."""
-        return self.batch_size * self.sampling.group_size
+        return self.rows_per_phase // self.loss.mini_batches
 
     def setup(self, stage: str) -> None:
         """Prepares the environment, checks the prompts, and starts the engine.
@@ -114,10 +119,11 @@ class RolloutDataModule(LightningDataModule):
         trainer, self._stage = self._trainer, stage
         if stage != "predict":
             check_rewards(self.environment)
-        preparation.check_shares(self.batch_size, trainer.world_size)
+        mini_batches = self.loss.mini_batches if stage == "fit" else 1
+        preparation.check_shares(self.batch_size, trainer.world_size, mini_batches)
         sleeps = check_run_setup(trainer)
-        num_updates = self.loss.num_policy_updates
-        self._limits = take_limits(trainer, stage, self.steps_per_epoch, num_updates, self.batch_size)
+        steps_per_phase = self.loss.steps_per_phase
+        self._limits = take_limits(trainer, stage, self.steps_per_epoch, steps_per_phase, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
         self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
         self._held_out_collector = Collector(
@@ -170,18 +176,18 @@ class RolloutDataModule(LightningDataModule):
         return batch.to(device) if isinstance(batch, Batch) else batch
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Phases of `accumulate_grad_batches` micro-batches for each of their `num_policy_updates` optimizer steps."""
-        num_updates, steps_per_epoch = self.loss.num_policy_updates, self._taken.steps_per_epoch
+        """Phases of `accumulate_grad_batches` micro-batches for each of their optimizer steps."""
+        steps_per_phase, steps_per_epoch = self.loss.steps_per_phase, self._taken.steps_per_epoch
         max_tokens = self._signal_source.max_tokens_per_micro_batch
         if max_tokens is not None:
             self._plan_micro_batches(max_tokens)
         count_micro_batches(self._trainer, self._taken)
-        batches_per_phase = self._trainer.accumulate_grad_batches * num_updates
+        batches_per_phase = self._trainer.accumulate_grad_batches * steps_per_phase
         if self._phases is None:
-            num_ahead = self.sampling.max_staleness // num_updates
-            last = num_phases(self._trainer, steps_per_epoch, num_updates)
+            num_ahead = self.sampling.max_staleness // steps_per_phase
+            last = num_phases(self._trainer, steps_per_epoch, steps_per_phase)
             self._phases = PhasesAhead(self._loop_thread, self._sample, num_ahead, last)
-        return phase_loader(PhaseDataset(self._train_phase, steps_per_epoch // num_updates, batches_per_phase))
+        return phase_loader(PhaseDataset(self._train_phase, steps_per_epoch // steps_per_phase, batches_per_phase))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """All rollouts of the held-out split, as one batch."""
@@ -250,7 +256,7 @@ class RolloutDataModule(LightningDataModule):
         self._longest_row = budget.longest_row(prompts.values(), self.sampling, has_turns)
         max_tokens = self._signal_source.max_tokens_per_micro_batch
         if max_tokens is None:
-            check_phases(trainer, self._taken.steps_per_epoch, self.loss.num_policy_updates)
+            check_phases(trainer, self._taken.steps_per_epoch, self.loss.steps_per_phase)
         else:
             budget.check_no_number(trainer.accumulate_grad_batches, self._planned, max_tokens)
             budget.check_budget(self._longest_row, max_tokens)
@@ -258,17 +264,22 @@ class RolloutDataModule(LightningDataModule):
     def _plan_micro_batches(self, max_tokens: int) -> None:
         """Sets the trainer's number of micro-batches. It depends on the loaded model, which may share prefixes."""
         assert self._longest_row is not None, "setup is called first"
-        groups, group_size = self.batch_size // self._trainer.world_size, self.sampling.group_size
+        groups, group_size = self._groups_per_step, self.sampling.group_size
         shares_prefix = self._signal_source.shares_prefix
         self._planned = budget.plan_micro_batches(self._longest_row, groups, group_size, shares_prefix, max_tokens)
         self._trainer.accumulate_grad_batches = self._planned
-        check_phases(self._trainer, self._taken.steps_per_epoch, self.loss.num_policy_updates)
+        check_phases(self._trainer, self._taken.steps_per_epoch, self.loss.steps_per_phase)
 
     def longest_batch(self) -> Batch:
         """The largest micro-batch of the run, filled with arbitrary ids."""
         assert self._longest_row is not None, "setup is called first"
-        groups, step = self.batch_size // self._trainer.world_size, self._trainer.global_step
-        return budget.longest_batch(self._longest_row, groups, self.sampling, self._forward, step)
+        step = self._trainer.global_step
+        return budget.longest_batch(self._longest_row, self._groups_per_step, self.sampling, self._forward, step)
+
+    @property
+    def _groups_per_step(self) -> int:
+        """Groups of one optimizer step on this rank."""
+        return self.batch_size // (self._trainer.world_size * self.loss.mini_batches)
 
     @property
     def _ranks(self) -> Ranks:
@@ -317,7 +328,7 @@ class RolloutDataModule(LightningDataModule):
     def _train_phase(self) -> list[Batch]:
         assert self._phases is not None, "train_dataloader is called first"
         step = self._trainer.global_step
-        sampled = self._waited(partial(self._phases.take, step // self.loss.num_policy_updates))
+        sampled = self._waited(partial(self._phases.take, step // self.loss.steps_per_phase))
         return self._training_phase.batches(sampled, step, self.engine.policy_version, self._forward)
 
     async def _sample(self, phase: int) -> Sampled:

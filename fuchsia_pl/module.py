@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fuchsia_pl.batch import Batch, TrainerSignals
+from fuchsia_pl.batch import Batch, StepInfo, TrainerSignals
 from fuchsia_pl.objectives.config import Learner, LossConfig
 from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
@@ -29,6 +28,7 @@ from fuchsia_pl.policy.checkpoint_files import (
     check_contents,
     check_trained,
     optimizer_shapes,
+    parsed_settings,
     read_checkpoint,
 )
 from fuchsia_pl.policy.config import PolicyConfig
@@ -42,10 +42,6 @@ from fuchsia_pl.policy.sources import read_template, resolve_model
 from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
 
 logger = logging.getLogger(__name__)
-
-
-class StaleBatchError(RuntimeError):
-    """A batch was sampled with weights other than those that it would train."""
 
 
 class GRPOModule(LightningModule):
@@ -86,8 +82,10 @@ class GRPOModule(LightningModule):
         self.resume_choice = ResumeChoice()
         self.resumed: Resumed | None = None
         self.skip_reason: str | None = None
-        # Trainer logprobs of each micro-batch before the first update of a phase; reference logprobs of the newest one.
+        # Trainer logprobs before the first update of the phase: of each micro-batch of this step, and of each of the phase's
+        # mini-batches; reference logprobs of the newest micro-batch.
         self.trainer_logprobs: list[Tensor] = []
+        self.phase_logprobs: list[list[Tensor]] = []
         self.ref_logprobs: Tensor | None = None
         # A checkpoint contains the trained weights and never the base weights.
         self.strict_loading = False
@@ -214,26 +212,23 @@ class GRPOModule(LightningModule):
             StaleBatchError: The batch was sampled with weights that are too old.
         """
         info = batch.step
-        if not 0 <= self.global_step - info.policy_update - info.policy_version <= info.max_staleness:
-            raise StaleBatchError(
-                f"step {self.global_step} received rollouts of policy version {info.policy_version} for update "
-                f"{info.policy_update} of their phase, and the largest allowed lag is {info.max_staleness} steps: the data "
-                "loader sampled before the sync, or the engine was not synced"
-            )
+        info.check_age(self.global_step)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        if micro_batch == 0:
+            self._begin_step(info)
         if not batch.has_rows:
-            return self._loss_without_rows(batch, micro_batch)
+            return self._loss_without_rows(batch)
         self._policy.end_accumulation(micro_batch + 1 == self.trainer.accumulate_grad_batches)
         self.ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
         with self._own_randomness(batch.dropout_seed):
             policy_output = self._policy.output(batch)
-        if info.policy_update == 0:
+        if info.phase_step == 0:
             # The engine samples without dropout, so the logprobs compared with its own must have none.
             evaluated = self._policy.evaluated_output(batch) if self._policy.has_dropout else policy_output
-            self.trainer_logprobs = [*self.trainer_logprobs[:micro_batch], evaluated.logprobs.detach()]
+            self.trainer_logprobs.append(evaluated.logprobs.detach())
         trainer_logprobs = self.trainer_logprobs[micro_batch]
         # At the first update one forward computes both logprobs: the ratio is exactly 1, and dropout clips no token.
-        old_logprobs = policy_output.logprobs.detach() if info.policy_update == 0 else trainer_logprobs
+        old_logprobs = policy_output.logprobs.detach() if info.phase_step == 0 else trainer_logprobs
         output = policy_loss(self.loss_config, batch, policy_output, old_logprobs, trainer_logprobs, self.ref_logprobs)
         gap = logprob_gap(batch, trainer_logprobs)
         for name, value in {**output.metrics, "train/logprob_gap": gap}.items():
@@ -244,19 +239,30 @@ class GRPOModule(LightningModule):
         # micro-batches, and DDP and FSDP divide by the number of ranks.
         return output.loss * (self.trainer.accumulate_grad_batches * self.num_ranks)
 
-    def _loss_without_rows(self, batch: Batch, micro_batch: int) -> Tensor:
+    def _loss_without_rows(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch that the step does not need, a constant 0. Nothing is computed for it.
 
         Lightning takes None for an error where there are several ranks, and warns of it on one.
         """
-        if batch.step.policy_update == 0:
-            self.trainer_logprobs = [*self.trainer_logprobs[:micro_batch], batch.sampling_logprobs]
+        if batch.step.phase_step == 0:
+            self.trainer_logprobs.append(batch.sampling_logprobs)
         return torch.zeros((), device=self.device, requires_grad=True)
+
+    def _begin_step(self, info: StepInfo) -> None:
+        """Selects the trainer's logprobs of the step. Before a phase's first update, computes those of its later mini-batches."""
+        if info.phase_step == 0:
+            later = [self._evaluated_logprobs(batch.to(self.device)) for batch in info.later]
+            size = self.trainer.accumulate_grad_batches
+            self.phase_logprobs = [[], *(later[start : start + size] for start in range(0, len(later), size))]
+        self.trainer_logprobs = self.phase_logprobs[info.phase_step % self.loss_config.mini_batches]
+
+    def _evaluated_logprobs(self, batch: Batch) -> Tensor:
+        return self._policy.evaluated_output(batch).logprobs if batch.has_rows else batch.sampling_logprobs
 
     def ends_phase(self, batch_idx: int) -> bool:
         """Whether micro-batch `batch_idx`, which has been trained, completed the last optimizer step of its phase."""
         completed_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        return completed_step and self.global_step % self.loss_config.num_policy_updates == 0
+        return completed_step and self.global_step % self.loss_config.steps_per_phase == 0
 
     @property
     def num_ranks(self) -> int:
@@ -340,7 +346,7 @@ class GRPOModule(LightningModule):
         Raises:
             ConfigError: The run cannot resume from the checkpoint, see `on_load_checkpoint`.
         """
-        check_between_phases(checkpoint, self.loss_config.num_policy_updates)
+        check_between_phases(checkpoint, self.loss_config.steps_per_phase)
         return resumed(checkpoint, self.recipe, self.resume_choice)
 
     @classmethod
@@ -396,14 +402,3 @@ class GRPOModule(LightningModule):
         metrics = {f"{split}/{name}": value for name, value in batch.metrics.items()}
         # All ranks have the same figures, and each counts once: a weighted mean of equal numbers would round them.
         self.log_dict(metrics, batch_size=1, on_step=False, on_epoch=True, sync_dist=True)
-
-
-def parsed_settings(settings: Mapping[str, Any]) -> Any:
-    """Constructs the configs that a checkpoint contains as plain data, or raises ConfigError."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--policy", type=PolicyConfig)
-    parser.add_argument("--loss", type=LossConfig)
-    try:
-        return parser.instantiate(parser.parse_object(dict(settings)))
-    except Exception as error:  # of several classes of jsonargparse
-        raise ConfigError(f"the settings are not of this version: {' '.join(str(error).split())}") from error

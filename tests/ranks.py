@@ -45,6 +45,7 @@ POLICIES = {
     "plain rows": {"shared_prefix": "never"},
     # Two groups fit in only if they are short, so steps fill other numbers of micro-batches than planned.
     "budget": {"max_tokens_per_micro_batch": 44},
+    "mini-batches": {"loss": LossConfig("ppo", mini_batches=5), "batch_size": 10},
 }
 
 
@@ -60,9 +61,10 @@ def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, opt
     seed_everything(0, verbose=False)
     chosen = dict(POLICIES[policy])
     clip, loss = chosen.pop("clip", None), chosen.pop("loss", LossConfig(beta=0.01))
+    batch_size = chosen.pop("batch_size", 4)
     config = PolicyConfig(str(model), "float32", **{"lora": LoRASettings(r=4, alpha=8), **chosen})
     module = GRPOModule(config, loss, optimizer)
-    data = make_data(module, RecordedEngine(), batch_size=4, steps_per_epoch=5)
+    data = make_data(module, RecordedEngine(), batch_size=batch_size, steps_per_epoch=5)
     trainer = make_trainer(
         root,
         AdapterExport(),
@@ -129,11 +131,11 @@ def uneven(model: Path, root: Path, strategy: str, num_patterns: int) -> None:
         budget = 44 if seed % 2 else None
         settings = {"lora": LoRASettings(r=4, alpha=8), "max_tokens_per_micro_batch": budget}
         config = PolicyConfig(str(model), "float32", **settings)
-        loss = LossConfig("dapo", max_refills=numbers.randrange(3))
+        max_refills, batch_size = numbers.randrange(3), numbers.choice([2, 4, 6])
+        # Three groups on each rank, of which some ranks keep fewer: then a mini-batch has rows on one rank only, or on none.
+        loss = LossConfig("dapo", max_refills=max_refills, mini_batches=3 if batch_size == 6 else 1)
         module = GRPOModule(config, loss, ADAM)
-        data = make_data(
-            module, RecordedEngine(), RandomSpread(seed), batch_size=numbers.choice([2, 4, 6]), steps_per_epoch=3
-        )
+        data = make_data(module, RecordedEngine(), RandomSpread(seed), batch_size=batch_size, steps_per_epoch=3)
         trainer = make_trainer(
             root,
             sync=AdapterSync(tolerance=100.0),

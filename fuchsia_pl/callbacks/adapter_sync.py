@@ -116,14 +116,14 @@ class AdapterSync(Callback):
         """
         policy = policy_of(trainer)
         self._probed = None
-        is_first_update, micro_batch = batch.step.policy_update == 0, batch_idx % trainer.accumulate_grad_batches
-        if is_first_update and micro_batch == 0:
+        is_first_step, micro_batch = batch.step.phase_step == 0, batch_idx % trainer.accumulate_grad_batches
+        if is_first_step and micro_batch == 0:
             self._check_content(trainer, policy)
-        self._lag = trainer.global_step - batch.step.policy_update - batch.step.policy_version
+        self._lag = trainer.global_step - batch.step.phase_step - batch.step.policy_version
         # The probe compares the sampling weights with the current ones, so the steps between must be few against all steps.
         is_comparable = batch.step.policy_version > MIN_STEPS_PER_LAG * self._lag
         # Earlier micro-batches of a step may be empty.
-        is_candidate = is_first_update and micro_batch + 1 == trainer.accumulate_grad_batches
+        is_candidate = is_first_step and micro_batch + 1 == trainer.accumulate_grad_batches
         if self.agreement is not None or not (is_candidate and policy.has_reference and is_comparable):
             return
         self._num_candidates += 1

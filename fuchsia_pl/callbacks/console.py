@@ -113,7 +113,7 @@ class ConsoleReport(ProgressBar):
         self._end_step()
         self._last_step = step = trainer.global_step
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._num_tokens += _sampled_tokens(trainer, metrics) if batch.step.policy_update == 0 else 0
+        self._num_tokens += _sampled_tokens(trainer, metrics) if batch.step.phase_step == 0 else 0
         self._print_row(step, metrics)
         if self.every_n_steps and step % self.every_n_steps == 0 and self._samples:
             self.console.print(completion_panel(self._samples[step % len(self._samples)]))
@@ -226,6 +226,6 @@ def _sampled_tokens(trainer: Trainer, metrics: dict[str, float]) -> int:
     """Tokens that were sampled for a phase: its mean length times its rollouts, with those of replaced groups."""
     data = data_of(trainer)
     num_refilled = metrics.get("rollout/refilled_groups", 0.0)
-    num_rollouts = data.rows_per_step + num_refilled * data.sampling.group_size
+    num_rollouts = data.rows_per_phase + num_refilled * data.sampling.group_size
     length = metrics.get("rollout/completion_tokens", 0.0)
     return round(length * num_rollouts) if length == length else 0

@@ -44,8 +44,8 @@ class FiniteGuard(Callback):
     The callback must be before those that write weights in the trainer's callbacks; the command puts it first.
 
     Args:
-        max_nonfinite_steps: Number of skipped steps in a row that stops the run. The steps of a phase train the same rollouts
-            (`num_policy_updates`), so one bad rollout skips all of them: they count as one.
+        max_nonfinite_steps: Number of skipped steps in a row that stops the run. With `num_policy_updates`, one bad rollout skips
+            every step that trains it: they count as one.
         record_steps: Numbers of steps, counted from 1, that are recorded in the same way although they are finite.
 
     Raises:
@@ -122,7 +122,7 @@ class FiniteGuard(Callback):
         )
         if self._num_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(
-                f"step {step}: {found}. It is phase {self._num_in_a_row} of this kind in a row, and "
+                f"step {step}: {found}. {self._num_in_a_row} sets of rollouts in a row had such a step, and "
                 f"finite_guard.max_nonfinite_steps is {self.max_nonfinite_steps}. The weights are those of the last good step. "
                 "Lower the learning rate or the rewards, or set trainer.precision to 32-true"
             )

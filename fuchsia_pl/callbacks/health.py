@@ -91,11 +91,12 @@ class HealthWarnings(Callback):
             return
         data, loss = data_of(trainer), module_of(trainer).loss_config
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = step_row(metrics, data.batch_size, data.rows_per_step)
+        row = step_row(metrics, data.batch_size, data.rows_per_phase)
         if loss.parts.advantage not in GROUP_ADVANTAGES:
             row.pop(EQUAL_GROUPS, None)  # equal siblings have advantages all the same
         elif loss.parts.reward_aggregation == "sum_then_normalize":
-            weights = {OVERLONG: 1.0, **call_apart(weights_at, data.environment, batch.step.step)}
+            first_step = batch.step.step - batch.step.phase_step  # whose weights the whole phase has
+            weights = {OVERLONG: 1.0, **call_apart(weights_at, data.environment, first_step)}
             row |= reward_spreads(rewards.values(), lambda name: weights[name])
         self._history.add(row)
         for finding in find_illnesses(self._history):

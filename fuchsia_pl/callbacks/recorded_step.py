@@ -18,7 +18,7 @@ from fuchsia_pl.policy.sharding import whole
 from fuchsia_pl.types import ConfigError
 
 # Recorded fields of StepInfo. The others are for logs and contain a user's objects.
-STEP_FIELDS = ("step", "policy_version", "max_staleness", "policy_update")
+STEP_FIELDS = ("step", "policy_version", "max_staleness", "policy_update", "phase_step")
 KINDS = {
     "step": int,
     "world_size": int,

@@ -83,8 +83,8 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder to that of the run, with any loggers."""
         self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
-        num_updates = module_of(trainer).loss_config.num_policy_updates
-        self._every_n_train_steps = math.ceil(self.every_n_steps / num_updates) * num_updates
+        steps_per_phase = module_of(trainer).loss_config.steps_per_phase
+        self._every_n_train_steps = math.ceil(self.every_n_steps / steps_per_phase) * steps_per_phase
         self._older, self._current = [], None
         if stage == "fit" and trainer.is_global_zero:
             self._older, self._current = _steps_in(Path(self.dirpath))

@@ -48,8 +48,8 @@ class StopSignals(Callback):
     """Ends a run in order on the first SIGTERM or SIGINT, and at once on the second.
 
     The signal interrupts sampling, validation and the preparation before training. A step in progress is completed, with
-    `num_policy_updates` its phase. Then the run saves checkpoint and adapter and closes tools and engine. All ranks end at the
-    same step, whichever of them got the signal. The command exits with 143 or 130.
+    `mini_batches` or `num_policy_updates` its phase. Then the run saves checkpoint and adapter and closes tools and engine. All
+    ranks end at the same step, whichever of them got the signal. The command exits with 143 or 130.
 
     Args:
         grace_s: Seconds that the step or phase in progress may take. If it takes longer, the run ends without it.

@@ -106,7 +106,7 @@ class ConfigChecks:
     def step_size(self) -> StepSize:
         """Size of a step for `--step`."""
         num_held_out = self.cli.num_ranks if self.cli.uses_held_out else 0
-        return StepSize(self.data.loss.num_policy_updates, num_held_out, self.data.sampling.max_completion_tokens)
+        return StepSize(self.data.loss.steps_per_phase, num_held_out, self.data.sampling.max_completion_tokens)
 
     def model(self) -> Sequence[Finding]:
         """Files and architecture of the model, and its longest context."""
@@ -202,7 +202,7 @@ class ConfigChecks:
     def environment(self) -> Sequence[Finding]:
         """The checks of the start of a run: the environment's items, prompts, gold answers and tools."""
         name = type(self.data.environment).__name__
-        check_shares(self.data.batch_size, self.cli.num_ranks)
+        check_shares(self.data.batch_size, self.cli.num_ranks, self.data.loss.mini_batches)
         num_training, num_held_out = run_blocking(self._num_prompts())
         held_out = f", {num_held_out} held-out items" if self.cli.uses_held_out else ", no held-out items are used"
         found = [Finding("environment", "ok", f"{name}: {num_training} training items{held_out}")]

@@ -23,7 +23,7 @@ class StepSize:
     """Size of the step.
 
     Attributes:
-        num_updates: `model.loss.num_policy_updates`: a run ends at the end of a phase.
+        num_updates: Optimizer steps of a phase: a run ends at the end of one.
         num_held_out: Held-out items that are sampled: one for each rank, or 0 if the config uses none. A schedule or a
             checkpoint may monitor a held-out metric.
         max_completion_tokens: The config's.

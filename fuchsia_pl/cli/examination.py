@@ -104,7 +104,7 @@ class Examiner:
         # Here an error in the environment's code is a finding, with any value of `on_error`.
         on_error, environment.on_error = environment.on_error, "stop"
         try:
-            check_shares(self.data.batch_size, self.run.num_ranks)
+            check_shares(self.data.batch_size, self.run.num_ranks, self.data.loss.mini_batches)
             with as_config_error(f"{type(environment).__name__}.prepare"):
                 await self._asked.prepare()
             await self._examine_training(found)

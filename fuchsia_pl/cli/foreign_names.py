@@ -218,6 +218,14 @@ OBJECTIVE = (
     Setting("model.loss.dual_clip", "3.0", ("delta",), ("clip_ratio_c",)),
     Setting("model.loss.ratio_level", "token", ("importance_sampling_level",), (), ("importance_sampling.ratio_type",)),
     Setting(
+        "model.loss.mini_batches",
+        "4",
+        ("steps_per_generation",),
+        ("ppo_mini_batch_size",),
+        (),
+        "their number: train_batch_size / ppo_mini_batch_size, or steps_per_generation / gradient_accumulation_steps",
+    ),
+    Setting(
         "model.loss.num_policy_updates", "2", ("num_iterations",), ("ppo_epochs",), ("trainer.num_policy_updates",)
     ),
     Setting("model.loss.entropy_weight", "0.01", ("entropy_coef",), ("entropy_coeff",)),

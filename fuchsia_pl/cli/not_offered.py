@@ -80,11 +80,6 @@ TRAINING = (
         ("log_prob_micro_batch_size", "log_prob_micro_batch_size_per_gpu", "log_prob_max_token_len_per_gpu"),
     ),
     NotOffered(
-        "Each optimizer step trains on all rollouts of its phase: data.batch_size prompts, model.loss.num_policy_updates steps",
-        ("steps_per_generation",),
-        ("ppo_mini_batch_size",),
-    ),
-    NotOffered(
         "Its arguments are those of the class: model.optimizer.init_args", ("optim_args", "optim_target_modules")
     ),
     NotOffered(

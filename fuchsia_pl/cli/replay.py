@@ -25,7 +25,8 @@ from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.recorded_step import RecordedStep, read_step, unscaled
 from fuchsia_pl.cli.failures import one_line
 from fuchsia_pl.cli.options import replay_options
-from fuchsia_pl.module import GRPOModule, parsed_settings
+from fuchsia_pl.module import GRPOModule
+from fuchsia_pl.policy.checkpoint_files import parsed_settings
 from fuchsia_pl.policy.contents import fingerprint, not_finite
 from fuchsia_pl.policy.sharding import total_norm
 from fuchsia_pl.policy.tensor_files import first_difference
@@ -144,7 +145,9 @@ def replay_step(recorded: RecordedStep, root: Path) -> Replayed:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module.trainer_logprobs = [logprobs.to(trainer.strategy.root_device) for logprobs in recorded.trainer_logprobs]
+    logprobs = [of_batch.to(trainer.strategy.root_device) for of_batch in recorded.trainer_logprobs]
+    # Those of the other mini-batches are not recorded, and this trainer makes one step.
+    module.phase_logprobs = [logprobs] * module.loss_config.mini_batches
     # This trainer counts its steps from 0, the run did not.
     info = recorded.batches[0].step
     info = replace(info, step=0, policy_version=info.policy_version - recorded.step)

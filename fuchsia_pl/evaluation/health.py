@@ -246,7 +246,8 @@ def _clip_fraction_high(history: History) -> Finding | None:
         CLIPPED,
         f"{CLIPPED} is {now:.2f} in the last {history.window} steps: the updates of a phase move the policy so far that many "
         "tokens no longer count",
-        "Try fewer model.loss.num_policy_updates, a lower learning rate, or wider bounds (model.loss.clip_low, clip_high)",
+        "Try fewer model.loss.mini_batches or num_policy_updates, a lower learning rate, or wider bounds "
+        "(model.loss.clip_low, clip_high)",
         level=now,
     )
 

@@ -35,7 +35,7 @@ class LossConfig:
     Attributes:
         loss_type: The algorithm, by name. It sets every part below that is not set (`objectives/presets.py`).
         advantage: "reward" (no baseline), "group_mean", "group_norm" (mean and std), "leave_one_out", "batch_norm" (over the
-            step's tokens), "group_mean_batch_norm", "gae" (a critic), or the dotted path of a function with the arguments of
+            phase's tokens), "group_mean_batch_norm", "gae" (a critic), or the dotted path of a function with the arguments of
             `objectives/credit.py: group_norm`.
         surrogate: "reinforce", "clip", "cispo", "sapo", "gmpo", or the dotted path of a function with the argument and the
             results of `objectives/surrogates.py: clip`.
@@ -51,12 +51,15 @@ class LossConfig:
         truncated: Treatment of truncated completions: "keep", "mask" (not trained on), "penalise" (DAPO's soft length penalty,
             which counts as one more reward function, `overlong`).
         reward_aggregation: "sum_then_normalize" (GRPO), or "normalize_then_sum" (GDPO, arXiv:2601.05242): each reward function
-            is normalised in its group, and the weighted sum over the step.
+            is normalised in its group, and the weighted sum over the phase.
         max_refills: Number of times that groups without spread are replaced by other items (dynamic sampling); 0 keeps them.
         beta: Weight of the KL to the reference; with 0 the loss never runs the reference.
         entropy_weight: Weight of the entropy bonus, the mean entropy of the step's tokens.
-        num_policy_updates: Optimizer steps per phase of rollouts, each with all of its rollouts. With LoRA dropout, the ratio of
-            later steps has dropout in the numerator and none in the denominator.
+        mini_batches: Number of optimizer steps into which the rollouts of a phase are split, each of which uses its share once.
+            Each rank's part of `data.batch_size` must be a multiple of it. Above 1, the trainer computes its logprobs of all
+            shares but the first before the first step, in one more forward.
+        num_policy_updates: Passes over the rollouts of a phase, each of `mini_batches` optimizer steps. With LoRA dropout, the
+            ratio of all steps but the first has dropout in the numerator and none in the denominator.
         old_logprobs: Denominator of the ratio. "trainer": the trainer's logprobs before the first update. "sampler": the
             engine's, so that bounds also act on tokens where the two differ.
         sampler_correction: Weights of the losses where engine and trainer differ.
@@ -81,6 +84,7 @@ class LossConfig:
     max_refills: int | None = None
     beta: float = 0.0
     entropy_weight: float = 0.0
+    mini_batches: int = 1
     num_policy_updates: int = 1
     old_logprobs: Literal["trainer", "sampler"] = "trainer"
     sampler_correction: SamplerCorrection = field(default_factory=SamplerCorrection)
@@ -117,6 +121,15 @@ class LossConfig:
         """
         moved = {} if self.kl_in is None else {"kl_estimator": "k1" if self.kl_in == "reward" else "k3"}
         return Parts(**{**asdict(PRESETS[self.loss_type]), **moved, **self.given})
+
+    @property
+    def steps_per_phase(self) -> int:
+        """Optimizer steps of a phase of rollouts.
+
+        >>> LossConfig(mini_batches=4, num_policy_updates=2).steps_per_phase
+        8
+        """
+        return self.mini_batches * self.num_policy_updates
 
     @property
     def correction_mode(self) -> CorrectionMode:
@@ -203,8 +216,9 @@ def _check_ranges(config: LossConfig) -> None:
         raise ConfigError(f"model.loss.constant_length must be 1 or more, got {parts.constant_length}")
     if parts.max_refills < 0:
         raise ConfigError(f"model.loss.max_refills must be 0 or more, got {parts.max_refills}")
-    if config.num_policy_updates < 1:
-        raise ConfigError(f"model.loss.num_policy_updates must be 1 or more, got {config.num_policy_updates}")
+    for name, number in {"mini_batches": config.mini_batches, "num_policy_updates": config.num_policy_updates}.items():
+        if number < 1:
+            raise ConfigError(f"model.loss.{name} must be 1 or more, got {number}")
     if config.beta < 0.0:
         raise ConfigError(f"model.loss.beta must be 0 or more, got {config.beta}: a negative weight rewards a large KL")
     if config.entropy_weight < 0.0:
@@ -220,9 +234,10 @@ def _check_surrogate_settings(config: LossConfig) -> None:
     idle = [key for key in sorted(SURROGATE_SETTINGS - spec.uses) if is_set.get(key)]
     if idle:
         raise ConfigError(f'model.loss.{idle[0]} has no effect with surrogate "{name}": leave it out')
-    if config.num_policy_updates > 1 and not spec.has_ratio:
+    if config.steps_per_phase > 1 and not spec.has_ratio:
+        setting = "num_policy_updates" if config.num_policy_updates > 1 else "mini_batches"
         raise ConfigError(
-            f'model.loss.num_policy_updates={config.num_policy_updates} needs a surrogate with a ratio: "{name}" has none, and '
+            f'model.loss.{setting}={config.__dict__[setting]} needs a surrogate with a ratio: "{name}" has none, and '
             'its second update would be biased. Set 1, or surrogate: "clip"'
         )
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.checksums import check_intact, damaged_part, part_of
+from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
 from fuchsia_pl.policy.sharding import FOLDER_METADATA, older_folder
 from fuchsia_pl.policy.tensor_files import first_difference
@@ -163,17 +166,18 @@ def check_trained(trained: Mapping[str, tuple[int, ...]], checkpoint: Mapping[st
         )
 
 
-def check_between_phases(checkpoint: Mapping[str, Any], num_policy_updates: int) -> None:
+def check_between_phases(checkpoint: Mapping[str, Any], steps_per_phase: int) -> None:
     """Rejects a checkpoint that was saved within a step or a phase.
 
     Raises:
         ConfigError: The checkpoint was saved within a step or a phase.
     """
     step = checkpoint["global_step"]
-    if step % num_policy_updates:
+    if step % steps_per_phase:
         raise ConfigError(
-            f"the checkpoint is of step {step}, which is not a multiple of model.loss.num_policy_updates={num_policy_updates}: "
-            "the rollouts of a phase are not saved, so a run resumes only from the end of a phase, such as checkpoints/last.ckpt"
+            f"the checkpoint is of step {step}, which is not a multiple of the {steps_per_phase} steps of a phase "
+            "(model.loss.mini_batches x num_policy_updates): the rollouts of a phase are not saved, so a run resumes only from "
+            "the end of a phase, such as checkpoints/last.ckpt"
         )
     # Micro-batches of the epoch that had begun, counted by Lightning.
     loops = checkpoint["loops"]
@@ -245,3 +249,14 @@ def _check_parts(path: Path, index: Metadata) -> None:
                 raise ConfigError(
                     f"the checkpoint {path} holds a value that is broken or would run code ({key.fqn}): give another one"
                 ) from error
+
+
+def parsed_settings(settings: Mapping[str, Any]) -> Any:
+    """Constructs the configs that a checkpoint contains as plain data, or raises ConfigError."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--policy", type=PolicyConfig)
+    parser.add_argument("--loss", type=LossConfig)
+    try:
+        return parser.instantiate(parser.parse_object(dict(settings)))
+    except Exception as error:  # of several classes of jsonargparse
+        raise ConfigError(f"the settings are not of this version: {' '.join(str(error).split())}") from error

@@ -110,18 +110,20 @@ def check_sizes(loss: LossConfig, sampling: SamplingConfig, batch_size: int, ste
     for name, value in {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}.items():
         if value < 1:
             raise ConfigError(f"data.{name} must be 1 or more, got {value}")
-    if steps_per_epoch % loss.num_policy_updates:
+    if steps_per_epoch % loss.steps_per_phase:
         raise ConfigError(
-            f"data.steps_per_epoch={steps_per_epoch} is no multiple of model.loss.num_policy_updates="
-            f"{loss.num_policy_updates}: an epoch would end within a phase"
+            f"data.steps_per_epoch={steps_per_epoch} is no multiple of the {loss.steps_per_phase} optimizer steps of a phase "
+            f"(model.loss.mini_batches={loss.mini_batches} x num_policy_updates={loss.num_policy_updates}): an epoch would end "
+            "within one"
         )
     if sampling.group_size < 2 and loss.parts.advantage in GROUP_ADVANTAGES:
         raise ConfigError(
             f"data.sampling.group_size must be 2 or more, got {sampling.group_size}: advantage "
             f'"{loss.parts.advantage}" compares siblings of one item'
         )
-    if sampling.max_staleness % loss.num_policy_updates:
+    if sampling.max_staleness % loss.steps_per_phase:
         raise ConfigError(
-            f"data.sampling.max_staleness={sampling.max_staleness} is no multiple of model.loss.num_policy_updates="
-            f"{loss.num_policy_updates}: the engine gets new weights once in that many steps"
+            f"data.sampling.max_staleness={sampling.max_staleness} is no multiple of the {loss.steps_per_phase} optimizer steps "
+            f"of a phase (model.loss.mini_batches={loss.mini_batches} x num_policy_updates={loss.num_policy_updates}), after "
+            "which the engine gets new weights"
         )

@@ -63,14 +63,14 @@ class Limits:
         return positions[:number]
 
 
-def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates: int, batch_size: int) -> Limits:
+def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, steps_per_phase: int, batch_size: int) -> Limits:
     """Reads the trainer's limits and removes them from it, because it would count micro-batches. `return_limits` undoes this.
 
     Args:
         trainer: Lightning's.
         stage: "fit", "validate", "test" or "predict".
         steps_per_epoch: Optimizer steps between two validations.
-        num_updates: Optimizer steps of a phase.
+        steps_per_phase: Optimizer steps of a phase.
         batch_size: Items of a phase.
 
     Raises:
@@ -80,19 +80,19 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, num_updates:
     held_out = given = getattr(trainer, flag)
     num_repeated = None
     if stage == "fit" and trainer.overfit_batches:  # type: ignore[attr-defined]
-        steps = _overfitted_steps(trainer, steps_per_epoch, num_updates)
-        num_repeated = steps // num_updates
+        steps = _overfitted_steps(trainer, steps_per_epoch, steps_per_phase)
+        num_repeated = steps // steps_per_phase
         held_out = steps * batch_size
         trainer.limit_train_batches = 1.0
     num_phases = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if num_phases:
         held_out = num_phases * trainer.world_size
-        steps_per_epoch = num_phases * num_updates
+        steps_per_epoch = num_phases * steps_per_phase
         trainer.fit_loop.epoch_loop.max_steps = steps_per_epoch
         trainer.limit_train_batches = 1.0
     validation_steps = None
     if stage == "fit" and held_out:
-        validation_steps = _validation_steps(trainer, steps_per_epoch, num_updates)
+        validation_steps = _validation_steps(trainer, steps_per_epoch, steps_per_phase)
     if stage != "fit" and not held_out:
         raise ConfigError(
             f"trainer.{flag}=0 leaves nothing to do for `{TrainerFn(stage).value}`: leave it out, or raise it"
@@ -151,18 +151,19 @@ def check_settings(trainer: Trainer) -> None:
         )
 
 
-def _overfitted_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> int:
+def _overfitted_steps(trainer: Trainer, steps_per_epoch: int, steps_per_phase: int) -> int:
     given = trainer.overfit_batches  # type: ignore[attr-defined]
     steps = given if isinstance(given, int) else int(given * steps_per_epoch)
-    if steps < 1 or steps % num_updates:
+    if steps < 1 or steps % steps_per_phase:
         raise ConfigError(
             f"trainer.overfit_batches={given} is {steps} optimizer steps (a number up to 1.0 is a share of "
-            f"data.steps_per_epoch={steps_per_epoch}), and must be a multiple of model.loss.num_policy_updates={num_updates}"
+            f"data.steps_per_epoch={steps_per_epoch}), and must be a multiple of the {steps_per_phase} optimizer steps of a "
+            "phase (model.loss.mini_batches x num_policy_updates)"
         )
     return steps
 
 
-def _validation_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> int | None:
+def _validation_steps(trainer: Trainer, steps_per_epoch: int, steps_per_phase: int) -> int | None:
     """Optimizer steps between two validations by `trainer.val_check_interval`; None for the end of each epoch.
 
     Raises:
@@ -178,11 +179,11 @@ def _validation_steps(trainer: Trainer, steps_per_epoch: int, num_updates: int) 
     if not isinstance(interval, int) and interval == 1.0:
         return None
     steps = interval if isinstance(interval, int) else interval * steps_per_epoch
-    if abs(steps - round(steps)) > 1e-6 or round(steps) < 1 or round(steps) % num_updates:
+    if abs(steps - round(steps)) > 1e-6 or round(steps) < 1 or round(steps) % steps_per_phase:
         raise ConfigError(
             f"trainer.val_check_interval={interval} is {steps:g} optimizer steps (a whole number counts steps, a number up to "
-            f"1.0 is a share of data.steps_per_epoch={steps_per_epoch}), and must be a multiple of "
-            f"model.loss.num_policy_updates={num_updates}"
+            f"1.0 is a share of data.steps_per_epoch={steps_per_epoch}), and must be a multiple of the {steps_per_phase} "
+            "optimizer steps of a phase (model.loss.mini_batches x num_policy_updates)"
         )
     if trainer.check_val_every_n_epoch is not None and steps > steps_per_epoch:
         raise ConfigError(

@@ -44,20 +44,20 @@ def phase_loader(dataset: PhaseDataset) -> DataLoader[Any]:
     return DataLoader(dataset, batch_size=None, num_workers=0, generator=torch.Generator())
 
 
-def num_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> int | None:
+def num_phases(trainer: Trainer, steps_per_epoch: int, steps_per_phase: int) -> int | None:
     """Phases of a whole run, None if only `trainer.max_time` limits it.
 
     Args:
         trainer: Lightning's.
         steps_per_epoch: Optimizer steps of an epoch.
-        num_updates: Optimizer steps of a phase.
+        steps_per_phase: Optimizer steps of a phase.
     """
     limits = []
     if trainer.max_steps > 0:
-        limits.append(trainer.max_steps // num_updates)
+        limits.append(trainer.max_steps // steps_per_phase)
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         num_batches = _batches_per_epoch(trainer, steps_per_epoch)
-        limits.append(trainer.max_epochs * num_batches // (trainer.accumulate_grad_batches * num_updates))
+        limits.append(trainer.max_epochs * num_batches // (trainer.accumulate_grad_batches * steps_per_phase))
     return min(limits, default=None)
 
 
@@ -66,22 +66,22 @@ def _batches_per_epoch(trainer: Trainer, steps_per_epoch: int) -> int:
     return min(limit, num_batches) if isinstance(limit, int) else int(num_batches * limit)
 
 
-def check_phases(trainer: Trainer, steps_per_epoch: int, num_updates: int) -> None:
+def check_phases(trainer: Trainer, steps_per_epoch: int, steps_per_phase: int) -> None:
     """Checks that the run and its epochs end at the end of a phase. The arguments are those of `num_phases`.
 
     Raises:
         ConfigError: One would end within a phase.
     """
-    batches_per_phase = trainer.accumulate_grad_batches * num_updates
+    batches_per_phase = trainer.accumulate_grad_batches * steps_per_phase
     num_batches = _batches_per_epoch(trainer, steps_per_epoch)
     if num_batches % batches_per_phase or (trainer.limit_train_batches and not num_batches):
         raise ConfigError(
             f"trainer.limit_train_batches={trainer.limit_train_batches} would cut a phase: it has {batches_per_phase} "
-            "micro-batches (trainer.accumulate_grad_batches x model.loss.num_policy_updates); use data.steps_per_epoch or "
-            "trainer.max_steps"
+            "micro-batches (trainer.accumulate_grad_batches x model.loss.mini_batches x num_policy_updates); use "
+            "data.steps_per_epoch or trainer.max_steps"
         )
-    if trainer.max_steps > 0 and trainer.max_steps % num_updates:
+    if trainer.max_steps > 0 and trainer.max_steps % steps_per_phase:
         raise ConfigError(
-            f"trainer.max_steps={trainer.max_steps} is no multiple of model.loss.num_policy_updates={num_updates}: the run "
-            "would end within a phase"
+            f"trainer.max_steps={trainer.max_steps} is no multiple of the {steps_per_phase} optimizer steps of a phase "
+            "(model.loss.mini_batches x num_policy_updates): the run would end within one"
         )

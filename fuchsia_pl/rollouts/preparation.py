@@ -19,8 +19,8 @@ from fuchsia_pl.types import ConfigError, Item
 logger = logging.getLogger(__name__)
 
 
-def check_shares(batch_size: int, num_ranks: int) -> None:
-    """Checks that the items can be divided over the ranks.
+def check_shares(batch_size: int, num_ranks: int, mini_batches: int) -> None:
+    """Checks that the items can be divided over the ranks, and those of each rank over the mini-batches.
 
     Raises:
         ConfigError: They cannot.
@@ -28,6 +28,11 @@ def check_shares(batch_size: int, num_ranks: int) -> None:
     if batch_size % num_ranks:
         raise ConfigError(
             f"data.batch_size={batch_size} is no multiple of the {num_ranks} ranks, which sample equal shares of the items"
+        )
+    if batch_size % (num_ranks * mini_batches):
+        raise ConfigError(
+            f"data.batch_size={batch_size} is no multiple of model.loss.mini_batches={mini_batches} x {num_ranks} rank(s), which "
+            f"use equal shares of the items: set it to a multiple of {num_ranks * mini_batches}"
         )
 
 

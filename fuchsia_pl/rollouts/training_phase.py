@@ -17,10 +17,13 @@ from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.credit import changes_nothing, kl_fraction, make_samples, penalise_overlong, signals_of
 from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.metrics import PhaseCounts, over_ranks, step_fractions
+from fuchsia_pl.rollouts.mini_batches import MiniBatch, split_rows
 from fuchsia_pl.rollouts.preparation import training_items
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.types import RolloutGroup, Sample
+
+NO_COUNTS = Denominators(1, 1, 1, 1)  # where no loss is computed
 
 
 def _of_one_rank(values: Tensor) -> Tensor:
@@ -110,14 +113,14 @@ class TrainingPhase:
             siblings=self.sampling.group_size,
             temperature=self.sampling.temperature,
             address=(self.seed, "train", phase),
-            step=phase * self.loss.num_policy_updates,
+            step=phase * self.loss.steps_per_phase,
         )
         if not self.loss.parts.max_refills:
             return draw, []
         return draw, self._share(refill_indices(self.seed, drawn, len(self.fitting), set(places)))
 
     def batches(self, sampled: Sampled, step: int, served_version: int, forward: Forward) -> list[Batch]:
-        """Micro-batches of all optimizer steps of a phase, in order.
+        """Micro-batches of all optimizer steps of a phase, in order: all mini-batches once, then all of them again.
 
         Args:
             sampled: This rank's groups. The penalty of overlong completions is added to their rewards.
@@ -128,42 +131,58 @@ class TrainingPhase:
         Raises:
             RewardError: An advantage is not finite.
         """
-        rollouts = sampled.rollouts
-        version = min((r.policy_version for r in rollouts if r.turns), default=served_version)
+        version = min((r.policy_version for r in sampled.rollouts if r.turns), default=served_version)
         penalise_overlong(self.loss, sampled.groups, self.sampling.max_completion_tokens)
         made, kl = self._credit(sampled.kept, step, version, forward)
         samples = drop_stale(made, step, self.sampling.max_staleness)
-        effective = [sample for sample in samples if not changes_nothing(self.loss, sample)]
         version = oldest_version(samples, version, self.ranks.lowest)
-        num_zero, num_stale = len(samples) - len(effective), len(made) - len(samples)
+        num_zero = sum(changes_nothing(self.loss, sample) for sample in samples)
         num_too_long = len(call_apart(training_items, self.environment)) - len(self.fitting)
-        counts = PhaseCounts(sampled, len(samples), num_zero, num_too_long, kl, num_stale)
+        counts = PhaseCounts(sampled, len(samples), num_zero, num_too_long, kl, len(made) - len(samples))
         fractions = call_apart(step_fractions, counts, self.environment, self.ranks.size)
         metrics = over_ranks(fractions, self.ranks.add_up)
-        denominators, skip_reason = count_over_ranks(
-            samples, effective, self.sampling.max_completion_tokens, self.ranks.add_up
-        )
-        trained = {id(sample.rollout) for sample in samples}  # an item may be drawn twice in a phase
-        info = StepInfo(
-            step,
-            denominators,
-            version,
-            self.sampling.max_staleness,
-            metrics,
-            skip_reason,
-            unused=tuple(rollout for rollout in rollouts if id(rollout) not in trained),
-            zero_advantage=tuple(sample for sample in samples if changes_nothing(self.loss, sample)),
-        )
-        return self._updates(make_batches(forward.split(effective), info), info)
+        phase = StepInfo(step, NO_COUNTS, version, self.sampling.max_staleness, metrics)
+        steps = []
+        for number, rows in enumerate(split_rows(sampled.kept, samples, self.loss.mini_batches)):
+            info = replace(phase, step=step + number, phase_step=number)
+            steps.append(self._step_batches(rows, sampled.dropped if number == 0 else [], info, forward))
+        return self._updates(steps)
 
-    def _updates(self, batches: list[Batch], info: StepInfo) -> list[Batch]:
-        """The micro-batches once for each optimizer step, each with its own dropout seed."""
+    def _step_batches(
+        self, rows: MiniBatch, dropped: Sequence[RolloutGroup], info: StepInfo, forward: Forward
+    ) -> list[Batch]:
+        """The micro-batches of a mini-batch, with the facts of its step.
+
+        Args:
+            rows: This rank's rows.
+            dropped: Groups that dynamic sampling dropped, for the logs of this step.
+            info: The record of the step without the counts of its rows.
+            forward: The trainer's forward pass.
+        """
+        zero = tuple(sample for sample in rows.samples if changes_nothing(self.loss, sample))
+        effective = [sample for sample in rows.samples if not changes_nothing(self.loss, sample)]
+        denominators, skip_reason = count_over_ranks(
+            rows.samples, effective, self.sampling.max_completion_tokens, self.ranks.add_up
+        )
+        unused = (*rows.unused, *(rollout for group in dropped for rollout in group.rollouts))
+        info = replace(info, denominators=denominators, skip_reason=skip_reason, unused=unused, zero_advantage=zero)
+        return make_batches(forward.split(effective), info)
+
+    def _updates(self, steps: Sequence[Sequence[Batch]]) -> list[Batch]:
+        """The micro-batches of all mini-batches once for each pass, each with its own dropout seed.
+
+        Args:
+            steps: The micro-batches of each mini-batch.
+        """
         found = []
-        for _ in range(self.loss.num_policy_updates):
-            for number, batch in enumerate(batches):
-                seed = derived_seed(self.seed, "dropout", self.ranks.rank, info.step, number)
-                found.append(replace(batch, step=info, dropout_seed=seed))
-            info = info.next_update()
+        for number in range(self.loss.num_policy_updates):
+            for batches in steps:
+                info = batches[0].step.in_pass(number, len(steps))
+                if info.phase_step == 0:
+                    info = replace(info, later=tuple(batch for others in steps[1:] for batch in others))
+                for place, batch in enumerate(batches):
+                    seed = derived_seed(self.seed, "dropout", self.ranks.rank, info.step, place)
+                    found.append(replace(batch, step=info, dropout_seed=seed))
         return found
 
     def _credit(
@@ -183,8 +202,11 @@ class TrainingPhase:
             return []
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         samples = [Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for rollout in rollouts]
-        used = [micro_batch for micro_batch in forward.split(samples) if micro_batch is not None]
-        return make_batches(used, StepInfo(step, Denominators(1, 1, 1, 1), version))
+        info = StepInfo(step, NO_COUNTS, version)
+        # A micro-batch of all rollouts would be as many times larger than one that is trained as there are mini-batches.
+        parts = split_rows(groups, samples, self.loss.mini_batches)
+        used = [part for rows in parts for part in forward.split(rows.samples) if part is not None]
+        return make_batches(used, info)
 
     def _share(self, places: list[int]) -> list[int]:
         return self.ranks.share([self.fitting[place] for place in places])

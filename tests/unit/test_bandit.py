@@ -13,6 +13,7 @@ from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_of
+from fuchsia_pl.rollouts.mini_batches import split_rows
 from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Sample, Turn
 
 PROMPT, LENGTH, GROUPS, SIBLINGS, MAX_STEPS = [5, 6], 2, 8, 8, 200
@@ -25,6 +26,13 @@ VARIANTS = {
     **{f"{name}, 3 updates": {"loss_type": name, "num_policy_updates": 3} for name in ("grpo", "cispo", "sapo", "ppo")},
     # one ratio for both tokens of a row: with 3 updates of this learning rate it ends with one of them right
     "gmpo, 2 updates": {"loss_type": "gmpo", "num_policy_updates": 2},
+    **{f"{name}, 4 mini-batches": {"loss_type": name, "mini_batches": 4} for name in ("dapo", "gspo")},
+    "ppo with a critic, 2 mini-batches, 2 updates": {
+        "loss_type": "ppo",
+        "advantage": "gae",
+        "mini_batches": 2,
+        "num_policy_updates": 2,
+    },
 }
 
 
@@ -83,13 +91,17 @@ def test_the_token_is_learned_within_200_steps(tiny_model, variant):
         samples = make_samples(config, groups, {}, signals, lambda values: values)
         if not any(any(sample.advantages) for sample in samples):
             continue  # as the module skips such a step
-        batches = make_batches(split_balanced(samples, 2), StepInfo(0, count_denominators(samples, 2 * LENGTH), 0))
-        before_updates = [policy.evaluated_output(batch).logprobs for batch in batches]
+        steps = [
+            make_batches(split_balanced(rows.samples, 2), StepInfo(0, count_denominators(rows.samples, 2 * LENGTH), 0))
+            for rows in split_rows(groups, samples, config.mini_batches)
+        ]
+        before_updates = [[policy.evaluated_output(batch).logprobs for batch in batches] for batches in steps]
         for _ in range(config.num_policy_updates):
-            optimizer.zero_grad()
-            for batch, old in zip(batches, before_updates, strict=True):
-                policy_loss(config, batch, policy.output(batch), old, old, None).loss.backward()
-            optimizer.step()
+            for batches, olds in zip(steps, before_updates, strict=True):
+                optimizer.zero_grad()
+                for batch, old in zip(batches, olds, strict=True):
+                    policy_loss(config, batch, policy.output(batch), old, old, None).loss.backward()
+                optimizer.step()
         # the token at both places: after the prompt, and after the prompt and itself
         places = [torch.tensor([PROMPT]), torch.tensor([[*PROMPT, target]])]
         if min(next_distribution(policy, ids)[0, target].exp().item() for ids in places) >= 0.95:

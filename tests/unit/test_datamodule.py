@@ -7,9 +7,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from fuchsia_pl import datamodule
-from fuchsia_pl.batch import Denominators
+from fuchsia_pl.batch import Denominators, StaleBatchError
 from fuchsia_pl.envs import SingleTurnEnvironment, ToolServerError
-from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts import batcher
 from fuchsia_pl.rollouts.collector import PromptTooLongError

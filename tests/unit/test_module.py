@@ -10,9 +10,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 
-from fuchsia_pl.batch import StepInfo
+from fuchsia_pl.batch import StaleBatchError, StepInfo
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
-from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
@@ -351,15 +350,16 @@ def test_a_tools_labels_reach_no_gradient(tiny_model):
     assert any(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
-def test_a_phase_ends_with_the_last_micro_batch_of_its_last_update(tiny_model, tmp_path):
-    """Two phases of two updates in two micro-batches each."""
+@pytest.mark.parametrize("setting", ["num_policy_updates", "mini_batches"])
+def test_a_phase_ends_with_the_last_micro_batch_of_its_last_step(tiny_model, tmp_path, setting):
+    """Two phases of two steps in two micro-batches each."""
     ends = []
 
     class Record(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             ends.append(pl_module.ends_phase(batch_idx))
 
-    module = make_module(tiny_model, LossConfig(num_policy_updates=2))
+    module = make_module(tiny_model, LossConfig(**{setting: 2}))
     trainer = make_trainer(tmp_path, Record(), accumulate_grad_batches=2, max_steps=4)
-    trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4))
+    trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4, batch_size=4))
     assert ends == [False, False, False, True] * 2

@@ -108,7 +108,7 @@ def test_a_run_with_several_updates_resumes_at_a_phase_bit_for_bit(tiny_model, t
     trainer.fit(module, datamodule=make_data(module, TinyEngine(), **data), ckpt_path=saved)
     odd = make_module(tiny_model, LossConfig("ppo", num_policy_updates=3))
     again = make_trainer(tmp_path / "d", max_steps=6, max_epochs=-1)
-    with pytest.raises(ValueError, match=r"checkpoint is of step 4, .*num_policy_updates=3"):
+    with pytest.raises(ValueError, match=r"checkpoint is of step 4, .*the 3 steps of a phase"):
         again.fit(odd, datamodule=make_data(odd, TinyEngine(), **data), ckpt_path=saved)
     pairs = zip(module.policy.trainable_parameters(), straight.policy.trainable_parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
@@ -117,8 +117,8 @@ def test_a_run_with_several_updates_resumes_at_a_phase_bit_for_bit(tiny_model, t
 @pytest.mark.parametrize(
     ("data", "settings", "words"),
     [
-        ({"steps_per_epoch": 3}, {}, r"steps_per_epoch=3 is no multiple of model\.loss\.num_policy_updates=2"),
-        ({"steps_per_epoch": 4}, {"max_steps": 3}, r"max_steps=3 is no multiple of model\.loss\.num_policy_updates=2"),
+        ({"steps_per_epoch": 3}, {}, r"steps_per_epoch=3 is no multiple of the 2 opt.*num_policy_updates=2"),
+        ({"steps_per_epoch": 4}, {"max_steps": 3}, "max_steps=3 is no multiple of the 2 optimizer steps of a phase"),
         ({"steps_per_epoch": 4}, {"limit_train_batches": 3}, "limit_train_batches=3 would cut a phase: it has 2 micro"),
     ],
 )
@@ -141,7 +141,7 @@ def test_what_would_end_within_a_phase_is_refused(tiny_model, tmp_path, data, se
 )
 def test_the_number_of_phases_of_a_run_by_hand(tmp_path, settings, num_updates, expected):
     trainer = make_trainer(tmp_path, accumulate_grad_batches=2, **settings)
-    assert num_phases(trainer, steps_per_epoch=4, num_updates=num_updates) == expected
+    assert num_phases(trainer, steps_per_epoch=4, steps_per_phase=num_updates) == expected
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "rloo"])
@@ -304,13 +304,14 @@ def test_a_group_of_one_is_refused_where_siblings_are_compared_and_only_there(ti
         {"reward_aggregation": "normalize_then_sum"},
         {"kl_in": "reward", "beta": 0.3, "kl_estimator": "k1"},
         {"num_policy_updates": 2},
+        {"mini_batches": 2},
         {"sampler_correction": SamplerCorrection(mode="disabled")},
     ],
     ids=str,
 )
 def test_every_setting_of_the_data_side_changes_the_run(tiny_model, tmp_path, change):
     def weights(**settings):
-        data = {"steps_per_epoch": 2, "sampling": {"max_completion_tokens": 10}}
+        data = {"steps_per_epoch": 2, "batch_size": 4, "sampling": {"max_completion_tokens": 10}}
         module, *_ = fit(tiny_model, tmp_path, LossConfig("grpo", **settings), data=data, max_steps=2)
         return torch.cat([p.detach().flatten() for p in module.policy.trainable_parameters()])
 

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
+from fuchsia_pl.batch import StaleBatchError
 from fuchsia_pl.callbacks.adapter_sync import AdapterSync
-from fuchsia_pl.module import StaleBatchError
 from fuchsia_pl.types import Completion, ConfigError
 from tests.doubles import RecordedEngine, TinyEngine, make_data, make_module, make_trainer
 

@@ -126,7 +126,7 @@ def test_a_step_with_a_number_that_is_not_finite_is_skipped_and_counted(tiny_mod
 def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole(tiny_model, tmp_path):
     # Steps 1 and 3 to 5 of 10, counted from 0: a good step between them resets the count.
     with pytest.raises(
-        NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*phase 3 of this kind in a row"
+        NonFiniteError, match=r"^step 6: the loss or the gradient is not finite.*3 sets of rollouts in a row"
     ):
         fit(tiny_model, tmp_path, Poison("gradient", math.nan, 1, 3, 4, 5), max_steps=10)
     assert files_are_finite(tmp_path)
@@ -140,10 +140,19 @@ def test_the_run_stops_after_so_many_in_a_row_and_what_was_saved_before_is_whole
         FiniteGuard(max_nonfinite_steps=0)
 
 
-def test_the_updates_of_a_phase_train_the_same_rollouts_and_count_as_one(tiny_model, tmp_path):
-    # Phases of four steps: a bad one, a good step and three bad ones, and two bad ones; the last phase begins with step 13.
-    poison, loss = Poison("gradient", math.nan, *range(4), *range(5, 16)), LossConfig(num_policy_updates=4)
-    with pytest.raises(NonFiniteError, match=r"^step 13: .*phase 3 of this kind in a row"):
+@pytest.mark.parametrize(
+    ("loss", "last"),
+    [
+        # Phases of four steps, all of them bad but step 5. Counted are steps 1; 6, 9 and 13, counted from 1.
+        (LossConfig(num_policy_updates=4), 13),
+        # Two passes over two sets of rollouts. Counted are steps 1 and 2; 6, 9 and 10.
+        (LossConfig(num_policy_updates=2, mini_batches=2), 10),
+    ],
+    ids=["updates", "mini-batches"],
+)
+def test_steps_that_train_the_same_rollouts_count_as_one(tiny_model, tmp_path, loss, last):
+    poison = Poison("gradient", math.nan, *range(4), *range(5, 16))
+    with pytest.raises(NonFiniteError, match=rf"^step {last}: .*3 sets of rollouts in a row"):
         fit(tiny_model, tmp_path, poison, loss=loss, steps_per_epoch=16, max_steps=16)
 
 

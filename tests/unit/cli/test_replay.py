@@ -35,7 +35,11 @@ class Kept(Callback):
         self.gradients = {name: p.grad.clone() for name, p in named if p.requires_grad}
 
 
-@pytest.mark.parametrize("loss", [LossConfig(beta=0.01), LossConfig(num_policy_updates=2)], ids=["kl", "second update"])
+@pytest.mark.parametrize(
+    "loss",
+    [LossConfig(beta=0.01), LossConfig(num_policy_updates=2), LossConfig(mini_batches=2)],
+    ids=["kl", "second update", "second mini-batch"],
+)
 def test_losses_and_gradients_of_a_step_are_reproduced_bit_for_bit(tiny_model, tmp_path, loss):
     kept, module = Kept(), make_module(tiny_model, loss, dropout=0.3)
     callbacks = [FiniteGuard(record_steps=(2,)), kept]

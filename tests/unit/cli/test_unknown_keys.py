@@ -90,6 +90,11 @@ def test_all_keys_of_a_file_and_of_the_command_line_are_told_at_once(told):
         ("model.optimizer.learning_rate", "model.optimizer.init_args.lr"),
         ("trainer.gradient_checkpointing.enabled", "model.policy.checkpointing.enabled"),
         ("gradient_checkpointing", "model.policy.checkpointing.enabled"),
+        (
+            "actor_rollout_ref.actor.ppo_mini_batch_size",
+            "model.loss.mini_batches (their number: train_batch_size / ppo_mini_batch_size, or steps_per_generation / "
+            "gradient_accumulation_steps)",
+        ),
         ("data.engine.gpu_memory_utilization", "data.engine.init_args.kv_cache_gb (GiB, no share of the device)"),
         ("shared.rollout.group_size", "data.sampling.group_size"),
     ],
@@ -130,7 +135,6 @@ def test_no_foreign_name_has_two_answers():
         ("sync_ref_model", "The reference is the model (and adapter) that the run starts from"),
         ("push_to_hub", "Nothing is uploaded"),
         ("server.port", "Servers are started with `fuchsia serve`"),
-        ("actor_rollout_ref.actor.ppo_mini_batch_size", "Each optimizer step trains on all rollouts of its phase"),
     ],
 )
 def test_settings_without_a_counterpart_are_refused_with_the_reason(told, key, reason):

@@ -107,6 +107,7 @@ def test_where_the_kl_goes():
         ({"beta": -0.1}, "beta must be 0 or more, got -0.1"),
         ({"entropy_weight": -0.1}, "entropy_weight must be 0 or more, got -0.1"),
         ({"num_policy_updates": 0}, "num_policy_updates must be 1 or more, got 0"),
+        ({"mini_batches": 0}, "model.loss.mini_batches must be 1 or more, got 0"),
         ({"max_refills": -1}, "max_refills must be 0 or more, got -1"),
         ({"overlong_buffer": 0.0}, "overlong_buffer must be above 0 and at most 1, got 0"),
         ({"reduction": "constant", "constant_length": 0}, "constant_length must be 1 or more, got 0"),
@@ -125,7 +126,11 @@ def test_where_the_kl_goes():
         ({"surrogate": "reinforce", "old_logprobs": "sampler"}, "old_logprobs has no effect with surrogate"),
         (
             {"surrogate": "reinforce", "num_policy_updates": 2},
-            '=2 needs a surrogate with a ratio: "reinforce" has',
+            'num_policy_updates=2 needs a surrogate with a ratio: "reinforce" has',
+        ),
+        (
+            {"surrogate": "reinforce", "mini_batches": 4},
+            'mini_batches=4 needs a surrogate with a ratio: "reinforce" has',
         ),
         (
             {"old_logprobs": "sampler", "sampler_correction": SamplerCorrection(mode="truncate")},

@@ -200,6 +200,19 @@ def test_off_the_policy_ratios_without_bounds_are_unbiased_for_one_token_alone(s
     assert torch.cosine_similarity(mean, EXACT, dim=0) < 0.99
 
 
+def test_a_later_mini_batch_needs_the_logprobs_of_the_phases_start():
+    # OTHER sampled all mini-batches, and the first one moved the policy to POLICY. With OTHER's logprobs as the old ones, the
+    # ratio removes the bias for one token. With those at the first use of the later rows it is 1, and the mean is that of
+    # E_other[R score] = E_pi[other / pi R score].
+    off = SamplerCorrection(mode="disabled")
+    config = LossConfig("reinforce", surrogate="clip", clip_low=1.0, clip_high=NO_BOUND, sampler_correction=off)
+    start, moved = (mean_of(config, 1, ONE_TOKEN, old=old, sampler=OTHER) for old in (OTHER, POLICY))
+    back = ONE_TOKEN.probabilities(OTHER) / ONE_TOKEN.probabilities(POLICY)
+    assert same(start, exact(ONE_TOKEN.rewards, ONE_TOKEN))
+    assert same(moved, exact(ONE_TOKEN.rewards * back, ONE_TOKEN))
+    assert not same(start, moved)
+
+
 def test_corrections_of_the_sampler_remove_its_bias_as_documented():
     def corrected(mode, level="sequence", high=NO_BOUND):
         config = LossConfig("reinforce", sampler_correction=SamplerCorrection(mode, level, 0.0, high))

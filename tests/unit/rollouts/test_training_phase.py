@@ -77,6 +77,85 @@ def test_each_optimizer_step_of_a_phase_has_a_record_of_its_own():
     assert torch.equal(batches[0].labels, batches[2].labels)
 
 
+LATER = RolloutGroup((make_rollout(3, 0, 0.0, 1), make_rollout(3, 1, 1.0, 6)), has_spread=True)
+TWO_BY_TWO = LossConfig("grpo", mini_batches=2, num_policy_updates=2)
+
+
+def test_a_phase_is_all_mini_batches_once_and_then_all_of_them_again():
+    batches = phase_batches(make_phase(TWO_BY_TWO), [SPLIT, ALIKE, UNSCORED, LATER], step=4)
+    infos = [batch.step for batch in batches[::2]]
+    assert [info is batch.step for info, batch in zip(infos, batches[1::2], strict=True)] == [True] * 4
+    facts = [(info.step, info.phase_step, info.policy_update) for info in infos]
+    assert facts == [(4, 0, 0), (5, 1, 0), (6, 2, 1), (7, 3, 1)]
+    items = [sorted(s.rollout.item_index for b in batches[at : at + 2] for s in b.samples) for at in (0, 2, 4, 6)]
+    assert items == [[0, 0], [3, 3]] * 2
+    expected = [derived_seed(7, "dropout", 0, step, number) for step in (4, 5, 6, 7) for number in (0, 1)]
+    assert [batch.dropout_seed for batch in batches] == expected
+    # Items 0 and 1: rows of 2, 3, 4, 1 tokens, of which item 1 has no advantages. Items 2 and 3: 5 tokens of the scored sibling
+    # of item 2, whose advantage is 0, and 1 + 6 of item 3.
+    counted = [info.denominators for info in infos]
+    assert [(c.num_tokens, c.num_rows, c.num_forward_tokens) for c in counted] == [(10, 4, 5), (12, 3, 7)] * 2
+    zero = [[(s.rollout.item_index, s.rollout.sibling) for s in info.zero_advantage] for info in infos]
+    assert zero == [[(1, 0), (1, 1)], [(2, 1)]] * 2
+    assert [[(r.item_index, r.sibling) for r in info.unused] for info in infos] == [[], [(2, 0)]] * 2
+    # All steps log the figures of the whole phase: of 8 rollouts 7 are scored, 5 with 1.
+    assert [info.metrics["reward/mean"] for info in infos] == pytest.approx([5 / 7] * 4)
+
+
+def test_the_first_step_has_the_micro_batches_whose_logprobs_are_needed_before_it():
+    batches = phase_batches(make_phase(TWO_BY_TWO), [SPLIT, LATER])
+    later = batches[0].step.later
+    assert [batch.samples for batch in later] == [batch.samples for batch in batches[2:4]]
+    assert all(one.labels is other.labels for one, other in zip(later, batches[2:4], strict=True))
+    assert all(batch.step.later == () for batch in batches[2:])
+    one = make_phase(LossConfig("grpo", num_policy_updates=3))
+    assert all(batch.step.later == () for batch in phase_batches(one, [SPLIT, LATER]))
+
+
+def test_a_mini_batch_without_rows_or_advantages_is_skipped_and_the_others_are_not():
+    batches = phase_batches(make_phase(LossConfig("grpo", mini_batches=2)), [ALIKE, SPLIT])
+    reasons = [batch.step.skip_reason for batch in batches[::2]]
+    assert reasons == ["every advantage of the step is 0: the rewards do not differ", None]
+    # Dynamic sampling kept one group of two. The groups that it dropped are logged with the first step.
+    sampled = Sampled([SPLIT], dropped=[ALIKE], num_refills=0, seconds=2.0)
+    phase = make_phase(LossConfig("dapo", mini_batches=2, truncated="keep"))  # a penalty would change the rewards
+    batches = phase.batches(sampled, 3, 3, Forward(1, False, no_signals))
+    first, second = (batch.step for batch in batches)
+    assert first.skip_reason.startswith("none of the step's rollouts can be trained on")
+    assert [rollout.item_index for rollout in first.unused] == [1, 1]
+    assert second.skip_reason is None
+    assert second.unused == ()
+
+
+def test_the_mini_batches_of_two_ranks_are_those_of_one():
+    def trained(rank: int, size: int) -> list[set[int]]:
+        """Items of each step."""
+        phase = make_phase(LossConfig("grpo", mini_batches=2), rank, size)
+        draw, _ = phase.draw(0, 0)
+        groups = [
+            RolloutGroup((make_rollout(item, 0, 0.0, 2), make_rollout(item, 1, 1.0, 3)), has_spread=True)
+            for item in draw.indices
+        ]
+        batches = phase_batches(phase, groups, num_micro_batches=1)
+        return [{sample.rollout.item_index for sample in batch.samples} for batch in batches]
+
+    one, first, second = trained(0, 1), trained(0, 2), trained(1, 2)
+    assert [len(items) for items in one] == [2, 2]
+    assert one == [a | b for a, b in zip(first, second, strict=True)]
+
+
+def test_the_signals_of_a_phase_are_computed_in_micro_batches_of_the_size_of_its_steps():
+    asked = []
+
+    def signals(batches):
+        asked.append([len(batch.samples) for batch in batches])
+        return [TrainerSignals(torch.full(batch.labels.shape, 0.5), None) for batch in batches]
+
+    phase = make_phase(LossConfig("reinforce_pp", beta=0.1, mini_batches=2))
+    phase.batches(Sampled([SPLIT, LATER], [], 0, 1.0), 3, 3, Forward(2, False, signals))
+    assert asked == [[1, 1, 1, 1]]
+
+
 def test_a_step_without_advantages_has_a_reason_to_be_skipped():
     batches = phase_batches(make_phase(), [ALIKE])
     assert batches[0].step.skip_reason == "every advantage of the step is 0: the rewards do not differ"
@@ -112,6 +191,7 @@ def test_ranks_draw_disjoint_shares_of_the_fitting_items():
     assert [index for pair in zip(*(s.indices for s in shares), strict=True) for index in pair] == whole.indices
     assert (whole.siblings, whole.address, whole.step) == (2, (7, "train", 2), 2)
     assert set(make_phase(fitting=range(10, 14)).draw(0, 0)[0].indices) == {10, 11, 12, 13}
+    assert make_phase(TWO_BY_TWO).draw(2, 2)[0].step == 8  # the third phase of four steps
     repeated, _ = make_phase().draw(5, 2)
     assert (repeated.indices, repeated.address) == (whole.indices, (7, "train", 5))
 
