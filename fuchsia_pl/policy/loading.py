@@ -57,6 +57,10 @@ def load_base(
                 f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}. Download or save it again"
             ) from error
     _check_report(folder, report)
+    if model.config.get_text_config().to_dict().get("attn_logit_softcapping"):
+        model.set_attn_implementation(
+            "eager"
+        )  # transformers' other kinds of attention leave the soft cap of scores out
     return model
 
 

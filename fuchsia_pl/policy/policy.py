@@ -19,8 +19,9 @@ from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.critic import Critic
 from fuchsia_pl.policy.loading import load_base
 from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs, fastest_chunk_tokens
+from fuchsia_pl.policy.prefix_layout import lay_out
 from fuchsia_pl.policy.sharding import shard, whole
-from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, lay_out, shares_prefix
+from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, shares_prefix
 from fuchsia_pl.types import ConfigError
 
 # Largest difference in logits that rounding explains in the head check, relative to the largest logit, in units of the type's

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.bench.work import MARK
 
-PARTS = (["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["sampling"], ["overlap"])
+PARTS = (["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["shared_prefix"], ["sampling"], ["overlap"])
 TIMEOUT_S = 1800
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -73,10 +73,29 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         Ratio(
             "step of TRL / ours, every row in the forward, 64 tokens", f["trl_step_64"] / f["every_step_64"], ">=", 6
         ),
-        Ratio("plain rows / shared prefix, prompt 40, completion 24", f["plain_short"] / f["shared_short"], ">=", 2.5),
         Ratio("plain rows / shared prefix, prompt 150, completion 200", f["plain_long"] / f["shared_long"], ">=", 1.3),
+        Ratio(
+            "the same, prompt 2,000, completion 500, float32, 2 of 30 layers",
+            f["plain_2000"] / f["shared_2000"],
+            ">=",
+            2.2,
+        ),
+        Ratio(
+            f"the same, prompt 40, completion 24: share of the {f['allowed_short']:.3g} that tokens and head allow",
+            f["plain_short"] / f["shared_short"] / f["allowed_short"],
+            ">=",
+            0.95,
+        ),
+        Ratio(
+            "bytes of attention per token at 4,096 tokens / at 1,024, besides inputs, output, gradients",
+            f["attention_bytes_4096"] / f["attention_bytes_1024"],
+            "<=",
+            1.1,
+        ),
         Ratio("largest difference of logprobs, float32", f["logprob_difference"], "<=", 1e-4),
         Ratio("relative difference of gradients, float32", f["gradient_difference"], "<=", 1e-4),
+        Ratio("difference of logprobs, prompt 2,000, float32", f["logprob_difference_2000"], "<=", 1e-4),
+        Ratio("relative difference of gradients, prompt 2,000, float32", f["gradient_difference_2000"], "<=", 1e-4),
         Ratio(
             "share of the step outside sampling and training, quickstart's rewards", f["own_rest_share_32"], "<=", 0.08
         ),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.loading import load_base, trained_shapes
@@ -61,3 +62,22 @@ def test_what_would_be_trained_is_known_without_loading_it(tiny_model: Path, lor
     policy = Policy(config, tiny_model, with_reference=False, with_critic=has_critic)
     expected = {name: tuple(p.shape) for name, p in policy.named_parameters() if p.requires_grad}
     assert trained_shapes(config, tiny_model, has_critic) == expected
+
+
+def test_scores_of_attention_are_capped_where_the_model_caps_them(tmp_path):
+    """vLLM caps them; the default attention of transformers does not, without a word."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5, "pad_token_id": 0}
+    logits = {}
+    for cap in (2.0, None):
+        config = Gemma2Config(**sizes, **heads, attn_logit_softcapping=cap)
+        torch.manual_seed(0)
+        Gemma2ForCausalLM(config).save_pretrained(tmp_path / str(cap))
+        model = load_base(tmp_path / str(cap), torch.float32).eval()
+        exact = Gemma2ForCausalLM.from_pretrained(tmp_path / str(cap), attn_implementation="eager").eval()
+        ids = torch.arange(3, 23).unsqueeze(0)
+        logits[cap] = model(ids).logits
+        torch.testing.assert_close(logits[cap], exact(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (logits[2.0] - logits[None]).abs().max() > 0.01
+    assert not Policy(PolicyConfig("", "float32"), tmp_path / "2.0", with_reference=False).shares_prefix
