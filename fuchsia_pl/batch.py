@@ -134,6 +134,25 @@ class Batch:
     value_targets: Tensor | None = None
     dropout_seed: int = 0
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are rows, be it one of padding.
+
+        A step whose rows fill fewer micro-batches than it may have begins with batches without rows. They are neither computed
+        nor differentiated, on any rank.
+        """
+        return len(self.input_ids) > 0
+
+    def num_computed_tokens(self, shares_prefix: bool) -> int:
+        """Tokens of the forward: each prefix once and no padding, or padded rows.
+
+        Args:
+            shares_prefix: Whether the common prefix of a group is computed once.
+        """
+        if not shares_prefix:
+            return self.input_ids.numel()
+        return sum(self.lengths) - sum((group.num_rows - 1) * group.prefix_length for group in self.groups)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Returns the batch with its tensors on `device`."""
         moved: dict[str, Any] = {

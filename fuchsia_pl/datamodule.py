@@ -268,7 +268,7 @@ class RolloutDataModule(LightningDataModule):
         """The largest micro-batch of the run, filled with arbitrary ids."""
         assert self._longest_row is not None, "setup is called first"
         groups, step = self.batch_size // self._trainer.world_size, self._trainer.global_step
-        return budget.longest_batch(self._longest_row, groups, self.sampling, self._forward.split, step)
+        return budget.longest_batch(self._longest_row, groups, self.sampling, self._forward, step)
 
     @property
     def _ranks(self) -> Ranks:
@@ -276,8 +276,15 @@ class RolloutDataModule(LightningDataModule):
 
     @property
     def _forward(self) -> Forward:
-        source, device = self._signal_source, self._trainer.strategy.root_device
-        return Forward(self._trainer.accumulate_grad_batches, source.shares_prefix, source.trainer_signals, device)
+        source, trainer = self._signal_source, self._trainer
+        return Forward(
+            trainer.accumulate_grad_batches,
+            source.shares_prefix,
+            source.trainer_signals,
+            trainer.strategy.root_device,
+            source.max_tokens_per_micro_batch,
+            self._ranks.highest,
+        )
 
     @property
     def _training_phase(self) -> TrainingPhase:

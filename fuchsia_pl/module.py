@@ -222,6 +222,8 @@ class GRPOModule(LightningModule):
                 "loader sampled before the sync, or the engine was not synced"
             )
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        if not batch.has_rows:
+            return self._loss_without_rows(batch, micro_batch)
         self._policy.end_accumulation(micro_batch + 1 == self.trainer.accumulate_grad_batches)
         self.ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
         with self._own_randomness(batch.dropout_seed):
@@ -242,6 +244,15 @@ class GRPOModule(LightningModule):
         # The loss is already divided by the counts of the whole step. Lightning divides again by the number of
         # micro-batches, and DDP and FSDP divide by the number of ranks.
         return output.loss * (self.trainer.accumulate_grad_batches * self.num_ranks)
+
+    def _loss_without_rows(self, batch: Batch, micro_batch: int) -> Tensor:
+        """The loss of a micro-batch that the step does not need, a constant 0. Nothing is computed for it.
+
+        Lightning takes None for an error where there are several ranks, and warns of it on one.
+        """
+        if batch.step.policy_update == 0:
+            self.trainer_logprobs = [*self.trainer_logprobs[:micro_batch], batch.sampling_logprobs]
+        return torch.zeros((), device=self.device, requires_grad=True)
 
     def ends_phase(self, batch_idx: int) -> bool:
         """Whether micro-batch `batch_idx`, which has been trained, completed the last optimizer step of its phase."""

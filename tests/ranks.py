@@ -39,6 +39,8 @@ POLICIES = {
     "all weights": {"lora": LoRASettings(enabled=False)},
     "critic": {"loss": LossConfig("ppo", advantage="gae")},
     "plain rows": {"shared_prefix": "never"},
+    # Two groups fit in only if they are short, so steps fill other numbers of micro-batches than planned.
+    "budget": {"max_tokens_per_micro_batch": 44},
 }
 
 
@@ -59,7 +61,7 @@ def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, opt
         root,
         AdapterExport(),
         sync=AdapterSync(tolerance=100.0),
-        accumulate_grad_batches=2,
+        accumulate_grad_batches=1 if config.max_tokens_per_micro_batch else 2,
         max_epochs=-1,
         max_steps=num_steps,
         log_every_n_steps=1,
@@ -115,7 +117,9 @@ def uneven(model: Path, root: Path, strategy: str, num_patterns: int) -> None:
     for seed in range(num_patterns):
         numbers = random.Random(seed)
         seed_everything(0, verbose=False)
-        config = PolicyConfig(str(model), "float32", lora=LoRASettings(r=4, alpha=8))
+        budget = numbers.choice([None, None, 44])
+        settings = {"lora": LoRASettings(r=4, alpha=8), "max_tokens_per_micro_batch": budget}
+        config = PolicyConfig(str(model), "float32", **settings)
         loss = LossConfig("dapo", max_refills=numbers.randrange(3))
         module = GRPOModule(config, loss, ADAM)
         data = make_data(
@@ -124,7 +128,7 @@ def uneven(model: Path, root: Path, strategy: str, num_patterns: int) -> None:
         trainer = make_trainer(
             root,
             sync=AdapterSync(tolerance=100.0),
-            accumulate_grad_batches=numbers.choice([1, 2, 3, 5]),
+            accumulate_grad_batches=numbers.choice([1, 2, 3, 5]) if budget is None else 1,
             **STRATEGIES[strategy](),
         )
         trainer.fit(module, datamodule=data)

@@ -64,6 +64,7 @@ class AdapterSync(Callback):
         self.tolerance = tolerance
         self.agreement: Agreement | None = None
         self._lag = 0
+        self._is_before_rows = False
         self._num_candidates = 0
         self._num_probes = 0
         self._probed: Batch | None = None
@@ -111,13 +112,16 @@ class AdapterSync(Callback):
         """
         policy = policy_of(trainer)
         self._probed = None
-        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0 and batch.step.policy_update == 0
-        if first_of_step:
+        if batch_idx % trainer.accumulate_grad_batches == 0 and batch.step.policy_update == 0:
             self._check_content(trainer, policy)
+            self._is_before_rows = True
+        # With a budget of tokens, a step may begin with micro-batches without rows.
+        has_first_rows = self._is_before_rows and batch.has_rows
+        self._is_before_rows = self._is_before_rows and not batch.has_rows
         self._lag = trainer.global_step - batch.step.policy_update - batch.step.policy_version
         # The probe compares the sampling weights with the current ones, so the steps between must be few against all steps.
         is_comparable = batch.step.policy_version > MIN_STEPS_PER_LAG * self._lag
-        if self.agreement is not None or not (first_of_step and policy.has_reference and is_comparable):
+        if self.agreement is not None or not (has_first_rows and policy.has_reference and is_comparable):
             return
         self._num_candidates += 1
         if self._num_probes == MAX_PROBES or self._num_candidates.bit_count() > 1:
@@ -140,7 +144,7 @@ class AdapterSync(Callback):
             with trainer.precision_plugin.forward_context():  # callbacks run outside of the context of the step
                 reference = policy_of(trainer).reference_logprobs(batch)
         agreement = adapter_agreement(
-            module.trainer_logprobs[0][mask],
+            module.trainer_logprobs[-1][mask],
             reference[mask],
             batch.sampling_logprobs[mask],
             lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"),

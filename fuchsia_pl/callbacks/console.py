@@ -90,9 +90,10 @@ class ConsoleReport(ProgressBar):
         self._opened.begin_training(Pace(trainer.global_step, steps, self._start))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Starts the bar of a step's micro-batches."""
-        if self._training is None:
-            work = progress.activity(TRAINING, trainer.accumulate_grad_batches, "micro-batches")
+        """Starts the bar of a step's micro-batches. Those without rows come first and are not shown."""
+        if self._training is None and batch.has_rows:
+            total = trainer.accumulate_grad_batches
+            work = progress.activity(TRAINING, total - batch_idx % total, "micro-batches")
             self._training = self._step.enter_context(work)
 
     def on_train_batch_end(

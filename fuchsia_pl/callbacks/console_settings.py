@@ -18,7 +18,8 @@ def run_table(trainer: Trainer) -> Table:
     total = sum(parameter.numel() for parameter in policy.parameters())
     adapter = f"LoRA r={data.served_model.lora_rank}" if data.served_model.lora_rank else "all weights"
     table = Table(show_header=False, box=None, pad_edge=False)
-    split = f"{trainer.accumulate_grad_batches} micro-batches on {trainer.world_size} rank(s)"
+    bound = "" if policy.config.max_tokens_per_micro_batch is None else "at most "
+    split = f"{bound}{trainer.accumulate_grad_batches} micro-batches on {trainer.world_size} rank(s)"
     for name, value in {
         "model": data.served_model.name,
         "trained": f"{trained:,} of {total:,} parameters ({adapter})",

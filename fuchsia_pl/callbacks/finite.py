@@ -118,7 +118,7 @@ class FiniteGuard(Callback):
             again = f"`fuchsia replay {file}` computes it again"
         found = (
             f"the loss or the gradient is not finite on {num_ranks} of {trainer.world_size} ranks (here: losses of the "
-            f"micro-batches {_shown(losses)}, gradient norm {float(norm):g}); {again}"
+            f"micro-batches {_shown(batches, losses)}, gradient norm {float(norm):g}); {again}"
         )
         if self._num_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(
@@ -211,8 +211,9 @@ def _scaler_skips(trainer: Trainer, losses: Tensor) -> bool:
     return num_ranks_where(trainer, not bool(losses.isfinite().all())) == 0 and has_overflown
 
 
-def _shown(losses: Tensor) -> str:
-    return ", ".join(f"{loss:g}" for loss in losses.tolist())
+def _shown(batches: list[Batch], losses: Tensor) -> str:
+    each = zip(batches, losses.tolist(), strict=True)
+    return ", ".join(f"{loss:g}" for batch, loss in each if batch.has_rows)
 
 
 def _refuse(trainer: Trainer, names: list[str], refuses: bool) -> None:

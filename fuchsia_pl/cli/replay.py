@@ -232,10 +232,14 @@ def report(console: Console, recorded: RecordedStep, replayed: Replayed) -> None
         f"step {recorded.step + 1}, recorded on {recorded.device}{ranks}, computed on {replayed.device} in {recorded.precision}"
     )
     console.print(f"trained weights: {_listed(not_finite(recorded.weights), len(recorded.weights))}")
-    for number, (before, now) in enumerate(zip(recorded.losses, replayed.losses, strict=True)):
-        endless = replayed.endless[number]
+    each = zip(recorded.batches, recorded.losses, replayed.losses, replayed.endless, strict=True)
+    number = 0
+    for batch, before, now, endless in each:
+        if not batch.has_rows:
+            continue
+        number += 1
         found = f"; not finite: {', '.join(endless)}" if endless else ""
-        console.print(f"micro-batch {number + 1}: loss {float(now):g}, recorded {float(before):g}{found}")
+        console.print(f"micro-batch {number}: loss {float(now):g}, recorded {float(before):g}{found}")
     if replayed.endless_metrics:
         console.print(f"metrics that are not finite: {', '.join(replayed.endless_metrics)}")
     norm = float(total_norm(list(replayed.gradients.values())))

@@ -116,8 +116,9 @@ class PolicyConfig:
         shared_prefix: Whether a prefix that rows share is computed once. "auto": if a check at the start finds the same outputs
             with and without sharing. "always": a model that fails the check is refused. "never": plain rows.
         checkpointing: Activation checkpointing.
-        max_tokens_per_micro_batch: Derives `trainer.accumulate_grad_batches`: the smallest number with which no micro-batch
-            exceeds this many tokens, even with the longest rows that can be sampled. A shared prefix counts once.
+        max_tokens_per_micro_batch: Packs the rows of each step into as few micro-batches as they fill, with at most this many
+            tokens in each. A shared prefix counts once, and the padding of plain rows counts too.
+            `trainer.accumulate_grad_batches` becomes the number that the longest rows that can be sampled need.
         quantization: "nf4" keeps the frozen base weights in 4 bits (QLoRA, arXiv:2305.14314; needs a GPU, bitsandbytes and
             an adapter). The engine samples from the unquantized weights in `dtype`. Untested on a GPU.
         logprob_chunk_tokens: Tokens whose logits exist at the same time, in up to four copies. None: as many as fill 32 MB in

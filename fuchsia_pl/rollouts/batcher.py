@@ -3,14 +3,19 @@
 Shape letters: B rows of a micro-batch, T label positions.
 """
 
-import itertools
+import heapq
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fuchsia_pl.batch import Batch, Denominators, PrefixGroup, StepInfo
+from fuchsia_pl.rollouts.bins import fill_bins
 from fuchsia_pl.types import Rollout, Sample
 
 # Masks are made from lengths. No code compares ids with the padding id, which may also be the end-of-turn id.
@@ -19,6 +24,10 @@ NO_ROWS = "none of the step's rollouts can be trained on: not scored, masked, to
 NO_ADVANTAGE = "every advantage of the step is 0: the rewards do not differ"
 # Adjacent rows of a micro-batch. Their prefix is computed once if the policy supports it.
 Unit = Sequence[Sample]
+# The units of a micro-batch: [] is a row of padding, and None a micro-batch that the step does not need.
+MicroBatch = Sequence[Unit] | None
+Array = NDArray[Any]
+Ids = NDArray[np.int64]
 
 
 def count_denominators(samples: Sequence[Sample], max_completion_tokens: int) -> Denominators:
@@ -56,36 +65,70 @@ def num_used_tokens(rollout: Rollout) -> int:
     return len(rollout.token_ids) - behind
 
 
-def prefix_length(samples: Sequence[Sample]) -> int:
-    """Number of leading input positions that are equal in all rows. The last token of a row is no input."""
-    rollouts = [sample.rollout for sample in samples]
-    inputs = zip(*(rollout.token_ids[: num_used_tokens(rollout) - 1] for rollout in rollouts), strict=False)
-    # At least 1, so that a row of padding has a prefix too.
-    return max(sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, inputs)), 1)
+def common_length(inputs: Sequence[Ids]) -> int:
+    """Number of leading positions that are equal in all rows, at least 1, so that a row of padding has a prefix too."""
+    common = inputs[0]
+    for ids in inputs[1:]:
+        length = min(len(common), len(ids))
+        differing = np.flatnonzero(common[:length] != ids[:length])
+        common = common[: differing[0] if len(differing) else length]
+    return max(len(common), 1)
 
 
-def num_computed_tokens(unit: Unit, shares_prefix: bool) -> int:
-    """Tokens of the forward for some rows."""
-    total = sum(num_used_tokens(sample.rollout) - 1 for sample in unit)
-    return total - (len(unit) - 1) * prefix_length(unit) if shares_prefix and len(unit) > 1 else total
+@dataclass(frozen=True)
+class SizedUnit:
+    """A unit with its inputs and its cost, which are computed once.
 
+    Attributes:
+        unit: The rows.
+        inputs: Input ids of each row, int64 [number of input positions]; the last token of a row is no input.
+        num_tokens: Tokens of the forward for these rows. A prefix of several rows counts once.
 
-def split_units(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool) -> list[Unit]:
-    """Units that are assigned to micro-batches: the siblings of an item if they share a prefix, else single rows.
-
-    The largest units are halved until there are at least `num_micro_batches`.
+    >>> SizedUnit.of([np.array([1, 2, 5]), np.array([1, 2, 6, 7])], unit=[]).num_tokens
+    5
     """
+
+    unit: Unit
+    inputs: Sequence[Ids]
+    num_tokens: int
+
+    @classmethod
+    def of(cls, inputs: Sequence[Ids], unit: Unit) -> "SizedUnit":
+        """Computes the cost of some rows."""
+        total = sum(len(ids) for ids in inputs)
+        return cls(unit, inputs, total - (len(inputs) - 1) * common_length(inputs) if len(inputs) > 1 else total)
+
+    def halves(self) -> "list[SizedUnit]":
+        """The first and the last rows as two units."""
+        half = len(self.unit) // 2
+        return [self.of(self.inputs[part], self.unit[part]) for part in (slice(half), slice(half, None))]
+
+    def pieces(self, max_tokens: int) -> "list[SizedUnit]":
+        """The unit, halved until each piece fits or is a single row."""
+        if self.num_tokens <= max_tokens or len(self.unit) == 1:
+            return [self]
+        return [piece for half in self.halves() for piece in half.pieces(max_tokens)]
+
+
+def sized_units(samples: Sequence[Sample], shares_prefix: bool) -> list[SizedUnit]:
+    """Units that are assigned to micro-batches: the siblings of an item if they share a prefix, else single rows."""
     if not shares_prefix:
-        return [[sample] for sample in samples]
+        return [SizedUnit([sample], (), num_used_tokens(sample.rollout) - 1) for sample in samples]
     siblings: dict[tuple[int, int | None], list[Sample]] = {}
     for sample in samples:
         siblings.setdefault((sample.rollout.item_index, sample.rollout.step), []).append(sample)
-    units: list[Unit] = list(siblings.values())
-    while units and len(units) < num_micro_batches and max(len(unit) for unit in units) > 1:
-        largest = max((unit for unit in units if len(unit) > 1), key=lambda unit: num_computed_tokens(unit, True))
-        units.remove(largest)
-        units += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-    return units
+    return [SizedUnit.of([_input_ids(sample.rollout) for sample in unit], unit) for unit in siblings.values()]
+
+
+def num_computed_tokens(unit: Unit, shares_prefix: bool) -> int:
+    """Tokens of the forward for some rows, without padding."""
+    if shares_prefix:
+        return SizedUnit.of([_input_ids(sample.rollout) for sample in unit], unit).num_tokens
+    return sum(num_used_tokens(sample.rollout) - 1 for sample in unit)
+
+
+def _input_ids(rollout: Rollout) -> Ids:
+    return np.array(rollout.token_ids[: num_used_tokens(rollout) - 1], dtype=np.int64)
 
 
 def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool = False) -> list[list[Unit]]:
@@ -101,63 +144,115 @@ def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_pre
         shares_prefix: Whether the common prefix of siblings is computed once.
     """
     micro_batches: list[list[Unit]] = [[] for _ in range(num_micro_batches)]
-    loads = [0] * num_micro_batches
-    units = split_units(samples, num_micro_batches, shares_prefix)
+    units = _halved(sized_units(samples, shares_prefix), num_micro_batches)
     max_units = math.ceil(len(units) / num_micro_batches)
-    for unit in sorted(units, key=lambda unit: num_computed_tokens(unit, shares_prefix), reverse=True):
-        with_room = [n for n in range(num_micro_batches) if len(micro_batches[n]) < max_units]
-        lightest = min(with_room, key=lambda n: loads[n])
-        micro_batches[lightest].append(unit)
-        loads[lightest] += num_computed_tokens(unit, shares_prefix)
+    with_room = [(0, number) for number in range(num_micro_batches)]  # tokens so far and micro-batch, a heap
+    for sized in sorted(units, key=lambda sized: sized.num_tokens, reverse=True):
+        load, lightest = heapq.heappop(with_room)
+        micro_batches[lightest].append(sized.unit)
+        if len(micro_batches[lightest]) < max_units:
+            heapq.heappush(with_room, (load + sized.num_tokens, lightest))
     return micro_batches
 
 
-def make_batches(micro_batches: Sequence[Sequence[Unit]], step: StepInfo) -> list[Batch]:
+def _halved(units: Sequence[SizedUnit], number: int) -> list[SizedUnit]:
+    """Units, of which the largest are halved until there are at least `number`, or single rows only."""
+    found = dict(enumerate(units))
+    largest = [(-sized.num_tokens, place) for place, sized in found.items() if len(sized.unit) > 1]
+    heapq.heapify(largest)
+    place = len(found)
+    while largest and len(found) < number:
+        for half in found.pop(heapq.heappop(largest)[1]).halves():
+            found[place] = half
+            if len(half.unit) > 1:
+                heapq.heappush(largest, (-half.num_tokens, place))
+            place += 1
+    return list(found.values())
+
+
+def split_filled(samples: Sequence[Sample], max_tokens: int, shares_prefix: bool) -> list[list[Unit]]:
+    """Packs rows into as few micro-batches of at most `max_tokens` computed tokens as they fill.
+
+    Siblings that share a prefix stay together unless they exceed `max_tokens` alone. Plain rows are padded to the longest of
+    their micro-batch, and the padding counts, so rows of similar lengths are put together.
+
+    Args:
+        samples: The rows. One that is longer than `max_tokens` gets a micro-batch of its own.
+        max_tokens: Largest number of computed tokens, padding included.
+        shares_prefix: Whether the common prefix of siblings is computed once.
+    """
+    units = sized_units(samples, shares_prefix)
+    if shares_prefix:
+        pieces = [piece for sized in units for piece in sized.pieces(max_tokens)]
+        bins = fill_bins([max(piece.num_tokens, 1) for piece in pieces], max_tokens)
+        return [[pieces[place].unit for place in places] for places in bins]
+    micro_batches: list[list[Unit]] = []
+    longest = 0
+    for sized in sorted(units, key=lambda sized: sized.num_tokens, reverse=True):
+        if not micro_batches or (len(micro_batches[-1]) + 1) * longest > max_tokens:
+            micro_batches.append([])
+            longest = sized.num_tokens
+        micro_batches[-1].append(sized.unit)
+    return micro_batches
+
+
+def make_batches(micro_batches: Sequence[MicroBatch], step: StepInfo) -> list[Batch]:
     """Makes the tensors of each micro-batch.
 
     A micro-batch without rows becomes a row of padding. It trains nothing, and every rank takes the same number of steps.
+    None becomes a batch without any row, see `Batch.has_rows`.
 
     Args:
-        micro_batches: This rank's rows, see `split_balanced`.
+        micro_batches: This rank's rows, see `split_balanced` and `Forward.split`.
         step: Facts of the optimizer step.
     """
     return [_collate(micro_batch, step) for micro_batch in micro_batches]
 
 
-def _collate(units: Sequence[Unit], step: StepInfo) -> Batch:
-    samples = [sample for unit in units for sample in unit]
+def _collate(units: MicroBatch, step: StepInfo) -> Batch:
+    samples = [sample for unit in units or () for sample in unit]
     rollouts = [sample.rollout for sample in samples]
     used = [num_used_tokens(rollout) for rollout in rollouts]
     length = max(used, default=2)
-    num_rows = max(len(samples), 1)
+    num_rows = len(samples) or (0 if units is None else 1)
 
-    def rows(values: Callable[[Rollout], Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
-        tensor = torch.full((num_rows, length), fill, dtype=dtype)
+    # numpy converts a list of Python numbers several times as fast as torch.
+    def rows(values: Callable[[Rollout], Sequence[float]], fill: float, dtype: type) -> Array:
+        array = np.full((num_rows, length), fill, dtype=dtype)
         for row, (rollout, size) in enumerate(zip(rollouts, used, strict=True)):
-            tensor[row, :size] = torch.tensor(values(rollout)[:size], dtype=dtype)
-        return tensor
+            array[row, :size] = values(rollout)[:size]
+        return array
 
     def per_sampled_token(values: Callable[[Sample], Sequence[float] | None]) -> Tensor:
-        tensor = torch.zeros(num_rows, length - 1)
+        array = np.zeros((num_rows, length - 1), dtype=np.float32)
         for row, sample in enumerate(samples):
-            tensor[row, loss_mask[row]] = torch.tensor(values(sample), dtype=torch.float32)
-        return tensor
+            array[row, loss_mask[row]] = values(sample)
+        return torch.from_numpy(array)
 
-    token_ids = rows(lambda rollout: rollout.token_ids, PADDING_ID, torch.int64)
-    loss_mask = rows(lambda rollout: rollout.loss_mask, False, torch.bool)[:, 1:]
+    token_ids = rows(lambda rollout: rollout.token_ids, PADDING_ID, np.int64)
+    loss_mask = rows(lambda rollout: rollout.loss_mask, False, np.bool_)[:, 1:]
     has_values = all(sample.old_values is not None for sample in samples)  # true for a padding row, which needs none
     # The shift: inputs lose their last position, labels and all that belongs to them lose their first.
     return Batch(
-        input_ids=token_ids[:, :-1],
-        labels=token_ids[:, 1:],
-        loss_mask=loss_mask,
-        sampling_logprobs=rows(lambda rollout: rollout.sampling_logprobs, 0.0, torch.float32)[:, 1:],
+        input_ids=torch.from_numpy(token_ids)[:, :-1],
+        labels=torch.from_numpy(token_ids)[:, 1:],
+        loss_mask=torch.from_numpy(loss_mask),
+        sampling_logprobs=torch.from_numpy(rows(lambda rollout: rollout.sampling_logprobs, 0.0, np.float32))[:, 1:],
         advantages=per_sampled_token(lambda sample: sample.advantages),
-        temperatures=torch.tensor([rollout.temperature for rollout in rollouts] or [1.0], dtype=torch.float32),
-        lengths=tuple(size - 1 for size in used) or (1,),
-        groups=tuple(PrefixGroup(len(unit), prefix_length(unit)) for unit in units) or (PrefixGroup(1, 1),),
+        temperatures=torch.tensor([r.temperature for r in rollouts] or [1.0] * num_rows, dtype=torch.float32),
+        lengths=tuple(size - 1 for size in used) or (1,) * num_rows,
+        groups=_groups(units, token_ids, used) or (PrefixGroup(1, 1),) * num_rows,
         step=step,
         samples=tuple(samples),
         old_values=per_sampled_token(lambda sample: sample.old_values) if has_values else None,
         value_targets=per_sampled_token(lambda sample: sample.value_targets) if has_values else None,
     )
+
+
+def _groups(units: MicroBatch, token_ids: Array, used: Sequence[int]) -> tuple[PrefixGroup, ...]:
+    groups, first = [], 0
+    for unit in units or ():
+        inputs = [token_ids[row, : used[row] - 1] for row in range(first, first + len(unit))]
+        groups.append(PrefixGroup(len(unit), common_length(inputs)))
+        first += len(unit)
+    return tuple(groups)

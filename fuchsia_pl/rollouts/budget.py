@@ -1,12 +1,13 @@
-"""Number of micro-batches of a step, such that the longest rows that the config allows fit into a budget of tokens."""
+"""The longest rows that a config allows: how many micro-batches they need within a budget of tokens, and the largest one."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fuchsia_pl.batch import Batch, StepInfo
-from fuchsia_pl.rollouts.batcher import Unit, count_denominators, make_batches
+from fuchsia_pl.rollouts.batcher import Unit, count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.rollouts.training_phase import Forward
 from fuchsia_pl.types import Completion, ConfigError, Rollout, Sample, Turn
 
 # Ids of rows that only measure memory. Every vocabulary has at least this many.
@@ -37,6 +38,15 @@ class LongestRow:
         """Tokens of the forward for some siblings."""
         saved = (num_siblings - 1) * self.prompt_tokens if shares_prefix else 0
         return num_siblings * self.num_inputs - saved
+
+    def shortened(self, num_siblings: int, num_tokens: int) -> "LongestRow":
+        """The longest row with which some siblings that share their prompt take at most `num_tokens` tokens.
+
+        >>> LongestRow(prompt_tokens=40, own_tokens=24).shortened(num_siblings=4, num_tokens=100)
+        LongestRow(prompt_tokens=40, own_tokens=16)
+        """
+        prompt = min(self.prompt_tokens, num_tokens)
+        return LongestRow(prompt, min(self.own_tokens, (num_tokens - prompt) // num_siblings + 1))
 
 
 def check_budget(row: LongestRow, max_tokens: int) -> None:
@@ -89,12 +99,18 @@ def plan_micro_batches(row: LongestRow, num_groups: int, group_size: int, shares
     4
     """
     check_budget(row, max_tokens)
-    siblings = group_size if shares_prefix else 1
-    while row.num_computed(siblings, shares_prefix) > max_tokens:
-        siblings = math.ceil(siblings / 2)
+    siblings = _num_together(row, group_size, shares_prefix, max_tokens)
     units = num_groups * _num_pieces(group_size, siblings)
     per_batch = max_tokens // row.num_computed(siblings, shares_prefix)
     return math.ceil(units / per_batch)
+
+
+def _num_together(row: LongestRow, group_size: int, shares_prefix: bool, max_tokens: int) -> int:
+    """Number of the longest rows in a unit: the siblings of a group, halved until they fit."""
+    siblings = group_size if shares_prefix else 1
+    while row.num_computed(siblings, shares_prefix) > max_tokens:
+        siblings = math.ceil(siblings / 2)
+    return siblings
 
 
 def _num_pieces(group_size: int, siblings: int) -> int:
@@ -121,36 +137,72 @@ def longest_row(prompt_lengths: Collection[int], sampling: SamplingConfig, has_t
     return LongestRow(longest, sampling.max_completion_tokens)
 
 
-def longest_samples(row: LongestRow, num_groups: int, num_siblings: int, temperature: float) -> list[Sample]:
-    """Groups of rows with the greatest length, filled with arbitrary ids. They need the most memory of a run."""
+def longest_samples(
+    row: LongestRow, num_groups: int, num_siblings: int, temperature: float, first: int = 0
+) -> list[Sample]:
+    """Groups of rows with the greatest length, filled with arbitrary ids. They need the most memory of a run.
+
+    Args:
+        row: The longest row.
+        num_groups: Number of groups.
+        num_siblings: Rows of a group.
+        temperature: Sampling temperature.
+        first: Position of the first group's item.
+    """
     return [
         Sample(rollout, filler, old_values=filler, value_targets=filler)
-        for item_index in range(num_groups)
+        for item_index in range(first, first + num_groups)
         for rollout in _longest_group(row, item_index, num_siblings, temperature)
         for filler in [(1.0,) * row.own_tokens]
     ]
 
 
-def longest_batch(
-    row: LongestRow,
-    num_groups: int,
-    sampling: SamplingConfig,
-    split: Callable[[Sequence[Sample]], list[list[Unit]]],
-    step: int,
-) -> Batch:
-    """The largest micro-batch of a step in which every row has the greatest length.
+def longest_batch(row: LongestRow, num_groups: int, sampling: SamplingConfig, forward: Forward, step: int) -> Batch:
+    """The largest micro-batch that a step may have.
+
+    Without a budget, it is the largest of a step in which every row has the greatest length. With a budget, shorter rows may
+    use more of it than the longest ones, so it has the longest rows and beside them shorter ones that fill the budget.
 
     Args:
         row: The longest row.
         num_groups: Groups of a rank's step.
         sampling: Settings of sampling.
-        split: Splits rows into the step's micro-batches.
+        forward: The trainer's forward pass.
         step: The optimizer step.
     """
-    samples = longest_samples(row, num_groups, sampling.group_size, sampling.temperature)
-    largest = max(split(samples), key=lambda units: sum(len(unit) for unit in units))
-    denominators = count_denominators(samples, sampling.max_completion_tokens)
+    if forward.max_tokens is None:
+        samples = longest_samples(row, num_groups, sampling.group_size, sampling.temperature)
+        split = split_balanced(samples, forward.num_micro_batches, forward.shares_prefix)
+        largest = max(split, key=lambda units: sum(len(unit) for unit in units))
+    elif forward.shares_prefix:
+        largest = _fullest_units(row, num_groups, sampling, forward.max_tokens)
+    else:
+        largest = _fullest_rows(row, num_groups * sampling.group_size, sampling.temperature, forward.max_tokens)
+    denominators = count_denominators([sample for unit in largest for sample in unit], sampling.max_completion_tokens)
     return make_batches([largest], StepInfo(step, denominators, policy_version=step))[0]
+
+
+def _fullest_units(row: LongestRow, num_groups: int, sampling: SamplingConfig, max_tokens: int) -> list[Unit]:
+    """Units of siblings with the greatest length, and one of shorter siblings, that fill a budget as far as the step can."""
+    siblings = _num_together(row, sampling.group_size, True, max_tokens)
+    size = row.num_computed(siblings, True)
+    num_units = num_groups * _num_pieces(sampling.group_size, siblings)
+    number = min(max_tokens // size, num_units)
+    rest = max_tokens - number * size
+    samples = longest_samples(row, number, siblings, sampling.temperature)
+    if rest and number < num_units:
+        samples += longest_samples(row.shortened(siblings, rest), 1, siblings, sampling.temperature, first=number)
+    return [samples[start : start + siblings] for start in range(0, len(samples), siblings)]
+
+
+def _fullest_rows(row: LongestRow, num_rows: int, temperature: float, max_tokens: int) -> list[Unit]:
+    """Plain rows of one length that fill a budget as far as the step can: the longest ones, or one more and shorter ones."""
+    number = min(max_tokens // row.num_inputs, num_rows)
+    more = min(number + 1, num_rows)
+    shorter = row.shortened(1, max_tokens // more)
+    if more * shorter.num_inputs > number * row.num_inputs:
+        number, row = more, shorter
+    return [[sample] for sample in longest_samples(row, number, 1, temperature)]
 
 
 def _longest_group(row: LongestRow, item_index: int, num_siblings: int, temperature: float) -> list[Rollout]:

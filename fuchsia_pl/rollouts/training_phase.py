@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fuchsia_pl.batch import Batch, Denominators, StepInfo, TrainerSignals
 from fuchsia_pl.envs.base import Environment, weights_at
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
-from fuchsia_pl.rollouts.batcher import Unit, count_over_ranks, make_batches, split_balanced
+from fuchsia_pl.rollouts.batcher import MicroBatch, count_over_ranks, make_batches, split_balanced, split_filled
 from fuchsia_pl.rollouts.collector import Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.credit import changes_nothing, kl_fraction, make_samples, penalise_overlong, signals_of
@@ -22,28 +23,51 @@ from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
 from fuchsia_pl.types import RolloutGroup, Sample
 
 
+def _of_one_rank(values: Tensor) -> Tensor:
+    return values
+
+
 @dataclass(frozen=True)
 class Forward:
     """The trainer's forward pass, as far as a phase depends on it.
 
     Attributes:
-        num_micro_batches: Micro-batches of an optimizer step.
+        num_micro_batches: Micro-batches of an optimizer step; with a budget, as many as it may need.
         shares_prefix: Whether the common prefix of siblings is computed once.
         compute_signals: Computes KL and critic values of micro-batches on the device.
         device: The trainer's device.
+        max_tokens: Budget of tokens of a micro-batch, None without one.
+        highest: Maximum of a tensor over all ranks.
 
     >>> Forward(2, shares_prefix=False, compute_signals=lambda batches: []).split([])
     [[], []]
+    >>> Forward(2, shares_prefix=False, compute_signals=lambda batches: [], max_tokens=8).split([])
+    [None, []]
     """
 
     num_micro_batches: int
     shares_prefix: bool
     compute_signals: Callable[[list[Batch]], list[TrainerSignals]]
     device: torch.device | str = "cpu"
+    max_tokens: int | None = None
+    highest: Callable[[Tensor], Tensor] = _of_one_rank
 
-    def split(self, samples: Sequence[Sample]) -> list[list[Unit]]:
-        """Splits rows into micro-batches, see `split_balanced`."""
-        return split_balanced(samples, self.num_micro_batches, self.shares_prefix)
+    def split(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        """Splits rows into exactly `num_micro_batches` micro-batches. All ranks have to call it at the same time.
+
+        With a budget, rows are packed into as few micro-batches as they fill, and all ranks agree on the largest number. The
+        others are None and come first: gradients are exchanged in the last one. If the rows fill more than there may be, they
+        are divided evenly.
+        """
+        number = self.num_micro_batches
+        if self.max_tokens is None:
+            return [*split_balanced(samples, number, self.shares_prefix)]
+        filled = split_filled(samples, self.max_tokens, self.shares_prefix)
+        num_used = min(int(self.highest(torch.tensor(max(len(filled), 1)))), number)
+        if len(filled) > number:
+            filled = split_balanced(samples, number, self.shares_prefix)
+        padding: list[MicroBatch] = [[] for _ in range(num_used - len(filled))]
+        return [*(None for _ in range(number - num_used)), *padding, *filled]
 
     def signals(self, batches: list[Batch]) -> list[TrainerSignals]:
         """KL and critic values of micro-batches."""
@@ -159,7 +183,8 @@ class TrainingPhase:
             return []
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         samples = [Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for rollout in rollouts]
-        return make_batches(forward.split(samples), StepInfo(step, Denominators(1, 1, 1, 1), version))
+        used = [micro_batch for micro_batch in forward.split(samples) if micro_batch is not None]
+        return make_batches(used, StepInfo(step, Denominators(1, 1, 1, 1), version))
 
     def _share(self, places: list[int]) -> list[int]:
         return self.ranks.share([self.fitting[place] for place in places])

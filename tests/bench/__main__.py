@@ -16,7 +16,16 @@ from pathlib import Path
 
 from tests.bench.work import MARK
 
-PARTS = (["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["shared_prefix"], ["sampling"], ["overlap"])
+PARTS = (
+    ["step"],
+    ["trl_step", "32"],
+    ["trl_step", "64"],
+    ["training"],
+    ["shared_prefix"],
+    ["sampling"],
+    ["overlap"],
+    ["packing"],
+)
 TIMEOUT_S = 1800
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -114,6 +123,21 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         Ratio("cost at 4 x the prompts", linear["16x8"], "<=", 4.4),
         Ratio("cost at 2 x the completions", linear["4x16"], "<=", 2.2),
         Ratio("cost at 4 x the completions", linear["4x32"], "<=", 4.4),
+        *packing_ratios(f),
+    ]
+
+
+def packing_ratios(f: dict[str, float]) -> list[Ratio]:
+    """The bars of packing: 512 rows of 4,000 tokens, twice as many, and the micro-batches of a budget of 16,384 tokens."""
+    return [
+        Ratio("seconds to pack 512 rows by a budget", f["packing_filled_s"], "<=", 0.3),
+        Ratio("the same for twice the rows / once", f["packing_filled_growth"], "<=", 2.3),
+        Ratio("seconds to split 512 rows into 512 micro-batches", f["packing_balanced_s"], "<=", 0.3),
+        Ratio("the same for twice the rows / once", f["packing_balanced_growth"], "<=", 2.3),
+        Ratio("seconds to make their tensors", f["packing_tensors_s"], "<=", 1.0),
+        Ratio("the same for twice the rows / once", f["packing_tensors_growth"], "<=", 2.3),
+        Ratio("share of the budget that is used", f["packing_used"], ">=", 0.85),
+        Ratio("groups split although they fit", f["packing_split"], "<=", 0),
     ]
 
 
