@@ -15,6 +15,7 @@ from fuchsia_pl.cli.ending import leave_stopped, resume_lines
 from fuchsia_pl.cli.evaluate import evaluate
 from fuchsia_pl.cli.export import export
 from fuchsia_pl.cli.launch import is_first_rank, to_first_rank
+from fuchsia_pl.cli.plan import plan
 from fuchsia_pl.cli.predict import predict
 from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.report import report
@@ -33,6 +34,7 @@ HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "export": export,
     "eval": evaluate,
+    "plan": plan,
     "predict": predict,
     "report": report,
     "replay": replay,
