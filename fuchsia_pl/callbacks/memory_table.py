@@ -23,12 +23,12 @@ def memory_table(plan: MemoryPlan) -> Table:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in GiB, or in MiB below a tenth of one.
+    """Bytes in GiB, or in MiB below one GiB.
 
-    >>> size(3 * GIB), size(GIB / 64)
-    ('3.0 GiB', '16 MiB')
+    >>> size(3.5 * GIB), size(GIB / 64)
+    ('3.5 GiB', '16 MiB')
     """
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.0f} MiB"
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def remark(plan: MemoryPlan) -> str:

@@ -300,8 +300,8 @@ def plan_options() -> argparse.ArgumentParser:
         prog="fuchsia plan",
         description="Prints where the memory of a GPU goes in a training with a config, at the peaks of trainer and engine, and "
         "whether it fits; if not, settings with which it does. Needs neither weights nor a GPU: forward and backward of the "
-        "largest micro-batch run on tensors without memory. Of a model on the hub only its config.json is needed. These are estimates; "
-        "`fuchsia fit` measures the trainer's part before its first step. The exit code is 1 if it does not fit.",
+        "largest micro-batch run on tensors without memory. Of a model on the hub only its config.json is needed. All figures "
+        "are estimates; `fuchsia fit` measures the trainer's part before its first step. Exit code 1: it does not fit.",
         epilog=LIKE_FIT,
         allow_abbrev=False,
     )

@@ -172,18 +172,15 @@ def memory_plan(run: PlannedRun, weights: Weights, activations: Activations, ava
 
 def trainer_parts(run: PlannedRun, weights: Weights, activations: Activations) -> tuple[Part, ...]:
     """The trainer's side at its peak, in forward and backward, or in the optimizer's step if that needs more."""
-    shards = run.num_ranks if run.is_sharded else 1
-    with_adapter = run.policy.lora.enabled
-    # Gradients of a sharded adapter are reduced at the end of a step, so each rank keeps them whole until then.
-    gradients = weights.num_trained // (1 if with_adapter else shards)
-    moments = (1 + run.num_moments) * weights.num_trained // shards
+    shards = _num_shards(run)
     moving = activations.kept + activations.logits + activations.transients
     # Optimizers of torch update many weights at once on a GPU, with a copy of them (`foreach`, torch.optim.AdamW).
     update = FLOAT_BYTES * weights.num_trained // shards if run.is_gpu else 0
     parts = {
         "frozen weights": weights.frozen // shards,
-        "LoRA, gradients, optimizer" if with_adapter else "weights, gradients, optimizer": FLOAT_BYTES
-        * (moments + gradients),
+        "LoRA, gradients, optimizer" if run.policy.lora.enabled else "weights, gradients, optimizer": _trained(
+            run, weights
+        ),
         # The weights outside of blocks are gathered for the whole forward, and a block while the one before it computes.
         "weights gathered by FSDP": 2 * weights.block + weights.outside if run.is_sharded else 0,
         # DDP copies gradients into buckets (`gradient_as_bucket_view` is off by default).
@@ -195,6 +192,19 @@ def trainer_parts(run: PlannedRun, weights: Weights, activations: Activations) -
         "CUDA context": CONTEXT_BYTES if run.is_gpu else 0,
     }
     return tuple(Part("trainer", name, size, name == "CUDA context") for name, size in parts.items() if size)
+
+
+def _num_shards(run: PlannedRun) -> int:
+    return run.num_ranks if run.is_sharded else 1
+
+
+def _trained(run: PlannedRun, weights: Weights) -> int:
+    """Bytes of the trained weights, their gradients, and what the optimizer keeps for them.
+
+    Gradients of a sharded adapter are reduced at the end of a step, so each rank keeps them whole until then.
+    """
+    gradients = weights.num_trained // (1 if run.policy.lora.enabled else _num_shards(run))
+    return FLOAT_BYTES * ((1 + run.num_moments) * weights.num_trained // _num_shards(run) + gradients)
 
 
 def engine_parts(run: PlannedRun, kv_cache: int) -> tuple[Part, ...]:
@@ -237,8 +247,7 @@ def host_bytes(run: PlannedRun, weights: Weights, activations: Activations) -> i
     """
     dtype = getattr(torch, run.policy.dtype).itemsize if run.policy.lora.enabled else FLOAT_BYTES
     loading = weights.num_served * dtype * (1 if run.is_sharded else run.num_ranks)
-    parts = {part.name: part.num_bytes for part in trainer_parts(run, weights, Activations()) if not part.stays}
     engine = 0 if run.engine is None else run.engine.weights
-    copies = sum(parts.values()) + engine if run.shares_device else 0
+    copies = weights.frozen // _num_shards(run) + _trained(run, weights) + engine if run.shares_device else 0
     processes = PROCESS_BYTES * run.num_ranks * (1 if run.engine is None else 2)
     return processes + max(loading, run.num_ranks * (copies + activations.on_host))

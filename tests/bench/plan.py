@@ -51,7 +51,7 @@ def row(words: tuple[str, ...], gpu: str, gpus: int) -> str:
         f"{gpus} x {gpu} GiB",
         size(sides["trainer"]),
         size(sides["engine"] - cache),
-        f"{size(cache)}, {found.figures['KV cache'].split(':')[1].split(' of')[0].strip()}",
+        f"{size(cache)}, {found.figures['KV cache'].split(':')[1].split(' of')[0].strip()} rows",
         f"{plan.total / GIB:.1f} of {plan.available / GIB:.1f}",
         "yes" if plan.fits else f"with `{found.options[0]}`" if found.options else "no",
     ]

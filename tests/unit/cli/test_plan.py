@@ -61,7 +61,7 @@ def test_the_figures_of_gsm8k():
     assert found.plan.size("engine", "KV cache") == 4 * GIB
     # 2 x 28 layers x 2 heads x 128 x 2 bytes = 28672 bytes per token
     assert found.figures["KV cache"].startswith("149,796 tokens: 146 of 256 rows")
-    assert found.figures["sync"].startswith(f"{4 * adapter / GIB:.1f} GiB")
+    assert found.figures["sync"].startswith(f"{4 * adapter / 2**20:.0f} MiB")
     assert found.figures["largest micro-batch"] == "16,384 tokens"
     assert found.figures["micro-batches of a step"].startswith("at most ")
 

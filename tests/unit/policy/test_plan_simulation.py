@@ -51,7 +51,7 @@ def settings(is_checkpointed: bool, is_packed: bool, **others) -> PolicyConfig:
 
 def make_batch(prompt: int, *owns: int):
     samples = [
-        make_sample([5 + at % 60 for at in range(prompt)], [6 + n % 7, *[7] * (own - 1)], 1.0)
+        make_sample([5 + at % 30 for at in range(prompt)], [6 + n % 7, *[7] * (own - 1)], 1.0)
         for n, own in enumerate(owns)
     ]
     return make_batches(split_balanced(samples, 1, True), StepInfo(0, denominators(1), 0))[0]
@@ -106,6 +106,29 @@ def test_the_peak_of_a_real_backward(tiny_model):
     _, found = simulated(tiny_model, config, batch)
     assert found.kept + found.logits + found.transients == pytest.approx(peak.peak, rel=0.1)
     assert found.transients > 0
+
+
+@pytest.mark.parametrize(
+    "checkpointing", [{"enabled": False}, {"enabled": True, "every_n_layers": 2}], ids=["kept", "half"]
+)
+def test_a_deep_model_is_extended_from_two_depths(tmp_path, monkeypatch, checkpointing):
+    kinds = ["sliding_attention", "full_attention", "full_attention"] * 4
+    sizes = {**SIZES, "num_hidden_layers": 13, "sliding_window": 64, "layer_types": [*kinds, kinds[0]]}
+    architecture = AutoConfig.for_model("gemma3_text", **sizes)
+    config = settings(False, True)
+    config.checkpointing = CheckpointingSettings(**checkpointing)
+    micro_batch, depths = MicroBatch((159, 139), (PrefixGroup(2, 90),), 120, True), []
+    simulated = Simulator._simulated
+    monkeypatch.setattr(
+        Simulator, "_simulated", lambda self, depth, *rest: depths.append(depth) or simulated(self, depth, *rest)
+    )
+    _, extended = Simulator(architecture, is_gpu=False).run(config, micro_batch)
+    period = 6 if checkpointing["enabled"] else 3
+    assert depths == ([7, 13] if checkpointing["enabled"] else [4, 7])
+    assert 13 % period == 1
+    whole = simulated(Simulator(architecture, is_gpu=False), 13, config, micro_batch)
+    assert extended.kept == pytest.approx(whole.kept, rel=0.01)
+    assert extended.kept + extended.transients == pytest.approx(whole.kept + whole.transients, rel=0.02)
 
 
 def test_peak_by_hand():
