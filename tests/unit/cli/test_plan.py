@@ -43,12 +43,11 @@ def test_it_is_a_command():
 def test_each_config_fits_the_card_of_its_first_comment(config):
     header = (CONFIG_FOLDER / config).read_text().splitlines()[0]
     gib = re.search(r"one GPU with (\d+) GiB", header)[1]
-    found = planned("--config", config, gpu=gib)
-    assert found.plan.fits
-    assert found.options == ()
-    policy = PlanCLI(["fit", "--config", config], float(gib), None).model.policy_config
-    assert policy.checkpointing.enabled
-    assert policy.max_tokens_per_micro_batch is not None
+    cli = PlanCLI(["fit", "--config", config], float(gib), None)
+    assert cli.found.plan.fits
+    assert cli.found.options == ()
+    assert cli.model.policy_config.checkpointing.enabled
+    assert cli.model.policy_config.max_tokens_per_micro_batch is not None
 
 
 def test_the_figures_of_gsm8k():
@@ -66,15 +65,22 @@ def test_the_figures_of_gsm8k():
     assert found.figures["micro-batches of a step"].startswith("at most ")
 
 
-def test_with_the_printed_options_it_fits(capsys):
-    words = ["--config", "gsm8k.yaml", "--model.policy.name", "Qwen/Qwen2.5-3B-Instruct"]
-    assert plan([*words, "--gpu", "18"]) == 1
+def test_with_the_printed_options_it_fits(tiny_model, tmp_path, monkeypatch, capsys):
+    """A tiny model beside vLLM: two contexts of 0.5 GiB, a workspace of 0.4, graphs of 1, and a cache of 2."""
+    monkeypatch.chdir(tmp_path)
+    vllm = "class_path: fuchsia_pl.engines.vllm_colocated.VLLMColocatedEngine, init_args: {kv_cache_gb: 2.0}"
+    (tmp_path / "tiny.yaml").write_text((TINY % tiny_model).replace("class_path: tests.doubles.TinyEngine", vllm))
+    words = ["--config", "tiny.yaml", "--gpu", "3.9"]
+    assert plan(words) == 1
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("Each of these makes it fit, the cheapest first:")
     options = [line.split() for line in lines[start + 1 :]]
-    assert 1 <= len(options) <= 3
+    assert options == [
+        ["--data.engine.init_args.kv_cache_gb", "1"],
+        ["--data.engine.init_args.enforce_eager", "true"],
+    ]
     for option in options:
-        assert plan([*words, *option, "--gpu", "18"]) == 0
+        assert plan([*words, *option]) == 0
         assert "fits: " in capsys.readouterr().out
 
 
