@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 NUM_OPTIONS = 3
 SMALLEST_CACHE_GB = 0.5
+# Share of the available memory that a setting has to save.
+SMALLEST_SHARE = 0.002
 # The option and the run with it, None where it does not apply.
 Changed = tuple[str, PlannedRun] | None
 
@@ -66,7 +68,7 @@ class Planner:
     def options(self, run: PlannedRun) -> list[str]:
         """The three cheapest sets of options with each of which the run fits; fewer if there are no more."""
         found: list[tuple[set[str], str]] = []
-        for changes in self._sets():
+        for changes in self._sets(run):
             settings = {change.setting for change in changes}
             if any(known <= settings for known, _ in found):
                 continue
@@ -98,16 +100,23 @@ class Planner:
         except ConfigError:
             return None
 
-    @staticmethod
-    def _sets() -> Iterator[Sequence[Change]]:
-        """Sets of up to three changes of different settings, the cheapest first."""
+    def _sets(self, run: PlannedRun) -> Iterator[Sequence[Change]]:
+        """Sets of up to three changes of different settings, the cheapest first, without those that save next to nothing."""
+        useful = [change for change in CHANGES if self._may_help(run, change)]
         sets = [
             changes
             for number in range(1, NUM_OPTIONS + 1)
-            for changes in itertools.combinations(CHANGES, number)
+            for changes in itertools.combinations(useful, number)
             if len({change.setting for change in changes}) == number
         ]
         return iter(sorted(sets, key=lambda changes: sum(change.cost for change in changes)))
+
+    def _may_help(self, run: PlannedRun, change: Change) -> bool:
+        changed = change.apply(run)
+        if changed is None:  # but perhaps after another change
+            return True
+        before = self.plan(run).total
+        return (self._of_plan(changed[1], lambda plan: before - plan.total) or 0) > SMALLEST_SHARE * self.available
 
 
 def _applied(run: PlannedRun, changes: Sequence[Change]) -> Changed:
