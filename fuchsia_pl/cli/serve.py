@@ -22,7 +22,6 @@ from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.options import serve_config_options
 from fuchsia_pl.cli.run_folder import CONFIG_OPTIONS
 from fuchsia_pl.datamodule import RolloutDataModule
-from fuchsia_pl.engines.kv_cache import kv_cache_gb
 from fuchsia_pl.engines.vllm_arguments import (
     NUM_SERVED_ADAPTERS,
     OVERRIDING_VARIABLE,
@@ -34,6 +33,7 @@ from fuchsia_pl.engines.vllm_arguments import (
 )
 from fuchsia_pl.engines.vllm_colocated import WORKER_EXTENSION, VLLMColocatedEngine
 from fuchsia_pl.engines.vllm_guard import API_KEY_VARIABLE, KeyGuard
+from fuchsia_pl.engines.vllm_kv_cache import kv_cache_gb
 from fuchsia_pl.engines.vllm_processes import socket_environment
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.scratch import remove_left_behind, scratch_folder

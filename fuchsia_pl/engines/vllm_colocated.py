@@ -16,7 +16,6 @@ import torch
 from fuchsia_pl import orphans
 from fuchsia_pl.engines.base import Engine, EngineError, EngineLostError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.burst import BurstGate
-from fuchsia_pl.engines.kv_cache import CPU_KV_CACHE_GB, kv_cache_gb
 from fuchsia_pl.engines.merge import adapter_rank, is_adapter
 from fuchsia_pl.engines.output import output_to, tail
 from fuchsia_pl.engines.restarts import NO_START, Restarts
@@ -33,7 +32,8 @@ from fuchsia_pl.engines.vllm_arguments import (
     worker_environment,
 )
 from fuchsia_pl.engines.vllm_convert import logprobs_of_output, to_completion, to_vllm, to_vllm_scoring
-from fuchsia_pl.engines.vllm_engine_args import refused_by_vllm
+from fuchsia_pl.engines.vllm_engine_args import checked_by_vllm
+from fuchsia_pl.engines.vllm_kv_cache import CPU_KV_CACHE_GB, kv_cache_gb
 from fuchsia_pl.engines.vllm_processes import (
     end_engine_processes,
     has_ended,
@@ -54,8 +54,6 @@ ADAPTER_ID = 1
 CLOSE_TIMEOUT_S = 60.0
 PAUSE: dict[str, Any] = {"mode": "keep", "clear_cache": False}  # requests in flight keep their state
 WORKER_EXTENSION = "fuchsia_pl.engines.vllm_worker.WorkerExtension"
-# What vLLM raises for arguments, before it starts its processes.
-ARGUMENT_ERRORS = (ValueError, TypeError, LookupError, NotImplementedError, AssertionError)
 
 logger = logging.getLogger(__name__)
 
@@ -299,13 +297,8 @@ class VLLMColocatedEngine(Engine):
         spec, shares = self._spec, self.settings.tensor_parallel_size > 1
         environment = worker_environment(spec.local_rank, spec.num_local_ranks, None if shares else spec.device_index)
         environment |= socket_environment(self._scratch) | compile_cache(spec.rank)
-        try:
-            with changed_environment(environment):
-                return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, **own))
-        except ARGUMENT_ERRORS as error:
-            if not self.settings.engine_args:
-                raise
-            raise refused_by_vllm(self.settings.engine_args, error) from error
+        with checked_by_vllm(self.settings.engine_args), changed_environment(environment):
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, **own))
 
     async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Completion:
         output = await self._output(prompt_ids, to_vllm(sampling))

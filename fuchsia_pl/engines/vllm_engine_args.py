@@ -4,7 +4,8 @@ import ast
 import difflib
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ REFUSED: dict[str, str] = {
 # Verification of a draft by rejection samples from the policy's distribution, by either of these methods.
 EXACT_REJECTION = ("standard", "block")
 
+# What vLLM raises for its arguments, before it starts processes.
+ARGUMENT_ERRORS = (ValueError, TypeError, LookupError, NotImplementedError, AssertionError)
+
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     """Checks the names of arguments for vLLM, without importing it.
@@ -130,16 +134,29 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
         )
 
 
-def refused_by_vllm(engine_args: Mapping[str, Any], error: Exception) -> ConfigError:
-    r"""The error for values that vLLM does not accept, in one line.
+@contextmanager
+def checked_by_vllm(engine_args: Mapping[str, Any]) -> Iterator[None]:
+    r"""Inside the `with` block, raises vLLM's errors for values of these arguments as one line.
 
-    >>> refused_by_vllm({"cpu_offload_gb": -1}, ValueError("cpu_offload_gb\n  must be above 0")).args[0][-76:]
+    Raises:
+        ConfigError: vLLM does not accept its arguments. If the user gave none, its own error is raised.
+
+    >>> try:
+    ...     with checked_by_vllm({"cpu_offload_gb": -1}):
+    ...         raise ValueError("cpu_offload_gb\n  must be above 0")
+    ... except ConfigError as error:
+    ...     str(error)[-83:]
     'cpu_offload_gb (ValueError: cpu_offload_gb must be above 0): correct or remove them'
     """
-    reason = " ".join(str(error).split())
-    return ConfigError(
-        f"vLLM does not start with {KEY} {', '.join(engine_args)} ({type(error).__name__}: {reason}): correct or remove them"
-    )
+    try:
+        yield
+    except ARGUMENT_ERRORS as error:
+        if not engine_args:
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"vLLM does not start with {KEY} {', '.join(engine_args)} ({type(error).__name__}: {reason}): correct or remove them"
+        ) from error
 
 
 @functools.cache

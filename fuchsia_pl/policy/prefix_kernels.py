@@ -75,7 +75,8 @@ class _JoinedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = of_output
         query, key, value, output, total = ctx.saved_tensors
         keys, values = (_for_each_head(states, query.shape[1]) for states in (key, value))
         gradients = [torch.empty_like(states) for states in (query, keys, values)]

@@ -15,10 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fuchsia_pl.batch import PrefixGroup
 
-# Longest row for which a CPU computes attention with a mask and torch's math kernel, which is faster for few keys: 24 tokens
-# over 64 keys took 3.8 ms in bfloat16 against 8.0. So the mask has at most this many entries per token.
-MASKED_ON_CPU = 128
-
 
 @dataclass(frozen=True)
 class PackedGroup:
@@ -111,7 +107,7 @@ class SharedPrefixLayout:
         position_ids: int64 [1, S], of each token in its own row.
         places: int64 [B, T], index in the sequence of each input position of a row; 0 for padding.
         groups: The R groups, in the order of the sequence.
-        masked_up_to: Longest row for which a CPU computes attention with a mask.
+        uses_mask: Whether attention is computed with a mask; None: where that is faster, or the only way.
         windows: Sliding window of each attention layer that has run on this layout, in order; None for a layer without.
     """
 
@@ -119,7 +115,7 @@ class SharedPrefixLayout:
     position_ids: Tensor
     places: Tensor
     groups: tuple[PackedGroup, ...]
-    masked_up_to: int = MASKED_ON_CPU
+    uses_mask: bool | None = None
     windows: list[int | None] = field(default_factory=list)
 
     @cached_property

@@ -128,7 +128,7 @@ def num_computed_tokens(unit: Unit, shares_prefix: bool) -> int:
 
 
 def _input_ids(rollout: Rollout) -> Ids:
-    return np.array(rollout.token_ids[: num_used_tokens(rollout) - 1], dtype=np.int64)
+    return np.array(rollout.token_ids, dtype=np.int64)[: num_used_tokens(rollout) - 1]
 
 
 def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool = False) -> list[list[Unit]]:
@@ -220,7 +220,7 @@ def _collate(units: MicroBatch, step: StepInfo) -> Batch:
     def rows(values: Callable[[Rollout], Sequence[float]], fill: float, dtype: type) -> Array:
         array = np.full((num_rows, length), fill, dtype=dtype)
         for row, (rollout, size) in enumerate(zip(rollouts, used, strict=True)):
-            array[row, :size] = values(rollout)[:size]
+            array[row, :size] = np.array(values(rollout), dtype=dtype)[:size]
         return array
 
     def per_sampled_token(values: Callable[[Sample], Sequence[float] | None]) -> Tensor:

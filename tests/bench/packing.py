@@ -1,5 +1,6 @@
 """Packing of a step's rows: seconds and their growth, and the share of a budget of tokens that its micro-batches use."""
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from fuchsia_pl.types import Sample
 from tests.bench.work import report
 from tests.doubles import make_sample
 
-GROUP, PROMPT, BUDGET, VOCABULARY, NUM_ROUNDS = 8, 300, 16_384, 150_000, 5
+GROUP, PROMPT, BUDGET, VOCABULARY, NUM_ROUNDS = 8, 300, 16_384, 150_000, 9
 
 
 def rows(num_groups: int, lengths: Callable[[random.Random], int], seed: int = 0) -> list[Sample]:
@@ -26,26 +27,30 @@ def rows(num_groups: int, lengths: Callable[[random.Random], int], seed: int = 0
     return samples
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """The fastest of a few rounds, in seconds of the processor."""
-    found = []
-    for _ in range(NUM_ROUNDS):
-        start = time.process_time()
-        work()
-        found.append(time.process_time() - start)
-    return min(found)
-
-
-def costs(num_groups: int) -> dict[str, float]:
-    """Seconds of both ways to split rows of about 4,000 tokens, and of making their tensors."""
+def works(num_groups: int) -> dict[str, Callable[[], object]]:
+    """Both ways to split rows of about 4,000 tokens, and making their tensors."""
     samples = rows(num_groups, lambda numbers: numbers.randint(3_400, 4_000))
     step = StepInfo(0, count_denominators(samples, 4_000), 0)
     parts = split_filled(samples, BUDGET, True)
     return {
-        "packing_filled": seconds(lambda: split_filled(samples, BUDGET, True)),
-        "packing_balanced": seconds(lambda: split_balanced(samples, len(samples), True)),
-        "packing_tensors": seconds(lambda: make_batches(parts, step)),
+        "packing_filled": lambda: split_filled(samples, BUDGET, True),
+        "packing_balanced": lambda: split_balanced(samples, len(samples), True),
+        "packing_tensors": lambda: make_batches(parts, step),
     }
+
+
+def costs() -> dict[str, float]:
+    """Seconds of the processor for 512 rows, and how many times as long twice as many take: the fastest of some rounds."""
+    both = [works(64), works(128)]
+    found: dict[str, list[float]] = {name: [math.inf, math.inf] for name in both[0]}
+    for _ in range(NUM_ROUNDS):
+        for size, work in enumerate(both):
+            for name, call in work.items():
+                start = time.process_time()
+                call()
+                found[name][size] = min(found[name][size], time.process_time() - start)
+    seconds = {f"{name}_s": once for name, (once, _) in found.items()}
+    return {**seconds, **{f"{name}_growth": twice / once for name, (once, twice) in found.items()}}
 
 
 def used(seed: int) -> tuple[float, int]:
@@ -57,14 +62,8 @@ def used(seed: int) -> tuple[float, int]:
 
 
 def main() -> None:
-    once, twice = costs(64), costs(128)
-    found = [used(seed) for seed in range(20)]
-    report(
-        **{f"{name}_s": value for name, value in once.items()},
-        **{f"{name}_growth": twice[name] / value for name, value in once.items()},
-        packing_used=mean(share for share, _ in found),
-        packing_split=sum(number for _, number in found),
-    )
+    shares, splits = zip(*(used(seed) for seed in range(20)), strict=True)
+    report(**costs(), packing_used=mean(shares), packing_split=sum(splits))
 
 
 if __name__ == "__main__":

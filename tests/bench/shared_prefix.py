@@ -5,22 +5,18 @@ A CPU without bfloat16 emulates it about 90 times slower, so all of this is in f
 
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from fuchsia_pl.batch import PrefixGroup
-from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
-from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.prefix_kernels import joined_attention
 from fuchsia_pl.policy.prefix_layout import lay_out
-from tests.bench.training import GROUP, batches_of, rows, run
+from tests.bench.training import GROUP, batches_of, make_policy, rows, run
 from tests.bench.work import model_folder, report
 
-PROMPT, OWN, NUM_ROUNDS = 2000, 500, 3
-NUM_LAYERS = 2  # of 30: the vocabulary is smaller by the same factor, so that the head keeps its share
+PROMPT, OWN, NUM_ROUNDS, NUM_LAYERS = 2000, 500, 3, 2
 
 
 def allowed_speedup(config: LlamaConfig, prompt_tokens: int, own_tokens: int) -> float:
@@ -32,45 +28,36 @@ def allowed_speedup(config: LlamaConfig, prompt_tokens: int, own_tokens: int) ->
     return (plain * block + head) / (shared * block + head)
 
 
-def long_prompt(config: LlamaConfig) -> dict[str, float]:
-    """Seconds of the processor for forward and backward of one group, the fastest of some rounds."""
-    layers = config.num_hidden_layers // NUM_LAYERS
-    small = LlamaConfig(
-        **{
-            **config.to_dict(),
-            "num_hidden_layers": NUM_LAYERS,
-            "vocab_size": config.vocab_size // layers,
-            "pad_token_id": 0,
-        }
-    )
-    samples = rows(1, PROMPT, OWN, small.vocab_size)
-    seconds = {"shared_2000": [], "plain_2000": []}
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(small).save_pretrained(folder)
-        settings = {"lora": LoRASettings(r=16, alpha=32)}
-        policies = {
-            name: Policy(
-                PolicyConfig("", "float32", shared_prefix=wish, **settings), Path(folder), with_reference=False
-            ).train()
-            for name, wish in (("shared_2000", "always"), ("plain_2000", "never"))
-        }
+def compared(config: LlamaConfig, num_prompts: int, prompt_tokens: int, own_tokens: int) -> dict[str, float]:
+    """Seconds of the processor for forward and backward, the fastest of some rounds, and the differences of the results."""
+    samples = rows(num_prompts, prompt_tokens, own_tokens, config.vocab_size)
+    seconds: dict[str, list[float]] = {"always": [], "never": []}
     logprobs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        policies = {wish: make_policy(wish == "always", "float32", folder) for wish in seconds}
     for _ in range(NUM_ROUNDS):
-        for name, policy in policies.items():
+        for wish, policy in policies.items():
             batches, start = batches_of(policy, samples, 1), time.process_time()
             found = run(policy, batches, torch.float32)
-            seconds[name].append(time.process_time() - start)
-            logprobs[name] = torch.cat([found[id(sample)] for sample in samples])
-    gradients = {
-        name: torch.cat([weight.grad.flatten() for weight in policy.trainable_parameters()])
-        for name, policy in policies.items()
-    }
-    shared, plain = policies
+            seconds[wish].append(time.process_time() - start)
+            logprobs[wish] = torch.cat([found[id(sample)] for sample in samples])
+    shared, plain = (
+        torch.cat([weight.grad.flatten() for weight in policy.trainable_parameters() if weight.grad is not None])
+        for policy in policies.values()
+    )
     return {
-        **{name: min(each) for name, each in seconds.items()},
-        "logprob_difference_2000": (logprobs[shared] - logprobs[plain]).abs().max().item(),
-        "gradient_difference_2000": ((gradients[shared] - gradients[plain]).norm() / gradients[plain].norm()).item(),
+        "shared": min(seconds["always"]),
+        "plain": min(seconds["never"]),
+        "logprob_difference": (logprobs["always"] - logprobs["never"]).abs().max().item(),
+        "gradient_difference": ((shared - plain).norm() / plain.norm()).item(),
     }
+
+
+def with_fewer_layers(config: LlamaConfig) -> LlamaConfig:
+    """The same model with two layers, and a vocabulary that is smaller by the same factor, so that the head keeps its share."""
+    words = config.vocab_size * NUM_LAYERS // config.num_hidden_layers
+    return LlamaConfig(**{**config.to_dict(), "num_hidden_layers": NUM_LAYERS, "vocab_size": words, "pad_token_id": 0})
 
 
 def attention_bytes(num_tokens: int, config: LlamaConfig) -> float:
@@ -99,8 +86,7 @@ def main() -> None:
     config = AutoConfig.from_pretrained(model_folder())
     report(
         allowed_short=allowed_speedup(config, 40, 24),
-        allowed_2000=allowed_speedup(config, PROMPT, OWN),
-        **long_prompt(config),
+        **{f"{name}_2000": each for name, each in compared(with_fewer_layers(config), 1, PROMPT, OWN).items()},
         **{f"attention_bytes_{tokens}": attention_bytes(tokens, config) for tokens in (1024, 2048, 4096)},
     )
 

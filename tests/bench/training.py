@@ -37,10 +37,10 @@ def rows(num_prompts: int, prompt_tokens: int, own_tokens: int, vocabulary: int 
     return samples
 
 
-def make_policy(shares_prefix: bool, dtype: str = "bfloat16", **settings: object) -> Policy:
+def make_policy(shares_prefix: bool, dtype: str = "bfloat16", folder: str | None = None, **settings: object) -> Policy:
     torch.manual_seed(0)
     config = PolicyConfig(MODEL, dtype, shared_prefix="always" if shares_prefix else "never", **settings)
-    policy = Policy(config, model_folder(), with_reference=False)
+    policy = Policy(config, folder or model_folder(), with_reference=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.trainable_parameters():

@@ -19,7 +19,7 @@ from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.progress import TRAINING, progress
-from tests.doubles import RecordedEngine, TinyEngine, make_data, make_module, make_trainer
+from tests.doubles import RecordedEngine, Spread, TinyEngine, make_data, make_module, make_trainer
 
 SGD = torch.optim.SGD
 NUM_GROUPS, GROUP = 5, 4
@@ -51,14 +51,15 @@ class Kept(Callback):
         return [sum(batch.has_rows for batch in step) for step in self.batches if step]
 
 
-def fit(model, root, *callbacks, loss=None, budget: int | None = BUDGET, engine=None, lora=None, **settings):
+def fit(model, root, *callbacks, loss=None, budget: int | None = BUDGET, engine=None, environment=None, **settings):
     torch.manual_seed(0)
-    module = make_module(model, loss, **(lora or {}))
+    module = make_module(model, loss)
     module.policy_config.max_tokens_per_micro_batch = budget
     number = 1 if budget else PLANNED
     given = {"sync": AdapterSync(tolerance=100.0), "accumulate_grad_batches": number, "max_steps": 3, **settings}
     trainer = make_trainer(root, *callbacks, **given)
-    trainer.fit(module, datamodule=make_data(module, engine or RecordedEngine(), batch_size=NUM_GROUPS))
+    data = make_data(module, engine or RecordedEngine(), environment, batch_size=NUM_GROUPS)
+    trainer.fit(module, datamodule=data)
     assert trainer.accumulate_grad_batches == PLANNED
     return module, trainer
 
@@ -155,9 +156,10 @@ def test_the_console_counts_the_micro_batches_that_the_rows_fill(tiny_model, tmp
 
 
 def test_the_probe_takes_the_first_micro_batch_with_rows(tiny_model, tmp_path):
-    """The engine ignores the adapter: a probe of a micro-batch without rows would find nothing."""
+    """Groups without spread stay out of the forward, so that steps fill fewer micro-batches than planned."""
     kept, sync = Kept(), AdapterSync(tolerance=10.0)
-    fit(tiny_model, tmp_path, kept, engine=TinyEngine(), sync=sync, budget=68)
+    fit(tiny_model, tmp_path, kept, engine=TinyEngine(), environment=Spread(), sync=sync, max_steps=2)
+    assert not kept.batches[1][0].has_rows
     assert sync.agreement is not None
     assert sync.agreement.slope == pytest.approx(1.0, abs=0.05)
 

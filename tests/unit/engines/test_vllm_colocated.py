@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.outputs import WeightVersionSpan
 
-from fuchsia_pl.engines import kv_cache
+from fuchsia_pl.engines import vllm_kv_cache
 from fuchsia_pl.engines.base import VERSION_FILE, EngineError, EngineSpec, SamplingParams, check_version_file
 from fuchsia_pl.engines.vllm_arguments import GIB, VLLM_QUANTIZATION
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
@@ -102,9 +102,9 @@ def test_on_a_cpu_a_batch_holds_the_longest_prompt(tmp_path, monkeypatch):
 
 def test_the_cache_gets_what_the_gpu_has_left(tmp_path, monkeypatch, gpu):
     """60 free and 10 held by the trainer, less its 20 (those 10 among them), weights 8, other memory 3 and 5 % of 80: 35."""
-    monkeypatch.setattr(kv_cache, "blank_model", lambda folder: folder)
-    monkeypatch.setattr(kv_cache, "weights_gb", lambda blank, dtype, is_quantized: 8.0)
-    monkeypatch.setattr(kv_cache, "overhead_gb", lambda *arguments: 3.0)
+    monkeypatch.setattr(vllm_kv_cache, "blank_model", lambda folder: folder)
+    monkeypatch.setattr(vllm_kv_cache, "weights_gb", lambda blank, dtype, is_quantized: 8.0)
+    monkeypatch.setattr(vllm_kv_cache, "overhead_gb", lambda *arguments: 3.0)
     spec = make_spec(tmp_path, reserved_gb=20.0, device_index=0)
     engine = VLLMColocatedEngine()
     assert engine.kv_cache_bytes == 0

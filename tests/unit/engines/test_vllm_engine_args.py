@@ -55,7 +55,8 @@ def test_what_people_need_is_passed_on():
 
 def test_an_unknown_name_is_answered_with_near_ones():
     assert refused(speculative_confg={}) == (
-        "data.engine.init_args.engine_args.speculative_confg is no argument of vLLM: did you mean speculative_config?"
+        "data.engine.init_args.engine_args.speculative_confg is no argument of vLLM: did you mean speculative_config or "
+        "compilation_config?"
     )
     assert refused(qqqq=1).endswith("qqqq is no argument of vLLM: see `vllm.AsyncEngineArgs` for the names")
     assert "dtype is decided by" in refused(dtype="float16")

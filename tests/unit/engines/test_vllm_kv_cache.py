@@ -1,9 +1,9 @@
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fuchsia_pl.engines import kv_cache
-from fuchsia_pl.engines.kv_cache import auto_kv_cache_gb, blank_model, overhead_gb, weights_gb
+from fuchsia_pl.engines import vllm_kv_cache
 from fuchsia_pl.engines.vllm_arguments import GIB, VLLMSettings
+from fuchsia_pl.engines.vllm_kv_cache import auto_kv_cache_gb, blank_model, overhead_gb, weights_gb
 from fuchsia_pl.types import ConfigError
 
 
@@ -54,7 +54,7 @@ def test_weights_are_counted_once_and_those_of_blocks_are_quantized(model):
 
 def test_other_memory_is_of_context_graphs_buffers_and_activations(model, monkeypatch):
     for name in ("CONTEXT_GB", "WORKSPACE_GB", "GRAPHS_GB"):
-        monkeypatch.setattr(kv_cache, name, 0.0)
+        monkeypatch.setattr(vllm_kv_cache, name, 0.0)
     settings = VLLMSettings("auto", max_num_seqs=16, enforce_eager=False, quantization=None, tensor_parallel_size=1)
     logits = 16 * 100 * 3 * 4
     activations = 50 * (3 * 24 + 2 * 8) * 2
@@ -62,7 +62,7 @@ def test_other_memory_is_of_context_graphs_buffers_and_activations(model, monkey
     # Inputs plus outputs: q and o 16, k and v 12, gate, up and down 32.
     buffers = 4 * 2 * (2 * 16 + 2 * 12 + 3 * 32) * 2
     assert overhead_gb(model, "bfloat16", 4, 50, settings) * GIB == pytest.approx(logits + activations + buffers)
-    monkeypatch.setattr(kv_cache, "GRAPHS_GB", 1.0)
+    monkeypatch.setattr(vllm_kv_cache, "GRAPHS_GB", 1.0)
     eager = VLLMSettings("auto", 16, enforce_eager=True, quantization=None, tensor_parallel_size=1)
     assert overhead_gb(model, "bfloat16", 0, 50, settings) - overhead_gb(
         model, "bfloat16", 0, 50, eager
