@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fuchsia_pl.datamodule import RolloutDataModule
 from fuchsia_pl.engines.base import Engine
-from fuchsia_pl.engines.kv_cache import CONTEXT_GB, GRAPHS_GB, LOGITS_BYTES, overhead_gb, weights_gb
 from fuchsia_pl.engines.vllm_arguments import GPU_BATCHED_TOKENS, VLLMSettings
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.engines.vllm_kv_cache import CONTEXT_GB, GRAPHS_GB, LOGITS_BYTES, overhead_gb, weights_gb
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.policy.plan import GIB, PlannedEngine, PlannedRun
-from fuchsia_pl.policy.plan_simulation import MicroBatch, Simulator
+from fuchsia_pl.policy.plan_simulation import Simulator
+from fuchsia_pl.policy.plan_sizes import MicroBatch
 from fuchsia_pl.policy.planner import Planner
 from fuchsia_pl.rollouts import budget
 from fuchsia_pl.rollouts.budget import LongestRow

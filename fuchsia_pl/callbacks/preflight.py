@@ -13,7 +13,7 @@ from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.planned_run import RunParts, TrainerSettings
 from fuchsia_pl.policy.memory import KeptBytes, device_memory, is_out_of_memory
 from fuchsia_pl.policy.plan import GIB, MemoryPlan, PlannedRun, memory_plan
-from fuchsia_pl.policy.plan_simulation import Activations, logits_bytes, weights_of
+from fuchsia_pl.policy.plan_sizes import Activations, logits_bytes, weights_of
 from fuchsia_pl.progress import progress
 from fuchsia_pl.rollouts.budget import LongestRow
 from fuchsia_pl.types import ConfigError

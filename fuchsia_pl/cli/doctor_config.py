@@ -19,8 +19,8 @@ from fuchsia_pl.cli.planned_config import planned_parts
 from fuchsia_pl.cli.run_folder import DEFAULT_ROOT
 from fuchsia_pl.cli.terminal import count, size
 from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S
-from fuchsia_pl.engines.kv_cache import FREE_SHARE
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.engines.vllm_kv_cache import FREE_SHARE
 from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.policy.adapter import check_adapter
 from fuchsia_pl.policy.loading import check_quantization, trained_shapes

@@ -17,7 +17,7 @@ from fuchsia_pl.cli.check_env import num_ranks
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.options import GPU_GIB, plan_options
 from fuchsia_pl.cli.planned_config import planned_parts
-from fuchsia_pl.engines.kv_cache import FREE_SHARE
+from fuchsia_pl.engines.vllm_kv_cache import FREE_SHARE
 from fuchsia_pl.policy.architectures import architecture_of
 from fuchsia_pl.policy.plan import GIB, MemoryPlan, checkpoint_bytes, host_bytes, sync_bytes
 from fuchsia_pl.rollouts.budget import plan_micro_batches

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from fuchsia_pl.policy.config import PolicyConfig
-from fuchsia_pl.policy.plan_simulation import FLOAT_BYTES, Activations, Weights
+from fuchsia_pl.policy.plan_sizes import FLOAT_BYTES, Activations, Weights
 
 MIB, GIB = 2**20, 2**30
 # Resident memory of a process that has imported torch and uses CUDA: 2.06 GB (github.com/pytorch/pytorch, issue 113326).

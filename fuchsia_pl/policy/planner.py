@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fuchsia_pl.policy.plan import GIB, MemoryPlan, PlannedRun, fewest_rows, memory_plan
-from fuchsia_pl.policy.plan_simulation import Activations, MicroBatch, Simulator, Weights
+from fuchsia_pl.policy.plan_simulation import Simulator
+from fuchsia_pl.policy.plan_sizes import Activations, MicroBatch, Weights
 from fuchsia_pl.types import ConfigError
 
 T = TypeVar("T")

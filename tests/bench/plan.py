@@ -12,7 +12,8 @@ from fuchsia_pl.cli.plan import PlanCLI, Planned, gpu_memory
 from fuchsia_pl.policy.config import CheckpointingSettings
 from fuchsia_pl.policy.memory import KeptBytes
 from fuchsia_pl.policy.plan import GIB
-from fuchsia_pl.policy.plan_simulation import MicroBatch, Simulator
+from fuchsia_pl.policy.plan_simulation import Simulator
+from fuchsia_pl.policy.plan_sizes import MicroBatch
 from tests.bench.training import batches_of, make_policy, rows
 from tests.bench.work import model_folder, report
 

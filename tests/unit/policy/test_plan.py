@@ -14,7 +14,7 @@ from fuchsia_pl.policy.plan import (
     memory_plan,
     sync_bytes,
 )
-from fuchsia_pl.policy.plan_simulation import Activations, Weights
+from fuchsia_pl.policy.plan_sizes import Activations, Weights
 
 # 8 GiB frozen, 1 GiB of numbers trained
 WEIGHTS = Weights(frozen=8 * GIB, num_trained=GIB, num_critic=0, num_served=4 * GIB, block=GIB // 4, outside=GIB)

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fuchsia_pl.batch import PrefixGroup, StepInfo
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.memory import KeptBytes
-from fuchsia_pl.policy.plan_simulation import MicroBatch, PeakBytes, Simulator, weights_of
+from fuchsia_pl.policy.plan_simulation import PeakBytes, Simulator
+from fuchsia_pl.policy.plan_sizes import MicroBatch, weights_of
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from fuchsia_pl.types import ConfigError

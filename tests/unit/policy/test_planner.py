@@ -7,7 +7,7 @@ import pytest
 from fuchsia_pl.batch import PrefixGroup
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.plan import GIB, PlannedEngine, PlannedRun
-from fuchsia_pl.policy.plan_simulation import Activations, MicroBatch, Weights
+from fuchsia_pl.policy.plan_sizes import Activations, MicroBatch, Weights
 from fuchsia_pl.policy.planner import CHANGES, Planner
 from fuchsia_pl.types import ConfigError
 
