@@ -252,14 +252,14 @@ def _plain_rows(
 ) -> tuple[Tensor, None]:
     """Attention of plain rows by the kernel that real tensors get; for tensors without memory torch chooses another one.
 
-    Keys and values are expanded to all heads. Only a window that is shorter than the rows needs a mask.
+    Only a window that is shorter than the rows needs a mask, and with it keys and values of all heads.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    query, key, value = (
-        states.repeat_interleave(query.shape[1] // states.shape[1], dim=1).to(dtype) for states in (query, key, value)
-    )
-    length, window = query.shape[2], settings.get("sliding_window")
-    mask = torch.zeros(1, 1, length, length, dtype=dtype) if window and length > window else None
+    query, key, value = (states.to(dtype) for states in (query, key, value))
+    length, window, mask = query.shape[2], settings.get("sliding_window"), None
+    if window and length > window:
+        mask = torch.zeros(1, 1, length, length, dtype=dtype)
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, 0.0, mask is None, attn_mask=mask)[0].transpose(1, 2), None
 
