@@ -270,6 +270,11 @@ class RolloutDataModule(LightningDataModule):
         self._trainer.accumulate_grad_batches = self._planned
         check_phases(self._trainer, self._taken.steps_per_epoch, self.loss.steps_per_phase)
 
+    @property
+    def longest_row(self) -> budget.LongestRow | None:
+        """The longest row that training can sample; None in other stages, and before `setup` has rendered the prompts."""
+        return self._longest_row
+
     def longest_batch(self) -> Batch:
         """The largest micro-batch of the run, filled with arbitrary ids."""
         assert self._longest_row is not None, "setup is called first"

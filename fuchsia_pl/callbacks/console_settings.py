@@ -5,10 +5,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
+from fuchsia_pl.callbacks.memory_table import memory_table
 from fuchsia_pl.callbacks.preflight import Preflight
 from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.policy.memory import MemoryPlan
+from fuchsia_pl.policy.plan import MemoryPlan
 
 
 def run_table(trainer: Trainer) -> Table:
@@ -27,10 +28,14 @@ def run_table(trainer: Trainer) -> Table:
         "rows per step": f"{data.rows_per_step} in {split}",
         "prompts": "computed once for all siblings" if policy.shares_prefix else "computed in each row",
         "engine": engine_text(data.engine),
-        "memory": "; ".join(plan.text for plan in memory_plans(trainer)) or "no plan: the trainer has no Preflight",
         "run folder": trainer.default_root_dir,
     }.items():
         table.add_row(Text(name, style="dim"), Text(value))  # not strings, which are read as markup
+    plans = memory_plans(trainer)
+    for plan in plans:
+        table.add_row(Text("memory", style="dim"), memory_table(plan))
+    if not plans:
+        table.add_row(Text("memory", style="dim"), Text("no plan: the trainer has no Preflight"))
     return table
 
 

@@ -23,6 +23,7 @@ OTHER_COMMANDS = {
     "serve": "a vLLM server: of a finished run, or for one that trains",
     "runs": "list the runs; `runs diff A B` compares two",
     "check-env": "test an environment with known and hostile texts, without a model",
+    "plan": "memory of a config on a GPU: --config gsm8k.yaml --gpu 24",
     "doctor": "check this machine, a config on it, and a first step",
     "replay": "compute a recorded optimizer step again",
     "completion": 'shell completion: eval "$(fuchsia completion bash)"',
@@ -44,7 +45,6 @@ def overview() -> str:
     """The text of `fuchsia --help`: at most 24 lines of 80 characters."""
     listed = "\n".join(f"  {name:<11} {summary}" for name, summary in COMMANDS.items())
     return f"""usage: fuchsia COMMAND [options]
-
 Reinforcement learning of language models on PyTorch Lightning.
 
 commands:

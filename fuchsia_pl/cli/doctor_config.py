@@ -15,14 +15,15 @@ from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.diagnosis import Finding
 from fuchsia_pl.cli.doctor_machine import free_memory
 from fuchsia_pl.cli.doctor_step import StepSize
+from fuchsia_pl.cli.planned_config import planned_parts
 from fuchsia_pl.cli.run_folder import DEFAULT_ROOT
 from fuchsia_pl.cli.terminal import count, size
 from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
+from fuchsia_pl.engines.vllm_kv_cache import FREE_SHARE
 from fuchsia_pl.loop import run_blocking
 from fuchsia_pl.policy.adapter import check_adapter
 from fuchsia_pl.policy.loading import check_quantization, trained_shapes
-from fuchsia_pl.policy.memory import MemoryPlan
 from fuchsia_pl.policy.model_folder import blank_model
 from fuchsia_pl.policy.targets import check_targets
 from fuchsia_pl.rollouts.calls import close
@@ -32,8 +33,8 @@ from fuchsia_pl.rollouts.preparation import as_config_error, check_shares, held_
 
 QUESTION = "What is 3 plus 4?"
 FLOAT_BYTES = 4
-# Weights, gradients and the two moments of Adam; a checkpoint has no gradients.
-TRAINED_COPIES, SAVED_COPIES = 4, 3
+# Weights and the two moments of Adam.
+SAVED_COPIES = 3
 # Of the checkpoint, a run keeps the newest one while it writes the next.
 NUM_CHECKPOINTS = 2
 CHECK_ENV = "fuchsia check-env with the same options plays known and hostile texts and shows what they earn"
@@ -177,27 +178,17 @@ class ConfigChecks:
         return FLOAT_BYTES * self.num_trained * (SAVED_COPIES * NUM_CHECKPOINTS + 1)
 
     def memory(self) -> Sequence[Finding]:
-        """The memory plan without activations, against the free memory of the device."""
-        free, total = torch.cuda.mem_get_info() if self.cli.has_gpu else free_memory()
-        itemsize, number = getattr(torch, self.policy.dtype).itemsize, self.blank.num_parameters()
-        held = itemsize if self.policy.lora.enabled else FLOAT_BYTES
-        plan = MemoryPlan(
-            base_weights=int(number * (0.55 if self.policy.quantization else held)) if self.policy.lora.enabled else 0,
-            trained=TRAINED_COPIES * FLOAT_BYTES * self.num_trained,
-            activations=0,
-            engine_weights=int(number * itemsize * self.data.engine.weights_share),
-            kv_cache=self.data.engine.kv_cache_bytes,
-            available=total,
-            shares_device=bool(self.cli.config["fit"].hotswap.enabled),
-        )
-        text = f"{plan.text}, without activations; {size(free)} are free"
-        if plan.total > free:
-            advice = "a smaller model, --data.engine.init_args.kv_cache_gb, or end other programs"
-            return [Finding("memory plan", "problem", text, advice)]
-        if plan.total > 0.8 * free:
-            advice = "little is left for activations: the rehearsal before the first step tells whether they fit"
-            return [Finding("memory plan", "warning", text, advice)]
-        return [Finding("memory plan", "ok", text)]
+        """The memory plan against the free memory of the device."""
+        free, _ = torch.cuda.mem_get_info() if self.cli.has_gpu else free_memory()
+        parts = planned_parts(self.cli, self.blank.config, self.cli.num_ranks, self.cli.has_gpu)
+        planner = parts.planner(int((1 - FREE_SHARE) * free), self.policy.shared_prefix != "never")
+        plan = planner.plan(parts.run())
+        text = f"{plan.text}; {size(free)} are free"
+        if plan.fits:
+            return [Finding("memory plan", "ok", text)]
+        options = planner.options(parts.run())
+        advice = f"{options[0]}; or end other programs" if options else "a smaller model, or end other programs"
+        return [Finding("memory plan", "problem", text, advice)]
 
     def environment(self) -> Sequence[Finding]:
         """The checks of the start of a run: the environment's items, prompts, gold answers and tools."""

@@ -6,6 +6,22 @@ from pathlib import Path
 
 from fuchsia_pl.cli.commands import DEBUG_OPTION, LIKE_FIT
 
+# Memory of GPUs in GiB, as torch reports it: with less than their names promise, since ECC and the driver take a part.
+GPU_GIB = {
+    "h100": 79.1,
+    "h200": 139.8,
+    "b200": 178.3,
+    "a100": 79.2,
+    "a100-40": 39.4,
+    "l40s": 44.4,
+    "a6000": 47.4,
+    "l4": 22.0,
+    "a10g": 22.0,
+    "rtx4090": 23.5,
+    "rtx3090": 23.6,
+    "v100": 31.7,
+    "t4": 14.6,
+}
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -278,6 +294,25 @@ def doctor_options() -> argparse.ArgumentParser:
     return parser
 
 
+def plan_options() -> argparse.ArgumentParser:
+    """The options of `fuchsia plan`."""
+    parser = argparse.ArgumentParser(
+        prog="fuchsia plan",
+        description="Prints where the memory of a GPU goes in a training with a config, at the peaks of trainer and engine, and "
+        "whether it fits; if not, settings with which it does. Needs neither weights nor a GPU: forward and backward of the "
+        "largest micro-batch run on tensors without memory. Of a model on the hub only its config.json is needed. All figures "
+        "are estimates; `fuchsia fit` measures the trainer's part before its first step. Exit code 1: it does not fit.",
+        epilog=LIKE_FIT,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gpu", required=True, metavar="GIB", help=f"memory of a GPU in GiB, or its name: {', '.join(GPU_GIB)}"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs, each with a rank (default: trainer.devices)")
+    parser.add_argument("--json", action="store_true", help="JSON in place of the table")
+    return parser
+
+
 OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "chat": chat_options,
     "eval": eval_options,
@@ -287,6 +322,7 @@ OPTIONS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "report": report_options,
     "replay": replay_options,
     "runs": runs_options,
+    "plan": plan_options,
     "doctor": doctor_options,
     "completion": completion_options,
 }

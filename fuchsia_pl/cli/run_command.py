@@ -14,6 +14,7 @@ from fuchsia_pl.cli.doctor import doctor
 from fuchsia_pl.cli.ending import leave_stopped, resume_lines
 from fuchsia_pl.cli.evaluate import evaluate
 from fuchsia_pl.cli.launch import is_first_rank, to_first_rank
+from fuchsia_pl.cli.plan import plan
 from fuchsia_pl.cli.predict import predict
 from fuchsia_pl.cli.replay import replay
 from fuchsia_pl.cli.serve import serve
@@ -39,6 +40,7 @@ HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "export": export,
     "eval": evaluate,
+    "plan": plan,
     "predict": predict,
     "replay": replay,
     "serve": serve,

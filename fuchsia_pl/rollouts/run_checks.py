@@ -50,6 +50,14 @@ class RunChecker(Protocol):
         """Raises ConfigError, before the engine starts, if the run does not meet the requirements."""
 
 
+@runtime_checkable
+class PlansMemory(Protocol):
+    """A callback that plans the memory of the trainer."""
+
+    def trainer_gb(self, trainer: Trainer) -> float:
+        """Memory that the trainer needs on its device at its peak, in GiB, without its CUDA context; 0 on a CPU."""
+
+
 def check_run_setup(trainer: Trainer) -> bool:
     """Calls the checks of the module and of every callback, before the engine starts.
 
@@ -79,8 +87,10 @@ def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, 
         model: The model.
         sampling: Settings of sampling.
         seed: The run's seed.
-        sleeps: Whether a callback puts the engine to sleep.
+        sleeps: Whether a callback puts the engine to sleep. The trainer's weights are then elsewhere while the engine runs.
     """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    planners = [callback for callback in callbacks if isinstance(callback, PlansMemory)]
     return EngineSpec(
         model,
         sampling.max_length,
@@ -94,4 +104,5 @@ def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, 
         loads_in_flight=sampling.in_flight == "continue",
         sleeps=sleeps,
         max_restarts=sampling.engine_restarts,
+        reserved_gb=0.0 if sleeps else max((planner.trainer_gb(trainer) for planner in planners), default=0.0),
     )

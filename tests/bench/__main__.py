@@ -119,6 +119,8 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         Ratio("cost at 2 x the completions", linear["4x16"], "<=", 2.2),
         Ratio("cost at 4 x the completions", linear["4x32"], "<=", 4.4),
         *packing_ratios(f),
+        Ratio("planned / real kept activations, relative error, 4 cases", f["plan_error"], "<=", 0.1),
+        Ratio("GPU configs that exceed the card of their first comment", f["plan_misfits"], "<=", 0),
     ]
 
 

@@ -1,21 +1,35 @@
 """The rehearsal of the longest rows has no side effects, and the memory plan counts the memory of the run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from transformers import AutoConfig
 
 from fuchsia_pl.callbacks.hotswap import HotSwap
-from fuchsia_pl.callbacks.preflight import Preflight
+from fuchsia_pl.callbacks.planned_run import planned_engine
+from fuchsia_pl.callbacks.preflight import Preflight, run_parts
 from fuchsia_pl.engines.vllm_server import VLLMServerEngine
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import CheckpointingSettings
-from fuchsia_pl.policy.memory import device_memory, memory_plan
+from fuchsia_pl.policy.memory import device_memory
 from fuchsia_pl.policy.policy import Policy
 from tests.doubles import TinyEngine, make_data, make_module, make_trainer
 
 GB = 2**30
+
+
+class OnGPU:
+    """A trainer whose device seems to be a GPU."""
+
+    def __init__(self, trainer) -> None:
+        self._trainer = trainer
+        self.strategy = SimpleNamespace(root_device=torch.device("cuda", 0))
+
+    def __getattr__(self, name):
+        return getattr(self._trainer, name)
 
 
 class Order(Callback):
@@ -85,7 +99,7 @@ def test_it_can_be_left_out(tiny_model, tmp_path, monkeypatch):
     assert not seen
     fit(tiny_model, tmp_path, on)
     assert len(seen) == 1
-    assert off.plan.activations == 0
+    assert off.plan.size("trainer", "kept activations") == 0
 
 
 def test_the_plan_counts_what_there_is(tiny_model, tmp_path):
@@ -93,16 +107,63 @@ def test_the_plan_counts_what_there_is(tiny_model, tmp_path):
     module, *_ = fit(tiny_model, tmp_path, flight)
     trained = sum(p.numel() for p in module.policy.trainable_parameters())
     whole = sum(p.numel() for p in module.policy.parameters())
-    assert flight.plan.base_weights == 4 * (whole - trained)  # float32
-    assert flight.plan.trained == 4 * 4 * trained  # weight, gradient, two moments
-    assert flight.plan.kv_cache == 0  # the engine of the tests has no cache
-    assert flight.plan.engine_weights == 4 * whole
-    elsewhere = memory_plan(module.policy, VLLMServerEngine(["http://127.0.0.1:1"]), 0, torch.device("cpu"))
-    assert (elsewhere.engine_weights, elsewhere.kv_cache, elsewhere.base_weights) == (0, 0, flight.plan.base_weights)
+    sizes = {(part.side, part.name): part.num_bytes for part in flight.plan.parts}
+    assert sizes["trainer", "frozen weights"] == 4 * (whole - trained)  # float32
+    assert sizes["trainer", "LoRA, gradients, optimizer"] == 4 * 4 * trained  # weight, gradient, two moments
+    assert sizes["engine", "weights"] == 4 * (whole - trained)
+    assert set(sizes) == {
+        *(
+            ("trainer", name)
+            for name in ("frozen weights", "LoRA, gradients, optimizer", "kept activations", "logits of a chunk")
+        ),
+        ("engine", "weights"),  # the engine of the tests has no cache, and a CPU has no contexts
+    }
     assert flight.plan.available == device_memory(torch.device("cpu")) > GB
     checkpointed = Preflight()
     fit(tiny_model, tmp_path, checkpointed, policy={"checkpointing": CheckpointingSettings(enabled=True)})
-    assert 0 < checkpointed.plan.activations < flight.plan.activations
+    assert 0 < checkpointed.plan.size("trainer", "kept activations") < sizes["trainer", "kept activations"]
+
+
+def test_an_engine_elsewhere_is_not_in_the_plan(tiny_model):
+    module = make_module(tiny_model)
+    architecture = AutoConfig.from_pretrained(tiny_model)
+    elsewhere = VLLMServerEngine(["http://127.0.0.1:1"])
+    assert planned_engine(elsewhere, module, architecture, max_length=40, is_gpu=True) is None
+
+
+@pytest.mark.parametrize("is_checkpointed", [True, False])
+def test_the_plan_before_the_run_is_what_the_rehearsal_measures(tiny_model, tmp_path, is_checkpointed):
+    """`fuchsia plan` and the rehearsal, on the same run: the rest of the plan is computed by the same code."""
+    flight, planned = Preflight(), []
+
+    class Before(Callback):
+        def setup(self, trainer, pl_module, stage):
+            parts = run_parts(trainer)
+            planned.append(parts.planner(GB, shares_prefix=True).plan(parts.run()))
+
+    checkpointing = CheckpointingSettings(enabled=is_checkpointed)
+    fit(tiny_model, tmp_path, Before(), flight, policy={"checkpointing": checkpointing})
+    for part in flight.plan.parts:
+        assert planned[0].size(part.side, part.name) == pytest.approx(part.num_bytes, rel=0.1), part.name
+
+
+def test_the_engine_is_told_what_the_trainer_needs(tiny_model, tmp_path, monkeypatch):
+    """On a CPU nothing is reserved; a GPU is pretended."""
+    specs = []
+    start = TinyEngine.start
+    monkeypatch.setattr(TinyEngine, "start", lambda self, spec: specs.append(spec) or start(self, spec))
+    fit(tiny_model, tmp_path, Preflight())
+    trainer_gb = Preflight.trainer_gb
+    monkeypatch.setattr("fuchsia_pl.callbacks.preflight.device_memory", lambda device: 24 * GB)
+    monkeypatch.setattr(Preflight, "trainer_gb", lambda self, trainer: trainer_gb(self, OnGPU(trainer)))
+    fit(tiny_model, tmp_path, Preflight())
+    fit(tiny_model, tmp_path, Preflight(), HotSwap(True))  # the trainer is elsewhere while the engine runs
+    monkeypatch.setattr("fuchsia_pl.policy.plan_simulation.chunked_logprobs", None)
+    fit(tiny_model, tmp_path, Preflight())
+    cpu, gpu, swapped, unplanned = (spec.reserved_gb for spec in specs)
+    assert cpu == swapped == 0.0
+    assert 0.0 < gpu < 0.1
+    assert unplanned == 12.0
 
 
 def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(tiny_model, tmp_path, monkeypatch):
@@ -113,7 +174,7 @@ def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(ti
     with pytest.raises(torch.OutOfMemoryError) as caught:
         fit(tiny_model, tmp_path, Preflight())
     (note,) = caught.value.__notes__
-    assert note.startswith("Memory: weights ")
+    assert note.startswith("Memory: trainer: frozen weights ")
     settings = note.split("Settings that save most: ")[1].split("; ")
     assert len(settings) == 3
     assert all(setting.startswith("--") for setting in settings)
@@ -126,4 +187,4 @@ def test_the_plan_of_a_shared_device(tiny_model, tmp_path):
         fit(tiny_model, tmp_path, flight, HotSwap(enabled))
     assert [flight.plan.shares_device for flight in flights] == [False, True]
     assert flights[1].plan == replace(flights[0].plan, shares_device=True)
-    assert flights[1].plan.activations > 0
+    assert flights[1].plan.size("trainer", "kept activations") > 0
