@@ -186,7 +186,7 @@ def _overhead(
     policy = module.policy_config
     served_rank = policy.lora.r if policy.lora.enabled and engine.sync_mode != "merge" else 0
     num_tokens = int(settings.engine_args.get("max_num_batched_tokens", max(GPU_BATCHED_TOKENS, settings.max_num_seqs)))
-    per_request = LOGITS_BYTES * blank.config.get_text_config().vocab_size
+    per_request = LOGITS_BYTES * architecture.get_text_config().vocab_size
     graphs = 0.0 if settings.enforce_eager else GRAPHS_GB
     total = overhead_gb(blank, policy.dtype, served_rank, num_tokens, settings)
     buffers = int((total - graphs - CONTEXT_GB) * GIB) - settings.max_num_seqs * per_request

@@ -23,7 +23,7 @@ def planned_parts(cli: ConfigOnlyCLI, architecture: PretrainedConfig, num_ranks:
         ConfigError: The items cannot be divided over the ranks, or the longest row does not fit into the token budget.
     """
     trainer, given = cli._get(cli.config_init, "trainer"), cli._get(cli.config, "trainer")
-    check_shares(cli.datamodule.batch_size, num_ranks)
+    check_shares(cli.datamodule.batch_size, num_ranks, cli.model.loss_config.mini_batches)
     row = longest_possible_row(cli.datamodule.sampling, cli.datamodule.environment.max_steps > 1)
     budget = cli.model.policy_config.max_tokens_per_micro_batch
     if budget is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -126,7 +126,7 @@ def weights_in(
 
 def _held_bytes(module: nn.Module, are_packed: bool) -> int:
     """Bytes of a module's weights. In 4 bits are the linear layers of blocks, without their adapters; all others stay."""
-    packed: set[nn.Parameter] = set()
+    packed: set[Tensor] = set()
     if are_packed:
         blocks = [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
         linear = [child for block in blocks for child in block.modules() if isinstance(child, nn.Linear)]

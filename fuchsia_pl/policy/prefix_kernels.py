@@ -134,7 +134,7 @@ def varlen_attention(
 
     pieces = layout.pieces
     keys, values = (pick_rows(states[0].transpose(0, 1), pieces.keys) for states in (key, value))
-    output: Tensor = varlen_attn(
+    output = varlen_attn(
         query[0].transpose(0, 1),
         keys,
         values,
@@ -145,6 +145,7 @@ def varlen_attention(
         window_size=(window - 1 if window else -1, 0),  # tokens to the left and right of a token's own place
         enable_gqa=True,
     )
+    assert isinstance(output, Tensor), "the log-sum-exp was not requested"
     return output.unsqueeze(0)
 
 
@@ -195,7 +196,7 @@ def _kernel_error(
         torch.randn(1, heads, layout.input_ids.shape[1], width, generator=generator).to(device, dtype)
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     ]
-    found = _with_gradients(lambda *inputs: varlen_attention(*inputs, layout, None, window), states)
+    found = _with_gradients(lambda q, k, v: varlen_attention(q, k, v, layout, None, window), states)
     mask = _dense_mask(layout, window)
 
     def expected_attention(query: Tensor, *others: Tensor) -> Tensor:

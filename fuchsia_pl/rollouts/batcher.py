@@ -218,7 +218,7 @@ def _collate(units: MicroBatch, step: StepInfo) -> Batch:
 
     # numpy converts a list of Python numbers several times as fast as torch.
     def rows(values: Callable[[Rollout], Sequence[float]], fill: float, dtype: type) -> Array:
-        array = np.full((num_rows, length), fill, dtype=dtype)
+        array: Array = np.full((num_rows, length), fill, dtype=dtype)
         for row, (rollout, size) in enumerate(zip(rollouts, used, strict=True)):
             array[row, :size] = np.array(values(rollout), dtype=dtype)[:size]
         return array

@@ -18,7 +18,7 @@ from tests.bench.work import MARK
 
 PARTS = (
     *(["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["shared_prefix"], ["probe"], ["sampling"]),
-    *(["overlap"], ["packing"]),
+    *(["overlap"], ["packing"], ["plan"]),
 )
 TIMEOUT_S = 1800
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
