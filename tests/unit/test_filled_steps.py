@@ -155,7 +155,7 @@ def test_the_console_counts_the_micro_batches_that_the_rows_fill(tiny_model, tmp
     assert "20 in at most 3 micro-batches on 1 rank(s)" in tables[0]
 
 
-def test_the_probe_takes_the_first_micro_batch_with_rows(tiny_model, tmp_path):
+def test_a_run_with_a_budget_is_probed(tiny_model, tmp_path):
     kept, sync = Kept(), AdapterSync(tolerance=10.0)
     fit(tiny_model, tmp_path, kept, engine=TinyEngine(), sync=sync, budget=68)
     assert sync.agreement is not None
