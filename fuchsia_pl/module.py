@@ -1,8 +1,7 @@
 """The LightningModule: computes log-probabilities, the loss of a micro-batch and the metrics of an optimizer step."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -35,7 +34,7 @@ from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.contents import AVERAGED_WEIGHTS
 from fuchsia_pl.policy.cpu import warn_of_slow_bfloat16
 from fuchsia_pl.policy.optimization import Recipe, ResumeChoice, Resumed, resumed
-from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.policy.policy import Policy, own_randomness
 from fuchsia_pl.policy.schedules import check_optimization, lightning_config
 from fuchsia_pl.policy.sharding import built_on_all_ranks, check_sharded, mesh_of_all_ranks, total_norm
 from fuchsia_pl.policy.sources import read_template, resolve_model
@@ -181,7 +180,7 @@ class GRPOModule(LightningModule):
 
     def rehearse(self, batch: Batch) -> None:
         """Runs forward and backward on a micro-batch without side effects on gradients, metrics or random state."""
-        with self._own_randomness(batch.dropout_seed):
+        with own_randomness(batch.dropout_seed, self.device):
             with self.trainer.precision_plugin.forward_context():
                 reference = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
                 policy_output = self._policy.output(batch)
@@ -220,7 +219,7 @@ class GRPOModule(LightningModule):
             return self._loss_without_rows(batch)
         self._policy.end_accumulation(micro_batch + 1 == self.trainer.accumulate_grad_batches)
         self.ref_logprobs = self._policy.reference_logprobs(batch) if self.loss_config.kl_in_loss else None
-        with self._own_randomness(batch.dropout_seed):
+        with own_randomness(batch.dropout_seed, self.device):
             policy_output = self._policy.output(batch)
         if info.phase_step == 0:
             # The engine samples without dropout, so the logprobs compared with its own must have none.
@@ -382,13 +381,6 @@ class GRPOModule(LightningModule):
     def recipe(self) -> Recipe:
         """The constructors of optimizer and schedule."""
         return Recipe(self.optimizer, self.lr_scheduler)
-
-    @contextmanager
-    def _own_randomness(self, seed: int) -> Iterator[None]:
-        """Seeds dropout by the address of a micro-batch, so that a resumed run repeats the dropout of an uninterrupted one."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
 
     @property
     def _policy(self) -> Policy:

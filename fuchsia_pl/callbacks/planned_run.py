@@ -176,17 +176,18 @@ def planned_engine(
     cache = None if settings.kv_cache_gb == "auto" and is_gpu else engine.kv_cache_bytes
     if not is_gpu:
         return PlannedEngine(weights, cache, per_token, max_length)
-    return PlannedEngine(weights, cache, per_token, max_length, *_overhead(engine, settings, blank, module))
+    overhead = _overhead(engine, settings, blank, module, architecture.get_text_config().vocab_size)
+    return PlannedEngine(weights, cache, per_token, max_length, *overhead)
 
 
 def _overhead(
-    engine: VLLMColocatedEngine, settings: VLLMSettings, blank: nn.Module, module: GRPOModule
+    engine: VLLMColocatedEngine, settings: VLLMSettings, blank: nn.Module, module: GRPOModule, vocab_size: int
 ) -> tuple[int, int, int, int]:
     """Requests, bytes for each of them, other buffers, and graphs, by the engine's own estimate."""
     policy = module.policy_config
     served_rank = policy.lora.r if policy.lora.enabled and engine.sync_mode != "merge" else 0
     num_tokens = int(settings.engine_args.get("max_num_batched_tokens", max(GPU_BATCHED_TOKENS, settings.max_num_seqs)))
-    per_request = LOGITS_BYTES * architecture.get_text_config().vocab_size
+    per_request = LOGITS_BYTES * vocab_size
     graphs = 0.0 if settings.enforce_eager else GRAPHS_GB
     total = overhead_gb(blank, policy.dtype, served_rank, num_tokens, settings)
     buffers = int((total - graphs - CONTEXT_GB) * GIB) - settings.max_num_seqs * per_request

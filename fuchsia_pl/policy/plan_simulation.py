@@ -156,7 +156,7 @@ class Simulator:
             if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
                 module.cast_input_dtype_enabled = self.autocast is None
             if self.is_gpu and "sliding_window" in vars(module):
-                module.sliding_window = None  # kernels of a GPU need no mask for it
+                module.__dict__["sliding_window"] = None  # kernels of a GPU need no mask for it
         inputs = _inputs(micro_batch)
         with FakeTensorMode() as mode:
             _move_to_fake_memory(model)

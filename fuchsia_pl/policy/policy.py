@@ -340,3 +340,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds dropout by the address of a micro-batch, so that a resumed run repeats the dropout of an uninterrupted one.
+
+    Args:
+        seed: The seed. Other random numbers of the process do not change.
+        device: The device whose generator dropout uses, beside that of the CPU.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
