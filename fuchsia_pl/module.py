@@ -23,6 +23,7 @@ from fuchsia_pl.policy.checkpoint_files import (
     OWN_KEYS,
     SETTINGS_KEY,
     SHAPES_KEY,
+    begin_next_epoch,
     check_between_phases,
     check_contents,
     check_trained,
@@ -327,6 +328,7 @@ class GRPOModule(LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.resumed = self.check_resume(checkpoint)
             self.resumed.put_into(checkpoint)
+            begin_next_epoch(checkpoint)
             if not self._trainer.strategy.lightning_restore_optimizer:  # FSDP2 restores them with the weights
                 for optimizer in self._trainer.optimizers:
                     self.resumed.apply(optimizer)

@@ -166,6 +166,26 @@ def check_trained(trained: Mapping[str, tuple[int, ...]], checkpoint: Mapping[st
         )
 
 
+def begin_next_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Sets the counters of a checkpoint that was saved after an epoch had ended to the start of the next one.
+
+    The end of a run saves such a checkpoint. Lightning 2.6 continues it within the epoch that has ended: it would train on one
+    micro-batch of the next step and then begin another epoch.
+
+    Args:
+        checkpoint: A checkpoint with the state of Lightning's loops, which is changed.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]
+    if not batches["is_last_batch"] or epochs["completed"] < epochs["ready"]:
+        return
+    batches["is_last_batch"] = False
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    schedule = loops["epoch_loop.scheduler_progress"]
+    for progress in (batches, schedule, optimizer["step"], optimizer["zero_grad"]):
+        progress["current"] = dict.fromkeys(progress["current"], 0)
+
+
 def check_between_phases(checkpoint: Mapping[str, Any], steps_per_phase: int) -> None:
     """Rejects a checkpoint that was saved within a step or a phase.
 

@@ -46,8 +46,12 @@ class CopyCheckpoint(RunCheckpoint):
             shutil.copy(f"{self.dirpath}/last.ckpt", trainer.default_root_dir)
 
 
-@pytest.mark.parametrize("killed", [True, False], ids=["killed in mid-epoch", "ended after two steps"])
-def test_five_steps_are_two_steps_saved_loaded_and_three_more(tiny_model, tmp_path, killed):
+@pytest.mark.parametrize(
+    ("killed", "steps_per_epoch"),
+    [(True, 4), (False, 4), (False, 2)],
+    ids=["killed in mid-epoch", "ended after two steps", "ended with an epoch"],
+)
+def test_five_steps_are_two_steps_saved_loaded_and_three_more(tiny_model, tmp_path, killed, steps_per_epoch):
     """Bit for bit, with dropout drawing from torch's generator and validation on the way."""
 
     def run(name, max_steps, ckpt_path=None):
@@ -56,7 +60,7 @@ def test_five_steps_are_two_steps_saved_loaded_and_three_more(tiny_model, tmp_pa
         settings = {"max_epochs": -1, "max_steps": max_steps, "accumulate_grad_batches": 2, "limit_val_batches": 1.0}
         checkpoint = CopyCheckpoint(every_n_steps=2)
         trainer = make_trainer(tmp_path / name, checkpoint, sync=sync, enable_checkpointing=True, **settings)
-        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=4), ckpt_path=ckpt_path)
+        trainer.fit(module, datamodule=make_data(module, steps_per_epoch=steps_per_epoch), ckpt_path=ckpt_path)
         return module, sync.rows
 
     straight, rows = run("straight", 5)
