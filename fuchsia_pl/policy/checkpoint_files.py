@@ -182,8 +182,8 @@ def begin_next_epoch(checkpoint: Mapping[str, Any]) -> None:
     batches["is_last_batch"] = False
     optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     schedule = loops["epoch_loop.scheduler_progress"]
-    for progress in (batches, schedule, optimizer["step"], optimizer["zero_grad"]):
-        progress["current"] = dict.fromkeys(progress["current"], 0)
+    for counted in (batches, schedule, optimizer["step"], optimizer["zero_grad"]):
+        counted["current"] = dict.fromkeys(counted["current"], 0)
 
 
 def check_between_phases(checkpoint: Mapping[str, Any], steps_per_phase: int) -> None:

@@ -76,6 +76,7 @@ class Runs:
         settings["data"]["sampling"]["max_length"] = 4000
         limits = dict.fromkeys(("limit_val_batches", "limit_test_batches", "limit_predict_batches"), 4)
         settings["trainer"] |= {**limits, "max_epochs": -1, "accumulate_grad_batches": 2}
+        settings["model"]["policy"]["max_tokens_per_micro_batch"] = None  # of the configs for a GPU
         del settings["data"]["environment"]
         Path("tiny.yaml").write_text(yaml.safe_dump(settings))
         write_files(Path())
@@ -130,7 +131,7 @@ class Runs:
 
     @staticmethod
     def _run_handler(words: list[str]) -> None:
-        """Runs a command about a finished run, or about this machine."""
+        """Runs a command about a finished run, this machine or a GPU."""
         if words[0] == "doctor":
             words = [*words, "--config", "tiny.yaml", "--data.sampling.max_length", "2000"]  # the tiny model has 2048
         with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +141,7 @@ class Runs:
 
 
 # Commands that take no settings of a run, or take them from a run.
-OF_A_RUN = ("report", "eval", "chat", "export", "runs", "doctor")
+OF_A_RUN = ("report", "eval", "chat", "export", "runs", "doctor", "plan")
 
 
 @pytest.fixture(scope="module")
