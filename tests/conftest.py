@@ -1,5 +1,6 @@
 """Fixtures shared by many tests."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ SLOW_FILES = {
     *("callbacks/test_rollout_log.py", "evaluation/test_health.py", "report/test_run_data.py"),
     *("rollouts/test_progress.py", "rollouts/test_in_order.py", "cli/test_unknown_keys.py", "envs/test_thinking.py"),
 }
+TESTS_OF_HEALTH = ("test_health.py",)
 RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "NODE_RANK", "LOCAL_RANK")
 UNIT = Path(__file__).with_name("unit")
 
@@ -90,6 +92,30 @@ def no_address_of_ranks_is_left() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+class KeepMessages(logging.Handler):
+    """Keeps the messages of a logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_healthy_run_is_called_ill(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test whose run gets a warning of its health, except in the tests of these warnings."""
+    if request.path.name in TESTS_OF_HEALTH:
+        yield
+        return
+    kept, logger = KeepMessages(), logging.getLogger("fuchsia_pl.callbacks.health")
+    logger.addHandler(kept)
+    yield
+    logger.removeHandler(kept)
+    assert kept.messages == []
 
 
 @pytest.hookimpl(tryfirst=True)
