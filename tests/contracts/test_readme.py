@@ -345,8 +345,9 @@ def test_the_metrics_table_lists_what_is_logged_and_nothing_else(runs):
     listed = set(re.findall(r"^\| `([\w/<>]+)` \|", metrics, flags=re.MULTILINE))
     (with_critic,) = [command for command in COMMANDS if "advantage gae" in command]
     (with_tools,) = [command for command in COMMANDS if " my_tools." in command and " fit " in command]
+    with_budget = f"{QUICKSTART} --trainer.accumulate_grad_batches 1 --model.policy.max_tokens_per_micro_batch 8192"
     columns = set()
-    for command in (QUICKSTART, with_critic, with_tools):
+    for command in (QUICKSTART, with_critic, with_tools, with_budget):
         columns |= runs.rows(command)[0].keys() - {"epoch", "step"}
     train = {name for name in columns if not name.startswith("validation/")}
     assert columns - train
