@@ -44,7 +44,18 @@ SLOW_FILES = {
     *("rollouts/test_progress.py", "rollouts/test_in_order.py", "cli/test_unknown_keys.py", "envs/test_thinking.py"),
 }
 TESTS_OF_HEALTH = ("test_health.py",)
-RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "NODE_RANK", "LOCAL_RANK")
+LIGHTNINGS_VARIABLES = (
+    *(
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "WORLD_SIZE",
+        "RANK",
+        "NODE_RANK",
+        "LOCAL_RANK",
+        "PL_GLOBAL_SEED",
+        "PL_SEED_WORKERS",
+    ),
+)
 UNIT = Path(__file__).with_name("unit")
 
 
@@ -83,9 +94,9 @@ def no_run_of_weights_and_biases_goes_on() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_address_of_ranks_is_left() -> Iterator[None]:
-    """Removes the variables that a Trainer of several ranks sets: a process started later would take the same port."""
-    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+def no_variable_of_lightning_is_left() -> Iterator[None]:
+    """Removes the variables that Lightning sets: a process started later would take the same port, and the same seed."""
+    before = {name: os.environ.get(name) for name in LIGHTNINGS_VARIABLES}
     yield
     for name, value in before.items():
         if value is None:
