@@ -48,7 +48,7 @@ def test_the_length_of_the_dataset_is_what_keeps_that_order(tiny_model, tmp_path
     monkeypatch.setattr(datamodule, "PhaseDataset", WithoutLength)
     with pytest.raises(
         StaleBatchError,
-        match=r"step 0 received rollouts of policy version -1 for update 0 of their phase.*the data loader sampled before",
+        match=r"step 0 received rollouts of policy version -1 for step 0 of their phase.*the data loader sampled before",
     ):
         fit(tiny_model, tmp_path)
 
