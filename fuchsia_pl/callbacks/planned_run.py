@@ -121,7 +121,8 @@ class RunParts:
     @property
     def num_groups(self) -> int:
         """Groups of a rank's step."""
-        return self.data.batch_size // self.trainer.num_ranks
+        # At least one: mini-batches are checked for the stage fit only.
+        return max(self.data.batch_size // (self.trainer.num_ranks * self.data.loss.mini_batches), 1)
 
 
 def _largest(
@@ -172,7 +173,12 @@ def planned_engine(
     settings = engine.settings
     share = 1 / settings.tensor_parallel_size if is_gpu else 1.0
     weights = int(weights_gb(blank, policy.dtype, settings.quantization is not None) * share * GIB)
-    per_token = int(kv_bytes_per_token(architecture, getattr(torch, policy.dtype).itemsize) * share)
+    arguments = settings.engine_args
+    if is_gpu:
+        weights = max(weights - int(arguments.get("cpu_offload_gb", 0.0) * GIB), 0)
+    is_fp8 = str(arguments.get("kv_cache_dtype", "")).startswith("fp8")
+    itemsize = 1 if is_fp8 else getattr(torch, policy.dtype).itemsize
+    per_token = int(kv_bytes_per_token(architecture, itemsize) * share)
     cache = None if settings.kv_cache_gb == "auto" and is_gpu else engine.kv_cache_bytes
     if not is_gpu:
         return PlannedEngine(weights, cache, per_token, max_length)

@@ -9,27 +9,26 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoConfig
 
 from fuchsia_pl.callbacks.access import callbacks_of, data_of, module_of, policy_of
-from fuchsia_pl.callbacks.hotswap import HotSwap
+from fuchsia_pl.callbacks.hotswap import HotSwap, moves_trained
 from fuchsia_pl.callbacks.planned_run import RunParts, TrainerSettings
 from fuchsia_pl.policy.memory import KeptBytes, device_memory, is_out_of_memory
 from fuchsia_pl.policy.plan import GIB, MemoryPlan, PlannedRun, memory_plan
 from fuchsia_pl.policy.plan_sizes import Activations, logits_bytes, weights_of
+from fuchsia_pl.policy.sharding import local
 from fuchsia_pl.progress import progress
 from fuchsia_pl.rollouts.budget import LongestRow
+from fuchsia_pl.rollouts.run_checks import UNPLANNED_SHARE
 from fuchsia_pl.types import ConfigError
 
 logger = logging.getLogger(__name__)
-
-# Share of a GPU that the trainer gets beside an engine that takes what is left, where its memory cannot be planned.
-UNPLANNED_SHARE = 0.5
 
 
 class Preflight(Callback):
     """Runs the longest possible rows once before training, forward and backward, and measures what they need.
 
-    No later micro-batch needs more, so a run that does not fit fails before training. If memory runs out later (the moments of
-    the optimizer, which the first step allocates and the plan contains; fragmentation; another program), the error names the
-    three settings that would have saved most.
+    A run that does not fit fails before training. If memory runs out later (the moments of the optimizer, which the first step
+    allocates and the plan contains; many short completions of one prompt, whose keys a GPU copies for each; fragmentation;
+    another program), the error names the three settings that would have saved most.
 
     The plan is that of `fuchsia plan`. Before the engine starts, its trainer's side is simulated, so that an engine with
     `kv_cache_gb: auto` leaves that much of a GPU.
@@ -42,16 +41,21 @@ class Preflight(Callback):
         self.enabled = enabled
         self.plan: MemoryPlan | None = None
 
-    def trainer_gb(self, trainer: Trainer) -> float:
+    def trainer_gb(self, trainer: Trainer, sleeps: bool) -> float:
         """Memory that the trainer needs at its peak; see `PlansMemory`."""
-        device = trainer.strategy.root_device
-        if device.type != "cuda":
+        device, engine = trainer.strategy.root_device, data_of(trainer).engine
+        # An engine elsewhere and one with a number for its cache leave nothing by a plan.
+        if device.type != "cuda" or engine.weights_share == 0.0 or engine.kv_cache_bytes > 0:
             return 0.0
         parts = run_parts(trainer)
         planner = parts.planner(device_memory(device), parts.module.policy_config.shared_prefix != "never")
         try:
-            return planner.plan(parts.run()).side("trainer") / GIB
+            own = [part for part in planner.plan(parts.run()).parts if part.side == "trainer"]
+            taken = [part for part in own if part.name != "CUDA context" and (part.stays or not sleeps)]
+            return sum(part.num_bytes for part in taken) / GIB
         except ConfigError as error:
+            if sleeps and moves_trained(trainer):
+                return 0.0
             reserved = UNPLANNED_SHARE * device_memory(device) / GIB
             logger.warning("%s. An engine with kv_cache_gb: auto leaves %.0f GiB for it", error, reserved)
             return reserved
@@ -70,7 +74,9 @@ class Preflight(Callback):
                     module_of(trainer).rehearse(batch)
                     peak = peak_since(device, before)
                 logits = logits_bytes(policy, int(batch.loss_mask.sum()))
-                gradients = sum(parameter.nbytes for parameter in policy.trainable_parameters())
+                # Gradients of an adapter are whole until the end of a step, those of all weights sharded.
+                trained = policy.trainable_parameters()
+                gradients = sum((p if policy.config.lora.enabled else local(p)).nbytes for p in trained)
                 measured = Activations(logits=logits, transients=max(peak - kept.num_bytes - logits - gradients, 0))
             finally:
                 self.plan = memory_plan(run, weights, replace(measured, kept=kept.num_bytes), available)
@@ -78,11 +84,15 @@ class Preflight(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Adds the plan, and the settings that save most, to an out-of-memory error."""
         if self.plan is not None and is_out_of_memory(exception):
-            planner = run_parts(trainer).planner(self.plan.available, policy_of(trainer).shares_prefix)
-            advice = "; ".join(
-                f"{name} (about {size / GIB:.1f} GB)" for name, size in planner.savings(started_run(trainer))
-            )
-            exception.add_note(f"Memory: {self.plan.text}. Settings that save most: {advice}")
+            note = f"Memory: {self.plan.text}"
+            try:
+                planner = run_parts(trainer).planner(self.plan.available, policy_of(trainer).shares_prefix)
+                savings = planner.savings(started_run(trainer))
+                advice = "; ".join(f"{name} (about {size / GIB:.1f} GB)" for name, size in savings)
+                note += f". Settings that save most: {advice}"
+            except Exception:  # it must not replace the error that ended the run
+                logger.debug("no settings were found", exc_info=True)
+            exception.add_note(note)
 
 
 def run_parts(trainer: Trainer) -> RunParts:

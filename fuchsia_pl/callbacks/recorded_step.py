@@ -177,7 +177,9 @@ def _foreign(path: Path, error: Exception) -> ConfigError:
 
 
 def _info(values: dict[str, Any]) -> StepInfo:
-    return StepInfo(**{**values, "denominators": Denominators(**values["denominators"])})
+    # Files without phase_step are of a version without mini-batches.
+    known = {"phase_step": values["policy_update"], **values}
+    return StepInfo(**{**known, "denominators": Denominators(**values["denominators"])})
 
 
 def _batch(values: dict[str, Any], info: StepInfo) -> Batch:

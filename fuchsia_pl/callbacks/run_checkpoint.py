@@ -11,6 +11,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fuchsia_pl.callbacks.access import is_trial, module_of
 from fuchsia_pl.files import replacing, writing
@@ -25,6 +27,15 @@ LAST = "last"
 OLDER = "step-{}"  # an older checkpoint
 
 
+def own_storage(tensor: Tensor) -> Tensor:
+    """A copy if the tensor is a part of a larger storage, all of which torch would write (host copies of HotSwap).
+
+    >>> own_storage(torch.zeros(100)[:2]).untyped_storage().nbytes()
+    8
+    """
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a new file and renames it over the old one: a kill or a full disk leaves one of them intact.
 
@@ -37,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with progress.activity(SAVING), replacing(Path(path)) as partial, partial.open("wb") as stream:
-            torch.save(checkpoint, stream)
+            torch.save(tree_map_only(Tensor, own_storage, checkpoint), stream)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None

@@ -30,6 +30,7 @@ from fuchsia_pl.rollouts.calls import close
 from fuchsia_pl.rollouts.chat import load_tokenizer
 from fuchsia_pl.rollouts.collector import Collector
 from fuchsia_pl.rollouts.preparation import as_config_error, check_shares, held_out_prompts, training_prompts
+from fuchsia_pl.types import ConfigError
 
 QUESTION = "What is 3 plus 4?"
 FLOAT_BYTES = 4
@@ -182,7 +183,10 @@ class ConfigChecks:
         free, _ = torch.cuda.mem_get_info() if self.cli.has_gpu else free_memory()
         parts = planned_parts(self.cli, self.blank.config, self.cli.num_ranks, self.cli.has_gpu)
         planner = parts.planner(int((1 - FREE_SHARE) * free), self.policy.shared_prefix != "never")
-        plan = planner.plan(parts.run())
+        try:
+            plan = planner.plan(parts.run())
+        except ConfigError as error:
+            return [Finding("memory plan", "warning", str(error), "the rehearsal at the start of a run measures it")]
         text = f"{plan.text}; {size(free)} are free"
         if plan.fits:
             return [Finding("memory plan", "ok", text)]

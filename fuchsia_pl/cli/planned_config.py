@@ -5,7 +5,8 @@ from transformers import PretrainedConfig
 
 from fuchsia_pl.callbacks.planned_run import RunParts, TrainerSettings
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
-from fuchsia_pl.rollouts.budget import LongestRow, check_budget
+from fuchsia_pl.policy.sharding import check_sharded
+from fuchsia_pl.rollouts.budget import LongestRow, check_budget, check_no_number
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.preparation import check_shares
 
@@ -20,13 +21,16 @@ def planned_parts(cli: ConfigOnlyCLI, architecture: PretrainedConfig, num_ranks:
         is_gpu: Whether they have GPUs.
 
     Raises:
-        ConfigError: The items cannot be divided over the ranks, or the longest row does not fit into the token budget.
+        ConfigError: The items cannot be divided over the ranks, the strategy cannot shard the model, or the longest row or a
+            number of micro-batches does not go with the token budget.
     """
     trainer, given = cli._get(cli.config_init, "trainer"), cli._get(cli.config, "trainer")
     check_shares(cli.datamodule.batch_size, num_ranks, cli.model.loss_config.mini_batches)
     row = longest_possible_row(cli.datamodule.sampling, cli.datamodule.environment.max_steps > 1)
     budget = cli.model.policy_config.max_tokens_per_micro_batch
+    check_sharded(trainer, cli.model.policy_config)
     if budget is not None:
+        check_no_number(given.accumulate_grad_batches or 1, 1, budget)
         check_budget(row, budget)
     settings = TrainerSettings(
         precision=str(given.precision or "32-true"),  # Lightning's default

@@ -125,6 +125,10 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, sorted(known - REFUSED.keys()), NUM_NEAR)
             advice = f"did you mean {' or '.join(near)}?" if near else "see `vllm.AsyncEngineArgs` for the names"
             raise ConfigError(f"{KEY}.{name} is no argument of vLLM: {advice}")
+    for name in ("max_num_batched_tokens", "cpu_offload_gb"):  # numbers that are read here too
+        value = engine_args.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{KEY}.{name} must be a number, got {value!r}")
     speculative = engine_args.get("speculative_config")
     method = speculative.get("rejection_sample_method") if isinstance(speculative, Mapping) else None
     if method not in (None, *EXACT_REJECTION):
@@ -145,8 +149,8 @@ def checked_by_vllm(engine_args: Mapping[str, Any]) -> Iterator[None]:
     ...     with checked_by_vllm({"cpu_offload_gb": -1}):
     ...         raise ValueError("cpu_offload_gb\n  must be above 0")
     ... except ConfigError as error:
-    ...     str(error)[-83:]
-    'cpu_offload_gb (ValueError: cpu_offload_gb must be above 0): correct or remove them'
+    ...     str(error)[-91:]
+    'cpu_offload_gb (ValueError: cpu_offload_gb must be above 0): correct what the message names'
     """
     try:
         yield
@@ -155,7 +159,8 @@ def checked_by_vllm(engine_args: Mapping[str, Any]) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"vLLM does not start with {KEY} {', '.join(engine_args)} ({type(error).__name__}: {reason}): correct or remove them"
+            f"vLLM refuses its arguments, among them {KEY} {', '.join(engine_args)} ({type(error).__name__}: {reason}): correct "
+            "what the message names"
         ) from error
 
 

@@ -1,6 +1,8 @@
 """Memory for vLLM's keys and values where `kv_cache_gb` is "auto": what a device has left beside trainer and engine."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,6 +79,10 @@ def kv_cache_gb(
         return settings.kv_cache_gb
     if not torch.cuda.is_available():
         return CPU_KV_CACHE_GB
+    if has_draft_model(settings.engine_args):
+        raise ConfigError(
+            'data.engine.init_args.kv_cache_gb is "auto", which does not include the weights of a draft model: give a number'
+        )
     blank = blank_model(model.folder)
     size = settings.tensor_parallel_size
     weights = weights_gb(blank, model.dtype, settings.quantization is not None) / size
@@ -90,6 +96,17 @@ def kv_cache_gb(
         reserved = reserved_gb if index == device_index else 0.0
         left.append(auto_kv_cache_gb(free / GIB, total / GIB, reserved, weights, overhead))
     return min(left)
+
+
+def has_draft_model(engine_args: Mapping[str, Any]) -> bool:
+    """Whether vLLM loads a second model, which proposes tokens.
+
+    >>> has_draft_model({"speculative_config": {"model": "small"}}), has_draft_model({"speculative_config": {"method": "ngram"}})
+    (True, False)
+    """
+    given = engine_args.get("speculative_config")
+    name = given.get("model") if isinstance(given, Mapping) else None
+    return name not in (None, "ngram", "[ngram]") or engine_args.get("spec_model") is not None
 
 
 def blank_model(folder: str) -> PreTrainedModel:

@@ -177,10 +177,9 @@ def trainer_parts(run: PlannedRun, weights: Weights, activations: Activations) -
     # Optimizers of torch update many weights at once on a GPU, with a copy of them (`foreach`, torch.optim.AdamW).
     update = FLOAT_BYTES * weights.num_trained // shards if run.is_gpu else 0
     parts = {
-        "frozen weights": weights.frozen // shards,
-        "LoRA, gradients, optimizer" if run.policy.lora.enabled else "weights, gradients, optimizer": _trained(
-            run, weights
-        ),
+        # Without an adapter they are the reference, which FSDP leaves whole.
+        "frozen weights": weights.frozen // (shards if run.policy.lora.enabled else 1),
+        _name_of_trained(run): _trained(run, weights),
         # The weights outside of blocks are gathered for the whole forward, and a block while the one before it computes.
         "weights gathered by FSDP": 2 * weights.block + weights.outside if run.is_sharded else 0,
         # DDP copies gradients into buckets (`gradient_as_bucket_view` is off by default).
@@ -191,7 +190,19 @@ def trainer_parts(run: PlannedRun, weights: Weights, activations: Activations) -
         "update of the optimizer": max(update - moving, 0),
         "CUDA context": CONTEXT_BYTES if run.is_gpu else 0,
     }
-    return tuple(Part("trainer", name, size, name == "CUDA context") for name, size in parts.items() if size)
+    staying = _staying(run)
+    return tuple(Part("trainer", name, size, name in staying) for name, size in parts.items() if size)
+
+
+def _name_of_trained(run: PlannedRun) -> str:
+    return "LoRA, gradients, optimizer" if run.policy.lora.enabled else "weights, gradients, optimizer"
+
+
+def _staying(run: PlannedRun) -> set[str]:
+    """Parts that HotSwap leaves on the device: all weights with FSDP2, the trained ones with DDP."""
+    if run.is_sharded:
+        return {"CUDA context", "frozen weights", _name_of_trained(run)}
+    return {"CUDA context", _name_of_trained(run), "gradient buckets of DDP"} if run.num_ranks > 1 else {"CUDA context"}
 
 
 def _num_shards(run: PlannedRun) -> int:
@@ -248,6 +259,8 @@ def host_bytes(run: PlannedRun, weights: Weights, activations: Activations) -> i
     dtype = getattr(torch, run.policy.dtype).itemsize if run.policy.lora.enabled else FLOAT_BYTES
     loading = weights.num_served * dtype * (1 if run.is_sharded else run.num_ranks)
     engine = 0 if run.engine is None else run.engine.weights
-    copies = weights.frozen // _num_shards(run) + _trained(run, weights) + engine if run.shares_device else 0
+    moments = FLOAT_BYTES * run.num_moments * weights.num_trained  # with DDP, the trained weights stay on the device
+    trainer = 0 if run.is_sharded else weights.frozen + (_trained(run, weights) if run.num_ranks == 1 else moments)
+    copies = trainer + engine if run.shares_device else 0
     processes = PROCESS_BYTES * run.num_ranks * (1 if run.engine is None else 2)
     return processes + max(loading, run.num_ranks * (copies + activations.on_host))

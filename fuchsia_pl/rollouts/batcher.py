@@ -120,13 +120,6 @@ def sized_units(samples: Sequence[Sample], shares_prefix: bool) -> list[SizedUni
     return [SizedUnit.of([_input_ids(sample.rollout) for sample in unit], unit) for unit in siblings.values()]
 
 
-def num_computed_tokens(unit: Unit, shares_prefix: bool) -> int:
-    """Tokens of the forward for some rows, without padding."""
-    if shares_prefix:
-        return SizedUnit.of([_input_ids(sample.rollout) for sample in unit], unit).num_tokens
-    return sum(num_used_tokens(sample.rollout) - 1 for sample in unit)
-
-
 def _input_ids(rollout: Rollout) -> Ids:
     return np.array(rollout.token_ids, dtype=np.int64)[: num_used_tokens(rollout) - 1]
 

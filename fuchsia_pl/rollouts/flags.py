@@ -82,7 +82,7 @@ def take_limits(trainer: Trainer, stage: str, steps_per_epoch: int, steps_per_ph
     if stage == "fit" and trainer.overfit_batches:  # type: ignore[attr-defined]
         steps = _overfitted_steps(trainer, steps_per_epoch, steps_per_phase)
         num_repeated = steps // steps_per_phase
-        held_out = steps * batch_size
+        held_out = num_repeated * batch_size
         trainer.limit_train_batches = 1.0
     num_phases = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if num_phases:

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from fuchsia_pl.batch import Batch, TrainerSignals
 from fuchsia_pl.engines.base import EngineSpec, engine_log
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError, ServedModel
+
+GIB = 2**30
+# Share of a GPU that the trainer gets beside an engine that takes what is left, where its memory is not planned.
+UNPLANNED_SHARE = 0.5
 
 
 class SignalSource(Protocol):
@@ -54,8 +59,21 @@ class RunChecker(Protocol):
 class PlansMemory(Protocol):
     """A callback that plans the memory of the trainer."""
 
-    def trainer_gb(self, trainer: Trainer) -> float:
-        """Memory that the trainer needs on its device at its peak, in GiB, without its CUDA context; 0 on a CPU."""
+    def trainer_gb(self, trainer: Trainer, sleeps: bool) -> float:
+        """Memory that the trainer needs on its device beside the engine, in GiB, without its CUDA context; 0 on a CPU.
+
+        Args:
+            trainer: Lightning's.
+            sleeps: Whether the trainer leaves the device while the engine runs. Then it is what stays there.
+        """
+
+
+def _unplanned_gb(trainer: Trainer, sleeps: bool) -> float:
+    """Memory that is left for a trainer without a callback that plans it, in GiB."""
+    device = trainer.strategy.root_device
+    if sleeps or device.type != "cuda":
+        return 0.0
+    return UNPLANNED_SHARE * torch.cuda.get_device_properties(device).total_memory / GIB
 
 
 def check_run_setup(trainer: Trainer) -> bool:
@@ -104,5 +122,7 @@ def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, 
         loads_in_flight=sampling.in_flight == "continue",
         sleeps=sleeps,
         max_restarts=sampling.engine_restarts,
-        reserved_gb=0.0 if sleeps else max((planner.trainer_gb(trainer) for planner in planners), default=0.0),
+        reserved_gb=max(
+            (planner.trainer_gb(trainer, sleeps) for planner in planners), default=_unplanned_gb(trainer, sleeps)
+        ),
     )

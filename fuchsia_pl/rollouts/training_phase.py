@@ -70,7 +70,8 @@ class Forward:
         if len(filled) > number:
             filled = split_balanced(samples, number, self.shares_prefix)
         padding: list[MicroBatch] = [[] for _ in range(num_used - len(filled))]
-        return [*(None for _ in range(number - num_used)), *padding, *filled]
+        # The fullest is the last one, which the sync's probe takes.
+        return [*(None for _ in range(number - num_used)), *padding, *reversed(filled)]
 
     def signals(self, batches: list[Batch]) -> list[TrainerSignals]:
         """KL and critic values of micro-batches."""

@@ -155,7 +155,7 @@ def test_the_engine_is_told_what_the_trainer_needs(tiny_model, tmp_path, monkeyp
     fit(tiny_model, tmp_path, Preflight())
     trainer_gb = Preflight.trainer_gb
     monkeypatch.setattr("fuchsia_pl.callbacks.preflight.device_memory", lambda device: 24 * GB)
-    monkeypatch.setattr(Preflight, "trainer_gb", lambda self, trainer: trainer_gb(self, OnGPU(trainer)))
+    monkeypatch.setattr(Preflight, "trainer_gb", lambda self, trainer, sleeps: trainer_gb(self, OnGPU(trainer), sleeps))
     fit(tiny_model, tmp_path, Preflight())
     fit(tiny_model, tmp_path, Preflight(), HotSwap(True))  # the trainer is elsewhere while the engine runs
     monkeypatch.setattr("fuchsia_pl.policy.plan_simulation.chunked_logprobs", None)

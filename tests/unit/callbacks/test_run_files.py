@@ -209,6 +209,13 @@ def test_a_later_run_in_the_same_folder_keeps_what_is_whole(tiny_model, tmp_path
     assert read_checkpoint(last.with_name("step-2.ckpt"))["global_step"] == 2
 
 
+def test_a_part_of_a_larger_tensor_is_saved_alone(tmp_path):
+    """HotSwap keeps weights in host memory as parts of blocks of 1 GiB."""
+    block = torch.zeros(1_000_000)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"a": block[:10], "b": block[10:20]}}, tmp_path / "a.ckpt")
+    assert (tmp_path / "a.ckpt").stat().st_size < 10_000
+
+
 def test_fewer_than_one_checkpoint_is_refused():
     with pytest.raises(ConfigError, match=r"checkpoint.keep must be 1 or more, got 0"):
         RunCheckpoint(keep=0)

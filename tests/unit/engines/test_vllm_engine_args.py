@@ -88,6 +88,13 @@ def test_what_would_change_the_run_is_refused_with_the_reason(name, reason):
         VLLMColocatedEngine(engine_args={name: 1})
 
 
+@pytest.mark.parametrize("name", ["max_num_batched_tokens", "cpu_offload_gb"])
+@pytest.mark.parametrize("value", ["8k", None, True])
+def test_a_size_is_a_number(name, value):
+    with pytest.raises(ConfigError, match=f"{name} must be a number, got {value!r}"):
+        check_engine_args({name: value})
+
+
 def test_drafts_are_verified_exactly():
     for method in ("standard", "block"):
         check_engine_args({"speculative_config": {"method": "ngram", "rejection_sample_method": method}})

@@ -66,6 +66,20 @@ def test_several_ranks_by_hand():
     assert copies["trainer: frozen weights"] == 8.0
     whole = replace(RUN, policy=PolicyConfig("", lora=LoRASettings(enabled=False)), num_ranks=8, is_sharded=True)
     assert sizes(whole)["trainer: weights, gradients, optimizer"] == 2.0
+    assert sizes(whole)["trainer: frozen weights"] == 8.0  # the reference, which FSDP leaves whole
+
+
+@pytest.mark.parametrize(
+    ("ranks", "staying"),
+    [
+        ({}, {"CUDA context"}),
+        ({"num_ranks": 2}, {"CUDA context", "LoRA, gradients, optimizer", "gradient buckets of DDP"}),
+        ({"num_ranks": 2, "is_sharded": True}, {"CUDA context", "frozen weights", "LoRA, gradients, optimizer"}),
+    ],
+)
+def test_what_hotswap_leaves_on_the_device_stays_beside_the_engine(ranks, staying):
+    plan = memory_plan(replace(RUN, shares_device=True, **ranks), WEIGHTS, ACTIVATIONS, 80 * GIB)
+    assert {part.name for part in plan.parts if part.stays and part.side == "trainer"} == staying
 
 
 def test_an_update_of_the_optimizer_may_need_more_than_the_backward():

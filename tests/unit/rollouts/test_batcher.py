@@ -1,11 +1,22 @@
 import torch
 
 from fuchsia_pl.batch import PrefixGroup, StepInfo
-from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, num_computed_tokens, split_balanced
+from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, num_used_tokens, split_balanced
 from fuchsia_pl.types import Sample
 from tests.doubles import denominators, make_sample
 
 P0, P1, A0, A1, EOS = 11, 12, 21, 22, 2
+
+
+def num_computed_tokens(unit, shares_prefix):
+    """Tokens of the forward for some rows, without padding. The prefix of siblings is compared token by token."""
+    inputs = [sample.rollout.token_ids[: num_used_tokens(sample.rollout) - 1] for sample in unit]
+    total = sum(map(len, inputs))
+    if not shares_prefix:
+        return total
+    equal = [len(set(ids)) == 1 for ids in zip(*inputs, strict=False)]
+    prefix = max(next((place for place, same in enumerate(equal) if not same), len(equal)), 1)
+    return total - (len(unit) - 1) * prefix
 
 
 def test_the_shift_the_mask_and_the_padding_drawn_with_letters():

@@ -4,11 +4,12 @@ import random
 
 import pytest
 
-from fuchsia_pl.rollouts.batcher import num_computed_tokens, split_balanced
+from fuchsia_pl.rollouts.batcher import split_balanced
 from fuchsia_pl.rollouts.budget import LongestRow, longest_row, longest_samples, plan_micro_batches
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.types import ConfigError
 from tests.doubles import make_sample
+from tests.unit.rollouts.test_batcher import num_computed_tokens
 
 
 def test_plans_by_hand():
