@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-STOP_TIMEOUT_S = 30.0
+START_TIMEOUT_S = STOP_TIMEOUT_S = 30.0
 
 
 class LoopThread:
@@ -21,10 +21,12 @@ class LoopThread:
     """
 
     def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
         self._ended = False
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        # Made in the thread: a signal, which raises in the main thread, would leave a half-made loop that cannot be closed.
+        made: Future[asyncio.AbstractEventLoop] = Future()
+        self._thread = threading.Thread(target=self._serve, args=(made,), name=name, daemon=True)
         self._thread.start()
+        self._loop = made.result(START_TIMEOUT_S)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         """Starts a coroutine. A SystemExit or KeyboardInterrupt that it raises becomes a RuntimeError."""
@@ -66,13 +68,19 @@ class LoopThread:
         if not self._thread.is_alive():
             self._loop.close()
 
-    def _serve(self) -> None:
+    def _serve(self, made: "Future[asyncio.AbstractEventLoop]") -> None:
         # Child processes inherit the mask: Ctrl-C signals all processes of a terminal, and the run ends its children itself.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            loop = asyncio.new_event_loop()
+        except OSError as error:  # no descriptor is left
+            made.set_exception(error)
+            return
+        made.set_result(loop)
         while not self._ended:
             # A task of user code that raises one of these ends `run_forever`; the other tasks would then never finish.
             with suppress(SystemExit, KeyboardInterrupt):
-                self._loop.run_forever()
+                loop.run_forever()
 
     def _end(self) -> None:
         self._ended = True

@@ -6,6 +6,7 @@ The environment variable TEST_SIGNAL has the signal and the point, as JSON.
 import json
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -92,6 +93,9 @@ class Leaving(TinyEnvironment):
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "fuchsia"  # the command that is printed for the resume
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background processes without it
     if json.loads(os.environ["TEST_SIGNAL"]).get("where") == "conversion":
         sources._unpack = lambda file, folder, *_: ((folder / "half").touch(), hit("conversion"))
     main()

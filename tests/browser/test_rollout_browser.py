@@ -300,8 +300,10 @@ def test_a_running_report_loads_itself_again_and_keeps_what_was_shown(opened):
     page.keyboard.press("Escape")
     page.get_by_label("Colour tokens by").select_option("gap")
     page.evaluate("browser.move(2)")
-    page.evaluate("window.old = true; reloadPage()")
-    page.wait_for_function("window.old === undefined && document.documentElement.dataset.ready")
+    with page.expect_navigation():
+        page.evaluate("window.old = true; reloadPage()")
+    page.wait_for_selector("html[data-ready]", timeout=30_000)
+    assert page.evaluate("window.old") is None
     assert page.locator("#group-view h3").first.text_content().startswith("step 1 · item 0")
     assert page.locator("[name=split]").input_value() == "train"
     assert page.get_by_label("Colour tokens by").input_value() == "gap"
