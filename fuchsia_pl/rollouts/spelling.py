@@ -8,7 +8,7 @@ the added tokens have only the aliases as names, encodes the result in one piece
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import cached_property
@@ -19,8 +19,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fuchsia_pl.envs.tools.spec import ToolSpec
-from fuchsia_pl.types import Message
+from fuchsia_pl.types import ConfigError, Message
 
+MARK_LETTERS = "ghjkmnpqrstuvwyz"  # no hex digits
+MARK_TRIES = 1000
 # Fields of a message and of a call that templates compare with fixed words. Their values are not text.
 KINDS = ("role", "type")
 # Fields of a message with values that have such fields.
@@ -42,8 +44,7 @@ class Spelling:
         added = tokenizer.added_tokens_decoder
         self._names = {i: str(t.content) for i, t in added.items() if len(_printed(str(t.content))) > 1}
         self._special = frozenset(token_id for token_id in self._names if added[token_id].special)
-        # Content cannot contain a random mark. "z" is no hex digit, so no other part of the mark looks like its start.
-        self._nonce = f"z{secrets.token_hex(8)}"
+        self._nonce = random_mark(self._names.values())
         self._alias_nonce = f"x{secrets.token_hex(8)}"
         firsts = {name[0] for token in self._names.values() for name in (token, _printed(token))}
         self._firsts = frozenset(character for first in firsts for character in (first, first.lower(), first.upper()))
@@ -156,6 +157,39 @@ class Spelling:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         given = {tokenizer.token_to_id(self._alias(token_id)): token_id for token_id in self._names}
         return tokenizer, {theirs: ours for theirs, ours in given.items() if theirs is not None}
+
+
+def random_mark(names: Iterable[str]) -> str:
+    """A random mark that no content contains: a letter, 16 hex digits, and another letter. No part of it looks like its start.
+
+    With text on both sides it forms none of some names: a name that came back with each mark would be marked for ever.
+
+    Args:
+        names: Names of added tokens.
+
+    Raises:
+        ConfigError: The names leave no mark.
+    """
+    lowered = [name.lower() for name in names]
+    for _ in range(MARK_TRIES):
+        first, last = secrets.SystemRandom().sample(MARK_LETTERS, 2)
+        mark = f"{first}{secrets.token_hex(8)}{last}"
+        if not any(_forms(name, mark) for name in lowered):
+            return mark
+    raise ConfigError(
+        "the tokenizer's added tokens include so many short names of letters and digits that texts cannot be told from them: set "
+        "data.sampling.special_tokens_in_text to true, which reads such names in texts as tokens"
+    )
+
+
+def _forms(name: str, mark: str) -> bool:
+    """Whether a mark contains a name, or may form it with the text before or behind.
+
+    >>> _forms("ab", "g0ab1h"), _forms("xg", "g0h"), _forms("hx", "g0h"), _forms("<g>", "g0h")
+    (True, True, True, False)
+    """
+    parts = range(1, len(name))
+    return name in mark or any(mark.startswith(name[at:]) or mark.endswith(name[:at]) for at in parts)
 
 
 def _printed(name: str) -> str:

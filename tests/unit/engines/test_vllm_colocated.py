@@ -190,7 +190,7 @@ def test_values_that_vllm_does_not_accept_are_one_line(tmp_path, monkeypatch, gi
 
     monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", refuse)
     with pytest.raises(
-        ConfigError, match=rf"^vLLM does not start with data.engine.init_args.engine_args .*\({reason}"
+        ConfigError, match=rf"^vLLM refuses its arguments, among them data.engine.init_args.engine_args .*\({reason}"
     ) as caught:
         VLLMColocatedEngine(engine_args=given).start(make_spec(tmp_path))
     assert "\n" not in str(caught.value)

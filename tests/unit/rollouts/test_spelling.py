@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import re
 import time
 from datetime import datetime
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fuchsia_pl.envs import ConfigError, ToolSpec
 from fuchsia_pl.policy.sources import resolve_model
 from fuchsia_pl.rollouts.chat import Chat
-from fuchsia_pl.rollouts.spelling import Spelling
+from fuchsia_pl.rollouts.spelling import Spelling, random_mark
 from fuchsia_pl.rollouts.template import Template
 
 SOURCES = {
@@ -229,6 +230,25 @@ def test_names_inside_of_names_are_found_in_a_few_looks(monkeypatch):
         assert len(looks) == 3
         ids = spelling.encode(message["content"])
         assert fast.convert_ids_to_tokens(ids) == list(text)
+
+
+def test_no_name_comes_back_with_the_mark_that_cuts_it():
+    """A mark of hex digits contains "aa" once in 17 times, ends before "b" with "a" once in 16, and began with "z"."""
+    rng = random.Random(0)
+    for _ in range(150):
+        names = ["".join(rng.choices("abz01", k=rng.randint(2, 3))) for _ in range(4)]
+        fast = word_tokenizer(sorted(set(names)))
+        spelling = Spelling(fast)
+        text = "".join(rng.choices("abz01", k=30))
+        (message,) = spelling.messages([{"role": "user", "content": text}])
+        assert len(message["content"]) < 31 * 32
+        assert fast.convert_ids_to_tokens(spelling.encode(message["content"])) == list(text)
+
+
+def test_names_that_leave_no_mark_are_refused():
+    names = [a + b for a in "0123456789abcdef" for b in "0123456789abcdef"]
+    with pytest.raises(ConfigError, match="special_tokens_in_text"):
+        random_mark(names)
 
 
 def test_roles_and_names_of_fields_are_no_text_and_all_else_is():
