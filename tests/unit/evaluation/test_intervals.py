@@ -59,6 +59,12 @@ def test_equal_policies_have_an_interval_around_zero():
     assert -1.96 / 66 < low < 0 < high < 1.96 / 66
 
 
+def test_a_difference_of_two_samples_per_item_by_hand():
+    # 4 items and 2 / 2 more: mean 2 / 5, variance (4 x 0.25 + 1 / 2) / 5 - 0.16 = 0.14, half width 1.96 sqrt(0.14 / 5)
+    half = 1.959964 * (0.14 / 5) ** 0.5
+    assert share_difference_interval(torch.full((4,), 0.5), 2) == pytest.approx((0.4 - half, 0.4 + half), abs=1e-6)
+
+
 def test_the_bootstrap_interval_of_many_items_is_that_of_a_normal_distribution():
     torch.manual_seed(1)
     values = 5.0 + 3.0 * torch.randn(2000)
