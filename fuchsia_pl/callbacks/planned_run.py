@@ -1,5 +1,6 @@
 """What the memory plan of a run depends on, from its module, its data module and its trainer's settings."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,8 @@ from fuchsia_pl.rollouts import budget
 from fuchsia_pl.rollouts.budget import LongestRow
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.training_phase import Forward
+
+logger = logging.getLogger(__name__)
 
 # Adam and AdamW; for an optimizer that cannot be tried on a tiny weight.
 NUM_MOMENTS = 2
@@ -144,7 +147,9 @@ def num_moments(optimizer: OptimizerCallable) -> int:
     try:
         made = optimizer([weight])
         made.step()
-    except Exception:  # an optimizer of another library may need a GPU
+    except Exception as error:  # an optimizer of another library may need a GPU
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        logger.warning("the memory plan assumes %d values of the optimizer per weight: %s", NUM_MOMENTS, reason)
         return NUM_MOMENTS
     return sum(1 for value in made.state[weight].values() if torch.is_tensor(value) and value.shape == weight.shape)
 

@@ -90,8 +90,8 @@ class Preflight(Callback):
                 savings = planner.savings(started_run(trainer))
                 advice = "; ".join(f"{name} (about {size / GIB:.1f} GB)" for name, size in savings)
                 note += f". Settings that save most: {advice}"
-            except Exception:  # it must not replace the error that ended the run
-                logger.debug("no settings were found", exc_info=True)
+            except Exception as error:  # it must not replace the error that ended the run
+                note += f". Settings that save most were not found: {type(error).__name__}: {error}"
             exception.add_note(note)
 
 

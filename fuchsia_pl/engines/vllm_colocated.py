@@ -100,7 +100,7 @@ class VLLMColocatedEngine(Engine):
         self.sync_mode = sync_mode
         self.timeout_s = timeout_s
         self._version = -1
-        self._kv_cache_gb: float | None = None  # of the last start
+        self._kv_cache_gb: float | None = None  # of the running engine
         self._thread: LoopThread | None = None
         self._spec: EngineSpec | None = None
         self._llm: Any = None
@@ -122,7 +122,7 @@ class VLLMColocatedEngine(Engine):
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory for keys and values on each device. Before the first start 0 if the memory left on a GPU decides it."""
+        """Memory for keys and values on each device. 0 until a start if the memory left on a GPU decides it."""
         size = self.settings.kv_cache_gb if self._kv_cache_gb is None else self._kv_cache_gb
         if size == "auto":
             size = 0.0 if torch.cuda.is_available() else CPU_KV_CACHE_GB
@@ -230,8 +230,9 @@ class VLLMColocatedEngine(Engine):
         run_blocking(self._order(load, "the load of the kept weights"))
 
     def close(self) -> None:
-        """Ends vLLM's processes and the thread."""
+        """Ends vLLM's processes and the thread. The next start decides the size of an automatic cache anew."""
         self._restarts.close()
+        self._kv_cache_gb = None
 
     def _end(self) -> None:
         if self._thread is None:

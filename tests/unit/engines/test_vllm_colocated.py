@@ -110,6 +110,8 @@ def test_the_cache_gets_what_the_gpu_has_left(tmp_path, monkeypatch, gpu):
     assert engine.kv_cache_bytes == 0
     assert started_with(monkeypatch, tmp_path, spec, engine)["kv_cache_memory_bytes"] == 35 * GIB
     assert engine.kv_cache_bytes == 35 * GIB
+    engine.close()  # a training after a validation plans anew
+    assert engine.kv_cache_bytes == 0
     assert started_with(monkeypatch, tmp_path, spec, kv_cache_gb=2.5)["kv_cache_memory_bytes"] == 2.5 * GIB
     shared = make_spec(tmp_path, reserved_gb=20.0, device_index=1)
     args = started_with(monkeypatch, tmp_path, shared, kv_cache_gb="auto", tensor_parallel_size=2)
