@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,7 @@ def test_a_terminal_shows_the_same_lines_and_no_trace_of_the_progress(tiny_model
 
     def chatty(rollouts, *args, **kwargs):
         print("scoring \x1b[1mnow\x1b[0m")  # noqa: T201
+        time.sleep(0.3)  # so that the display is refreshed while the step is sampled
         return [float(rollout.sibling) for rollout in rollouts]
 
     class Chatty(TinyEnvironment):
