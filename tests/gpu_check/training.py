@@ -1,5 +1,6 @@
 """Runs of the trainer in this process: ten steps and a resume, turns with an engine, FSDP2."""
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,9 @@ def run(
     model: Path, root: Path, machine: Machine, steps: int, engine: Engine, *callbacks: Callback, **settings: Any
 ) -> tuple[GRPOModule, Trainer]:
     """Trains `steps` optimizer steps. `optimizer` is a setting of the module, `ckpt_path` of `fit`, the others of the trainer."""
+    os.environ.pop(
+        "PL_GLOBAL_SEED", None
+    )  # with it, Lightning seeds again at the setup of a distributed strategy, and of no other
     torch.manual_seed(0)
     optimizer = settings.pop("optimizer", partial(torch.optim.AdamW, lr=1e-2))
     ckpt_path = settings.pop("ckpt_path", None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -70,9 +71,15 @@ def check(function: str, *arguments, limit_s: float = 30.0) -> Check:
     return Check(function, function, f"test_gpu_check:{function}", arguments, limit_s, package="tests.unit")
 
 
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended, be it that nobody has waited for it yet."""
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+def is_gone(pid: int, within_s: float = 10.0) -> bool:
+    """Whether a process ends in time, be it that nobody has waited for it yet. A killed process ends after the call returns."""
+    deadline = time.monotonic() + within_s
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        time.sleep(0.02)
+    return not psutil.pid_exists(pid)
 
 
 @pytest.fixture
