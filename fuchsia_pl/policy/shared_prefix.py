@@ -183,7 +183,10 @@ def enable_shared_prefix(model: PreTrainedModel) -> bool:
 def _agrees(model: PreTrainedModel) -> bool:
     """Compares the hidden states of two branches with those of plain rows under the model's own attention."""
     vocab_size = model.config.get_text_config().vocab_size
-    ids = torch.arange(3, 27, device=model.device).reshape(2, 12) % vocab_size
+    # From the whole vocabulary. The first ids are often special tokens that were never trained: their vectors are so small that
+    # rounding decides their hidden states. For the quickstart's model in bfloat16 their error was 0.78, that of others 0.03.
+    ids = torch.arange(24, device=model.device) * max(vocab_size // 25, 1) + vocab_size // 50
+    ids = ids.reshape(2, 12) % vocab_size
     ids[1, :8] = ids[0, :8]
     body = model.base_model
     own = body(input_ids=ids, use_cache=False).last_hidden_state[:, 8:].float()

