@@ -58,7 +58,7 @@ def requests_of(
         again = Rollout(rollout.item, rollout.item_index, rollout.sibling, rollout.temperature, rollout.prompt)
         for number, turn in enumerate(rollout.turns):
             room = min(collector.config.max_completion_tokens - sampled, collector.config.max_length - position)
-            turns.append((rollout.token_ids[:position], collector._sampling(draw, again, number, room)))
+            turns.append((rollout.token_ids[:position], collector._sampling(draw, again, (number,), room)))
             length = len(turn.completion.token_ids)
             position, sampled = position + length, sampled + length
             while position < len(rollout.loss_mask) and not rollout.loss_mask[position]:
