@@ -16,7 +16,10 @@ from fuchsia_pl.envs.limited import WorkerFailure, WorkerTimeout
 from fuchsia_pl.envs.rewards import last_answer, last_turn
 from fuchsia_pl.library.reasoning_gym.entries import INSTALL, MAX_ITEMS, Entries, Split, Task
 
-SYSTEM = "Think step by step. Then give the final answer alone, in the form that the question asks for, between <answer> and </answer>."
+SYSTEM = (
+    "Think step by step. Then give the final answer alone between <answer> and </answer>, in the form that the question "
+    "asks for."
+)
 SCORE_TIMEOUT, SCORE_ERROR = "score_timeout", "score_error"
 # A call of `score` waits for all siblings, each of which may take its time limit.
 GROUP_TIMEOUT_S = 1800.0
