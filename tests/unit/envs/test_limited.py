@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 
 from fuchsia_pl.envs import limited
-from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerError, WorkerFailure, WorkerTimeout
+from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerError, WorkersNotStarted, WorkerTimeout
 from fuchsia_pl.scratch import started_at
 from fuchsia_pl.types import ConfigError
 
@@ -68,7 +68,6 @@ def test_a_call_that_waits_ends_at_a_limit_of_wall_clock_time(monkeypatch):
         ("forges", "0000000000000003" + b"no!".hex(), WorkerDied, "not valid"),
         ("forges", "0000000000000002" + b"[]".hex(), WorkerDied, "not valid"),
         ("forges", "00", WorkerDied, "exit code 0"),
-        ("missing", 0, WorkerError, "AttributeError"),
     ],
 )
 def test_a_call_without_a_result_is_a_failure_and_the_next_one_works(name, argument, failure, text):
@@ -185,8 +184,23 @@ def test_settings_out_of_range_are_refused():
         LimitedWorkers("a.b", memory_mb=0)
 
 
-def test_a_function_that_cannot_be_loaded_is_an_error_of_every_call():
-    with closing(LimitedWorkers("no_such_module.score")) as workers:
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        ("no_such_module.score", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (FUNCTIONS + "missing", "AttributeError"),
+        (FUNCTIONS + "exits", "SystemExit: 3"),  # in the opening
+        (FUNCTIONS + "exits_at_once", "exit code 3"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_an_error_that_is_no_failure_of_a_call(function, text):
+    with closing(LimitedWorkers(function, opening=3)) as workers:
         for _ in range(2):
-            with pytest.raises(WorkerFailure, match="ModuleNotFoundError"):
+            with pytest.raises(WorkersNotStarted, match=text):
                 workers.call(0, 5.0)
+
+
+def test_a_function_that_is_not_loaded_in_time_is_an_error(monkeypatch):
+    monkeypatch.setattr(limited, "START_TIMEOUT_S", 0.2)
+    with pytest.raises(WorkersNotStarted, match=r"not loaded within 0\.2 s"):
+        called("sleeps", opening=60)
