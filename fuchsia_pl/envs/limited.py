@@ -214,9 +214,11 @@ class _Server:
             message = self._control.recv(MAX_START_BYTES)
         except TimeoutError as error:
             raise WorkersNotStarted(f"{function} was not loaded within {START_TIMEOUT_S:g} s") from error
-        said = (
-            json.loads(message) if message else {wire.ERROR: ["its process ended", f"exit code {self._process.wait()}"]}
-        )
+        if not message:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT_S)
+            raise WorkersNotStarted(f"the process that loads {function} ended with exit code {self._process.returncode}")
+        said = json.loads(message)
         if wire.ERROR in said:
             raise WorkersNotStarted(f"{function} cannot be loaded ({': '.join(said[wire.ERROR])})")
 
