@@ -217,7 +217,9 @@ class _Server:
         if not message:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_TIMEOUT_S)
-            raise WorkersNotStarted(f"the process that loads {function} ended with exit code {self._process.returncode}")
+            raise WorkersNotStarted(
+                f"the process that loads {function} ended with exit code {self._process.returncode}"
+            )
         said = json.loads(message)
         if wire.ERROR in said:
             raise WorkersNotStarted(f"{function} cannot be loaded ({': '.join(said[wire.ERROR])})")

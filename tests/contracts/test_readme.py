@@ -55,10 +55,13 @@ FILES = {
 }
 
 
+def language_of(name: str) -> str:
+    return "yaml" if name.endswith(".yaml") else "python"
+
+
 def write_files(folder: Path) -> None:
     for name, (page, title, number, _) in FILES.items():
-        language = "yaml" if name.endswith(".yaml") else "python"
-        (folder / name).write_text(code_block(page, title, language, number))
+        (folder / name).write_text(code_block(page, title, language_of(name), number))
     rows = [json.dumps({"question": f"How much is {n} times 6?", "answer": str(6 * n)}) for n in range(1, 11)]
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("\n".join(rows))
@@ -245,7 +248,9 @@ def test_every_block_of_python_compiles():
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_short(name):
     page, title, number, most = FILES[name]
-    assert len([line for line in code_block(page, title, "python", number).splitlines() if line.strip()]) <= most
+    assert (
+        len([line for line in code_block(page, title, language_of(name), number).splitlines() if line.strip()]) <= most
+    )
 
 
 @pytest.mark.parametrize(
