@@ -20,6 +20,7 @@ SYSTEM = (
     "Think step by step. Then give the final answer alone between <answer> and </answer>, in the form that the question "
     "asks for."
 )
+SCORE = "score"  # in the state of a rollout
 SCORE_TIMEOUT, SCORE_ERROR = "score_timeout", "score_error"
 # A call of `score` waits for all siblings, each of which may take its time limit.
 GROUP_TIMEOUT_S = 1800.0
@@ -101,7 +102,10 @@ class ReasoningGym(SingleTurnEnvironment):
     def score(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
         """The dataset's own score of the answers."""
         with ThreadPoolExecutor(self._entries.workers.num_workers) as threads:
-            return list(threads.map(self._score, rollouts))
+            scores = list(threads.map(self._score, rollouts))
+        for rollout, score in zip(rollouts, scores, strict=True):
+            rollout.state[SCORE] = score
+        return scores
 
     async def close(self) -> None:
         """Ends the worker processes."""
@@ -150,7 +154,7 @@ def accuracy_of(task: str) -> RewardFunction:
     """A reward with weight 0, for the logs: 1.0 if an answer to this task has score 1; None for the other tasks."""
 
     def accuracy(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float | None]:
-        scores = (r.rewards["score"] if r.item["task"] == task else None for r in rollouts)  # `score` is called before
+        scores = (r.state[SCORE] if r.item["task"] == task else None for r in rollouts)  # `score` is called before
         return [None if value is None else float(value >= 1.0) for value in scores]
 
     accuracy.__name__ = f"accuracy_{task}"
