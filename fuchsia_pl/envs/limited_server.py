@@ -121,12 +121,12 @@ def main() -> None:
     except BaseException as error:  # also a SystemExit of the module
         control.sendall(json.dumps({ERROR: _described(error)}).encode())
         return
-    control.sendall(json.dumps({RESULT: None}).encode())
     seed = settings["seed"]
     if "numpy" in sys.modules:  # it loads its generators late, and a fork keeps their state
         importlib.import_module("numpy.random").seed(seed)
     gc.collect()
     gc.freeze()  # a collection in a call would copy the memory that it shares with this process
+    control.sendall(json.dumps({RESULT: None}).encode())
     Server(control, function, _mapped_bytes() + settings["memory_mb"] * MEGABYTE, seed).serve()
 
 
