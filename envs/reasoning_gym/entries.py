@@ -130,7 +130,7 @@ class Entries:
             raise ConfigError(
                 f"ReasoningGym: task {name!r} does not make its entries {indices[0]} to {indices[-1]}: {error}"
             ) from error
-        items = []
+        items: list[Item] = []
         for index, (question, answer, score) in zip(indices, made, strict=True):
             if score is None or score < 1.0:
                 raise ConfigError(
