@@ -45,7 +45,7 @@ class Server:
         control: Connection to the run. Its end is the end of this process.
         function: The function.
         memory_bytes: Limit of the address space of a call.
-        seed: Seed of Python's global random generator in each call.
+        random_state: State of the generator of `random` in each call; Python seeds it anew in every fork.
         calls: Lifeline of each running call by the id of its process. It carries the status of the process to the run; if the
             run closes it, the process is killed.
     """
@@ -53,7 +53,7 @@ class Server:
     control: socket.socket
     function: Callable[[Any], Any]
     memory_bytes: int
-    seed: int
+    random_state: Any
     calls: dict[int, socket.socket] = field(default_factory=dict)
 
     def serve(self) -> None:
@@ -121,13 +121,12 @@ def main() -> None:
     except BaseException as error:  # also a SystemExit of the module
         control.sendall(json.dumps({ERROR: _described(error)}).encode())
         return
-    seed = settings["seed"]
-    if "numpy" in sys.modules:  # it loads its generators late, and a fork keeps their state
-        importlib.import_module("numpy.random").seed(seed)
+    control.sendall(json.dumps({RESULT: None}).encode())
+    _seed(settings["seed"])
     gc.collect()
     gc.freeze()  # a collection in a call would copy the memory that it shares with this process
-    control.sendall(json.dumps({RESULT: None}).encode())
-    Server(control, function, _mapped_bytes() + settings["memory_mb"] * MEGABYTE, seed).serve()
+    memory_bytes = _mapped_bytes() + settings["memory_mb"] * MEGABYTE
+    Server(control, function, memory_bytes, random.getstate()).serve()
 
 
 def run_call(server: Server, channel: socket.socket) -> NoReturn:
@@ -145,7 +144,7 @@ def run_call(server: Server, channel: socket.socket) -> NoReturn:
         if os.getppid() == parent:
             cpu_s, size = REQUEST.unpack(_exactly(channel, REQUEST.size))
             _limit(cpu_s, server.memory_bytes)
-            random.seed(server.seed)  # Python has seeded it anew after the fork
+            random.setstate(server.random_state)
             body = _outcome(server.function, _exactly(channel, size))
             channel.sendall(REPLY.pack(len(body)))
             channel.sendall(body)
@@ -182,6 +181,13 @@ def _limit(cpu_s: float, memory_bytes: int) -> None:
     }.items():
         resource.setrlimit(kind, (value, value))
     sys.setrecursionlimit(RECURSION_LIMIT)
+
+
+def _seed(seed: int) -> None:
+    """Seeds the global random generators. Every call starts with this state, so its result depends on the argument alone."""
+    random.seed(seed)
+    if "numpy" in sys.modules:  # it loads its generators late
+        importlib.import_module("numpy.random").seed(seed)
 
 
 def _leave(channel: socket.socket) -> None:
