@@ -71,6 +71,8 @@ class LimitedWorkers:
         num_workers: Maximum number of concurrent calls. Further ones wait.
         memory_mb: Address space that a call may take in MiB, in addition to what the loaded modules take.
         seed: The seed of strings' hashes and of the global random generators.
+        opening: If it is not None, the path is that of a function which is called once with it, before any call, and returns the
+            function of the calls. Data that takes long to load is then loaded once.
 
     Raises:
         ConfigError: A number is out of range, or the path has no dot.
@@ -80,7 +82,9 @@ class LimitedWorkers:
     2432902008176640000
     """
 
-    def __init__(self, function: str, num_workers: int = 1, memory_mb: int = 2048, seed: int = 0) -> None:
+    def __init__(
+        self, function: str, num_workers: int = 1, memory_mb: int = 2048, seed: int = 0, opening: Any = None
+    ) -> None:
         if "." not in function:
             raise ConfigError(f"LimitedWorkers requires a dotted path such as 'my_module.score', got {function!r}")
         if num_workers < 1 or memory_mb < 1:
@@ -89,7 +93,7 @@ class LimitedWorkers:
             )
         self.function = function
         self.num_workers = num_workers
-        self._settings = {"function": function, "memory_mb": memory_mb, "seed": seed}
+        self._settings = {"function": function, "memory_mb": memory_mb, "seed": seed, "opening": opening}
         self._slots = threading.BoundedSemaphore(num_workers)
         self._lock = threading.Lock()
         self._server: _Server | None = None

@@ -114,6 +114,8 @@ def main() -> None:
     try:
         module, _, name = settings["function"].rpartition(".")
         function = getattr(importlib.import_module(module), name)
+        if settings["opening"] is not None:
+            function = function(settings["opening"])
     except BaseException as error:  # also a SystemExit of the module
         control.sendall(json.dumps({ERROR: _described(error)}).encode())
         return

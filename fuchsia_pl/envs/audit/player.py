@@ -12,8 +12,9 @@ from fuchsia_pl.envs.audit.task import AuditItem, AuditTask, ReplyError, Score, 
 from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerFailure, WorkerTimeout
 
 MAX_DETAIL = 160  # characters of an error in a finding
-NUM_QUESTIONS = 24  # questions of each split that are compared
-NUM_HEAVY_ITEMS = 1  # items on which the heavy texts are played: whether a reward hangs on one hardly depends on the item
+NUM_HEAVY_ITEMS = (
+    1  # items on which the heavy texts are played: whether a reward hangs on one hardly depends on the item
+)
 # A text on which a reward hangs costs twice the time limit. After so many the reward is known to be faulty.
 MAX_HANGS = 3
 
@@ -197,7 +198,7 @@ class TaskPlayer:
         return [finding(FindingKind.REPEATS, self.task.name, [("", evidence)])]
 
     def _questions(self, split: str) -> list[str]:
-        request = self.task.request("questions", split=split, num=NUM_QUESTIONS)
+        request = self.task.request("questions", split=split, num=self.task.num_questions)
         return read_questions(self.workers.call(request, self.settings.sample_timeout_s))
 
 

@@ -60,7 +60,7 @@ HOSTILE = {
     "other digits": "\u0667\u0662",
     "null bytes": "\x00\x00",
     "half surrogate": "\ud83d",
-    "json of numbers": "[1, [2, null], {\"a\": 1}]",
+    "json of numbers": '[1, [2, null], {"a": 1}]',
     "json object": '{"a": {"b": [1]}, "c": null}',
     "json number": "17",
 }
@@ -95,7 +95,7 @@ CALLS = {
     "call in lines": f"1\n{CALL}",
     "call after numbers": f"1,2,{CALL}",
     "call that ends a text": f'"+{CALL}+"',
-    "call in an f-string": "f'{__import__(\"os\").mkdir(\"PATH\")}'",
+    "call in an f-string": 'f\'{__import__("os").mkdir("PATH")}\'',
 }
 CALL_AFTER_GOLD = "call after the gold answer"
 # Words for the two answers of a question of yes or no.

@@ -1,5 +1,6 @@
 """Audits tasks, several at the same time, and refuses those with faults."""
 
+import json
 import logging
 import queue
 import random
@@ -94,7 +95,7 @@ class _Workers:
     def __init__(self, settings: AuditSettings) -> None:
         self._settings = settings
         self._stack = ExitStack()
-        self._pairs: dict[str, tuple[LimitedWorkers, LimitedWorkers]] = {}
+        self._started: dict[tuple[str, str], tuple[LimitedWorkers, LimitedWorkers]] = {}
 
     def __enter__(self) -> "_Workers":
         self._folder = self._stack.enter_context(_lettered_folder())
@@ -105,12 +106,13 @@ class _Workers:
 
     def player(self, task: AuditTask) -> TaskPlayer:
         """A player for a task."""
-        if task.function not in self._pairs:
-            self._pairs[task.function] = self._started(task.function, 0), self._started(task.function, 1)
-        return TaskPlayer(task, *self._pairs[task.function], self._folder, self._settings)
+        key = task.function, json.dumps(task.opening)
+        if key not in self._started:
+            self._started[key] = self._start(task, seed=0), self._start(task, seed=1)
+        return TaskPlayer(task, *self._started[key], self._folder, self._settings)
 
-    def _started(self, function: str, seed: int) -> LimitedWorkers:
-        workers = LimitedWorkers(function, memory_mb=self._settings.memory_mb, seed=seed)
+    def _start(self, task: AuditTask, seed: int) -> LimitedWorkers:
+        workers = LimitedWorkers(task.function, memory_mb=self._settings.memory_mb, seed=seed, opening=task.opening)
         return self._stack.enter_context(closing(workers))
 
 

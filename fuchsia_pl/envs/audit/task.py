@@ -33,7 +33,9 @@ class AuditTask:
         name: Name of the task in findings.
         function: Dotted path of a function at the top level of a module.
         argument: Passed to the function with every request.
+        opening: If it is not None, the path is that of a function which gets it once and returns the function of the requests.
         repeats: Share of the held-out questions that may also be training questions.
+        num_questions: Questions of each split that are compared.
 
     >>> AuditTask("sums", "my_rewards.sums", argument={"largest": 9}).request("sample", split="train", num=2)
     {'argument': {'largest': 9}, 'do': 'sample', 'split': 'train', 'num': 2}
@@ -42,7 +44,9 @@ class AuditTask:
     name: str
     function: str
     argument: Any = None
+    opening: Any = None
     repeats: float = 0.0
+    num_questions: int = 24
 
     def request(self, do: str, **values: Any) -> dict[str, Any]:
         """A request to the function."""
