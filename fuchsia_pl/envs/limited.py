@@ -27,8 +27,12 @@ MAX_START_BYTES = 65_536
 TIME_SIGNALS = (signal.SIGPROF, signal.SIGXCPU)
 
 
+class WorkersNotStarted(RuntimeError):
+    """The function cannot be loaded, or the process that loads it does not start. No argument is the cause."""
+
+
 class WorkerFailure(RuntimeError):
-    """A call in a child process has no result."""
+    """A call in a child process has no result. The argument may be the cause."""
 
 
 class WorkerTimeout(WorkerFailure):
@@ -108,8 +112,9 @@ class LimitedWorkers:
 
         Raises:
             WorkerTimeout: It took longer.
-            WorkerError: The function raised an exception, or cannot be loaded.
+            WorkerError: The function raised an exception.
             WorkerDied: The process ended without a result.
+            WorkersNotStarted: The function cannot be loaded.
         """
         body = json.dumps(argument).encode()
         with self._slots:
@@ -144,9 +149,7 @@ class _Server:
     """The process that forks.
 
     Raises:
-        WorkerError: The function cannot be loaded.
-        WorkerTimeout: Loading it takes too long.
-        WorkerDied: The process ended while it loaded the function.
+        WorkersNotStarted: The function cannot be loaded, or not in time.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -210,12 +213,16 @@ class _Server:
         try:
             message = self._control.recv(MAX_START_BYTES)
         except TimeoutError as error:
-            raise WorkerTimeout(f"{function} was not loaded within {START_TIMEOUT_S:g} s") from error
+            raise WorkersNotStarted(f"{function} was not loaded within {START_TIMEOUT_S:g} s") from error
         if not message:
-            raise WorkerDied(f"the process that loads {function} ended with exit code {self._process.wait()}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT_S)
+            raise WorkersNotStarted(
+                f"the process that loads {function} ended with exit code {self._process.returncode}"
+            )
         said = json.loads(message)
         if wire.ERROR in said:
-            raise WorkerError(*said[wire.ERROR])
+            raise WorkersNotStarted(f"{function} cannot be loaded ({': '.join(said[wire.ERROR])})")
 
     def _await_status(self, lifeline: socket.socket) -> int:
         """Kills the call if it still runs, and waits for its end."""

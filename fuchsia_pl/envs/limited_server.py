@@ -1,11 +1,12 @@
 """Script of the process that loads a function once and forks a process for each call, started by `limited.py`.
 
-Standard library only. A fork takes milliseconds, the imports of the function may take seconds. This process has one thread and calls
-no user code after the import, so a fork is safe.
+Standard library only. A fork takes milliseconds, the imports of the function may take seconds. This process has one thread and
+calls no user code after the import, so a fork is safe.
 """
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import math
@@ -43,7 +44,6 @@ class Server:
         control: Connection to the run. Its end is the end of this process.
         function: The function.
         memory_bytes: Limit of the address space of a call.
-        seed: Seed of the global random generators in each call.
         calls: Lifeline of each running call by the id of its process. It carries the status of the process to the run; if the
             run closes it, the process is killed.
     """
@@ -51,7 +51,6 @@ class Server:
     control: socket.socket
     function: Callable[[Any], Any]
     memory_bytes: int
-    seed: int
     calls: dict[int, socket.socket] = field(default_factory=dict)
 
     def serve(self) -> None:
@@ -120,7 +119,10 @@ def main() -> None:
         control.sendall(json.dumps({ERROR: _described(error)}).encode())
         return
     control.sendall(json.dumps({RESULT: None}).encode())
-    Server(control, function, _mapped_bytes() + settings["memory_mb"] * MEGABYTE, settings["seed"]).serve()
+    _seed(settings["seed"])
+    gc.collect()
+    gc.freeze()  # a collection in a call would copy the memory that it shares with this process
+    Server(control, function, _mapped_bytes() + settings["memory_mb"] * MEGABYTE).serve()
 
 
 def run_call(server: Server, channel: socket.socket) -> NoReturn:
@@ -138,7 +140,6 @@ def run_call(server: Server, channel: socket.socket) -> NoReturn:
         if os.getppid() == parent:
             cpu_s, size = REQUEST.unpack(_exactly(channel, REQUEST.size))
             _limit(cpu_s, server.memory_bytes)
-            _seed(server.seed)
             body = _outcome(server.function, _exactly(channel, size))
             channel.sendall(REPLY.pack(len(body)))
             channel.sendall(body)
@@ -178,10 +179,10 @@ def _limit(cpu_s: float, memory_bytes: int) -> None:
 
 
 def _seed(seed: int) -> None:
-    """Seeds the global random generators, so that the result depends on the argument alone."""
+    """Seeds the global random generators. Every call starts with this state, so its result depends on the argument alone."""
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
+    if "numpy" in sys.modules:  # it loads its generators late
+        importlib.import_module("numpy.random").seed(seed)
 
 
 def _leave(channel: socket.socket) -> None:

@@ -47,6 +47,7 @@ def code_block(page: str, title: str, language: str, number: int = 0) -> str:
 FILES = {
     "my_envs.py": ("README.md", "Your own environment", 0, 20),
     "my_task.py": ("README.md", "Your model, your file, your GPU", 0, 8),
+    "my_gym.yaml": ("envs/README.md", "reasoning-gym", 0, 25),
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
@@ -54,9 +55,13 @@ FILES = {
 }
 
 
+def language_of(name: str) -> str:
+    return "yaml" if name.endswith(".yaml") else "python"
+
+
 def write_files(folder: Path) -> None:
     for name, (page, title, number, _) in FILES.items():
-        (folder / name).write_text(code_block(page, title, "python", number))
+        (folder / name).write_text(code_block(page, title, language_of(name), number))
     rows = [json.dumps({"question": f"How much is {n} times 6?", "answer": str(6 * n)}) for n in range(1, 11)]
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("\n".join(rows))
@@ -107,6 +112,8 @@ class Runs:
             words += FEW_ITEMS
         if "countdown.yaml" in words or "function_calling.yaml" in words:
             words += ["--data.environment.init_args.num_train", "20"]
+        if "reasoning_gym.yaml" in words:
+            words += ["--data.environment.init_args.num_items", "20"]
         if words[0] == "check-env":
             assert check_env(words[1:]) == 0
             return None
@@ -241,7 +248,9 @@ def test_every_block_of_python_compiles():
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_short(name):
     page, title, number, most = FILES[name]
-    assert len([line for line in code_block(page, title, "python", number).splitlines() if line.strip()]) <= most
+    assert (
+        len([line for line in code_block(page, title, language_of(name), number).splitlines() if line.strip()]) <= most
+    )
 
 
 @pytest.mark.parametrize(

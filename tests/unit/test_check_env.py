@@ -508,7 +508,7 @@ def test_it_shows_the_prompts_that_the_chat_template_of_the_config_makes(run, tm
     assert "'other.jinja' is not a template" in err
 
 
-@pytest.mark.parametrize("config", ["quickstart.yaml", "countdown.yaml", "function_calling.yaml"])
+@pytest.mark.parametrize("config", ["quickstart.yaml", "countdown.yaml", "function_calling.yaml", "reasoning_gym.yaml"])
 def test_the_environments_that_come_with_it_hold(forkserver, config, tmp_path):
     words = ["-m", "fuchsia_pl", "check-env", "--config", config, "--config", "overlays/cpu.yaml", "--num-items", "2"]
     done = forkserver.run(*words, cwd=tmp_path)

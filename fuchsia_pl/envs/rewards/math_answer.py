@@ -1,24 +1,17 @@
 """A reward function for mathematical answers, compared by math-verify in worker processes."""
 
-import contextlib
-import json
 import os
-import queue
-import select
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
+from fuchsia_pl.envs.limited import LimitedWorkers, WorkerFailure
 from fuchsia_pl.envs.rewards.matches import Extract, gold_problem, gold_text, last_turn, plain_answer
 from fuchsia_pl.envs.rewards.numbers import Amount, read_number, same_number
 from fuchsia_pl.envs.rewards.wrappers import has_box, last_boxed, last_sentences
 from fuchsia_pl.types import ConfigError, Item, Rollout
 
-WORKER = Path(__file__).with_name("math_worker.py")
-START_TIMEOUT_S = 60.0
+WORKER = "fuchsia_pl.envs.rewards.math_worker.open_math_verify"
 MATH_TIMEOUT = "math_timeout"
 MATH_TOO_LONG = "math_too_long"
 PERCENT = "%"
@@ -28,8 +21,8 @@ class MathAnswer:
     r"""1.0 if an answer is mathematically equal to the item's gold answer: `\frac{1}{2}` equals `0.5`.
 
     math-verify parses and compares with sympy. Answers such as `9^{9^{9^9}}` or ten thousand brackets take it minutes, and its
-    own time limit uses signals, which only work in a main thread. So it runs in separate processes with limited memory, which
-    are killed at the time limit. The answer then scores 0 and is counted as `math_timeout`.
+    own time limit uses signals, which only work in a main thread. So each comparison runs in a process of its own with limits of
+    time and memory, which is killed at a limit. The answer then scores 0 and is counted as `math_timeout`.
 
     The answer is in the last turn, without its thinking: the last `\boxed{…}`, which must be complete; without a box, the
     expression that math-verify finds in the last sentences. Two plain numbers in a form that `read_number` supports (`1 1/2`,
@@ -39,8 +32,8 @@ class MathAnswer:
     Args:
         field: Field of the item with the gold answer, in LaTeX or as an expression.
         extract: Extracts the part of the last turn with the answer; returns None if there is none. None: the whole turn.
-        timeout_s: Time limit in seconds of one comparison.
-        num_workers: Number of processes. None: one per core, at most four.
+        timeout_s: Limit of one comparison in CPU seconds.
+        num_workers: Number of concurrent comparisons. None: one per core, at most four.
         max_chars: Maximum length of an answer. A longer one is not compared: it scores 0 and is counted as `math_too_long`.
             Text before the box, or before the last sentences that fit, is not part of the answer and may have any length.
         name: Name of the reward in logs.
@@ -70,21 +63,16 @@ class MathAnswer:
         self.timeout_s = timeout_s
         self.max_chars = max_chars
         self._accepted: set[str] = set()  # gold answers that passed the check; many items share one
-        self._workers: queue.Queue[_Worker] = queue.Queue()
-        for _ in range(size):
-            self._workers.put(_Worker(timeout_s))
+        self._workers = LimitedWorkers(WORKER, size, opening={})
 
     def __call__(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
         """Scores some rollouts."""
-        with ThreadPoolExecutor(max_workers=self._workers.maxsize or len(rollouts)) as threads:
+        with ThreadPoolExecutor(max_workers=self._workers.num_workers) as threads:
             return list(threads.map(self._score, rollouts))
 
     def close(self) -> None:
         """Ends the processes. The next comparison starts them again."""
-        workers = [self._workers.get(timeout=START_TIMEOUT_S) for _ in range(self._workers.qsize())]
-        for worker in workers:
-            worker.kill()
-            self._workers.put(worker)
+        self._workers.close()
 
     def check_gold(self, item: Item) -> str | None:
         """Describes the fault of an item's gold answer; None if an answer that repeats it would score 1.0."""
@@ -95,7 +83,7 @@ class MathAnswer:
         if gold in self._accepted or read_number(gold) is not None:
             return None
         try:
-            equal = self._compare(gold, _in_box(gold), tries=1)
+            equal = self._compare(gold, _in_box(gold))
         except ValueError as error:
             return str(error)
         if equal is None:
@@ -128,23 +116,24 @@ class MathAnswer:
         gold = gold_text(rollout.item, self.field)
         equal = _equal_numbers(answer, gold)
         if equal is None:
-            equal = self._compare(_for_math_verify(gold), _in_box(answer) if boxed else answer, tries=2)
+            equal = self._compare(_for_math_verify(gold), _in_box(answer) if boxed else answer)
         if equal is None:
             rollout.counts[MATH_TIMEOUT] += 1
         return float(bool(equal))
 
-    def _compare(self, gold: str, answer: str, tries: int) -> bool | None:
-        worker = self._workers.get()
+    def _compare(self, gold: str, answer: str) -> bool | None:
+        """Whether two answers are equal; None if the comparison exceeds a limit.
+
+        Raises:
+            ValueError: math-verify cannot read the gold answer.
+        """
         try:
-            return worker.compare(gold, answer)
-        except ValueError:
-            if tries == 1:
-                raise
-            # Memory used by an earlier answer may prevent the process from reading even a gold answer that passed the check.
-            worker.kill()
-            return worker.compare(gold, answer)
-        finally:
-            self._workers.put(worker)
+            said = self._workers.call({"gold": gold, "answer": answer}, self.timeout_s)
+        except WorkerFailure:
+            return None
+        if "gold_error" in said:
+            raise ValueError(f"math-verify cannot read the gold answer {gold!r}: {said['gold_error']}")
+        return bool(said["equal"])
 
 
 def _in_box(text: str) -> str:
@@ -182,66 +171,3 @@ def _for_math_verify(gold: str) -> str:
     # With the sign, it accepts 10 and 0.1 for 10 %. It divides by everything after a slash: 3/2 % would be 150.
     is_whole_percentage = amount.unit == PERCENT and amount.value.denominator == 1
     return rf"{amount.value}\%" if is_whole_percentage else str(_share(amount))
-
-
-class _Worker:
-    """A process that compares answers. It is started on first use, and again after it was killed."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def compare(self, gold: str, answer: str) -> bool | None:
-        """Whether two answers are equal; None if the process does not reply in time.
-
-        Raises:
-            RuntimeError: The process does not start.
-            ValueError: math-verify cannot read the gold answer.
-        """
-        process = self._started()
-        said = self._ask(process, {"gold": gold, "answer": answer}, self._timeout_s)
-        if said is None:
-            return None
-        if "gold_error" in said:
-            raise ValueError(f"math-verify cannot read the gold answer {gold!r}: {said['gold_error']}")
-        return bool(said["equal"])
-
-    def kill(self) -> None:
-        """Ends the process and waits for its end."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel ends it later
-                process.communicate(timeout=START_TIMEOUT_S)
-
-    def _started(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self.kill()
-        # A separate script: importing this package would load torch into every worker.
-        command = [sys.executable, "-P", str(WORKER), str(self._timeout_s)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
-        self._process = process
-        if self._ask(process, {"gold": "1", "answer": "1"}, START_TIMEOUT_S) is None:
-            raise RuntimeError(f"the process that compares answers did not start: {' '.join(command)}")
-        return process
-
-    def _ask(
-        self, process: "subprocess.Popen[bytes]", request: dict[str, str], timeout_s: float
-    ) -> dict[str, Any] | None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:  # the process was killed, possibly at its memory limit
-            self.kill()
-            return None
-        ready, _, _ = select.select([process.stdout], [], [], timeout_s)
-        line = process.stdout.readline() if ready else b""
-        if not line:
-            self.kill()
-            return None
-        said: dict[str, Any] = json.loads(line)
-        return said

@@ -1,30 +1,20 @@
-"""Script of the process that compares answers, started by `math_answer.py`. Each request and each reply is one line."""
+"""Compares answers with math-verify. This runs in limited processes, see `math_answer.py`."""
 
-import json
-import resource
-import signal
-import sys
+from collections.abc import Callable
 
-from math_verify import parse, verify
-
-MEMORY_BYTES = 2 * 2**30
+Comparison = Callable[[dict[str, str]], dict[str, object]]
 
 
-def main() -> None:
-    """Replies to requests until the parent process closes the pipe."""
-    timeout_s = float(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    # The parent process kills a comparison at its time limit. If the parent has ended, the alarm kills it.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + 1.0)
-        sys.stdout.write(json.dumps(reply(json.loads(line))) + "\n")
-        sys.stdout.flush()
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+def open_math_verify(_: object) -> Comparison:
+    """Loads math-verify and its parser, which takes seconds, and returns `compare`."""
+    compare({"gold": "1", "answer": "1"})
+    return compare
 
 
-def reply(request: dict[str, str]) -> dict[str, object]:
-    """Compares a gold answer with another. The time limits of math-verify are off: they would replace the alarm of `main`."""
+def compare(request: dict[str, str]) -> dict[str, object]:
+    """Compares a gold answer with another. The time limits of math-verify are off: the process has one."""
+    from math_verify import parse, verify
+
     gold = parse(_as_math(_plain(request["gold"])), parsing_timeout=None)
     if not gold:
         return {"gold_error": "it contains no expression"}
@@ -44,7 +34,3 @@ def _plain(text: str) -> str:
 def _as_math(text: str) -> str:
     """Puts a text into a LaTeX environment, which math-verify requires."""
     return text if "$" in text or "\\boxed" in text else f"${text}$"
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from fuchsia_pl.policy.plan import GIB
 from fuchsia_pl.types import ConfigError
 from tests.unit.test_cli import TINY
 
-GPU_CONFIGS = ("gsm8k.yaml", "countdown.yaml", "function_calling.yaml")
+GPU_CONFIGS = ("gsm8k.yaml", "countdown.yaml", "function_calling.yaml", "reasoning_gym.yaml")
 NUM_WEIGHTS = {
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,

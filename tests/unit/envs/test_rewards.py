@@ -319,7 +319,7 @@ def test_no_process_is_left_behind():
     reward = MathAnswer(num_workers=2)
     reward([said("$x$", {"answer": "y"}), said("$y$", {"answer": "y"})])
     workers = set(psutil.Process().children()) - before
-    assert 1 <= len(workers) <= 2
+    assert len(workers) == 1  # which forks the others
     reward.close()
     assert not any(worker.is_running() for worker in workers)
     assert reward([said("$x$", {"answer": "x"})]) == [1.0]  # started again when it is needed

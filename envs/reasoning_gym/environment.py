@@ -1,0 +1,161 @@
+"""Procedural datasets of reasoning-gym (arXiv:2505.24760), chosen by name and mixed by weight.
+
+item    {"task": "chain_sum", "index": 3, "question": "State the final answer to …: 57 + 87 + 70 =", "answer": "214"}
+prompt  a system message that requests <answer>…</answer>, and the question
+gold    <answer>214</answer>
+"""
+
+import importlib.util
+import logging
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fuchsia_pl.envs import ConfigError, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
+from fuchsia_pl.envs.limited import WorkerFailure, WorkerTimeout
+from fuchsia_pl.envs.rewards import last_answer, last_turn
+from fuchsia_pl.library.reasoning_gym.entries import INSTALL, MAX_ITEMS, Entries, Split, Task
+
+SYSTEM = (
+    "Think step by step. Then give the final answer alone between <answer> and </answer>, in the form that the question "
+    "asks for."
+)
+SCORE = "score"  # in the state of a rollout
+SCORE_TIMEOUT, SCORE_ERROR = "score_timeout", "score_error"
+# A call of `score` waits for all siblings, each of which may take its time limit.
+GROUP_TIMEOUT_S = 1800.0
+
+logger = logging.getLogger(__name__)
+
+
+class ReasoningGym(SingleTurnEnvironment):
+    """Questions of reasoning-gym's datasets. The reward `score` is that of the dataset's `score_answer`, from 0 to 1.
+
+    Entry `index` of a task is made with a seed of its own; held-out entries have the indices from 2**30 on. Held-out items whose
+    question is also a training question, or an earlier held-out one, are removed, and a warning contains their number.
+
+    The answer is the last `<answer>…</answer>` of the turn, without its thinking; without one, the score is 0. For each answer
+    `score_answer` runs in a process of its own with limits of time and memory. An answer that exceeds them, or on which the
+    dataset raises an exception, scores 0 and is counted as `score_timeout` or `score_error`. With several tasks, the reward
+    `accuracy_<task>`, with weight 0, is the share of answers with score 1.
+
+    Args:
+        tasks: The datasets, with weights and settings.
+        num_items: Number of training items of all tasks together.
+        num_validation: Number of held-out items of all tasks together, before repeated ones are removed.
+        seed: Another seed gives other items. The seed of the run decides only their order.
+        score_timeout_s: CPU seconds for the score of one answer.
+        system_prompt: System message. The answer is always read between `<answer>` and `</answer>`.
+
+    Raises:
+        ConfigError: A setting is out of range, a task is listed twice, or reasoning-gym is not installed.
+    """
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        num_items: int = 2000,
+        num_validation: int = 128,
+        seed: int = 0,
+        score_timeout_s: float = 2.0,
+        system_prompt: str = SYSTEM,
+    ) -> None:
+        super().__init__()
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise ConfigError(f"ReasoningGym needs a package that is not installed: {INSTALL}")
+        for name, number in {"num_items": num_items, "num_validation": num_validation}.items():
+            if not 1 <= number <= MAX_ITEMS:
+                raise ConfigError(f"ReasoningGym requires {name} from 1 to {MAX_ITEMS}, got {number}")
+        self._entries = Entries(tasks, seed, score_timeout_s)
+        self._numbers: dict[Split, int] = {"train": num_items, "validation": num_validation}
+        self._made: dict[Split, list[Item]] = {}
+        self.system_prompt = system_prompt
+        self.counters = [SCORE_TIMEOUT, SCORE_ERROR]
+        self.timeout_s = GROUP_TIMEOUT_S
+        self.reward_functions = [self.score]
+        if len(tasks) > 1:
+            accuracies = [accuracy_of(task.name) for task in tasks]
+            self.reward_functions += accuracies
+            self.reward_weights = {accuracy.__name__: 0.0 for accuracy in accuracies}
+
+    def train_items(self) -> list[Item]:
+        """The training items, made on the first call."""
+        if "train" not in self._made:
+            self._made["train"] = self._entries.make("train", self._numbers["train"])
+        return self._made["train"]
+
+    def validation_items(self) -> list[Item]:
+        """The held-out items that `unseen` keeps."""
+        if "validation" not in self._made:
+            made = self._entries.make("validation", self._numbers["validation"])
+            self._made["validation"] = unseen(made, self.train_items())
+        return self._made["validation"]
+
+    def messages(self, item: Item) -> list[Message]:
+        """The instructions and the question."""
+        return [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": item["question"]}]
+
+    def gold_turns(self, item: Item) -> list[str]:
+        """The answer of the entry."""
+        return [f"<answer>{item['answer']}</answer>"]
+
+    def score(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
+        """The dataset's own score of the answers."""
+        with ThreadPoolExecutor(self._entries.workers.num_workers) as threads:
+            scores = list(threads.map(self._score, rollouts))
+        for rollout, score in zip(rollouts, scores, strict=True):
+            rollout.state[SCORE] = score
+        return scores
+
+    async def close(self) -> None:
+        """Ends the worker processes."""
+        await super().close()
+        self._entries.workers.close()
+
+    def _score(self, rollout: Rollout) -> float:
+        answer = last_answer(last_turn(rollout))
+        if answer is None:
+            return 0.0
+        try:
+            return self._entries.score(rollout.item, answer)
+        except WorkerTimeout:
+            rollout.counts[SCORE_TIMEOUT] += 1
+        except WorkerFailure:
+            rollout.counts[SCORE_ERROR] += 1
+        return 0.0
+
+
+def unseen(items: list[Item], train: list[Item]) -> list[Item]:
+    """The held-out items whose question occurs once and in no training item.
+
+    Raises:
+        ConfigError: A task has none left.
+    """
+    seen = {(item["task"], item["question"]) for item in train}
+    kept: list[Item] = []
+    for item in items:
+        if (item["task"], item["question"]) not in seen:
+            seen.add((item["task"], item["question"]))
+            kept.append(item)
+    left, made = (Counter(item["task"] for item in some) for some in (kept, items))
+    removed = {task: number - left[task] for task, number in made.items() if number > left[task]}
+    if removed:
+        logger.warning("held-out items are left out, whose question is asked twice or in training too: %s", removed)
+    gone = [task for task in made if not left[task]]
+    if gone:
+        raise ConfigError(
+            f"ReasoningGym: all held-out questions of {gone} are also training questions: there are too few different ones. "
+            "Lower num_items, or choose a `config` with more of them"
+        )
+    return kept
+
+
+def accuracy_of(task: str) -> RewardFunction:
+    """A reward with weight 0, for the logs: 1.0 if an answer to this task has score 1; None for the other tasks."""
+
+    def accuracy(rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float | None]:
+        scores = (r.state[SCORE] if r.item["task"] == task else None for r in rollouts)  # `score` is called before
+        return [None if value is None else float(value >= 1.0) for value in scores]
+
+    accuracy.__name__ = f"accuracy_{task}"
+    return accuracy
