@@ -3,11 +3,14 @@
 import math
 import os
 import random
+import sys
 import time
 from fractions import Fraction
 from typing import Any
 
+from fuchsia_pl.envs import MultiTurnEnvironment, SingleTurnEnvironment
 from fuchsia_pl.envs.audit.task import ANSWER, score_each
+from fuchsia_pl.envs.rewards import last_answer, last_turn
 
 FORM = f"<answer>{ANSWER}</answer>"
 ITEMS = {"train": range(11, 1000), "validation": range(1011, 1100)}
@@ -175,3 +178,63 @@ def asleep(request: dict[str, Any]) -> Any:
     """A task whose items are never made."""
     while True:
         time.sleep(1.0)
+
+
+class Sums(SingleTurnEnvironment):
+    """A whole environment, which is sound."""
+
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.first = first
+        self.reward_functions = [self.correct]
+
+    def train_items(self):
+        return [{"prompt": question(n), "sum": gold(n)} for n in ITEMS["train"]]
+
+    def validation_items(self):
+        return [{"prompt": question(n), "sum": gold(n)} for n in ITEMS["validation"]]
+
+    def gold_turns(self, item):
+        return [f"<think>easy</think>It is <answer>{item['sum']}</answer>."]
+
+    def correct(self, rollouts, *args, **kwargs):
+        return [float(last_answer(last_turn(r)) == r.item["sum"]) for r in rollouts]
+
+
+class EvaluatedSums(Sums):
+    """Its reward evaluates the answer, and its splits share items."""
+
+    def validation_items(self):
+        return self.train_items()[:50]
+
+    def correct(self, rollouts, *args, **kwargs):
+        return [evaluates(last_answer(last_turn(r)) or "0", r.item["sum"]) for r in rollouts]
+
+
+class GuessedSums(MultiTurnEnvironment):
+    """Two turns, async methods and no gold answers: whoever answers "0" in the second turn is paid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_steps = 2
+        self.reward_functions = [self.correct]
+
+    train_items, validation_items = Sums.train_items, Sums.validation_items
+
+    async def step_rollout(self, rollout):
+        if len(rollout.turns) == 2:
+            rollout.finish()
+        else:
+            rollout.respond("Are you sure?")
+
+    async def correct(self, rollouts, *args, **kwargs):
+        return [float(r.status == "completed" and r.turns[1].text == "0") for r in rollouts]
+
+
+class OnlyHere(Sums):
+    """Its constructor fails in another process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if "pytest" not in sys.modules:
+            raise FileNotFoundError("there is no such file")

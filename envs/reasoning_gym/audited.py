@@ -1,34 +1,69 @@
-"""The function with which a task of reasoning-gym is audited, see `AuditTask`. It runs in limited processes."""
+"""The audit of reasoning-gym's datasets, see `AuditTask`. The functions run in limited processes."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import reasoning_gym
-from reasoning_gym.utils import extract_answer
-
+from fuchsia_pl.envs.audit import AuditTask
 from fuchsia_pl.envs.audit.task import ANSWER, score_each
+from fuchsia_pl.envs.rewards import last_answer
+from fuchsia_pl.envs.thinking import without_thinking
+from fuchsia_pl.library.reasoning_gym.entries import FIRST_INDEX, Task, seed_of
 
-SEEDS = {"train": 0, "validation": 2**30}
+FUNCTION = f"{__name__}.open_audit"
 FORM = f"<answer>{ANSWER}</answer>"
+# The environment removes held-out items that repeat training questions. Few different questions leave none.
+MAX_REPEATED = 0.25
 
 
-def answer_request(request: dict[str, Any]) -> Any:
-    task, config = request["argument"]["task"], request["argument"]["config"]
+def audit_task(task: Task, seed: int) -> AuditTask:
+    """The audit of a dataset.
+
+    Args:
+        task: The dataset.
+        seed: The seed of the environment.
+    """
+    argument = {"task": task.name, "config": task.config, "seed": seed}
+    return AuditTask(task.name, FUNCTION, argument, opening={}, repeats=MAX_REPEATED)
+
+
+def open_audit(_: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """Loads reasoning-gym and returns the function of the audit."""
+    import reasoning_gym  # noqa: F401 # an extra, which is loaded once in the process that forks
+
+    return answer_request
+
+
+def answer_request(request: Mapping[str, Any]) -> Any:
+    """The function of the audit."""
+    argument = request["argument"]
     if request["do"] == "score":
-        split, index = request["item"]
-        data = reasoning_gym.create_dataset(task, **{"seed": SEEDS[split], "size": index + 1, **config})
-        entry = data[index]
-
-        def score(turns: list[str]) -> tuple[float, bool]:
-            reward = data.score_answer(extract_answer(turns[-1]), entry)
-            return reward, reward >= 1.0
-
-        return score_each(score, request["answers"])
-    split, num = request["split"], request["num"]
-    data = reasoning_gym.create_dataset(task, **{"seed": SEEDS[split], "size": num, **config})
-    entries = [data[index] for index in range(num)]
+        return _scores(argument, request["item"], request["answers"])
+    first = FIRST_INDEX[request["split"]]
+    indices = range(first, first + request["num"])
+    entries = [_dataset(argument, index)[0] for index in indices]
     if request["do"] == "questions":
         return [entry["question"] for entry in entries]
     return [
-        {"item": [split, index], "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
-        for index, entry in enumerate(entries)
+        {"item": index, "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
+        for index, entry in zip(indices, entries, strict=True)
     ]
+
+
+def _scores(argument: Mapping[str, Any], index: int, answers: list[list[str]]) -> list[Any]:
+    """The scores of answers as the environment reads them."""
+    dataset = _dataset(argument, index)
+    entry = dataset[0]
+
+    def score(turns: list[str]) -> tuple[float, bool]:
+        answer = last_answer(without_thinking(turns[-1]))
+        reward = 0.0 if answer is None else float(dataset.score_answer(answer, entry))
+        return reward, reward >= 1.0
+
+    return score_each(score, answers)
+
+
+def _dataset(argument: Mapping[str, Any], index: int) -> Any:
+    """The dataset whose first entry has this index, as in `worker`."""
+    from reasoning_gym import create_dataset
+
+    return create_dataset(argument["task"], **argument["config"], seed=seed_of(argument["seed"], index), size=1)

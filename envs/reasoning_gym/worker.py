@@ -13,12 +13,19 @@ Answering = Callable[[dict[str, Any]], Any]
 def open_library(_: Any) -> Answering:
     """Loads reasoning-gym and returns the function of the calls.
 
-    A request has `do`, `task` (the name of a dataset) and `config` (of this dataset), and what the function of `do` reads.
+    A request has `do`, `task` (the name of a dataset) and `config` (of this dataset), and what the function of `do` reads. "names" needs no more.
     """
     import reasoning_gym  # noqa: F401 # an extra, which is loaded once in the process that forks
 
-    functions: dict[str, Answering] = {"check": check, "make": make, "score": score}
+    functions: dict[str, Answering] = {"names": names, "check": check, "make": make, "score": score}
     return lambda request: functions[request["do"]](request)
+
+
+def names(_: dict[str, Any]) -> list[str]:
+    """The names of all datasets."""
+    from reasoning_gym.factory import DATASETS
+
+    return sorted(DATASETS)
 
 
 def check(request: dict[str, Any]) -> str | None:

@@ -43,7 +43,8 @@ class CheckEnvCLI(ConfigOnlyCLI):
         tasks = environment.audit_tasks(self.all_tasks)
         if self.all_tasks and not tasks:
             config = self._get(self.config, "data").environment
-            tasks = [environment_task(environment, config.class_path, config.get("init_args", {}))]
+            arguments = config.init_args.as_dict() if "init_args" in config else {}
+            tasks = [environment_task(environment, config.class_path, arguments)]
         if tasks:
             audited = run_audit(tasks, AuditSettings(num_items=self.num_items))
             report_audit(console, audited)

@@ -9,12 +9,13 @@ from pathlib import Path
 from fuchsia_pl.envs.audit.findings import Finding, FindingKind, Outcome, finding, judge
 from fuchsia_pl.envs.audit.probes import Probe, probes
 from fuchsia_pl.envs.audit.task import AuditItem, AuditTask, ReplyError, Score, read_items, read_questions, read_scores
-from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerFailure, WorkerTimeout
+from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerFailure, WorkersNotStarted, WorkerTimeout
 
 MAX_DETAIL = 160  # characters of an error in a finding
 NUM_HEAVY_ITEMS = (
     1  # items on which the heavy texts are played: whether a reward hangs on one hardly depends on the item
 )
+TOGETHER = 5  # times the limit of one text for all light texts of an item
 # A text on which a reward hangs costs twice the time limit. After so many the reward is known to be faulty.
 MAX_HANGS = 3
 
@@ -89,7 +90,7 @@ class TaskPlayer:
         start = time.monotonic()
         try:
             items = self._sampled(self.workers)
-        except (WorkerFailure, ReplyError) as error:
+        except (WorkerFailure, WorkersNotStarted, ReplyError) as error:
             found = [finding(FindingKind.NOT_MADE, self.task.name, [("", _line(error))])]
         else:
             for index, item in enumerate(items):
@@ -104,24 +105,24 @@ class TaskPlayer:
         return read_items(workers.call(request, self.settings.sample_timeout_s))
 
     def _play(self, index: int, item: AuditItem) -> None:
+        """Plays the light probes together, and those alone that have no outcome then; the heavy ones always alone."""
         played = probes(item, self.folder)
         light = [probe for probe in played if not probe.is_heavy]
-        self._outcomes += self._together(index, item, light) or [self._alone(index, item, probe) for probe in light]
-        if index >= NUM_HEAVY_ITEMS:
-            return
-        heavy = [probe for probe in played if probe.is_heavy]
-        for number, probe in enumerate(heavy):
+        heavy = [probe for probe in played if probe.is_heavy and index < NUM_HEAVY_ITEMS]
+        together = self._together(index, item, light)
+        self._outcomes += together
+        alone = heavy if together else [*light, *heavy]
+        for number, probe in enumerate(alone):
             if len(self._hanging) >= MAX_HANGS:
-                self._unchecked.append(
-                    f"{self.task.name}: {len(heavy) - number} heavy texts, since it hangs on {len(self._hanging)} others"
-                )
-                break
+                left = f"{len(alone) - number} texts on item {index}"
+                self._unchecked.append(f"{self.task.name}: {left}, since it hangs on {len(self._hanging)} others")
+                return
             self._outcomes.append(self._alone(index, item, probe))
 
     def _together(self, index: int, item: AuditItem, played: Sequence[Probe]) -> list[Outcome]:
         """The outcomes of probes that are scored in one process; [] if that process has no result."""
         try:
-            scores = self._scores(self.workers, item, played)
+            scores = self._scores(self.workers, item, played, TOGETHER * self.settings.timeout_s)
         except (WorkerFailure, ReplyError):
             self._remove_markers(played)
             return []
@@ -136,7 +137,7 @@ class TaskPlayer:
         outcome = Outcome(index, probe, None)
         for workers in (self.workers, self.others):
             try:
-                (outcome,) = _outcomes(index, [probe], self._scores(workers, item, [probe]))
+                (outcome,) = _outcomes(index, [probe], self._scores(workers, item, [probe], self.settings.timeout_s))
             except (WorkerFailure, ReplyError) as error:
                 outcome = Outcome(index, probe, None, _fault(error), _line(error))
             if outcome.fault is None:
@@ -145,10 +146,12 @@ class TaskPlayer:
             self._hanging.add(probe.name)
         return _evaluated(outcome) if self._remove_markers([probe]) else outcome
 
-    def _scores(self, workers: LimitedWorkers, item: AuditItem, played: Sequence[Probe]) -> list[Score]:
+    def _scores(
+        self, workers: LimitedWorkers, item: AuditItem, played: Sequence[Probe], timeout_s: float
+    ) -> list[Score]:
         answers = [list(probe.turns) for probe in played]
         request = self.task.request("score", item=item.item, answers=answers)
-        return read_scores(workers.call(request, self.settings.timeout_s), len(answers))
+        return read_scores(workers.call(request, timeout_s), len(answers))
 
     def _remove_markers(self, played: Sequence[Probe]) -> list[Probe]:
         """Removes the folders that executed code has made. Returns the probes whose code was executed."""
@@ -171,9 +174,11 @@ class TaskPlayer:
         for index, item in enumerate(items):
             played = [one for one in self._outcomes if one.item == index and one.score and not one.probe.is_heavy]
             try:
-                scores = self._scores(self.others, item, [one.probe for one in played])
+                limit_s = TOGETHER * self.settings.timeout_s
+                scores = self._scores(self.others, item, [one.probe for one in played], limit_s)
             except (WorkerFailure, ReplyError) as error:
-                return [self._changed("", f"a second process cannot score the answers: {_line(error)}")]
+                self._unchecked.append(f"{self.task.name}: whether its scores repeat: {_line(error)}")
+                return []
             finally:
                 self._remove_markers([one.probe for one in played])
             for one, score in zip(played, scores, strict=True):
