@@ -13,7 +13,7 @@ Answering = Callable[[dict[str, Any]], Any]
 def open_library(_: Any) -> Answering:
     """Loads reasoning-gym and returns the function of the calls.
 
-    A request has `do`, `task` (the name of a dataset) and `config` (of this dataset), and what the function of `do` reads. "names" needs no more.
+    A request has `do`, `task` (the name of a dataset) and `config` (of this dataset), and what the function of `do` reads.
     """
     import reasoning_gym  # noqa: F401 # an extra, which is loaded once in the process that forks
 
