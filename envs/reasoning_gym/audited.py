@@ -7,7 +7,7 @@ from fuchsia_pl.envs.audit import AuditTask
 from fuchsia_pl.envs.audit.task import ANSWER, score_each
 from fuchsia_pl.envs.rewards import last_answer
 from fuchsia_pl.envs.thinking import without_thinking
-from fuchsia_pl.library.reasoning_gym.entries import FIRST_INDEX, Task, seed_of
+from fuchsia_pl.library.reasoning_gym.entries import FIRST_INDEX, Split, Task, seed_of
 
 FUNCTION = f"{__name__}.open_audit"
 FORM = f"<answer>{ANSWER}</answer>"
@@ -38,21 +38,22 @@ def answer_request(request: Mapping[str, Any]) -> Any:
     argument = request["argument"]
     if request["do"] == "score":
         return _scores(argument, request["item"], request["answers"])
-    first = FIRST_INDEX[request["split"]]
-    indices = range(first, first + request["num"])
-    entries = [_dataset(argument, index)[0] for index in indices]
+    split, number = request["split"], request["num"]
+    dataset = _dataset(argument, split, number)
+    entries = [dataset[index] for index in range(number)]
     if request["do"] == "questions":
         return [entry["question"] for entry in entries]
     return [
-        {"item": index, "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
-        for index, entry in zip(indices, entries, strict=True)
+        {"item": [split, index], "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
+        for index, entry in enumerate(entries)
     ]
 
 
-def _scores(argument: Mapping[str, Any], index: int, answers: list[list[str]]) -> list[Any]:
+def _scores(argument: Mapping[str, Any], item: tuple[Split, int], answers: list[list[str]]) -> list[Any]:
     """The scores of answers as the environment reads them."""
-    dataset = _dataset(argument, index)
-    entry = dataset[0]
+    split, index = item
+    dataset = _dataset(argument, split, index + 1)
+    entry = dataset[index]
 
     def score(turns: list[str]) -> tuple[float, bool]:
         answer = last_answer(without_thinking(turns[-1]))
@@ -62,8 +63,9 @@ def _scores(argument: Mapping[str, Any], index: int, answers: list[list[str]]) -
     return score_each(score, answers)
 
 
-def _dataset(argument: Mapping[str, Any], index: int) -> Any:
-    """The dataset whose first entry has this index, as in `worker`."""
+def _dataset(argument: Mapping[str, Any], split: Split, size: int) -> Any:
+    """A dataset with the first entries of a split. Some take seconds to load, so one dataset makes all entries of a request."""
     from reasoning_gym import create_dataset
 
-    return create_dataset(argument["task"], **argument["config"], seed=seed_of(argument["seed"], index), size=1)
+    seed = seed_of(argument["seed"], FIRST_INDEX[split])
+    return create_dataset(argument["task"], **argument["config"], seed=seed, size=size)

@@ -15,7 +15,8 @@ MAX_DETAIL = 160  # characters of an error in a finding
 NUM_HEAVY_ITEMS = (
     1  # items on which the heavy texts are played: whether a reward hangs on one hardly depends on the item
 )
-TOGETHER = 5  # times the limit of one text for all light texts of an item
+# Limits of all light and of all heavy texts of an item together, as multiples of that of one text.
+LIGHT_TOGETHER, HEAVY_TOGETHER = 5, 2
 # A text on which a reward hangs costs twice the time limit. After so many the reward is known to be faulty.
 MAX_HANGS = 3
 
@@ -105,32 +106,42 @@ class TaskPlayer:
         return read_items(workers.call(request, self.settings.sample_timeout_s))
 
     def _play(self, index: int, item: AuditItem) -> None:
-        """Plays the light probes together, and those alone that have no outcome then; the heavy ones always alone."""
         played = probes(item, self.folder)
         light = [probe for probe in played if not probe.is_heavy]
         heavy = [probe for probe in played if probe.is_heavy and index < NUM_HEAVY_ITEMS]
-        together = self._together(index, item, light)
-        self._outcomes += together
-        alone = heavy if together else [*light, *heavy]
-        for number, probe in enumerate(alone):
+        for group, limit_s in ((light, self._light_s), (heavy, HEAVY_TOGETHER * self.settings.timeout_s)):
+            together = self._together(index, item, group, limit_s)
+            self._outcomes += together
+            done = {outcome.probe.name for outcome in together}
+            self._play_alone(index, item, [probe for probe in group if probe.name not in done])
+
+    def _play_alone(self, index: int, item: AuditItem, played: Sequence[Probe]) -> None:
+        for number, probe in enumerate(played):
             if len(self._hanging) >= MAX_HANGS:
-                left = f"{len(alone) - number} texts on item {index}"
+                left = f"{len(played) - number} texts on item {index}"
                 self._unchecked.append(f"{self.task.name}: {left}, since it hangs on {len(self._hanging)} others")
                 return
             self._outcomes.append(self._alone(index, item, probe))
 
-    def _together(self, index: int, item: AuditItem, played: Sequence[Probe]) -> list[Outcome]:
-        """The outcomes of probes that are scored in one process; [] if that process has no result."""
+    def _together(self, index: int, item: AuditItem, played: Sequence[Probe], limit_s: float) -> list[Outcome]:
+        """The outcomes of probes that are scored in one process, without those of heavy probes that fail there."""
         try:
-            scores = self._scores(self.workers, item, played, TOGETHER * self.settings.timeout_s)
+            scores = self._scores(self.workers, item, played, limit_s)
         except (WorkerFailure, ReplyError):
             self._remove_markers(played)
             return []
         made = self._remove_markers(played)
+        outcomes = _outcomes(index, played, scores)
         return [
-            _evaluated(outcome) if probe in made else outcome
-            for probe, outcome in zip(played, _outcomes(index, played, scores), strict=True)
+            _evaluated(outcome) if outcome.probe in made else outcome
+            for outcome in outcomes
+            if outcome.fault is None or not outcome.probe.is_heavy
         ]
+
+    @property
+    def _light_s(self) -> float:
+        """Limit in CPU seconds of the light probes of an item together."""
+        return LIGHT_TOGETHER * self.settings.timeout_s
 
     def _alone(self, index: int, item: AuditItem, probe: Probe) -> Outcome:
         """The outcome of a probe that has a process of its own. A failure must repeat in another one."""
@@ -174,8 +185,7 @@ class TaskPlayer:
         for index, item in enumerate(items):
             played = [one for one in self._outcomes if one.item == index and one.score and not one.probe.is_heavy]
             try:
-                limit_s = TOGETHER * self.settings.timeout_s
-                scores = self._scores(self.others, item, [one.probe for one in played], limit_s)
+                scores = self._scores(self.others, item, [one.probe for one in played], self._light_s)
             except (WorkerFailure, ReplyError) as error:
                 self._unchecked.append(f"{self.task.name}: whether its scores repeat: {_line(error)}")
                 return []
