@@ -115,7 +115,10 @@ class LimitedWorkers:
             WorkerError: The function raised an exception.
             WorkerDied: The process ended without a result.
             WorkersNotStarted: The function cannot be loaded.
+            ValueError: The limit is not above 0.
         """
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
         body = json.dumps(argument).encode()
         with self._slots:
             for _ in range(MAX_TRIES):

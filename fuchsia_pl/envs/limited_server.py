@@ -30,6 +30,7 @@ CALL = b"c"  # to this process, with the descriptors of channel and lifeline
 RESULT, ERROR = "result", "error"
 MAX_ERROR_CHARS = 500
 RECURSION_LIMIT = 1000
+SHORTEST_S = 1e-6  # a timer of 0 would be off
 MEGABYTE = 2**20
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PROC = Path("/proc")
@@ -166,7 +167,7 @@ def _described(error: BaseException) -> list[str]:
 def _limit(cpu_s: float, memory_bytes: int) -> None:
     """The timer ends the process at its CPU limit. If the function replaces the timer, the limit of the system acts."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_PROF, max(cpu_s, SHORTEST_S))
     whole_s = math.ceil(cpu_s) + 1
     for kind, value in {
         resource.RLIMIT_AS: memory_bytes,
