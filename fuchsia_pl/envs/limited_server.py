@@ -45,6 +45,7 @@ class Server:
         control: Connection to the run. Its end is the end of this process.
         function: The function.
         memory_bytes: Limit of the address space of a call.
+        random_state: State of the generator of `random` in each call; Python seeds it anew in every fork.
         calls: Lifeline of each running call by the id of its process. It carries the status of the process to the run; if the
             run closes it, the process is killed.
     """
@@ -52,6 +53,7 @@ class Server:
     control: socket.socket
     function: Callable[[Any], Any]
     memory_bytes: int
+    random_state: Any
     calls: dict[int, socket.socket] = field(default_factory=dict)
 
     def serve(self) -> None:
@@ -123,7 +125,8 @@ def main() -> None:
     _seed(settings["seed"])
     gc.collect()
     gc.freeze()  # a collection in a call would copy the memory that it shares with this process
-    Server(control, function, _mapped_bytes() + settings["memory_mb"] * MEGABYTE).serve()
+    memory_bytes = _mapped_bytes() + settings["memory_mb"] * MEGABYTE
+    Server(control, function, memory_bytes, random.getstate()).serve()
 
 
 def run_call(server: Server, channel: socket.socket) -> NoReturn:
@@ -141,6 +144,7 @@ def run_call(server: Server, channel: socket.socket) -> NoReturn:
         if os.getppid() == parent:
             cpu_s, size = REQUEST.unpack(_exactly(channel, REQUEST.size))
             _limit(cpu_s, server.memory_bytes)
+            random.setstate(server.random_state)
             body = _outcome(server.function, _exactly(channel, size))
             channel.sendall(REPLY.pack(len(body)))
             channel.sendall(body)
