@@ -11,13 +11,18 @@ from fuchsia_pl.cli.terminal import plain
 from fuchsia_pl.envs.audit.player import Audited, AuditSettings
 from fuchsia_pl.envs.audit.runner import audit
 from fuchsia_pl.envs.audit.task import AuditTask
-from fuchsia_pl.progress import progress
 
 
-def run_audit(tasks: Sequence[AuditTask], settings: AuditSettings) -> list[Audited]:
-    """Audits tasks, as an activity that displays show."""
-    with progress.activity("auditing rewards", len(tasks), "tasks") as activity:
-        return audit(tasks, settings, on_done=lambda _: activity.advance())
+def run_audit(console: Console, tasks: Sequence[AuditTask], settings: AuditSettings) -> list[Audited]:
+    """Audits tasks. A terminal shows how many are done."""
+    done: list[Audited] = []
+    with console.status(f"auditing {len(tasks)} tasks") as status:
+
+        def show(audited: Audited) -> None:
+            done.append(audited)
+            status.update(Text(plain(f"audited {len(done)} of {len(tasks)} tasks, last {audited.task}")))
+
+        return audit(tasks, settings, on_done=show)
 
 
 def report_audit(console: Console, audited: Sequence[Audited]) -> None:

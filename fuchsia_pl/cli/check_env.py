@@ -20,10 +20,15 @@ from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.examination import Examination, Examiner, Run
 from fuchsia_pl.cli.options import check_env_options
 from fuchsia_pl.cli.played import Played
+from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S
 from fuchsia_pl.envs.audit.environment_task import environment_task
 from fuchsia_pl.envs.audit.player import AuditSettings
+from fuchsia_pl.envs.audit.task import AuditTask
 from fuchsia_pl.envs.base import check_rewards
+from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.loop import run_blocking
+from fuchsia_pl.rollouts.calls import close
+from fuchsia_pl.rollouts.preparation import as_config_error
 
 
 class CheckEnvCLI(ConfigOnlyCLI):
@@ -40,15 +45,26 @@ class CheckEnvCLI(ConfigOnlyCLI):
         environment, console = self.datamodule.environment, Console(highlight=False)
         check_rewards(environment)
         self.holds = self.all_tasks or self._examined(console)
-        tasks = environment.audit_tasks(self.all_tasks)
-        if self.all_tasks and not tasks:
-            config = self._get(self.config, "data").environment
-            arguments = config.init_args.as_dict() if "init_args" in config else {}
-            tasks = [environment_task(environment, config.class_path, arguments)]
-        if tasks:
-            audited = run_audit(tasks, AuditSettings(num_items=self.num_items))
-            report_audit(console, audited)
-            self.holds &= not any(one.findings for one in audited)
+        try:
+            tasks = self._tasks()
+            if tasks:
+                audited = run_audit(console, tasks, AuditSettings(num_items=self.num_items))
+                report_audit(console, audited)
+                self.holds &= not any(one.findings for one in audited)
+        finally:
+            if self.all_tasks:  # the examination has closed it otherwise
+                run_blocking(close(environment, CLOSE_TIMEOUT_S))
+
+    def _tasks(self) -> Sequence[AuditTask]:
+        """The tasks to audit. With --all-tasks, an environment without tasks is one."""
+        environment = self.datamodule.environment
+        with as_config_error(f"{type(environment).__name__}.audit_tasks"), user_code():
+            tasks = environment.audit_tasks(self.all_tasks)
+        if tasks or not self.all_tasks:
+            return tasks
+        config = self._get(self.config, "data").environment
+        arguments = config.init_args.as_dict() if "init_args" in config else {}
+        return [environment_task(environment, config.class_path, arguments)]
 
     def _examined(self, console: Console) -> bool:
         """Examines the environment and prints the results. Returns whether there is no finding."""
