@@ -110,7 +110,7 @@ def _paid_junk(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     }
     by_name: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        if outcome.probe.kind is not ProbeKind.GOLD and outcome.score is not None:
+        if outcome.probe.kind not in (ProbeKind.GOLD, ProbeKind.WITH_GOLD) and outcome.score is not None:
             by_name[outcome.probe.name].append(outcome)
     found = []
     for name, played in by_name.items():

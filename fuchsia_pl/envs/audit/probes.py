@@ -14,12 +14,13 @@ NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*|/[0-9]+)?")
 
 
 class ProbeKind(StrEnum):
-    """What a probe is, and so what it may earn."""
+    """What a probe is, and so what it may earn. One that contains the gold answer may earn as much."""
 
     GOLD = "gold"
     EMPTY = "empty"
     JUNK = "junk"
     CUT = "cut"
+    WITH_GOLD = "with gold"
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,13 @@ def _answers(item: AuditItem, folder: Path) -> list[Probe]:
     found += [Probe(repr(text), ProbeKind.JUNK, (text,)) for text in CONSTANTS]
     found += [Probe(name, ProbeKind.JUNK, (text,)) for name, text in HOSTILE.items()]
     found += [Probe(name, ProbeKind.JUNK, (text,), is_heavy=True) for name, text in HEAVY.items()]
-    calls = dict(CALLS)
+    calls = [(name, ProbeKind.JUNK, text) for name, text in CALLS.items()]
     if gold is not None:
         found.append(Probe("cut-off answer", ProbeKind.CUT, (gold[: len(gold) // 2],)))
-        calls[CALL_AFTER_GOLD] = f"{gold}+{CALL}"
-    for name, text in calls.items():
+        calls.append((CALL_AFTER_GOLD, ProbeKind.WITH_GOLD, f"{gold}+{CALL}"))
+    for name, kind, text in calls:
         marker = folder / name.replace(" ", "_").replace("-", "_")
-        found.append(Probe(name, ProbeKind.JUNK, (text.replace("PATH", str(marker)),), marker))
+        found.append(Probe(name, kind, (text.replace("PATH", str(marker)),), marker))
     return found if gold is None else [probe for probe in found if not is_gold(probe.turns[-1], gold)]
 
 

@@ -186,6 +186,7 @@ def outcomes(kind: ProbeKind, rewards: list[float], golds: float = 1.0) -> list[
         (ProbeKind.EMPTY, [0.11, 0.11], 1.0, True),
         (ProbeKind.CUT, [0.9, 0.9], 1.0, False),
         (ProbeKind.CUT, [1.0, 1.0], 1.0, True),
+        (ProbeKind.WITH_GOLD, [1.0, 1.0], 1.0, False),
         # A text that is right by chance is right on few items.
         (ProbeKind.JUNK, [1.0, 0.0, 0.0, 0.0], 1.0, False),
         (ProbeKind.JUNK, [1.0, 1.0, 0.0, 0.0], 1.0, True),
