@@ -55,6 +55,12 @@ def draws(argument):
     return [random.random(), hash("a text")]
 
 
+def numpy_draws(argument) -> Callable:
+    import numpy.random
+
+    return lambda _: numpy.random.random()
+
+
 def remembers(argument):
     _seen.append(argument)
     return len(_seen)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fuchsia_pl.envs import ConfigError, Item
+from fuchsia_pl.envs.base import is_finite_number
 from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerFailure
 
 Split = Literal["train", "validation"]
@@ -103,7 +104,7 @@ class Entries:
                 "run: this dataset does not repeat, leave it out"
             )
         score = said.get("score")
-        if not isinstance(score, int | float) or not math.isfinite(score):
+        if not is_finite_number(score):
             raise WorkerDied(f"its score is {score!r:.80}, which is no finite number")
         return float(score)
 
@@ -140,7 +141,7 @@ class Entries:
             raise ConfigError(
                 f"ReasoningGym: task {name!r} does not make its entries {indices[0]} to {indices[-1]}: {error}"
             ) from error
-        items = []
+        items: list[Item] = []
         for index, (question, answer, score) in zip(indices, made, strict=True):
             if not self.allow_unsound and (score is None or score < 1.0):
                 raise ConfigError(

@@ -113,7 +113,7 @@ def test_the_score_is_that_of_the_dataset_and_thinking_is_no_answer(gym):
     gold, wrong = item["answer"], str(int(item["answer"]) + 1)
     texts = {
         f"<answer>{gold}</answer>": 1.0,
-        f"<answer>{wrong}</answer> no, <answer> +{gold}.0 </answer>": 1.0,
+        f"<answer>{wrong}</answer> no, <answer> {gold}.0 </answer>": 1.0,
         f"<answer>{wrong}</answer>": 0.0,
         gold: 0.0,  # without the marks
         f"<think><answer>{gold}</answer></think>": 0.0,

@@ -99,6 +99,10 @@ def test_a_result_depends_on_the_argument_and_the_seed_alone():
     other = called("draws", seed=1)
     assert other[0] != first[0]
     assert other[1] != first[1]
+    with closing(LimitedWorkers(FUNCTIONS + "numpy_draws", opening={})) as workers:
+        (number,) = {workers.call(0, 5.0) for _ in range(2)}
+    assert called("numpy_draws", opening={}) == number
+    assert called("numpy_draws", opening={}, seed=1) != number
     with closing(LimitedWorkers(FUNCTIONS + "remembers")) as workers:
         assert [workers.call(n, 5.0) for n in range(3)] == [1, 1, 1]
 
