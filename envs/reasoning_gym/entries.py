@@ -50,16 +50,18 @@ class Entries:
         tasks: The datasets.
         seed: Another seed gives other entries.
         score_timeout_s: CPU seconds for the score of one answer.
+        allow_unsound: Whether entries whose own answer does not score 1 are items.
 
     Raises:
         ConfigError: A setting is out of range, or a task is listed twice.
     """
 
-    def __init__(self, tasks: Sequence[Task], seed: int, score_timeout_s: float) -> None:
+    def __init__(self, tasks: Sequence[Task], seed: int, score_timeout_s: float, allow_unsound: bool = False) -> None:
         _check_settings(tasks, seed, score_timeout_s)
         self.tasks = {task.name: task for task in tasks}
         self.seed = seed
         self.score_timeout_s = score_timeout_s
+        self.allow_unsound = allow_unsound
         self.workers = LimitedWorkers(WORKER, min(os.cpu_count() or 1, MAX_WORKERS), opening={})
 
     def make(self, split: Split, num_items: int) -> list[Item]:
@@ -73,7 +75,7 @@ class Entries:
         none = [name for name, number in numbers.items() if not number]
         if none:
             raise ConfigError(f"ReasoningGym: the weights of {none} give them none of {num_items} {split} items")
-        self._check_tasks()
+        self.check_tasks()
         chunks = [
             (name, range(FIRST_INDEX[split] + start, FIRST_INDEX[split] + min(start + CHUNK, number)))
             for name, number in numbers.items()
@@ -113,7 +115,16 @@ class Entries:
             raise WorkerDied(f"its reply {said!r:.80} is no score")
         return said
 
-    def _check_tasks(self) -> None:
+    def all_names(self) -> list[str]:
+        """The names of all datasets of reasoning-gym."""
+        return list(self.workers.call({"do": "names"}, MAKE_TIMEOUT_S))
+
+    def check_tasks(self) -> None:
+        """Checks the names and settings of the tasks.
+
+        Raises:
+            ConfigError: One is not one of reasoning-gym.
+        """
         for name in self.tasks:
             try:
                 problem = self._ask("check", name, {}, MAKE_TIMEOUT_S)
@@ -132,10 +143,10 @@ class Entries:
             ) from error
         items: list[Item] = []
         for index, (question, answer, score) in zip(indices, made, strict=True):
-            if score is None or score < 1.0:
+            if not self.allow_unsound and (score is None or score < 1.0):
                 raise ConfigError(
                     f"ReasoningGym: task {name!r} gives the answer of its own entry {index} the score {score}, which must "
-                    "be 1: leave the task out"
+                    "be 1: leave the task out, or set `allow_unsound: true` of the environment"
                 )
             items.append({"task": name, "index": index, "question": question, "answer": answer})
         return items

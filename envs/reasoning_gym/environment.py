@@ -8,12 +8,16 @@ gold    <answer>214</answer>
 import importlib.util
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
+from fuchsia_pl.envs.audit import AuditSettings, AuditTask, refuse_unsound
+from fuchsia_pl.envs.bounded import call_in_thread
 from fuchsia_pl.envs.limited import WorkerFailure, WorkerTimeout
 from fuchsia_pl.envs.rewards import last_answer, last_turn
+from fuchsia_pl.library.reasoning_gym.audited import audit_task
 from fuchsia_pl.library.reasoning_gym.entries import INSTALL, MAX_ITEMS, Entries, Split, Task
 
 SYSTEM = (
@@ -24,6 +28,7 @@ SCORE = "score"  # in the state of a rollout
 SCORE_TIMEOUT, SCORE_ERROR = "score_timeout", "score_error"
 # A call of `score` waits for all siblings, each of which may take its time limit.
 GROUP_TIMEOUT_S = 1800.0
+NUM_AUDITED = 2  # items of each task on which the audit plays its texts
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,7 @@ class ReasoningGym(SingleTurnEnvironment):
         seed: Another seed gives other items. The seed of the run decides only their order.
         score_timeout_s: CPU seconds for the score of one answer.
         system_prompt: System message. The answer is always read between `<answer>` and `</answer>`.
+        allow_unsound: Whether to train on tasks in which the audit of the rewards finds faults, with a warning.
 
     Raises:
         ConfigError: A setting is out of range, a task is listed twice, or reasoning-gym is not installed.
@@ -59,6 +65,7 @@ class ReasoningGym(SingleTurnEnvironment):
         seed: int = 0,
         score_timeout_s: float = 2.0,
         system_prompt: str = SYSTEM,
+        allow_unsound: bool = False,
     ) -> None:
         super().__init__()
         if importlib.util.find_spec("reasoning_gym") is None:
@@ -66,7 +73,9 @@ class ReasoningGym(SingleTurnEnvironment):
         for name, number in {"num_items": num_items, "num_validation": num_validation}.items():
             if not 1 <= number <= MAX_ITEMS:
                 raise ConfigError(f"ReasoningGym requires {name} from 1 to {MAX_ITEMS}, got {number}")
-        self._entries = Entries(tasks, seed, score_timeout_s)
+        self._entries = Entries(tasks, seed, score_timeout_s, allow_unsound)
+        self.allow_unsound = allow_unsound
+        self._is_audited = False
         self._numbers: dict[Split, int] = {"train": num_items, "validation": num_validation}
         self._made: dict[Split, list[Item]] = {}
         self.system_prompt = system_prompt
@@ -107,10 +116,32 @@ class ReasoningGym(SingleTurnEnvironment):
             rollout.state[SCORE] = score
         return scores
 
+    def audit_tasks(self, all_tasks: bool) -> Sequence[AuditTask]:
+        """The configured datasets, or all datasets of reasoning-gym, those that are not configured with their defaults."""
+        configured = self._entries.tasks
+        names = self._entries.all_names() if all_tasks else list(configured)
+        return [audit_task(configured.get(name, Task(name)), self._entries.seed) for name in names]
+
+    async def prepare(self) -> None:
+        """Audits the rewards of the tasks, once.
+
+        Raises:
+            ConfigError: A task is unknown, or a reward has a fault and `allow_unsound` is False.
+        """
+        await super().prepare()
+        if not self._is_audited:
+            await call_in_thread(self._audit, timeout_s=self.prepare_timeout_s)
+            self._is_audited = True
+
     async def close(self) -> None:
         """Ends the worker processes."""
         await super().close()
         self._entries.workers.close()
+
+    def _audit(self) -> None:
+        self._entries.check_tasks()
+        settings = AuditSettings(num_items=NUM_AUDITED, timeout_s=self._entries.score_timeout_s)
+        refuse_unsound(type(self).__name__, self.audit_tasks(all_tasks=False), self.allow_unsound, settings)
 
     def _score(self, rollout: Rollout) -> float:
         answer = last_answer(last_turn(rollout))

@@ -17,8 +17,15 @@ def open_library(_: Any) -> Answering:
     """
     import reasoning_gym  # noqa: F401 # an extra, which is loaded once in the process that forks
 
-    functions: dict[str, Answering] = {"check": check, "make": make, "score": score}
+    functions: dict[str, Answering] = {"names": names, "check": check, "make": make, "score": score}
     return lambda request: functions[request["do"]](request)
+
+
+def names(_: dict[str, Any]) -> list[str]:
+    """The names of all datasets."""
+    from reasoning_gym.factory import DATASETS
+
+    return sorted(DATASETS)
 
 
 def check(request: dict[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 Nothing is trained, and of the model only the tokenizer is loaded. First, the checks of the start of `fuchsia fit` run. Then
 fixed texts replace the policy's output in the collector that training uses, so prompts, tools, reward functions and time limits
-are those of training.
+are those of training. The rewards of an environment's tasks are audited in processes with limits.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,59 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fuchsia_pl.cli.audit_table import report_audit, run_audit
 from fuchsia_pl.cli.config_only import ConfigOnlyCLI
 from fuchsia_pl.cli.examination import Examination, Examiner, Run
 from fuchsia_pl.cli.options import check_env_options
 from fuchsia_pl.cli.played import Played
+from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S
+from fuchsia_pl.envs.audit.environment_task import environment_task
+from fuchsia_pl.envs.audit.player import AuditSettings
+from fuchsia_pl.envs.audit.task import AuditTask
 from fuchsia_pl.envs.base import check_rewards
+from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.loop import run_blocking
+from fuchsia_pl.rollouts.calls import close
+from fuchsia_pl.rollouts.preparation import as_config_error
 
 
 class CheckEnvCLI(ConfigOnlyCLI):
     """Uses the environment, the tokenizer, the lengths and the number of items of a config."""
 
-    def __init__(self, args: ArgsType, num_items: int) -> None:
+    def __init__(self, args: ArgsType, num_items: int, all_tasks: bool) -> None:
         self.num_items = num_items
+        self.all_tasks = all_tasks
         self.holds = False
         super().__init__(args)
 
     def use_config(self) -> None:
-        """Examines the environment and prints the results."""
-        check_rewards(self.datamodule.environment)
+        """Examines the environment and prints the results, or audits all its tasks; then audits the configured tasks."""
+        environment, console = self.datamodule.environment, Console(highlight=False)
+        check_rewards(environment)
+        self.holds = self.all_tasks or self._examined(console)
+        try:
+            tasks = self._tasks()
+            if tasks:
+                audited = run_audit(console, tasks, AuditSettings(num_items=self.num_items))
+                report_audit(console, audited)
+                self.holds &= not any(one.findings for one in audited)
+        finally:
+            if self.all_tasks:  # the examination has closed it otherwise
+                run_blocking(close(environment, CLOSE_TIMEOUT_S))
+
+    def _tasks(self) -> Sequence[AuditTask]:
+        """The tasks to audit. With --all-tasks, an environment without tasks is one."""
+        environment = self.datamodule.environment
+        with as_config_error(f"{type(environment).__name__}.audit_tasks"), user_code():
+            tasks = environment.audit_tasks(self.all_tasks)
+        if tasks or not self.all_tasks:
+            return tasks
+        config = self._get(self.config, "data").environment
+        arguments = config.init_args.as_dict() if "init_args" in config else {}
+        return [environment_task(environment, config.class_path, arguments)]
+
+    def _examined(self, console: Console) -> bool:
+        """Examines the environment and prints the results. Returns whether there is no finding."""
         trainer = self._get(self.config, "trainer")
         limit = trainer.limit_val_batches
         ranks, budget = (
@@ -42,8 +76,8 @@ class CheckEnvCLI(ConfigOnlyCLI):
         )
         run = Run(ranks, budget, held_out=1.0 if limit is None else limit)
         found = run_blocking(Examiner(self.datamodule, run, self.num_items).examine())
-        report(Console(highlight=False), found)
-        self.holds = not found.wrong
+        report(console, found)
+        return not found.wrong
 
 
 def num_ranks(devices: Any, num_nodes: int) -> int:
@@ -124,4 +158,4 @@ def check_env(arguments: list[str]) -> int:
     given, rest = parser.parse_known_args(arguments)
     if given.num_items < 1:
         parser.error(f"--num-items must be 1 or more, got {given.num_items}")
-    return 0 if CheckEnvCLI(["fit", *rest], given.num_items).holds else 1
+    return 0 if CheckEnvCLI(["fit", *rest], given.num_items, given.all_tasks).holds else 1

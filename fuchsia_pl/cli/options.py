@@ -36,6 +36,12 @@ def check_env_options() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--num-items", type=int, default=4, help="number of items to test on (default: 4)")
+    parser.add_argument(
+        "--all-tasks",
+        action="store_true",
+        help="audit the reward of every task that the environment could be configured with (of an environment without tasks: its "
+        "rewards), in processes with limits, and nothing else",
+    )
     return parser
 
 

@@ -14,6 +14,9 @@ from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
+if TYPE_CHECKING:
+    from fuchsia_pl.envs.audit.task import AuditTask  # it imports this file
+
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 # Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, a
@@ -128,6 +131,14 @@ class Environment(ABC):
         """
         checks = [getattr(function, CHECK_GOLD) for function in self.reward_functions if hasattr(function, CHECK_GOLD)]
         return next((problem for check in checks if (problem := check(item)) is not None), None)
+
+    def audit_tasks(self, all_tasks: bool) -> "Sequence[AuditTask]":
+        """The tasks whose rewards `fuchsia check-env` audits one by one; none by default, so that it audits the whole.
+
+        Args:
+            all_tasks: Whether to return every task that the environment could be configured with, or only the configured ones.
+        """
+        return ()
 
     async def prepare(self) -> None:
         """Called before every batch of rollouts. Starts resources that are not running, such as tool servers."""

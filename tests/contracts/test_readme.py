@@ -48,6 +48,7 @@ FILES = {
     "my_envs.py": ("README.md", "Your own environment", 0, 20),
     "my_task.py": ("README.md", "Your model, your file, your GPU", 0, 8),
     "my_gym.yaml": ("envs/README.md", "reasoning-gym", 0, 25),
+    "my_sums.py": ("envs/README.md", "Audit a reward", 0, 25),
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),

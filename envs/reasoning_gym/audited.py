@@ -1,0 +1,71 @@
+"""The audit of reasoning-gym's datasets, see `AuditTask`. The functions run in limited processes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fuchsia_pl.envs.audit import AuditTask
+from fuchsia_pl.envs.audit.task import ANSWER, score_each
+from fuchsia_pl.envs.rewards import last_answer
+from fuchsia_pl.envs.thinking import without_thinking
+from fuchsia_pl.library.reasoning_gym.entries import FIRST_INDEX, Split, Task, seed_of
+
+FUNCTION = f"{__name__}.open_audit"
+FORM = f"<answer>{ANSWER}</answer>"
+# The environment removes held-out items that repeat training questions. Few different questions leave none.
+MAX_REPEATED = 0.25
+
+
+def audit_task(task: Task, seed: int) -> AuditTask:
+    """The audit of a dataset.
+
+    Args:
+        task: The dataset.
+        seed: The seed of the environment.
+    """
+    argument = {"task": task.name, "config": task.config, "seed": seed}
+    return AuditTask(task.name, FUNCTION, argument, opening={}, repeats=MAX_REPEATED)
+
+
+def open_audit(_: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """Loads reasoning-gym and returns the function of the audit."""
+    import reasoning_gym  # noqa: F401 # an extra, which is loaded once in the process that forks
+
+    return answer_request
+
+
+def answer_request(request: Mapping[str, Any]) -> Any:
+    """The function of the audit."""
+    argument = request["argument"]
+    if request["do"] == "score":
+        return _scores(argument, request["item"], request["answers"])
+    split, number = request["split"], request["num"]
+    dataset = _dataset(argument, split, number)
+    entries = [dataset[index] for index in range(number)]
+    if request["do"] == "questions":
+        return [entry["question"] for entry in entries]
+    return [
+        {"item": [split, index], "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _scores(argument: Mapping[str, Any], item: tuple[Split, int], answers: list[list[str]]) -> list[Any]:
+    """The scores of answers as the environment reads them."""
+    split, index = item
+    dataset = _dataset(argument, split, index + 1)
+    entry = dataset[index]
+
+    def score(turns: list[str]) -> tuple[float, bool]:
+        answer = last_answer(without_thinking(turns[-1]))
+        reward = 0.0 if answer is None else float(dataset.score_answer(answer, entry))
+        return reward, reward >= 1.0
+
+    return score_each(score, answers)
+
+
+def _dataset(argument: Mapping[str, Any], split: Split, size: int) -> Any:
+    """A dataset with the first entries of a split. Some take seconds to load, so one dataset makes all entries of a request."""
+    from reasoning_gym import create_dataset
+
+    seed = seed_of(argument["seed"], FIRST_INDEX[split])
+    return create_dataset(argument["task"], **argument["config"], seed=seed, size=size)
