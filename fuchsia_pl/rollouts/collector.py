@@ -18,8 +18,9 @@ from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.calls import EnvironmentStepError, call_method
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.rollouts.prompt import Prompt
 from fuchsia_pl.rollouts.scoring import score_group
-from fuchsia_pl.types import Completion, ConfigError, Item, Message, Prompt, Rollout, RolloutStatus, Turn
+from fuchsia_pl.types import Completion, ConfigError, Item, Message, Rollout, RolloutStatus, Turn
 
 T = TypeVar("T")
 RESPONSE = "some response"  # placeholder for a response of an environment
