@@ -19,6 +19,17 @@ def test_sequence_mean_by_hand():
     assert sequence_mean(VALUES, MASK, num_rollouts=2).item() == 5.0
 
 
+def test_rows_of_one_rollout_are_one_sequence_by_hand():
+    # Both rows are of one rollout, whose tokens 1, 3 and 8 have the mean 4. As two sequences they would have 5.
+    other = torch.tensor([1, 2])
+    assert sequence_mean(VALUES, MASK, num_rollouts=1, other_tokens=other).item() == 4.0
+    whole = denominators(num_tokens=3, num_rollouts=1)
+    assert reduce(VALUES, MASK, "sequence_mean", whole, None, other).item() == 4.0
+    # In different micro-batches, each row has its share: (1 + 3) / 3 and 8 / 3.
+    shares = [reduce(VALUES[r : r + 1], MASK[r : r + 1], "sequence_mean", whole, None, other[r : r + 1]) for r in (0, 1)]
+    assert [share.item() for share in shares] == pytest.approx([4 / 3, 8 / 3])
+
+
 def test_constant_by_hand_ignores_lengths():
     # (1 + 3 + 8) / (2 rows * 4 tokens), and the same when the rows are padded to twice the length
     assert constant(VALUES, MASK, num_rollouts=2, length=4).item() == 1.5

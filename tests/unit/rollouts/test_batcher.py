@@ -10,7 +10,7 @@ P0, P1, A0, A1, EOS = 11, 12, 21, 22, 2
 
 def num_computed_tokens(unit, shares_prefix):
     """Tokens of the forward for some rows, without padding. The prefix of siblings is compared token by token."""
-    inputs = [sample.rollout.token_ids[: num_used_tokens(sample.rollout) - 1] for sample in unit]
+    inputs = [sample.row.token_ids[: num_used_tokens(sample.row) - 1] for sample in unit]
     total = sum(map(len, inputs))
     if not shares_prefix:
         return total
