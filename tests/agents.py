@@ -185,3 +185,19 @@ def silent(item, base_url, api_key):
 def longest(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
     """The length of what the agent returned."""
     return [float(len(str(rollout.state["result"]))) for rollout in rollouts]
+
+
+def branching(item, base_url, api_key):
+    """A question and another one after its answer, then a new conversation."""
+    messages = question(item)
+    first = post(base_url, api_key, {"model": "m", "messages": messages, "max_tokens": 3})
+    messages += [first["choices"][0]["message"], {"role": "user", "content": "more?"}]
+    post(base_url, api_key, {"model": "m", "messages": messages, "max_tokens": 3})
+    other = [{"role": "user", "content": f"again {item['prompt']}"}]
+    return post(base_url, api_key, {"model": "m", "messages": other, "max_tokens": 3})["choices"][0]["message"]["content"]
+
+
+def even_ids(rollouts: list[Rollout], *args, **kwargs) -> list[float]:
+    """The share of even ids among the sampled ones."""
+    ids = [[token for turn in rollout.all_turns for token in turn.completion.token_ids] for rollout in rollouts]
+    return [sum(token % 2 == 0 for token in of) / max(len(of), 1) for of in ids]
