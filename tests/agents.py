@@ -194,7 +194,9 @@ def branching(item, base_url, api_key):
     messages += [first["choices"][0]["message"], {"role": "user", "content": "more?"}]
     post(base_url, api_key, {"model": "m", "messages": messages, "max_tokens": 3})
     other = [{"role": "user", "content": f"again {item['prompt']}"}]
-    return post(base_url, api_key, {"model": "m", "messages": other, "max_tokens": 3})["choices"][0]["message"]["content"]
+    return post(base_url, api_key, {"model": "m", "messages": other, "max_tokens": 3})["choices"][0]["message"][
+        "content"
+    ]
 
 
 def even_ids(rollouts: list[Rollout], *args, **kwargs) -> list[float]:

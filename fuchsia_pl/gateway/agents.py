@@ -21,7 +21,19 @@ from fuchsia_pl.types import ConfigError, Item, shortened
 
 ARGUMENTS = ("item", "base_url", "api_key")
 # Variables that a command inherits. Keys and tokens of the run's user are not among them.
-INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "PYTHONPATH", "SHELL", "TERM", "TMPDIR", "USER", "VIRTUAL_ENV")
+INHERITED = (
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LOGNAME",
+    "PATH",
+    "PYTHONPATH",
+    "SHELL",
+    "TERM",
+    "TMPDIR",
+    "USER",
+    "VIRTUAL_ENV",
+)
 MAX_OUTPUT_BYTES = 1 << 20  # of a command; the rest is read and dropped
 MAX_ERROR_CHARS = 1000
 GRACE_S = 5.0
@@ -73,8 +85,8 @@ class Agent(ABC):
 class EntryAgent(Agent):
     """A Python function `run(item, base_url, api_key)`, sync or async.
 
-    A sync function runs in a thread of its own. Async ones share an event loop, which is not that of the rollouts: one that blocks
-    without an `await` blocks the other agents. A thread cannot be ended: use a command for an agent that may hang.
+    A sync function runs in a thread of its own. Async ones share an event loop, which is not that of the rollouts: one that
+    blocks without an `await` blocks the other agents. A thread cannot be ended: use a command for an agent that may hang.
 
     Args:
         entry: "module:function".
@@ -141,7 +153,9 @@ class CommandAgent(Agent):
             with suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), GRACE_S)
         if status != 0:
-            raise AgentError(f"{self._command[0]} ended with status {status}: {shortened(err.strip(), MAX_ERROR_CHARS)}")
+            raise AgentError(
+                f"{self._command[0]} ended with status {status}: {shortened(err.strip(), MAX_ERROR_CHARS)}"
+            )
         return out
 
 
@@ -191,7 +205,8 @@ def imported(setting: str, path: str, parameters: Sequence[str]) -> Callable[...
         function = pkgutil.resolve_name(path)
     except (Exception, SystemExit) as error:  # the module of a user may raise anything
         raise ConfigError(
-            f"{where} cannot be imported: {type(error).__name__}: {error}. Its module must be in the working directory or installed"
+            f"{where} cannot be imported: {type(error).__name__}: {error}. Its module must be in the "
+            "working directory or installed"
         ) from error
     if not callable(function):
         raise ConfigError(f"{where} is of type {type(function).__name__}: it must be a function")

@@ -288,10 +288,8 @@ def _text(given: Mapping[str, Any], name: str) -> str:
 
 
 def _must_be(name: str, allowed: Any, value: Any) -> str:
-    shown = json.dumps(value)[:80]
-    return (
-        f"{name} must be {json.dumps(allowed)} or left out, got {shown}: other values change the distribution that is trained on"
-    )
+    shown, needed = json.dumps(value)[:80], json.dumps(allowed)
+    return f"{name} must be {needed} or left out, got {shown}: other values change the distribution that is trained on"
 
 
 def _refused(message: str) -> ApiError:

@@ -37,7 +37,7 @@ class AgentSettings:
     max_requests: int = 32
     max_rows: int = 4
     timeout_s: float = 600.0
-    max_body_kb: int = 1024
+    max_body_kb: int = 4096
     host: str = LOOPBACK
     port: int = 0
     variables: dict[str, str] = field(default_factory=dict)
@@ -176,7 +176,9 @@ def make_agent(entry: str | None, command: list[str] | None, settings: AgentSett
         raise ConfigError(f"AgentEnvironment takes either an entry or a command, got {entry!r} and {command!r}")
     if entry is not None:
         if settings.variables:
-            raise ConfigError("AgentEnvironment.settings.variables are those of a command, and there is an entry: leave them out")
+            raise ConfigError(
+                "AgentEnvironment.settings.variables are those of a command, and there is an entry: leave them out"
+            )
         return EntryAgent(entry)
     if isinstance(command, str) or not command:
         raise ConfigError(f"AgentEnvironment.command must be a list of words, got {command!r}")

@@ -219,5 +219,7 @@ async def _error(request: Request, error: ApiError) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     served = "/v1/chat/completions and /v1/models are served"
-    found = ApiError(error.status_code, "unknown_url", f"{request.method} {request.url.path[:100]} is not served: {served}")
+    found = ApiError(
+        error.status_code, "unknown_url", f"{request.method} {request.url.path[:100]} is not served: {served}"
+    )
     return JSONResponse(found.body, status_code=error.status_code)

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections import Counter
 from contextlib import suppress
+from contextvars import copy_context
 
 from fuchsia_pl.envs.self_driven import RefusedTurnError, TurnSource, WrittenTurn
 from fuchsia_pl.gateway.chat_api import ApiError, ChatRequest, read_request
@@ -37,6 +38,7 @@ class Session:
         self._policy = policy
         self._temperature = temperature
         self._counts = counts
+        self._context = copy_context()  # that of the rollout: handlers of requests have the server's
         self._turns: set[asyncio.Task[WrittenTurn]] = set()
         self._is_closed = False
         self._number = 0
@@ -80,7 +82,7 @@ class Session:
         if self._is_closed:
             raise _ended()
         # A task of its own: a client that is gone cancels the handler, and the turn is still added to the rollout as a whole.
-        task = asyncio.ensure_future(self._policy.turn(asked.turn))
+        task = asyncio.get_running_loop().create_task(self._policy.turn(asked.turn), context=self._context)
         self._turns.add(task)
         task.add_done_callback(self._settle)
         try:

@@ -7,7 +7,6 @@ sampled are never made from text again: a new row begins with the ids of the lon
 import asyncio
 import copy
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +93,9 @@ class RequestedTurns(TurnSource):
                 self._ran_out = error.is_limit
                 raise
             except Exception as error:  # a template or a tokenizer may raise anything on foreign messages
-                raise RefusedTurnError(f"the messages cannot be rendered: {reason(error)}", "invalid_messages") from error
+                raise RefusedTurnError(
+                    f"the messages cannot be rendered: {reason(error)}", "invalid_messages"
+                ) from error
             try:
                 return await self._written(request, view, asked, extended, room)
             except Exception as error:

@@ -107,7 +107,9 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         Ratio("probe of a sync / forward and backward of a step", f["probe_share"], "<=", 0.05),
         Ratio("sampling / bare AsyncLLM", f["sampling_tokens_per_s"] / f["bare_tokens_per_s"], ">=", 0.95),
         Ratio("sampling / bare AsyncLLM, 4 turns", f["turns_tokens_per_s"] / f["bare_turns_tokens_per_s"], ">=", 0.9),
-        Ratio("64 agents / bare AsyncLLM, 4 turns", f["agents_tokens_per_s"] / f["bare_agents_tokens_per_s"], ">=", 0.9),
+        Ratio(
+            "64 agents / bare AsyncLLM, 4 turns", f["agents_tokens_per_s"] / f["bare_agents_tokens_per_s"], ">=", 0.9
+        ),
         Ratio(
             "GB more for 8,192 tokens than for 1,024 at 150,000 words", f["peak_8192_gb"] - f["peak_1024_gb"], "<=", 0.3
         ),

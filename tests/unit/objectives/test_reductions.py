@@ -26,7 +26,9 @@ def test_rows_of_one_rollout_are_one_sequence_by_hand():
     whole = denominators(num_tokens=3, num_rollouts=1)
     assert reduce(VALUES, MASK, "sequence_mean", whole, None, other).item() == 4.0
     # In different micro-batches, each row has its share: (1 + 3) / 3 and 8 / 3.
-    shares = [reduce(VALUES[r : r + 1], MASK[r : r + 1], "sequence_mean", whole, None, other[r : r + 1]) for r in (0, 1)]
+    shares = [
+        reduce(VALUES[r : r + 1], MASK[r : r + 1], "sequence_mean", whole, None, other[r : r + 1]) for r in (0, 1)
+    ]
     assert [share.item() for share in shares] == pytest.approx([4 / 3, 8 / 3])
 
 

@@ -215,7 +215,10 @@ def test_each_row_has_a_line_in_the_logs_and_a_card_in_the_report(tiny_model):
     lines = []
     for number, row in enumerate(rollout.rows):
         lines.append({**row_line(rollout, number, 4, 0.5), **token_fields(row, (), chat)})
-    assert [(line["row"], line["prompt"], line["completion"]) for line in lines] == [(0, "p", "<21>"), (1, "p1", "<31>")]
+    assert [(line["row"], line["prompt"], line["completion"]) for line in lines] == [
+        (0, "p", "<21>"),
+        (1, "p1", "<31>"),
+    ]
     assert [(line["prompt_ids"], line["completion_ids"]) for line in lines] == [([P0, P1], [A0, A1]), ([P0, Q0], [B0])]
     samples = [Sample(rollout, (0.5, 0.5), row_number=0), Sample(rollout, (0.5,), row_number=1)]
     (batch,) = make_batches([[samples]], StepInfo(4, count_denominators(samples, 8), 4))
@@ -248,7 +251,10 @@ def test_a_truncated_rollout_keeps_its_status_over_all_rows():
     rollout = make_rollout(*BRANCHED)
     rollout.status = RolloutStatus.TRUNCATED
     samples = make_samples(
-        LossConfig("dapo", truncated="mask"), make_groups([[rollout, make_rollout(([P0], [A0]), reward=0.0)]]), {},
-        NO_SIGNALS, lambda values: values,
+        LossConfig("dapo", truncated="mask"),
+        make_groups([[rollout, make_rollout(([P0], [A0]), reward=0.0)]]),
+        {},
+        NO_SIGNALS,
+        lambda values: values,
     )
     assert [sample.rollout is rollout for sample in samples] == [False]
