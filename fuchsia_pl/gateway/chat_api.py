@@ -125,20 +125,15 @@ def completion(asked: ChatRequest, written: WrittenTurn, number: str, created: i
         number: Id of the answer.
         created: Seconds since 1970.
     """
-    message = {**written.message, "content": written.message["content"] or None} if _calls(written) else written.message
+    calls, content = _calls(written), written.message["content"]
+    message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    choice = {"index": 0, "message": message | ({"tool_calls": calls} if calls else {}), "logprobs": None}
     return {
         "id": number,
         "object": "chat.completion",
         "created": created,
         "model": asked.model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {**message, **({"tool_calls": _calls(written)} if _calls(written) else {}), "refusal": None},
-                "finish_reason": finish_reason(written),
-                "logprobs": None,
-            }
-        ],
+        "choices": [{**choice, "finish_reason": finish_reason(written)}],
         "usage": _usage(written),
     }
 
@@ -217,12 +212,13 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     if foreign:
         raise _refused(f"message {number} has {foreign}, which are not supported")
     found: dict[str, Any] = {"role": ROLES[role], "content": message.get("content")}
+    if role == "assistant" and found["content"] is None:
+        found["content"] = ""
     if role == "assistant" and message.get("tool_calls"):
         calls = message["tool_calls"]
         if not isinstance(calls, list):
             raise _refused(f"message {number}: its tool_calls must be a list")
         found["tool_calls"] = [_call(call, f"message {number}, call {place}") for place, call in enumerate(calls)]
-        found["content"] = "" if found["content"] is None else found["content"]
     if role == "tool":
         found["tool_call_id"] = str(message.get("tool_call_id", ""))
     return found
