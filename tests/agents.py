@@ -111,10 +111,10 @@ async def with_openai_agents(item, base_url, api_key):
         """Repeats a text."""
         return text
 
-    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
-    model = OpenAIChatCompletionsModel(model="gpt-4o", openai_client=client)
-    agent = Agent(name="Echo", instructions="Use the tool.", tools=[echo], model=model)
-    return (await Runner.run(agent, item["prompt"])).final_output
+    async with AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
+        model = OpenAIChatCompletionsModel(model="gpt-4o", openai_client=client)
+        agent = Agent(name="Echo", instructions="Use the tool.", tools=[echo], model=model)
+        return (await Runner.run(agent, item["prompt"])).final_output
 
 
 def rewriting(item, base_url, api_key):

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from fuchsia_pl.envs.bounded import await_bounded, call_in_thread, check_left_threads
-from fuchsia_pl.loop import LoopThread
+from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.scratch import OWNER_VARIABLE
 from fuchsia_pl.types import ConfigError, Item, shortened
 
@@ -114,6 +114,7 @@ class EntryAgent(Agent):
         """Stops the event loop of async functions."""
         loop, self._loop = self._loop, None
         if loop is not None:
+            await loop.call(cancel_others(GRACE_S), STOP_TIMEOUT_S)
             await asyncio.get_running_loop().run_in_executor(None, loop.stop, STOP_TIMEOUT_S)
 
 
@@ -195,8 +196,8 @@ def imported(setting: str, path: str, parameters: Sequence[str]) -> Callable[...
     Raises:
         ConfigError: It cannot be imported or called with these arguments.
 
-    >>> imported("entry", "math:hypot", ("x", "y"))(3, 4)
-    5.0
+    >>> imported("entry", "math:sqrt", ("x",))(4.0)
+    2.0
     """
     where = f"AgentEnvironment.{setting} {path!r}"
     if ":" not in path:

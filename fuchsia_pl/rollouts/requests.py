@@ -206,7 +206,8 @@ class RequestedTurns(TurnSource):
             rollout.append_environment(list(asked.token_ids[len(extended.token_ids) :]))
             rollout.messages += request.messages[extended.num_messages :]
             return
-        rollout.counts[BRANCHES] += bool(rollout.turns)
+        if rollout.turns:
+            rollout.counts[BRANCHES] += 1
         ids = list(asked.token_ids)
         rollout.branch(ids, self._collector.chat.raw_text(ids), request.messages)
 
