@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 from fuchsia_pl.types import Rollout
@@ -172,6 +173,8 @@ def misbehaving(item, base_url, api_key):
             while True:
                 try:
                     post(base_url, api_key, {"model": "m", "messages": []})
+                except urllib.error.HTTPError as error:
+                    error.close()
                 except OSError:
                     time.sleep(0.001)
     return once(item, base_url, api_key)["message"]["content"]

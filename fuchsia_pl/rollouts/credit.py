@@ -86,7 +86,7 @@ def make_samples(
     """
     inputs = credit_inputs(config, groups, weights, signals)
     advantages, targets = assign_credit(config.parts.advantage, inputs, over_ranks)
-    samples = []
+    samples: list[Sample] = []
     for row, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         if not is_trained_on(config, rollout):
             continue
@@ -115,8 +115,11 @@ def _samples(
     old_values = None if values is None else values.tolist()
     for number, place in enumerate(places_of_rows(rollout)):
         if place.start < place.stop:
-            of_row = [None if column is None else tuple(column[place]) for column in (old_values, targets)]
-            yield Sample(rollout, tuple(credit[place]), *of_row, row_number=number)
+            yield Sample(rollout, tuple(credit[place]), _part(old_values, place), _part(targets, place), number)
+
+
+def _part(values: list[float] | None, place: slice) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values[place])
 
 
 def places_of_rows(rollout: Rollout) -> list[slice]:

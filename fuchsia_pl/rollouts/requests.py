@@ -124,7 +124,7 @@ class RequestedTurns(TurnSource):
         self._places += [asked, answered]
         self._num_turns += 1
         is_cut = turn.completion.finish_reason == "length"
-        self._ran_out = is_cut and limit == room
+        self._ran_out = is_cut and (request.max_tokens is None or room < request.max_tokens)
         return WrittenTurn(message, is_cut, len(asked.token_ids), len(turn.completion.token_ids))
 
     def _view(self, request: TurnRequest) -> "Collector":
