@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuchsia_pl.types import Rollout, Sample
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Rollout
 
 
 class StaleBatchError(RuntimeError):
@@ -23,17 +24,17 @@ class Denominators:
 
     Attributes:
         num_tokens: Tokens that the policy sampled in the step's trainable rows.
-        num_rows: Rows with at least one such token.
+        num_rollouts: Rollouts with at least one such token. Most are one row.
         max_completion_tokens: The configured bound of a completion's length.
         num_forward_tokens: Tokens of the rows that enter the forward; the divisor of metrics. Rows that cannot change any weight
             do not enter the forward, but count in the loss's mean.
 
-    >>> Denominators(num_tokens=1500, num_rows=64, max_completion_tokens=32, num_forward_tokens=1400).num_rows
+    >>> Denominators(num_tokens=1500, num_rollouts=64, max_completion_tokens=32, num_forward_tokens=1400).num_rollouts
     64
     """
 
     num_tokens: int
-    num_rows: int
+    num_rollouts: int
     max_completion_tokens: int
     num_forward_tokens: int
 
@@ -142,6 +143,7 @@ class Batch:
         old_values: Critic values before the update, float32 [B, T]; None without a critic.
         value_targets: Targets of the critic values, float32 [B, T]; None without a critic.
         dropout_seed: Seed of the training forward's dropout.
+        other_tokens: Sampled tokens in the other rows of each row's rollout, int64 [B]; None if no rollout has several rows.
 
     >>> zeros = torch.zeros(1, 4)
     >>> batch = Batch(
@@ -164,6 +166,7 @@ class Batch:
     old_values: Tensor | None = None
     value_targets: Tensor | None = None
     dropout_seed: int = 0
+    other_tokens: Tensor | None = None
 
     @property
     def has_rows(self) -> bool:

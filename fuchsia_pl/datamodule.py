@@ -35,8 +35,9 @@ from fuchsia_pl.rollouts.ranks import Ranks, ranks_of
 from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.run_checks import SignalSource, check_run_setup, engine_spec
 from fuchsia_pl.rollouts.training_phase import Forward, TrainingPhase
+from fuchsia_pl.samples import Evaluation
 from fuchsia_pl.stopping import stopping
-from fuchsia_pl.types import ConfigError, Evaluation
+from fuchsia_pl.types import ConfigError
 
 CLOSE_TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
@@ -264,9 +265,8 @@ class RolloutDataModule(LightningDataModule):
     def _plan_micro_batches(self, max_tokens: int) -> None:
         """Sets the trainer's number of micro-batches. It depends on the loaded model, which may share prefixes."""
         assert self._longest_row is not None, "setup is called first"
-        groups, group_size = self._groups_per_step, self.sampling.group_size
-        shares_prefix = self._signal_source.shares_prefix
-        self._planned = budget.plan_micro_batches(self._longest_row, groups, group_size, shares_prefix, max_tokens)
+        groups, group_size, shares = self._groups_per_step, self.sampling.group_size, self._always_shares_prefix
+        self._planned = budget.plan_micro_batches(self._longest_row, groups, group_size, shares, max_tokens)
         self._trainer.accumulate_grad_batches = self._planned
         check_phases(self._trainer, self._taken.steps_per_epoch, self.loss.steps_per_phase)
 
@@ -278,13 +278,18 @@ class RolloutDataModule(LightningDataModule):
     def longest_batch(self) -> Batch:
         """The largest micro-batch of the run, filled with arbitrary ids."""
         assert self._longest_row is not None, "setup is called first"
-        step = self._trainer.global_step
-        return budget.longest_batch(self._longest_row, self._groups_per_step, self.sampling, self._forward, step)
+        step, forward = self._trainer.global_step, replace(self._forward, shares_prefix=self._always_shares_prefix)
+        return budget.longest_batch(self._longest_row, self._groups_per_step, self.sampling, forward, step)
 
     @property
     def _groups_per_step(self) -> int:
-        """Groups of one optimizer step on this rank."""
-        return self.batch_size // (self._trainer.world_size * self.loss.mini_batches)
+        """Groups of rows of one optimizer step on this rank, at most: siblings' first rows, their second ones, and so on."""
+        return self.environment.max_rows * self.batch_size // (self._trainer.world_size * self.loss.mini_batches)
+
+    @property
+    def _always_shares_prefix(self) -> bool:
+        """Whether the prompt of each group of rows is computed once. Rewritten histories need not have a common beginning."""
+        return self._signal_source.shares_prefix and self.environment.max_rows == 1
 
     @property
     def _ranks(self) -> Ranks:

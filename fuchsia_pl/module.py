@@ -39,7 +39,8 @@ from fuchsia_pl.policy.policy import Policy, own_randomness
 from fuchsia_pl.policy.schedules import check_optimization, lightning_config
 from fuchsia_pl.policy.sharding import built_on_all_ranks, check_sharded, mesh_of_all_ranks, total_norm
 from fuchsia_pl.policy.sources import read_template, resolve_model
-from fuchsia_pl.types import ConfigError, Evaluation, ServedModel
+from fuchsia_pl.samples import Evaluation
+from fuchsia_pl.types import ConfigError, ServedModel
 
 logger = logging.getLogger(__name__)
 

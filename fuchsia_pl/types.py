@@ -1,12 +1,13 @@
 """Data types of a run, in the order of the data flow.
 
-item -> Prompt -> Completion -> Turn -> Rollout -> RolloutGroup -> Sample -> Batch (`batch.py`)
+item -> Prompt (`rollouts/prompt.py`) -> Completion -> Turn -> Row -> Rollout
+-> RolloutGroup -> Sample (`samples.py`) -> Batch (`batch.py`)
 
-Shape letters: G siblings of a group, L tokens of a rollout, A sampled tokens.
+Shape letters: G siblings of a group, L tokens of a row.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -73,43 +74,6 @@ class ServedModel:
     def folder(self) -> str:
         """The model folder that trainer and engine load."""
         return str(self.resolve(self.name))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The conversation of an item before the policy's first turn. It is made once per item and phase; all siblings use it.
-
-    Attributes:
-        item: The dataset row.
-        index: Position of the row in its split.
-        messages: The conversation that the policy continues.
-        token_ids: Token ids of the conversation, up to and including the header of the policy's turn.
-        text: Text of `token_ids`, special tokens included.
-
-    >>> prompt = Prompt({"a": 3, "b": 4}, 0, ({"role": "user", "content": "3 plus 4?"},), (11, 12), "user: 3 plus 4?")
-    >>> rollout = prompt.rollout(sibling=1, temperature=0.7, step=5)
-    >>> rollout.token_ids, rollout.prompt, rollout.messages[0] is prompt.messages[0]
-    ([11, 12], 'user: 3 plus 4?', False)
-    """
-
-    item: Item
-    index: int
-    messages: tuple[Message, ...]
-    token_ids: tuple[int, ...]
-    text: str
-
-    def rollout(self, sibling: int, temperature: float, step: int | None) -> "Rollout":
-        """Starts a rollout. Its messages are copies, so that user code cannot change those of a sibling.
-
-        Args:
-            sibling: Position in its group.
-            temperature: Sampling temperature.
-            step: The optimizer step it is sampled for, None on a held-out split.
-        """
-        messages = [dict(message) for message in self.messages]
-        rollout = Rollout(self.item, self.index, sibling, temperature, self.text, step, messages)
-        rollout.start(list(self.token_ids))
-        return rollout
 
 
 @dataclass(frozen=True)
@@ -183,16 +147,66 @@ class Turn:
 
 
 @dataclass
-class Rollout:
-    """One whole interaction. It grows during sampling and does not change after it has a status.
+class Row:
+    """One sequence of ids that the trainer computes as a whole: a prompt, and the turns that continue it.
 
-    Training uses the ids; the texts are for people and reward functions. P are prompt tokens, A and B sampled tokens. E are the
-    environment's tokens: the end of the policy's turn if the policy did not write it, the response, and the header of the next
-    turn. The three lists always have the same length [L]:
+    P are prompt tokens, A and B sampled tokens. E are the environment's tokens: the end of the policy's turn if the policy did
+    not write it, the response, and the header of the next turn. The three lists always have the same length [L]:
 
         token_ids           P0    P1    A0    A1    E0    E1    E2    B0
         loss_mask           False False True  True  False False False True      (True: the policy sampled this token)
         sampling_logprobs   0.0   0.0   -0.4  -0.1  0.0   0.0   0.0   -0.2      (0.0 where loss_mask is False)
+
+    Attributes:
+        prompt: Text of the prompt, special tokens included.
+        messages: The conversation, `{"role": …, "content": …}`.
+        token_ids: The ids.
+        loss_mask: Whether the policy sampled each id.
+        sampling_logprobs: Log-probability of each sampled id at the sampling temperature.
+        turns: The policy's turns, in order.
+
+    >>> turn = Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), "7", "7", "7", "7")
+    >>> row = Row("3 plus 4?", [], [11, 52, 2], [False, True, True], [0.0, -0.4, -0.1], [turn])
+    >>> row.num_prompt_tokens, row.num_sampled_tokens, row.completion, row.policy_versions
+    (1, 2, '7', [-1, 3, 3])
+    """
+
+    prompt: str
+    messages: list[Message]
+    token_ids: list[int]
+    loss_mask: list[bool]
+    sampling_logprobs: list[float]
+    turns: list[Turn]
+
+    @property
+    def completion(self) -> str:
+        """Text of the row's turns, without special tokens and without the environment's responses."""
+        return "".join(turn.text for turn in self.turns)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Number of tokens before the first sampled token."""
+        return self.loss_mask.index(True) if True in self.loss_mask else len(self.token_ids)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Number of tokens that the policy sampled."""
+        return sum(self.loss_mask)
+
+    @property
+    def policy_versions(self) -> list[int]:
+        """The policy version that sampled each token, -1 where `loss_mask` is False. Length [L]."""
+        sampled = (version for turn in self.turns for version in turn.completion.policy_versions)
+        return [next(sampled) if kept else -1 for kept in self.loss_mask]
+
+
+@dataclass
+class Rollout:
+    """One whole interaction. It grows during sampling and does not change after it has a status.
+
+    Training uses the ids; the texts are for people and reward functions. Most rollouts are one `Row`. If the conversation is
+    rewritten, so that a prompt does not continue the ids before it, `branch` closes the row and starts another one. The lists
+    of ids, `messages` and `turns` are those of the open row, the last one; properties are over all rows.
 
     Attributes:
         item: The dataset row.
@@ -202,7 +216,11 @@ class Rollout:
         prompt: Text of the prompt, special tokens included.
         step: The optimizer step it is sampled for, None on a held-out split.
         messages: The conversation so far, `{"role": …, "content": …}`.
+        token_ids: See `Row`, as the two lists that follow.
+        loss_mask: Whether the policy sampled each id.
+        sampling_logprobs: Log-probability of each sampled id.
         turns: The policy's turns, in order.
+        earlier_rows: The rows that were closed, in order.
         state: Storage for the environment.
         counts: Counters by name; the environment declares the names.
         status: How it ended, None while it runs.
@@ -231,6 +249,7 @@ class Rollout:
     loss_mask: list[bool] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    earlier_rows: list[Row] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     status: RolloutStatus | None = None
@@ -239,31 +258,41 @@ class Rollout:
     _responses: list[Message] = field(default_factory=list, repr=False)
 
     @property
+    def rows(self) -> list[Row]:
+        """All rows, the open one last. It shares its lists with the rollout."""
+        ids = (self.token_ids, self.loss_mask, self.sampling_logprobs)
+        return [*self.earlier_rows, Row(self.prompt, self.messages, *ids, self.turns)]
+
+    @property
+    def all_turns(self) -> list[Turn]:
+        """The policy's turns of all rows, in order."""
+        return [turn for row in self.rows for turn in row.turns]
+
+    @property
     def completion(self) -> str:
         """Text of all of the policy's turns, without special tokens and without the environment's responses."""
-        return "".join(turn.text for turn in self.turns)
+        return "".join(row.completion for row in self.rows)
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Number of tokens before the first sampled token."""
-        return self.loss_mask.index(True) if True in self.loss_mask else len(self.token_ids)
+        """Number of tokens before the first sampled token of the first row."""
+        return self.rows[0].num_prompt_tokens
 
     @property
     def num_sampled_tokens(self) -> int:
         """Number of tokens that the policy sampled."""
-        return sum(self.loss_mask)
+        return sum(row.num_sampled_tokens for row in self.rows)
 
     @property
     def policy_version(self) -> int:
         """The oldest policy version among its turns, -1 before the first turn."""
-        completions = [turn.completion for turn in self.turns]
+        completions = [turn.completion for turn in self.all_turns]
         return min((min((*c.earlier_versions, c.policy_version)) for c in completions), default=-1)
 
     @property
     def policy_versions(self) -> list[int]:
-        """The policy version that sampled each token, -1 where `loss_mask` is False. Length [L]."""
-        sampled = (version for turn in self.turns for version in turn.completion.policy_versions)
-        return [next(sampled) if kept else -1 for kept in self.loss_mask]
+        """The policy version that sampled each token of all rows, -1 where `loss_mask` is False."""
+        return [version for row in self.rows for version in row.policy_versions]
 
     def respond(self, text: str, role: str = "user") -> None:
         """Adds a response to the newest turn; the policy continues after it. A turn may have several responses.
@@ -293,6 +322,35 @@ class Rollout:
         assert not self.token_ids, "a rollout is started once"
         self.append_environment(prompt_ids)
 
+    def branch(self, prompt_ids: list[int], prompt: str = "", messages: Sequence[Message] = ()) -> None:
+        """Closes the open row between two turns and starts another one. All rows share the rollout's reward.
+
+        A row without a turn is replaced: nothing of it was sampled.
+
+        Args:
+            prompt_ids: The ids that the next turn follows, which are not trained on.
+            prompt: Their text, special tokens included.
+            messages: The conversation that they are.
+
+        Raises:
+            RuntimeError: The rollout has ended, or has responses that are not in its ids yet.
+
+        >>> rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
+        >>> rollout.start([11, 12])
+        >>> rollout.append(Turn(Completion((52, 2), (-0.4, -0.1), "stop", None, policy_version=3), "7", "7", "7", "7"))
+        >>> rollout.branch([11, 13])
+        >>> [row.token_ids for row in rollout.rows], rollout.num_sampled_tokens, rollout.completion
+        ([[11, 12, 52, 2], [11, 13]], 2, '7')
+        """
+        if self.status is not None or self._responses:
+            what = "has ended" if self.status is not None else "has responses that no turn follows yet"
+            raise RuntimeError(f"rollout.branch was called on a rollout that {what}")
+        if self.turns:
+            self.earlier_rows = self.rows
+        self.prompt, self.messages, self.turns = prompt, list(messages), []
+        self.token_ids, self.loss_mask, self.sampling_logprobs = [], [], []
+        self.start(prompt_ids)
+
     def append(self, turn: Turn) -> None:
         """Adds a sampled turn."""
         completion = turn.completion
@@ -320,57 +378,3 @@ class Rollout:
         self.token_ids += token_ids
         self.loss_mask += loss_mask
         self.sampling_logprobs += logprobs
-
-
-@dataclass(frozen=True)
-class RolloutGroup:
-    """The G siblings of one item.
-
-    Attributes:
-        rollouts: The siblings, in order. Length [G].
-        has_spread: Whether the siblings' rewards differ.
-
-    >>> RolloutGroup(rollouts=(), has_spread=False).has_spread
-    False
-    """
-
-    rollouts: tuple[Rollout, ...]
-    has_spread: bool
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One trainable row: a rollout with the advantage of each of its sampled tokens.
-
-    Attributes:
-        rollout: The rollout.
-        advantages: One per sampled token. Length [A].
-        old_values: Critic values before the update, one per sampled token, None without a critic. Length [A].
-        value_targets: Targets of the critic values, None without a critic. Length [A].
-
-    >>> rollout = Rollout({}, item_index=0, sibling=1, temperature=1.0, prompt="")
-    >>> Sample(rollout, advantages=(-0.5, -0.9)).mean_advantage
-    -0.7
-    """
-
-    rollout: Rollout
-    advantages: tuple[float, ...]
-    old_values: tuple[float, ...] | None = None
-    value_targets: tuple[float, ...] | None = None
-
-    @property
-    def mean_advantage(self) -> float:
-        """Mean over the sampled tokens, for logs."""
-        return sum(self.advantages) / max(len(self.advantages), 1)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Rollouts and metrics of one pass over a held-out split.
-
-    >>> Evaluation(rollouts=(), metrics={"accuracy": 0.5}).metrics["accuracy"]
-    0.5
-    """
-
-    rollouts: tuple[Rollout, ...]
-    metrics: Mapping[str, float]

@@ -42,6 +42,7 @@ SLOW_FILES = {
     *(f"cli/test_{name}.py" for name in ("chat", "doctor", "predict", "report", "run_json", "runs")),
     *("callbacks/test_console.py", "callbacks/test_console_progress.py", "callbacks/test_live_report.py"),
     *("callbacks/test_rollout_log.py", "evaluation/test_health.py", "report/test_run_data.py"),
+    *("gateway/test_agent_fit.py", "gateway/test_gateway.py", "rollouts/test_rows.py"),
     *("cli/test_plan.py", "policy/test_plan_simulation.py", "policy/test_planner.py", "policy/test_prefix_kernels.py"),
     *("rollouts/test_filled.py", "rollouts/test_bins.py", "test_filled_steps.py", "test_mini_batches.py"),
     "test_gpu_check.py",

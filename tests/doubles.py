@@ -24,7 +24,8 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Sample, Turn
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 from tests.tiny_llama import TinyLlama
 
 ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz:?\n"
@@ -262,8 +263,8 @@ def make_sample(prompt_ids: list[int], token_ids: list[int], advantage: float, l
     return Sample(rollout, (advantage,) * len(token_ids))
 
 
-def denominators(num_tokens: int, num_rows: int = 1, max_completion_tokens: int = 8) -> Denominators:
-    return Denominators(num_tokens, num_rows, max_completion_tokens, num_tokens)
+def denominators(num_tokens: int, num_rollouts: int = 1, max_completion_tokens: int = 8) -> Denominators:
+    return Denominators(num_tokens, num_rollouts, max_completion_tokens, num_tokens)
 
 
 class SayingEngine(Engine):

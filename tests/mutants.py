@@ -39,7 +39,7 @@ EQUIVALENT: dict[str, str] = {
 VALIDATION = ("_check", "check_", "__post_init__")
 DROPPED = {"abs", "cumsum", "detach", "exp", "flip", "masked_fill", "nan_to_num", "sqrt", "square"}
 RENAMES = [("amax", "amin"), ("max", "min"), ("maximum", "minimum"), ("mean", "sum"), ("nanmean", "nansum")]
-RENAMES += [("num_rows", "num_tokens"), ("ones_like", "zeros_like")]
+RENAMES += [("num_rollouts", "num_tokens"), ("ones_like", "zeros_like")]
 RENAMED = dict(RENAMES) | {new: old for old, new in RENAMES}
 TURNS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.Lt, ast.Gt), (ast.LtE, ast.GtE)]
 TURNS += [(ast.Eq, ast.NotEq), (ast.Is, ast.IsNot)]
@@ -104,14 +104,14 @@ def _changes(node: ast.expr) -> Changes:
                 if type(op) in TURNED:
                     turned = [*operators[:index], TURNED[type(op)](), *operators[index + 1 :]]
                     yield _name(op), ast.Compare(left, turned, others)
-        case ast.Attribute(value, "num_tokens" | "num_rows" as name, context):
+        case ast.Attribute(value, "num_tokens" | "num_rollouts" as name, context):
             yield name, ast.Attribute(value, RENAMED[name], context)
         case ast.Call(ast.Name("max" | "min" as name), arguments):
             yield name, ast.Call(ast.Name(RENAMED[name]), arguments, [])
         case ast.Call(ast.Name("range") as name, [start, stop, step]):
             yield "range", ast.Call(name, [start, ast.BinOp(stop, ast.Add(), ast.Constant(1)), step], [])
         case ast.Call(ast.Name("token_mean") as name, [values, mask, ast.Name("num_tokens")]):
-            yield "num_tokens", ast.Call(name, [values, mask, ast.Name("batch.step.denominators.num_rows")], [])
+            yield "num_tokens", ast.Call(name, [values, mask, ast.Name("batch.step.denominators.num_rollouts")], [])
         case ast.Call(ast.Attribute(receiver, name)):
             yield from _changes_of_method(node, receiver, name)
 

@@ -66,7 +66,7 @@ def _completion(rollout: Rollout, seed: int, max_turns: int) -> dict[str, Any]:
         "tokens": rollout.num_sampled_tokens,
         "seed": seed,
     }
-    if len(rollout.turns) > 1:
+    if len(rollout.all_turns) > 1:
         found["messages"] = rollout.messages[_num_prompt_messages(rollout) :]
     return found
 
@@ -78,7 +78,7 @@ def finish_reason(rollout: Rollout, max_turns: int) -> str:
     if rollout.status is not RolloutStatus.TRUNCATED:
         return str(rollout.status)
     was_cut = not rollout.turns or rollout.turns[-1].completion.finish_reason == "length"
-    return "length" if was_cut or len(rollout.turns) < max_turns else "turns"
+    return "length" if was_cut or len(rollout.all_turns) < max_turns else "turns"
 
 
 def _num_prompt_messages(rollout: Rollout) -> int:

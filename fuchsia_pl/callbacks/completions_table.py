@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from fuchsia_pl.batch import Batch
-from fuchsia_pl.types import ConfigError, Evaluation, Rollout
+from fuchsia_pl.samples import Evaluation
+from fuchsia_pl.types import ConfigError, Rollout
 
 TRAIN_TABLE = "completions/train"
 VALIDATION_TABLE = "completions/validation"
@@ -58,7 +59,7 @@ class CompletionsTable(Callback):
             return
         is_first = batch_idx % trainer.accumulate_grad_batches == 0
         samples = [*batch.samples, *(batch.step.zero_advantage if is_first else ())]
-        self._rollouts += [(sample.rollout, sample.mean_advantage) for sample in samples]
+        self._rollouts += [(sample.rollout, sample.mean_advantage) for sample in samples if sample.is_first]
         self._rollouts += [(rollout, None) for rollout in (batch.step.unused if is_first else ())]
 
     def on_train_batch_end(

@@ -26,8 +26,9 @@ from fuchsia_pl.callbacks.console_table import Column, header_row, shown_columns
 from fuchsia_pl.callbacks.console_text import completion_panel, visible
 from fuchsia_pl.evaluation.held_out import HeldOut, read_held_out
 from fuchsia_pl.progress import TRAINING, Activity, progress
+from fuchsia_pl.samples import Sample
 from fuchsia_pl.stopping import Stopped
-from fuchsia_pl.types import ConfigError, Sample
+from fuchsia_pl.types import ConfigError
 
 
 class ConsoleReport(ProgressBar):

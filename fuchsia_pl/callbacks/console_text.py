@@ -5,7 +5,8 @@ import unicodedata
 from rich.panel import Panel
 from rich.text import Text
 
-from fuchsia_pl.types import Rollout, Sample
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Row
 
 MAX_PROMPT_CHARS = 800
 MAX_TEXT_CHARS = 2400
@@ -62,20 +63,21 @@ def completion_panel(sample: Sample) -> Panel:
         f"{name} {'none' if value is None else f'{value:g}'}" for name, value in rollout.rewards.items()
     )
     title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.mean_advantage:+.2f}"
-    prompt, answer = bounded(rollout.prompt, MAX_PROMPT_CHARS), bounded(conversation_text(rollout), MAX_TEXT_CHARS)
+    row = sample.row
+    prompt, answer = bounded(row.prompt, MAX_PROMPT_CHARS), bounded(conversation_text(row), MAX_TEXT_CHARS)
     prompt.stylize("dim")
     return Panel(Text.assemble(prompt, answer), title=Text(visible(title)), title_align="left", border_style="dim")
 
 
-def conversation_text(rollout: Rollout) -> str:
-    """The conversation after the prompt. Each response of the environment is on a separate line.
+def conversation_text(row: Row) -> str:
+    """The conversation of a row after its prompt. Each response of the environment is on a separate line.
 
-    >>> conversation_text(Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="2 plus 2?"))
+    >>> conversation_text(Row("2 plus 2?", [], [], [], [], []))
     ''
     """
     said: list[str] = []
-    num_turns = len(rollout.turns)
-    for message in reversed(rollout.messages):
+    num_turns = len(row.turns)
+    for message in reversed(row.messages):
         if num_turns == 0:
             break
         is_turn = message["role"] == "assistant"

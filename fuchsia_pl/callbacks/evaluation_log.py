@@ -11,7 +11,8 @@ from fuchsia_pl.callbacks.rollout_log import json_line
 from fuchsia_pl.evaluation.held_out import ITEMS_FILE, HeldOut, write_held_out
 from fuchsia_pl.evaluation.measures import Grade, HeldOutEvaluation
 from fuchsia_pl.files import append_lines
-from fuchsia_pl.types import Evaluation, Rollout, shortened
+from fuchsia_pl.samples import Evaluation
+from fuchsia_pl.types import Rollout, shortened
 
 OWN_NAME = re.compile(rf"{re.escape(ITEMS_FILE)}(\.rank\d+)?")
 MAX_ANSWER_CHARS = 1000

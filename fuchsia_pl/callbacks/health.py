@@ -77,7 +77,8 @@ class HealthWarnings(Callback):
         """Collects the rewards of the step's rollouts."""
         is_first = batch_idx % trainer.accumulate_grad_batches == 0
         for sample in [*batch.samples, *(batch.step.zero_advantage if is_first else ())]:
-            self._rewards.setdefault(sample.rollout.item_index, []).append(sample.rollout.rewards)
+            if sample.is_first:
+                self._rewards.setdefault(sample.rollout.item_index, []).append(sample.rollout.rewards)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

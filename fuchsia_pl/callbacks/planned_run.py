@@ -114,7 +114,8 @@ class RunParts:
 
     def largest(self, shares_prefix: bool) -> Callable[[PlannedRun], MicroBatch]:
         """The largest micro-batch of a run, as the rehearsal at the start of a run takes it."""
-        return partial(_largest, self.row, self.num_groups, self.data.sampling, shares_prefix)
+        shares = shares_prefix and self.has_single_rows
+        return partial(_largest, self.row, self.num_groups, self.data.sampling, shares)
 
     @property
     def can_share_device(self) -> bool:
@@ -123,9 +124,15 @@ class RunParts:
 
     @property
     def num_groups(self) -> int:
-        """Groups of a rank's step."""
+        """Groups of rows of a rank's step, as many as it may have."""
         # At least one: mini-batches are checked for the stage fit only.
-        return max(self.data.batch_size // (self.trainer.num_ranks * self.data.loss.mini_batches), 1)
+        share = max(self.data.batch_size // (self.trainer.num_ranks * self.data.loss.mini_batches), 1)
+        return share * self.data.environment.max_rows
+
+    @property
+    def has_single_rows(self) -> bool:
+        """Whether every rollout is one row, which begins with the prompt of its group."""
+        return self.data.environment.max_rows == 1
 
 
 def _largest(

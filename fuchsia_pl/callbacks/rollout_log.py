@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from fuchsia_pl.batch import Batch
 from fuchsia_pl.callbacks.access import data_of, module_of
 from fuchsia_pl.files import append_lines
 from fuchsia_pl.rollouts.chat import Chat
-from fuchsia_pl.types import Evaluation, Rollout
+from fuchsia_pl.samples import Evaluation
+from fuchsia_pl.types import Rollout, Row
 
 TRAIN_FILE = "rollouts.jsonl"
 GAPS_FILE = "gaps.jsonl"
@@ -35,7 +36,7 @@ DECIMALS = 5  # of logprobs and advantages per token; a float32 logprob of -10 h
 
 
 class RolloutLog(Callback):
-    """Appends a line per rollout to `rollouts.jsonl`, or to `rollouts-<split>.jsonl` for held-out splits.
+    """Appends a line per row of a rollout to `rollouts.jsonl`, or to `rollouts-<split>.jsonl` for held-out splits.
 
     With several ranks, each writes its rollouts to a file that ends in its rank.
 
@@ -57,12 +58,12 @@ class RolloutLog(Callback):
         unused = batch.step.unused if is_first else ()
         lines = [
             {
-                **rollout_line(sample.rollout, trainer.global_step, sample.mean_advantage),
-                **self._token_fields(trainer, sample.rollout, sample.advantages),
+                **row_line(sample.rollout, sample.row_number, trainer.global_step, sample.mean_advantage),
+                **self._token_fields(trainer, sample.row, sample.advantages),
             }
             for sample in samples
         ]
-        lines += [self._line_without_advantage(trainer, rollout, trainer.global_step) for rollout in unused]
+        lines += [line for rollout in unused for line in self._untrained(trainer, rollout, trainer.global_step)]
         self._append(trainer, TRAIN_FILE, lines)
 
     def on_train_batch_end(
@@ -86,19 +87,22 @@ class RolloutLog(Callback):
         assert trainer.state.stage is not None
         name = {"environment": type(data_of(trainer).environment).__name__}  # `fuchsia eval` may evaluate on several
         lines = [
-            {**self._line_without_advantage(trainer, rollout, rollout.policy_version), **name}
+            {**line, **name}
             for rollout in batch.rollouts
+            for line in self._untrained(trainer, rollout, rollout.policy_version)
         ]
         self._append(trainer, f"rollouts-{SPLITS[trainer.state.stage]}.jsonl", lines)
 
     on_test_batch_end = on_validation_batch_end
     on_predict_batch_end = on_validation_batch_end
 
-    def _line_without_advantage(self, trainer: Trainer, rollout: Rollout, step: int) -> dict[str, Any]:
-        return {**rollout_line(rollout, step, None), **self._token_fields(trainer, rollout, ())}
+    def _untrained(self, trainer: Trainer, rollout: Rollout, step: int) -> Iterator[dict[str, Any]]:
+        """Lines of the rows of a rollout that has no advantage."""
+        for number, row in enumerate(rollout.rows):
+            yield {**row_line(rollout, number, step, None), **self._token_fields(trainer, row, ())}
 
-    def _token_fields(self, trainer: Trainer, rollout: Rollout, advantages: Sequence[float]) -> dict[str, Any]:
-        return token_fields(rollout, advantages, data_of(trainer).chat) if self.tokens else {}
+    def _token_fields(self, trainer: Trainer, row: Row, advantages: Sequence[float]) -> dict[str, Any]:
+        return token_fields(row, advantages, data_of(trainer).chat) if self.tokens else {}
 
     def _append(self, trainer: Trainer, name: str, lines: list[dict[str, Any]]) -> None:
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
@@ -128,44 +132,53 @@ def json_line(line: dict[str, Any]) -> str:
     return written.translate(INVISIBLE) + "\n"
 
 
-def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[str, Any]:
-    """Log line of a rollout. The advantage is None if the rollout is not trained on."""
-    num_prompt_tokens = rollout.num_prompt_tokens
+def row_line(rollout: Rollout, number: int, step: int, advantage: float | None) -> dict[str, Any]:
+    """Log line of a row of a rollout; most rollouts are one row.
+
+    Args:
+        rollout: The rollout.
+        number: Number of the row.
+        step: The optimizer step.
+        advantage: Mean advantage of the row's tokens, None if it is not trained on.
+    """
+    row = rollout.rows[number]
+    num_prompt_tokens = row.num_prompt_tokens
     return {
         "step": step,
         "item_index": rollout.item_index,
         "item": dict(rollout.item),
         "sibling": rollout.sibling,
-        "prompt": rollout.prompt,
-        "completion": rollout.completion,
-        "messages": rollout.messages,
-        "prompt_ids": rollout.token_ids[:num_prompt_tokens],
-        "completion_ids": rollout.token_ids[num_prompt_tokens:],
-        "completion_mask": [int(kept) for kept in rollout.loss_mask[num_prompt_tokens:]],
+        **({"row": number} if rollout.earlier_rows else {}),
+        "prompt": row.prompt,
+        "completion": row.completion,
+        "messages": row.messages,
+        "prompt_ids": row.token_ids[:num_prompt_tokens],
+        "completion_ids": row.token_ids[num_prompt_tokens:],
+        "completion_mask": [int(kept) for kept in row.loss_mask[num_prompt_tokens:]],
         "rewards": rollout.rewards,
         "reward": rollout.reward,
         "advantage": advantage,
         "status": rollout.status,
         "counts": rollout.counts,
         "policy_version": rollout.policy_version,
-        "policy_versions": rollout.policy_versions[num_prompt_tokens:],
+        "policy_versions": row.policy_versions[num_prompt_tokens:],
     }
 
 
-def token_fields(rollout: Rollout, advantages: Sequence[float], chat: Chat) -> dict[str, Any]:
+def token_fields(row: Row, advantages: Sequence[float], chat: Chat) -> dict[str, Any]:
     """Fields of a log line about the sampled tokens.
 
     Args:
-        rollout: The rollout.
+        row: The row.
         advantages: One per sampled token, or none.
         chat: Tokenizer of the run.
 
     Returns:
         `tokens`: a list of texts for each turn; `logprobs`: one per sampled token; `advantages`: the same, if they differ.
     """
-    pairs = zip(rollout.sampling_logprobs, rollout.loss_mask, strict=True)
+    pairs = zip(row.sampling_logprobs, row.loss_mask, strict=True)
     fields: dict[str, Any] = {
-        "tokens": [chat.pieces(turn.completion.token_ids) for turn in rollout.turns],
+        "tokens": [chat.pieces(turn.completion.token_ids) for turn in row.turns],
         "logprobs": _rounded(logprob for logprob, kept in pairs if kept),
     }
     if len(set(advantages)) > 1:
@@ -186,9 +199,10 @@ def gap_lines(batch: Batch, logprobs: torch.Tensor) -> list[dict[str, Any]]:
             "step": batch.step.step,
             "item_index": sample.rollout.item_index,
             "sibling": sample.rollout.sibling,
-            "gaps": _rounded(gaps[row, mask[row]].tolist()),
+            **({"row": sample.row_number} if sample.rollout.earlier_rows else {}),
+            "gaps": _rounded(gaps[place, mask[place]].tolist()),
         }
-        for row, sample in enumerate(batch.samples)
+        for place, sample in enumerate(batch.samples)
     ]
 
 

@@ -39,7 +39,7 @@ class StepTimer(Callback):
         """Adds the duration of a micro-batch. After the last of a step, which includes the update, it logs the step."""
         now = time.perf_counter()
         self._train_seconds += now - self._batch_start
-        self._num_tokens += sum(len(sample.rollout.token_ids) for sample in batch.samples)
+        self._num_tokens += sum(len(sample.row.token_ids) for sample in batch.samples)
         self._num_computed += batch.num_computed_tokens(policy_of(trainer).shares_prefix)
         self._num_micro_batches += batch.has_rows
         if trainer.global_step == self._last_step:

@@ -77,8 +77,8 @@ def micro_batches(parts: RunParts, shares_prefix: bool) -> str:
     budget = parts.module.policy_config.max_tokens_per_micro_batch
     if budget is None:
         return str(parts.trainer.num_micro_batches)
-    group_size = parts.data.sampling.group_size
-    number = plan_micro_batches(parts.row, parts.num_groups, group_size, shares_prefix, budget)
+    group_size, shares = parts.data.sampling.group_size, shares_prefix and parts.has_single_rows
+    number = plan_micro_batches(parts.row, parts.num_groups, group_size, shares, budget)
     return f"at most {number} of {budget:,} tokens, as many as the rows fill"
 
 

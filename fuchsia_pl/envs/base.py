@@ -50,6 +50,7 @@ class Environment(ABC):
         csv_types: Types of the columns of CSV files by name: "int", "float", "bool", "json". Other columns are text.
         stop: Strings after which a turn ends, except inside thinking or inside the JSON of a tool call.
         max_steps: Maximum number of turns in one rollout.
+        max_rows: Maximum number of rows of one rollout, see `Rollout.branch`. The memory of a step is planned for it.
         timeout_s: Time limit in seconds of each call of a reward function or of a method of the environment.
         on_error: Effect of an exception in a reward function or in `step_rollout`. "stop" ends the run and names the item and
             the cause. "unscored" counts it and excludes the rollout (for a reward function: the group) from training.
@@ -62,6 +63,7 @@ class Environment(ABC):
     """
 
     max_steps = 1
+    max_rows = 1
 
     def __init__(
         self,
@@ -275,6 +277,8 @@ def check_environment(environment: Environment) -> None:
         raise ConfigError(f"{kind}.csv_types has the types {unknown}; allowed are {sorted(CSV_TYPES)}")
     if environment.max_steps < 1:
         raise ConfigError(f"{kind}.max_steps must be 1 or more, got {environment.max_steps}")
+    if environment.max_rows < 1:
+        raise ConfigError(f"{kind}.max_rows must be 1 or more, got {environment.max_rows}")
     limit = environment.max_response_chars
     if not isinstance(limit, int) or limit < 1:
         raise ConfigError(f"{kind}.max_response_chars must be a whole number, 1 or more, got {limit!r}")

@@ -87,7 +87,8 @@ def checked_messages(messages: Sequence[Any], what: str) -> list[Message]:
             f"{what} ends with a message of the assistant: the policy writes the turn after the last message"
         )
     for number, message in enumerate(checked):
-        if not message["content"].strip() and (message["role"] == "user" or message is last):
+        is_asked = message is last and message["role"] != "tool"  # the result of a tool may be empty
+        if not message["content"].strip() and (message["role"] == "user" or is_asked):
             raise ConfigError(f"{what}, message {number} ({message['role']}) is empty: it must contain text")
     return checked
 

@@ -15,7 +15,8 @@ from fuchsia_pl.evaluation.item_table import Fractions, ItemSums, ItemTable
 from fuchsia_pl.evaluation.passes import majority_correct, pass_at_k, pass_sizes
 from fuchsia_pl.rollouts.metrics import are_correct, count_fractions, over_ranks, rate_fractions
 from fuchsia_pl.rollouts.ranks import Ranks
-from fuchsia_pl.types import Evaluation, Rollout
+from fuchsia_pl.samples import Evaluation
+from fuchsia_pl.types import Rollout
 
 # Samples with an answer; the figure itself is not reported. Without any, there is no maj@k.
 ANSWERED = "answered"

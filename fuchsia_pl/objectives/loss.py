@@ -69,16 +69,15 @@ def policy_loss(
         kl = kl_estimate(config.parts.kl_estimator, logprobs, ref_logprobs, old)
         values = values + config.beta * kl
         metrics["train/kl"] = token_mean(kl.detach(), mask, num_tokens)
-    loss = reduce(values, mask, config.parts.reduction, batch.step.denominators, config.parts.constant_length)
+    parts, denominators = config.parts, batch.step.denominators
+    loss = reduce(values, mask, parts.reduction, denominators, parts.constant_length, batch.other_tokens)
     if config.entropy_weight > 0.0:
-        loss = loss - config.entropy_weight * token_mean(
-            policy_output.entropies, mask, batch.step.denominators.num_tokens
-        )
+        loss = loss - config.entropy_weight * token_mean(policy_output.entropies, mask, denominators.num_tokens)
     if policy_output.values is not None:
         assert batch.old_values is not None
         assert batch.value_targets is not None
         losses = value_loss(policy_output.values, batch.old_values, batch.value_targets, config.critic.value_clip)
-        critic_loss = token_mean(losses, mask, batch.step.denominators.num_tokens)
+        critic_loss = token_mean(losses, mask, denominators.num_tokens)
         loss = loss + config.critic.value_weight * critic_loss
         metrics["train/value_loss"] = critic_loss.detach()
     metrics["train/loss"] = loss.detach()

@@ -23,22 +23,26 @@ Part = dict[str, Any]
 
 @dataclass
 class Row:
-    """A rollout of the page. The columns of its tokens are JSON texts, so that millions of tokens need no objects.
+    """A row of a rollout in the page; most rollouts are one row.
+
+    The columns of its tokens are JSON texts, so that millions of tokens need no objects.
 
     Attributes:
-        sibling: Position in its group.
-        reward: The reward; None if it is not scored.
+        sibling: Position of its rollout in the group.
+        number: Number of the row in its rollout.
+        reward: The rollout's reward; None if it is not scored.
         fields: Values of the page, without indices into its tables.
         rewards: Value of each reward function by name.
         columns: For each part, the texts and advantages of its tokens as JSON.
         sizes: For each part, its number of sampled tokens.
         gaps: For each part, the gaps of its tokens as JSON; empty until they are known.
 
-    >>> Row(0, 1.0, {}, {}, ['["2"]'], [NOTHING], [1]).token_data
+    >>> Row(0, 0, 1.0, {}, {}, ['["2"]'], [NOTHING], [1]).token_data
     '[[["2"],null,null]]'
     """
 
     sibling: int
+    number: int
     reward: float | None
     fields: dict[str, Any]
     rewards: dict[str, float | None]
@@ -78,8 +82,11 @@ def key_of(line: Mapping[str, Any], split: str) -> Key:
 
 def row_of(line: Mapping[str, Any], split: str) -> Row:
     """The row of a line of the log, of this version or of an older one without tokens."""
-    rewards = line.get("rewards")
+    rewards, row_number = line.get("rewards"), whole(line.get("row"))
     parts, turn_of = _parts(line)
+    if row_number:  # its prompt is not the one of the group
+        prompt: Part = {"role": "prompt", "policy": False, "text": text(line.get("prompt"))}
+        parts, turn_of = [prompt, *parts], [None, *turn_of]
     tokens, sizes = _tokens(line, turn_of)
     advantages = numbers(line.get("advantages"))
     if len(advantages) == sum(sizes):
@@ -93,6 +100,7 @@ def row_of(line: Mapping[str, Any], split: str) -> Row:
         "step": key_of(line, split)[1],
         "item": whole(line.get("item_index")),
         "sibling": sibling,
+        "row": row_number,
         "status": text(line.get("status"), 100),
         "reward": reward,
         "advantage": number(line.get("advantage")),
@@ -100,7 +108,7 @@ def row_of(line: Mapping[str, Any], split: str) -> Row:
         "parts": parts,
     }
     named = {str(name): number(value) for name, value in rewards.items()} if isinstance(rewards, dict) else {}
-    return Row(sibling, reward, fields, named, tokens, packed, sizes)
+    return Row(sibling, row_number, reward, fields, named, tokens, packed, sizes)
 
 
 def item_text(line: Mapping[str, Any]) -> str:

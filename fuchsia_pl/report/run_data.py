@@ -107,7 +107,7 @@ def write_report(output: Path, reader: RolloutReader, runs: Sequence[Mapping[str
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": fuchsia_pl.__version__,
         "runs": list(runs),
-        "num_rollouts": reader.selection.num_lines,
+        "num_rollouts": reader.selection.num_rollouts,
         "num_shown": reader.selection.num_shown,
         "shown_words": reader.selection.shown_words,
     }

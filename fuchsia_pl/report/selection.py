@@ -27,7 +27,7 @@ class Group:
         key: Split, step, item and environment.
         prompt: Text of the prompt.
         item: The item as JSON.
-        rows: The siblings by their position.
+        rows: Rows of the siblings, by the position of the sibling and the number of the row.
 
     >>> Group(("train", 1, 5, ""), "2 + 2?", "{}").size
     0
@@ -36,12 +36,17 @@ class Group:
     key: Key
     prompt: str
     item: str
-    rows: dict[int, Row] = field(default_factory=dict)
+    rows: dict[tuple[int, int], Row] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Number of rows."""
         return len(self.rows)
+
+    @property
+    def siblings(self) -> set[int]:
+        """Positions of the siblings."""
+        return {sibling for sibling, _ in self.rows}
 
     @property
     def num_bytes(self) -> int:
@@ -56,7 +61,8 @@ class Group:
     @property
     def reward(self) -> float | None:
         """Mean reward; None if no sibling is scored."""
-        rewards = [row.reward for row in self.rows.values() if row.reward is not None]
+        by_sibling = {row.sibling: row.reward for row in self.rows.values() if row.reward is not None}
+        rewards = list(by_sibling.values())
         return sum(rewards) / len(rewards) if rewards else None
 
 
@@ -73,14 +79,14 @@ class Selection:
     >>> for item in range(6):
     ...     selection.add({"step": 0, "item_index": item, "sibling": 0, "messages": []}, "train")
     >>> selection.settle()
-    >>> len(selection.rows()["rows"]), selection.num_lines
+    >>> len(selection.rows()["rows"]), selection.num_rollouts
     (2, 6)
     """
 
     def __init__(self, max_rollouts: int, max_bytes: int = MAX_BYTES) -> None:
         self.max_rollouts = max_rollouts
         self.max_bytes = max_bytes
-        self.num_lines = 0
+        self.num_rollouts = 0
         self._groups: dict[Key, Group] = {}
         self._open: dict[Key, Group] = {}  # those whose siblings may still come
         self._bound = 1 << 64  # draws from here on were left out before
@@ -102,13 +108,14 @@ class Selection:
         self._open[key] = group
         row = row_of(line, split)
         # A run that continues in its own folder repeats steps: their last rollouts count.
-        self.num_lines += row.sibling not in group.rows
-        group.rows[row.sibling] = row
+        self.num_rollouts += row.sibling not in group.siblings
+        group.rows[row.sibling, row.number] = row
 
     def add_gaps(self, line: Mapping[str, Any]) -> None:
         """Takes a line of the log of gaps, after the line of its rollout."""
         group = self._groups.get(key_of(line, TRAIN)) or self._open.get(key_of(line, TRAIN))
-        row = group.rows.get(whole(line.get("sibling"))) if group is not None else None
+        place = whole(line.get("sibling")), whole(line.get("row"))
+        row = group.rows.get(place) if group is not None else None
         gaps = line.get("gaps")
         if row is not None and isinstance(gaps, list):
             before = row.num_bytes
@@ -133,15 +140,15 @@ class Selection:
 
     @property
     def num_shown(self) -> int:
-        """Number of rows that are kept."""
-        return self._num_rows
+        """Number of rollouts that are kept."""
+        return sum(len(group.siblings) for group in self._groups.values())
 
     @property
     def shown_words(self) -> str:
         """Which of the rollouts are shown, in words."""
-        if self.num_shown >= self.num_lines:
-            return f"all {self.num_lines:,} rollouts are shown"
-        return f"{self.num_shown:,} of {self.num_lines:,} rollouts are shown: {RULE}"
+        if self.num_shown >= self.num_rollouts:
+            return f"all {self.num_rollouts:,} rollouts are shown"
+        return f"{self.num_shown:,} of {self.num_rollouts:,} rollouts are shown: {RULE}"
 
     def _count(self, group: Group, sign: int) -> None:
         self._num_rows += sign * group.size
@@ -212,8 +219,9 @@ def _tables(groups: list[Group]) -> dict[str, Any]:
         suffix = f"-{re.sub(NO_WORD, '_', environment)}" if environment else ""
         for name in (name for row in group.rows.values() for name in row.rewards):
             rewards.at(name)
-        for sibling, row in sorted(group.rows.items()):
-            address = {"id": f"{split}-{step}-{item}-{sibling}{suffix}", **shared, "environment": place}
+        for (sibling, number), row in sorted(group.rows.items()):
+            place_in_group = f"{sibling}.{number}" if number else str(sibling)
+            address = {"id": f"{split}-{step}-{item}-{place_in_group}{suffix}", **shared, "environment": place}
             rows.append({**address, **row.fields, "rewards": row.rewards, "token_data": row.token_data})
     names = list(rewards.positions)
     for listed in rows:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch, Denominators, PrefixGroup, StepInfo
 from fuchsia_pl.rollouts.bins import fill_bins
-from fuchsia_pl.types import Rollout, Sample
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Row
 
 # Masks are made from lengths. No code compares ids with the padding id, which may also be the end-of-turn id.
 PADDING_ID = 0
@@ -32,8 +33,9 @@ Ids = NDArray[np.int64]
 
 def count_denominators(samples: Sequence[Sample], max_completion_tokens: int) -> Denominators:
     """Denominators of some rows that all enter the forward."""
-    counts = [sample.rollout.num_sampled_tokens for sample in samples]
-    return Denominators(sum(counts), sum(count > 0 for count in counts), max_completion_tokens, sum(counts))
+    counts = [sample.row.num_sampled_tokens for sample in samples]
+    num_rollouts = sum(count > 0 and sample.is_first for sample, count in zip(samples, counts, strict=True))
+    return Denominators(sum(counts), num_rollouts, max_completion_tokens, sum(counts))
 
 
 def count_over_ranks(
@@ -52,17 +54,17 @@ def count_over_ranks(
     """
     local = count_denominators(samples, max_completion_tokens)
     num_learnable = sum(any(sample.advantages) or sample.old_values != sample.value_targets for sample in samples)
-    num_forward = sum(sample.rollout.num_sampled_tokens for sample in effective)
-    counts = torch.tensor([local.num_tokens, local.num_rows, num_forward, num_learnable], dtype=torch.int64)
-    num_tokens, num_rows, num_forward, num_learnable = add_up(counts).tolist()
-    reason = NO_ROWS if num_rows == 0 else NO_ADVANTAGE if num_learnable == 0 else None
-    return Denominators(num_tokens, num_rows, max_completion_tokens, num_forward), reason
+    num_forward = sum(sample.row.num_sampled_tokens for sample in effective)
+    counts = torch.tensor([local.num_tokens, local.num_rollouts, num_forward, num_learnable], dtype=torch.int64)
+    num_tokens, num_rollouts, num_forward, num_learnable = add_up(counts).tolist()
+    reason = NO_ROWS if num_rollouts == 0 else NO_ADVANTAGE if num_learnable == 0 else None
+    return Denominators(num_tokens, num_rollouts, max_completion_tokens, num_forward), reason
 
 
-def num_used_tokens(rollout: Rollout) -> int:
+def num_used_tokens(row: Row) -> int:
     """Tokens of a row up to the last sampled token. Later tokens of the environment do not affect the loss."""
-    behind = rollout.loss_mask[::-1].index(True) if True in rollout.loss_mask else 0
-    return len(rollout.token_ids) - behind
+    behind = row.loss_mask[::-1].index(True) if True in row.loss_mask else 0
+    return len(row.token_ids) - behind
 
 
 def common_length(inputs: Sequence[Ids]) -> int:
@@ -111,17 +113,22 @@ class SizedUnit:
 
 
 def sized_units(samples: Sequence[Sample], shares_prefix: bool) -> list[SizedUnit]:
-    """Units that are assigned to micro-batches: the siblings of an item if they share a prefix, else single rows."""
+    """Units that are assigned to micro-batches: the siblings of an item if they share a prefix, else single rows.
+
+    Rows that a rewritten history began are together if they have the same number. Their first ids may still differ, and such
+    rows have nothing in common.
+    """
     if not shares_prefix:
-        return [SizedUnit([sample], (), num_used_tokens(sample.rollout) - 1) for sample in samples]
-    siblings: dict[tuple[int, int | None], list[Sample]] = {}
+        return [SizedUnit([sample], (), num_used_tokens(sample.row) - 1) for sample in samples]
+    siblings: dict[tuple[int | None, ...], list[Sample]] = {}
     for sample in samples:
-        siblings.setdefault((sample.rollout.item_index, sample.rollout.step), []).append(sample)
-    return [SizedUnit.of([_input_ids(sample.rollout) for sample in unit], unit) for unit in siblings.values()]
+        key = (sample.rollout.item_index, sample.rollout.step, sample.row_number, sample.row.token_ids[0])
+        siblings.setdefault(key, []).append(sample)
+    return [SizedUnit.of([_input_ids(sample.row) for sample in unit], unit) for unit in siblings.values()]
 
 
-def _input_ids(rollout: Rollout) -> Ids:
-    return np.array(rollout.token_ids, dtype=np.int64)[: num_used_tokens(rollout) - 1]
+def _input_ids(row: Row) -> Ids:
+    return np.array(row.token_ids, dtype=np.int64)[: num_used_tokens(row) - 1]
 
 
 def split_balanced(samples: Sequence[Sample], num_micro_batches: int, shares_prefix: bool = False) -> list[list[Unit]]:
@@ -204,16 +211,16 @@ def make_batches(micro_batches: Sequence[MicroBatch], step: StepInfo) -> list[Ba
 
 def _collate(units: MicroBatch, step: StepInfo) -> Batch:
     samples = [sample for unit in units or () for sample in unit]
-    rollouts = [sample.rollout for sample in samples]
-    used = [num_used_tokens(rollout) for rollout in rollouts]
+    own_rows = [sample.row for sample in samples]
+    used = [num_used_tokens(row) for row in own_rows]
     length = max(used, default=2)
     num_rows = len(samples) or (0 if units is None else 1)
 
     # numpy converts a list of Python numbers several times as fast as torch.
-    def rows(values: Callable[[Rollout], Sequence[float]], fill: float, dtype: type) -> Array:
+    def rows(values: Callable[[Row], Sequence[float]], fill: float, dtype: type) -> Array:
         array: Array = np.full((num_rows, length), fill, dtype=dtype)
-        for row, (rollout, size) in enumerate(zip(rollouts, used, strict=True)):
-            array[row, :size] = np.array(values(rollout), dtype=dtype)[:size]
+        for place, (row, size) in enumerate(zip(own_rows, used, strict=True)):
+            array[place, :size] = np.array(values(row), dtype=dtype)[:size]
         return array
 
     def per_sampled_token(values: Callable[[Sample], Sequence[float] | None]) -> Tensor:
@@ -222,24 +229,31 @@ def _collate(units: MicroBatch, step: StepInfo) -> Batch:
             array[row, loss_mask[row]] = values(sample)
         return torch.from_numpy(array)
 
-    token_ids = rows(lambda rollout: rollout.token_ids, PADDING_ID, np.int64)
-    loss_mask = rows(lambda rollout: rollout.loss_mask, False, np.bool_)[:, 1:]
+    token_ids = rows(lambda row: row.token_ids, PADDING_ID, np.int64)
+    loss_mask = rows(lambda row: row.loss_mask, False, np.bool_)[:, 1:]
     has_values = all(sample.old_values is not None for sample in samples)  # true for a padding row, which needs none
     # The shift: inputs lose their last position, labels and all that belongs to them lose their first.
     return Batch(
         input_ids=torch.from_numpy(token_ids)[:, :-1],
         labels=torch.from_numpy(token_ids)[:, 1:],
         loss_mask=torch.from_numpy(loss_mask),
-        sampling_logprobs=torch.from_numpy(rows(lambda rollout: rollout.sampling_logprobs, 0.0, np.float32))[:, 1:],
+        sampling_logprobs=torch.from_numpy(rows(lambda row: row.sampling_logprobs, 0.0, np.float32))[:, 1:],
         advantages=per_sampled_token(lambda sample: sample.advantages),
-        temperatures=torch.tensor([r.temperature for r in rollouts] or [1.0] * num_rows, dtype=torch.float32),
+        temperatures=torch.tensor([s.rollout.temperature for s in samples] or [1.0] * num_rows, dtype=torch.float32),
         lengths=tuple(size - 1 for size in used) or (1,) * num_rows,
         groups=_groups(units, token_ids, used) or (PrefixGroup(1, 1),) * num_rows,
         step=step,
         samples=tuple(samples),
         old_values=per_sampled_token(lambda sample: sample.old_values) if has_values else None,
         value_targets=per_sampled_token(lambda sample: sample.value_targets) if has_values else None,
+        other_tokens=_other_tokens(samples),
     )
+
+
+def _other_tokens(samples: Sequence[Sample]) -> Tensor | None:
+    """See `Batch.other_tokens`."""
+    counts = [sample.rollout.num_sampled_tokens - sample.row.num_sampled_tokens for sample in samples]
+    return torch.tensor(counts, dtype=torch.int64) if any(counts) else None
 
 
 def _groups(units: MicroBatch, token_ids: Array, used: Sequence[int]) -> tuple[PrefixGroup, ...]:

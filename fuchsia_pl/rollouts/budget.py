@@ -8,7 +8,8 @@ from fuchsia_pl.batch import Batch, StepInfo
 from fuchsia_pl.rollouts.batcher import Unit, count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.training_phase import Forward
-from fuchsia_pl.types import Completion, ConfigError, Rollout, Sample, Turn
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Completion, ConfigError, Rollout, Turn
 
 # Ids of rows that only measure memory. Every vocabulary has at least this many.
 NUM_FILLER_IDS = 32

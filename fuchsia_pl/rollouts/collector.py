@@ -11,6 +11,7 @@ from fuchsia_pl.engines.base import Engine, SamplingParams
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.conversation import conversation
 from fuchsia_pl.envs.rows import place_of
+from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment
 from fuchsia_pl.envs.thinking import Opaque, ends_in_opening_mark, ends_in_thinking, without_thinking
 from fuchsia_pl.progress import HELD_OUT, SAMPLING, Activity, progress
 from fuchsia_pl.rollouts import calls
@@ -18,8 +19,10 @@ from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.calls import EnvironmentStepError, call_method
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.rollouts.prompt import Prompt
+from fuchsia_pl.rollouts.requests import hand_over
 from fuchsia_pl.rollouts.scoring import score_group
-from fuchsia_pl.types import Completion, ConfigError, Item, Message, Prompt, Rollout, RolloutStatus, Turn
+from fuchsia_pl.types import Completion, ConfigError, Item, Message, Rollout, RolloutStatus, Turn
 
 T = TypeVar("T")
 RESPONSE = "some response"  # placeholder for a response of an environment
@@ -208,7 +211,10 @@ class Collector:
         try:
             try:
                 await call_method(environment, environment.open_rollout, rollout, environment.timeout_s)
-                await self._converse(draw, rollout)
+                if isinstance(environment, SelfDrivenEnvironment):
+                    await hand_over(self, draw, rollout)
+                else:
+                    await self._converse(draw, rollout)
             finally:
                 await call_method(environment, environment.close_rollout, rollout, environment.timeout_s)
         except EnvironmentStepError as error:
@@ -229,10 +235,9 @@ class Collector:
             )
             if room < 1:
                 break
-            starts_in_thinking = self._starts_in_thinking(rollout)
-            completion = await self._generate(draw, rollout, turn, room, starts_in_thinking)
+            rollout.append(await self.sample_turn(draw, rollout, turn, room))
+            completion = rollout.turns[-1].completion
             ids = completion.token_ids
-            rollout.append(self._turn(completion, starts_in_thinking))
             if completion.finish_reason == "length":
                 break
             responses = await self._step(rollout)
@@ -242,6 +247,19 @@ class Collector:
                 last_id = ids[-1] if ids else None
                 rollout.append_environment(self.chat.bridge(prompt, responses, last_id, self._template_tools))
         rollout.finish(RolloutStatus.TRUNCATED)
+
+    async def sample_turn(self, draw: Draw, rollout: Rollout, turn: int, room: int) -> Turn:
+        """Samples a turn after the ids of a rollout, and does not change the rollout.
+
+        Args:
+            draw: How to sample.
+            rollout: The rollout.
+            turn: Number of the turn, a part of its seed.
+            room: Most tokens of the turn.
+        """
+        starts_in_thinking = self._starts_in_thinking(rollout)
+        completion = await self._generate(draw, rollout, turn, room, starts_in_thinking)
+        return self._turn(completion, starts_in_thinking)
 
     async def _generate(
         self, draw: Draw, rollout: Rollout, turn: int, room: int, starts_in_thinking: bool

@@ -1,9 +1,12 @@
 """From scored rollouts to trainable rows: the tensors of credit assignment, and the samples made of its advantages.
 
+The advantages of a rollout of several rows are those of its sampled tokens, row after row.
+
 Shape letters: N groups, G siblings, R = N x G rollouts, T sampled tokens of the longest rollout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,7 +17,8 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.credit import CreditInputs, OverRanks, assign_credit
 from fuchsia_pl.objectives.rewards import overlong_penalty
 from fuchsia_pl.rollouts.scoring import LARGEST, RewardError
-from fuchsia_pl.types import Rollout, RolloutGroup, RolloutStatus, Sample
+from fuchsia_pl.samples import RolloutGroup, Sample
+from fuchsia_pl.types import Rollout, RolloutStatus
 
 OVERLONG = "overlong"
 
@@ -82,22 +86,51 @@ def make_samples(
     """
     inputs = credit_inputs(config, groups, weights, signals)
     advantages, targets = assign_credit(config.parts.advantage, inputs, over_ranks)
-    samples = []
+    samples: list[Sample] = []
     for row, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         if not is_trained_on(config, rollout):
             continue
         length = rollout.num_sampled_tokens
         own = TrainerSignals(*(None if of is None else of[row, :length] for of in (signals.kl, signals.values)))
-        credit = tuple(advantages[row, :length].tolist())
+        credit = advantages[row, :length].tolist()
         _check_bounds(rollout, credit, own)
-        if targets is None:
-            samples.append(Sample(rollout, credit))
-        else:
-            assert own.values is not None
-            wanted = tuple(targets[row, :length].tolist())
+        wanted = None if targets is None else targets[row, :length].tolist()
+        if wanted is not None:
             _check_bounds(rollout, wanted, own)
-            samples.append(Sample(rollout, credit, tuple(own.values.tolist()), wanted))
+        samples += _samples(rollout, credit, None if wanted is None else own.values, wanted)
     return samples
+
+
+def _samples(
+    rollout: Rollout, credit: list[float], values: Tensor | None, targets: list[float] | None
+) -> Iterator[Sample]:
+    """The rows of a rollout that have sampled tokens.
+
+    Args:
+        rollout: The rollout.
+        credit: Advantage of each of its sampled tokens.
+        values: The critic's values of them, None without a critic.
+        targets: Their targets, None without a critic.
+    """
+    old_values = None if values is None else values.tolist()
+    for number, place in enumerate(places_of_rows(rollout)):
+        if place.start < place.stop:
+            yield Sample(rollout, tuple(credit[place]), _part(old_values, place), _part(targets, place), number)
+
+
+def _part(values: list[float] | None, place: slice) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values[place])
+
+
+def places_of_rows(rollout: Rollout) -> list[slice]:
+    """For each row, the place of its tokens among all sampled tokens of the rollout.
+
+    >>> rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="", loss_mask=[False, True, True])
+    >>> places_of_rows(rollout)
+    [slice(0, 2, None)]
+    """
+    ends = list(accumulate(row.num_sampled_tokens for row in rollout.rows))
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 def credit_inputs(
@@ -112,7 +145,7 @@ def credit_inputs(
     penalties = _per_rollout([[r.rewards.get(OVERLONG, 0.0) for r in group.rollouts] for group in groups])
     turn_ends = torch.zeros(len(rollouts), max(lengths, default=0), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
-        turns = [len(turn.completion.token_ids) for turn in rollout.turns]
+        turns = [len(turn.completion.token_ids) for turn in rollout.all_turns]
         ends = torch.tensor(turns, dtype=torch.int64).cumsum(dim=0) - 1  # of a rollout without turns: empty
         turn_ends[row, ends[ends >= 0]] = True
     return CreditInputs(
@@ -148,9 +181,10 @@ def signals_of(
     for batch, of_batch in zip(batches, signals, strict=True):
         for index, sample in enumerate(batch.samples):
             row, mask = rows[id(sample.rollout)], batch.loss_mask[index].cpu()
+            place = places_of_rows(sample.rollout)[sample.row_number]
             for found, given in ((kl, of_batch.kl), (values, of_batch.values)):
                 if given is not None:
-                    found[row, : int(mask.sum())] = given[index].cpu()[mask]
+                    found[row, place] = given[index].cpu()[mask]
     return TrainerSignals(kl if has_kl else None, values if has_values else None)
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from fuchsia_pl.rollouts.collector import Collector, Draw, counted
 from fuchsia_pl.rollouts.credit import make_groups
-from fuchsia_pl.types import Rollout, RolloutGroup
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import Rollout
 
 
 @dataclass(frozen=True)

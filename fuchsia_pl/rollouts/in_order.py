@@ -9,7 +9,8 @@ from fuchsia_pl.engines.base import Engine
 from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.restarts import sampled_by
-from fuchsia_pl.types import Evaluation, Rollout
+from fuchsia_pl.samples import Evaluation
+from fuchsia_pl.types import Rollout
 
 ROLLOUTS_IN_FLIGHT = 256  # as many as vLLM computes at the same time by default
 # Rows that may be sampled before the first of them is done, in units of those in flight. It bounds the memory of finished ones.

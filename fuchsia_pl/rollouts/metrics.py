@@ -68,13 +68,15 @@ def rate_fractions(rollouts: Sequence[Rollout], correct: Sequence[bool]) -> Frac
     """
     number = float(len(rollouts))
     totals = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    num_environment = sum(len(r.token_ids) - r.num_prompt_tokens - r.num_sampled_tokens for r in rollouts)
+    num_environment = sum(
+        len(row.token_ids) - row.num_prompt_tokens - row.num_sampled_tokens for r in rollouts for row in r.rows
+    )
     found: Fractions = {
         "reward/mean": (sum(totals), len(totals)),
         "rollout/accuracy": (sum(correct), number),
         "rollout/completion_tokens": (sum(rollout.num_sampled_tokens for rollout in rollouts), number),
         "rollout/environment_tokens": (num_environment, number),
-        "rollout/turns": (sum(len(rollout.turns) for rollout in rollouts), number),
+        "rollout/turns": (sum(len(rollout.all_turns) for rollout in rollouts), number),
     }
     for status in (RolloutStatus.TRUNCATED, RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR):
         found[f"rollout/{status}_fraction"] = (sum(rollout.status is status for rollout in rollouts), number)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fuchsia_pl.types import Rollout, RolloutGroup, Sample
+from fuchsia_pl.samples import RolloutGroup, Sample
+from fuchsia_pl.types import Rollout
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def split_rows(groups: Sequence[RolloutGroup], samples: Sequence[Sample], number
 
     Args:
         groups: This rank's groups, in the order in which they were drawn.
-        samples: Rows of their rollouts, in the same order; some rollouts have none.
+        samples: Rows of their rollouts, in the same order; some rollouts have none, some several.
         number: Number of mini-batches.
     """
     rows = iter(samples)
@@ -52,11 +53,11 @@ def split_rows(groups: Sequence[RolloutGroup], samples: Sequence[Sample], number
     for part in split_evenly(groups, number):
         own, unused = [], []
         for rollout in (rollout for group in part for rollout in group.rollouts):
-            if row is not None and row.rollout is rollout:
+            if row is None or row.rollout is not rollout:
+                unused.append(rollout)
+            while row is not None and row.rollout is rollout:
                 own.append(row)
                 row = next(rows, None)
-            else:
-                unused.append(rollout)
         mini_batches.append(MiniBatch(tuple(own), tuple(unused)))
     assert row is None, "the rows are those of the groups, in order"
     return mini_batches

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fuchsia_pl.types import Sample
+from fuchsia_pl.samples import Sample
 
 NO_VERSION = torch.iinfo(torch.int64).max
 

@@ -21,7 +21,7 @@ from fuchsia_pl.rollouts.mini_batches import MiniBatch, split_rows
 from fuchsia_pl.rollouts.preparation import training_items
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
-from fuchsia_pl.types import RolloutGroup, Sample
+from fuchsia_pl.samples import RolloutGroup, Sample
 
 NO_COUNTS = Denominators(1, 1, 1, 1)  # where no loss is computed
 
@@ -132,14 +132,15 @@ class TrainingPhase:
         Raises:
             RewardError: An advantage is not finite.
         """
-        version = min((r.policy_version for r in sampled.rollouts if r.turns), default=served_version)
+        version = min((r.policy_version for r in sampled.rollouts if r.all_turns), default=served_version)
         penalise_overlong(self.loss, sampled.groups, self.sampling.max_completion_tokens)
         made, kl = self._credit(sampled.kept, step, version, forward)
         samples = drop_stale(made, step, self.sampling.max_staleness)
         version = oldest_version(samples, version, self.ranks.lowest)
         num_zero = sum(changes_nothing(self.loss, sample) for sample in samples)
         num_too_long = len(call_apart(training_items, self.environment)) - len(self.fitting)
-        counts = PhaseCounts(sampled, len(samples), num_zero, num_too_long, kl, len(made) - len(samples))
+        num_trained = sum(sample.is_first for sample in samples)
+        counts = PhaseCounts(sampled, num_trained, num_zero, num_too_long, kl, len(made) - len(samples))
         fractions = call_apart(step_fractions, counts, self.environment, self.ranks.size)
         metrics = over_ranks(fractions, self.ranks.add_up)
         phase = StepInfo(step, NO_COUNTS, version, self.sampling.max_staleness, metrics)
@@ -202,7 +203,11 @@ class TrainingPhase:
         if not self.loss.needs_signals:
             return []
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        samples = [Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for rollout in rollouts]
+        samples = [
+            Sample(rollout, (0.0,) * row.num_sampled_tokens, row_number=number)
+            for rollout in rollouts
+            for number, row in enumerate(rollout.rows)
+        ]
         info = StepInfo(step, NO_COUNTS, version)
         # A micro-batch of all rollouts would be as many times larger than one that is trained as there are mini-batches.
         parts = split_rows(groups, samples, self.loss.mini_batches)

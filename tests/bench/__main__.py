@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.bench.work import MARK
 
-PARTS = ("step", "trl_step", "training", "shared_prefix", "probe", "sampling", "overlap", "packing", "plan")
+PARTS = ("step", "trl_step", "training", "shared_prefix", "probe", "sampling", "overlap", "packing", "plan", "gateway")
 TIMEOUT_S = 3600
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -105,6 +105,9 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         Ratio("probe of a sync / forward and backward of a step", f["probe_share"], "<=", 0.05),
         Ratio("sampling / bare AsyncLLM", f["sampling_tokens_per_s"] / f["bare_tokens_per_s"], ">=", 0.95),
         Ratio("sampling / bare AsyncLLM, 4 turns", f["turns_tokens_per_s"] / f["bare_turns_tokens_per_s"], ">=", 0.9),
+        Ratio(
+            "64 agents / bare AsyncLLM, 4 turns", f["agents_tokens_per_s"] / f["bare_agents_tokens_per_s"], ">=", 0.9
+        ),
         Ratio(
             "GB more for 8,192 tokens than for 1,024 at 150,000 words", f["peak_8192_gb"] - f["peak_1024_gb"], "<=", 0.3
         ),

@@ -8,7 +8,7 @@ from statistics import mean
 
 from fuchsia_pl.batch import StepInfo
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced, split_filled
-from fuchsia_pl.types import Sample
+from fuchsia_pl.samples import Sample
 from tests.bench.work import report
 from tests.doubles import make_sample
 

@@ -17,7 +17,7 @@ from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, Policy
 from fuchsia_pl.policy.memory import KeptBytes
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.types import Sample
+from fuchsia_pl.samples import Sample
 from tests.bench.work import MARK, MODEL, model_folder, report
 from tests.doubles import make_sample
 

@@ -52,6 +52,7 @@ FILES = {
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
+    "my_agent.py": ("envs/README.md", "Any agent", 0, 25),
     "my_module.py": ("configs/README.md", "Objectives", 0, 15),
 }
 

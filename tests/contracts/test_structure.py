@@ -19,6 +19,7 @@ SOURCES = sorted([*ROOT.glob("fuchsia_pl/**/*.py"), *ROOT.glob("envs/**/*.py")])
 # DESIGN: a room may import rooms of a lower rank and itself. `engines.base` and `engines.vllm_*` are separate rooms.
 RANKS = {
     "types": 0,
+    "samples": 0.3,
     "loop": 0,
     "scratch": 0,
     "progress": 0,
@@ -33,6 +34,7 @@ RANKS = {
     "rollouts": 2,
     "policy": 2,
     "engines": 2,
+    "gateway": 2,
     "evaluation": 2.5,
     "module": 3,
     "datamodule": 3,
@@ -49,8 +51,9 @@ UPWARD = {
 }
 # Stricter than the ranks: the rooms that these rooms may import, and the libraries that the lowest rooms may use.
 ONLY_FROM = {
-    "batch": {"types"},
-    "module": {"policy", "objectives", "types", "batch"},
+    "batch": {"types", "samples"},
+    "samples": {"types"},
+    "module": {"policy", "objectives", "types", "samples", "batch"},
     "datamodule": {
         "evaluation",
         "rollouts",
@@ -58,6 +61,7 @@ ONLY_FROM = {
         "engines.base",
         "objectives",
         "types",
+        "samples",
         "batch",
         "loop",
         "progress",
@@ -65,10 +69,12 @@ ONLY_FROM = {
     },
     "objectives": {"types", "batch"},
     "engines.base": {"types"},
+    "gateway": {"types", "envs", "loop", "scratch"},
     "envs": {"types", "scratch"},
 }
 THIRD_PARTIES: dict[str, set[str]] = {
     "types": set(),
+    "samples": set(),
     "loop": set(),
     "progress": set(),
     "scratch": set(),
@@ -76,6 +82,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "orphans": set(),
     "files": set(),
     "batch": {"torch"},
+    "gateway": {"starlette", "uvicorn"},
     "objectives": {"torch"},
     "engines.base": set(),
     "envs": {"datasets", "fastmcp", "jsonschema", "math_verify", "mcp", "mcp_types", "openai", "pyarrow", "pydantic"},
@@ -86,6 +93,8 @@ ONLY_IN = {
     "fastmcp": ("envs/tools/", "top-level envs/function_calling/server.py"),
     "math_verify": ("envs/rewards/math_worker.py",),
     "openai": ("envs/rewards/judge.py",),
+    "starlette": ("gateway/",),
+    "uvicorn": ("gateway/",),
 }
 
 

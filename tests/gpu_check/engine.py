@@ -15,7 +15,8 @@ from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.policy.agreement import adapter_agreement
 from fuchsia_pl.policy.config import LoRASettings
 from fuchsia_pl.policy.policy import Policy
-from fuchsia_pl.types import Completion, Rollout, Sample, ServedModel, Turn
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Completion, Rollout, ServedModel, Turn
 from tests.doubles import TinyEngine
 from tests.gpu_check.findings import Findings, NotHereError
 from tests.gpu_check.machine import GIB, Machine, gpu_here, here

@@ -11,7 +11,7 @@ from fuchsia_pl.batch import Batch, StepInfo
 from fuchsia_pl.policy.config import PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.types import Sample
+from fuchsia_pl.samples import Sample
 from tests.doubles import make_sample, save_tiny_model
 from tests.gpu_check.machine import Machine
 

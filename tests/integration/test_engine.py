@@ -21,7 +21,8 @@ from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
 from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.chat import Chat
-from fuchsia_pl.types import Rollout, Sample, ServedModel, Turn
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Rollout, ServedModel, Turn
 from tests.machine import DTYPE
 
 pytestmark = pytest.mark.engine

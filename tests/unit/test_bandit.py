@@ -14,7 +14,8 @@ from fuchsia_pl.policy.policy import Policy
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
 from fuchsia_pl.rollouts.credit import make_groups, make_samples, penalise_overlong, signals_of
 from fuchsia_pl.rollouts.mini_batches import split_rows
-from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Sample, Turn
+from fuchsia_pl.samples import RolloutGroup, Sample
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 
 PROMPT, LENGTH, GROUPS, SIBLINGS, MAX_STEPS = [5, 6], 2, 8, 8, 200
 VARIANTS = {

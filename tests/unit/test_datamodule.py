@@ -248,7 +248,7 @@ def test_rows_that_move_no_weight_do_not_enter_the_forward_but_count_in_the_mean
     assert not any(any(sample.advantages) for sample in batch.step.zero_advantage)
     assert all(any(sample.advantages) for sample in batch.samples) or num_left_out == 0
     assert batch.step.denominators.num_tokens == scored + left_out
-    assert batch.step.denominators.num_rows == 20
+    assert batch.step.denominators.num_rollouts == 20
     assert batch.step.denominators.num_forward_tokens == scored == int(batch.loss_mask.sum())
     assert batch.step.metrics["rollout/zero_advantage"] == 4 * num_left_out
 
@@ -302,12 +302,12 @@ def test_validation_draws_every_held_out_item_once_and_greedily(tiny_model, tmp_
 
 
 def test_token_counts_beyond_the_range_of_float32_are_exact(tmp_path, monkeypatch):
-    counted = Denominators(num_tokens=2**24 + 1, num_rows=3, max_completion_tokens=8, num_forward_tokens=2**24 + 1)
+    counted = Denominators(num_tokens=2**24 + 1, num_rollouts=3, max_completion_tokens=8, num_forward_tokens=2**24 + 1)
     monkeypatch.setattr(batcher, "count_denominators", lambda samples, longest: counted)
     add_up = ranks_of(make_trainer(tmp_path)).add_up
     sample = make_sample([1], [5], advantage=1.0)
     found, reason = batcher.count_over_ranks([sample], [sample], 8, add_up)
-    assert (found.num_tokens, found.num_rows, found.num_forward_tokens, reason) == (2**24 + 1, 3, 1, None)
+    assert (found.num_tokens, found.num_rollouts, found.num_forward_tokens, reason) == (2**24 + 1, 3, 1, None)
 
 
 def test_items_with_long_prompts_are_left_out_and_counted(tiny_model, tmp_path):

@@ -16,7 +16,8 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_balanced
-from fuchsia_pl.types import Completion, ConfigError, Rollout, Sample, Turn
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import Completion, ConfigError, Rollout, Turn
 from tests.doubles import TinyEngine, make_data, make_module, make_sample, make_trainer
 
 # Ten rows of different lengths and advantages, so that 1, 2 and 5 micro-batches are all possible.

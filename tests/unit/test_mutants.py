@@ -46,8 +46,8 @@ def after(mask: int | None = -1):
         ("max(x.sum(dim=1), 1)", {"max:1": "min(x.sum(dim=1), 1)", "sum:1": "max(x.mean(dim=1), 1)"}),
         ("range(n, -1, s)", {"range:1": "range(n, -1 + 1, s)", "usub:1": "range(n, 1, s)"}),
         ("x.cumsum(1)", {"cumsum:1": "x", "cumsum:2": "x.flip(1).cumsum(1).flip(1)"}),
-        ("d.num_tokens", {"num_tokens:1": "d.num_rows"}),
-        ("token_mean(x, m, num_tokens)", {"num_tokens:1": "token_mean(x, m, batch.step.denominators.num_rows)"}),
+        ("d.num_tokens", {"num_tokens:1": "d.num_rollouts"}),
+        ("token_mean(x, m, num_tokens)", {"num_tokens:1": "token_mean(x, m, batch.step.denominators.num_rollouts)"}),
     ],
 )
 def test_each_operator_is_applied_once_and_one_at_a_time(body, expected):

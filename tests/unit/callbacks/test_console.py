@@ -220,7 +220,7 @@ def test_a_conversation_is_shown_with_the_environments_answers_and_without_the_p
         if answer is not None:
             rollout.respond(answer, role="tool")
         rollout.take_responses(max_chars=10)
-    assert conversation_text(rollout) == "5\n[tool] no\n4"
+    assert conversation_text(rollout.rows[-1]) == "5\n[tool] no\n4"
 
 
 def evaluation(step: int, value: float, environment: str = "A", **settings) -> HeldOut:

@@ -67,7 +67,7 @@ def test_a_gap_that_is_not_finite_is_none(tiny_model):
     sample = make_sample([5], [7, 8], 1.0, logprob=-float("inf"))
     (batch,) = make_batches([[[sample]]], StepInfo(0, denominators(2), policy_version=0))
     assert gap_lines(batch, torch.zeros_like(batch.sampling_logprobs))[0]["gaps"] == [None, None]
-    fields = token_fields(sample.rollout, (1.0, float("nan")), Chat(tiny_model))
+    fields = token_fields(sample.row, (1.0, float("nan")), Chat(tiny_model))
     assert (fields["logprobs"], fields["advantages"]) == ([None, None], [1.0, None])
 
 
@@ -77,7 +77,7 @@ def test_each_turn_has_its_own_tokens(tiny_model):
     rollout.status = None
     rollout.append_environment([16, 17])
     rollout.append(Turn(Completion((18,), (-0.5,), "stop", None, 0), "", "", "", ""))
-    fields = token_fields(rollout, (0.1, 0.2, 0.123456), chat)
+    fields = token_fields(rollout.rows[-1], (0.1, 0.2, 0.123456), chat)
     assert fields == {
         "tokens": [[chat.raw_text([15]), "<eos>"], [chat.raw_text([18])]],
         "logprobs": [-1.0, -1.0, -0.5],

@@ -13,9 +13,9 @@ from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
 from tests.doubles import denominators, make_sample
 
 
-def make_batch(rows, num_tokens: int, num_rows: int) -> Batch:
+def make_batch(rows, num_tokens: int, num_rollouts: int) -> Batch:
     samples = [make_sample([1, 2], list(range(3, 3 + length)), advantage) for length, advantage in rows]
-    return make_batches(split_balanced(samples, 1), StepInfo(0, denominators(num_tokens, num_rows), 0))[0]
+    return make_batches(split_balanced(samples, 1), StepInfo(0, denominators(num_tokens, num_rollouts), 0))[0]
 
 
 def loss_and_gradient(config: LossConfig, batch: Batch, policy, reference=None, old=None, trainer_logprobs=None):
@@ -32,7 +32,7 @@ def loss_and_gradient(config: LossConfig, batch: Batch, policy, reference=None, 
 
 # Two rows of 3 and 1 sampled tokens with advantages 1.5 and -0.5; positions 1, 2, 3 and 1 carry them. The sampler had -1.0
 # everywhere, and so has POLICY.
-BATCH = make_batch([(3, 1.5), (1, -0.5)], num_tokens=4, num_rows=2)
+BATCH = make_batch([(3, 1.5), (1, -0.5)], num_tokens=4, num_rollouts=2)
 POLICY = torch.full((2, 4), -1.0)
 TOKEN_MEAN = LossConfig("ppo", clip_high=0.28)
 
@@ -58,7 +58,7 @@ def test_every_surrogate_has_the_gradient_of_reinforce_at_the_first_update(surro
 
 
 def test_dapo_with_equal_lengths_and_equal_bounds_is_grpo():
-    batch = make_batch([(2, 1.5), (2, -0.5)], num_tokens=4, num_rows=2)
+    batch = make_batch([(2, 1.5), (2, -0.5)], num_tokens=4, num_rollouts=2)
     policy = torch.tensor([[0.0, -0.5, -0.9], [0.0, -1.5, -1.1]])
     old = torch.full_like(policy, -1.0)
     grpo, grpo_gradient = loss_and_gradient(LossConfig("grpo"), batch, policy, old=old)
@@ -72,7 +72,7 @@ def test_dapo_with_equal_lengths_and_equal_bounds_is_grpo():
 
 @pytest.mark.parametrize("level", ["sequence", "sequence_token"])
 def test_gspo_of_length_one_is_grpo(level):
-    batch = make_batch([(1, 1.5), (1, -0.5)], num_tokens=2, num_rows=2)
+    batch = make_batch([(1, 1.5), (1, -0.5)], num_tokens=2, num_rollouts=2)
     policy, old = torch.tensor([[0.0, -0.9], [0.0, -1.5]]), torch.full((2, 2), -1.0)
     bounds = {"clip_low": 0.2, "clip_high": 0.2}
     gspo = loss_and_gradient(LossConfig("gspo", ratio_level=level, **bounds), batch, policy, old=old)
@@ -116,7 +116,7 @@ def test_gmpo_by_hand():
 def test_prompt_and_padding_count_for_nothing(reduction, expected):
     # The rows of BATCH after a prompt of 6: 5 and 7 masked positions, whose losses of -1.5 and 0.5 would add -4 to the sum.
     samples = [make_sample([1] * 6, [3, 4, 5], 1.5), make_sample([1] * 6, [3], -0.5)]
-    batch = make_batches(split_balanced(samples, 1), StepInfo(0, denominators(num_tokens=4, num_rows=2), 0))[0]
+    batch = make_batches(split_balanced(samples, 1), StepInfo(0, denominators(num_tokens=4, num_rollouts=2), 0))[0]
     batch = replace(batch, advantages=torch.where(batch.loss_mask, batch.advantages, 1.5))
     output, _ = loss_and_gradient(LossConfig(reduction=reduction), batch, torch.full((2, 8), -1.0))
     assert output.loss.item() == pytest.approx(expected)
@@ -337,7 +337,7 @@ def test_reductions_by_hand():
 )
 def test_every_setting_changes_the_loss(change):
     # ratios on both sides of both bounds, for both signs of the advantage
-    batch = make_batch([(3, 1.5), (3, -0.5), (1, 0.5)], num_tokens=7, num_rows=3)
+    batch = make_batch([(3, 1.5), (3, -0.5), (1, 0.5)], num_tokens=7, num_rollouts=3)
     policy = torch.tensor([[0.0, -0.5, -0.4, -1.2], [0.0, -0.7, -1.3, -0.2], [0.0, -0.3, 0.0, 0.0]])
     trainer_logprobs = torch.tensor([[0.0, -1.2, -0.7, -1.0], [0.0, -0.8, -0.9, -0.9], [0.0, -0.6, 0.0, 0.0]])
 

@@ -50,7 +50,8 @@ from fuchsia_pl.policy.prefix_layout import PackedGroup, PaddedPieces, lay_out
 from fuchsia_pl.policy.shared_prefix import enable_shared_prefix
 from fuchsia_pl.policy.sources import resolve_model
 from fuchsia_pl.rollouts.batcher import make_batches, split_balanced
-from fuchsia_pl.types import ConfigError, Sample
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import ConfigError
 from tests.doubles import denominators, make_sample
 from tests.unit.policy.test_prefix_kernels import reference_varlen
 

@@ -218,7 +218,7 @@ def test_steps_that_were_repeated_count_once(tmp_path):
     reader = RolloutReader(tmp_path)
     reader.read()
     assert [row["parts"][0]["text"] for row in reader.data()["rows"]] == ["0", "2"]
-    assert reader.selection.num_lines == 2
+    assert reader.selection.num_rollouts == 2
 
 
 HOSTILE = "</script><script>alert(1)</script>{{js}}&<!--\u2028\u2029\u202e\ud800\x00\x1b[2J"

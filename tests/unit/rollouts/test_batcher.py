@@ -2,7 +2,7 @@ import torch
 
 from fuchsia_pl.batch import PrefixGroup, StepInfo
 from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, num_used_tokens, split_balanced
-from fuchsia_pl.types import Sample
+from fuchsia_pl.samples import Sample
 from tests.doubles import denominators, make_sample
 
 P0, P1, A0, A1, EOS = 11, 12, 21, 22, 2
@@ -10,7 +10,7 @@ P0, P1, A0, A1, EOS = 11, 12, 21, 22, 2
 
 def num_computed_tokens(unit, shares_prefix):
     """Tokens of the forward for some rows, without padding. The prefix of siblings is compared token by token."""
-    inputs = [sample.rollout.token_ids[: num_used_tokens(sample.rollout) - 1] for sample in unit]
+    inputs = [sample.row.token_ids[: num_used_tokens(sample.row) - 1] for sample in unit]
     total = sum(map(len, inputs))
     if not shares_prefix:
         return total
@@ -97,7 +97,7 @@ def test_a_micro_batch_without_rows_is_padding_and_trains_nothing():
 def test_denominators_count_sampled_tokens_and_rows_that_have_some():
     samples = [make_sample([1, 2], [3, 4, 5], 0.0), make_sample([1], [3], 0.0), make_sample([1], [], 0.0)]
     counted = count_denominators(samples, max_completion_tokens=9)
-    assert (counted.num_tokens, counted.num_rows, counted.max_completion_tokens) == (4, 2, 9)
+    assert (counted.num_tokens, counted.num_rollouts, counted.max_completion_tokens) == (4, 2, 9)
 
 
 def test_values_of_sampled_tokens_are_at_the_positions_of_their_labels():

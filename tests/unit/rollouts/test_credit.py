@@ -16,7 +16,8 @@ from fuchsia_pl.rollouts.credit import (
     signals_of,
 )
 from fuchsia_pl.rollouts.scoring import RewardError
-from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 
 NO_SIGNALS = TrainerSignals(None, None)
 

@@ -11,7 +11,7 @@ from fuchsia_pl.rollouts.batcher import make_batches, split_filled
 from fuchsia_pl.rollouts.budget import LongestRow, longest_batch, plan_micro_batches
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.training_phase import Forward
-from fuchsia_pl.types import Sample
+from fuchsia_pl.samples import Sample
 from tests.doubles import denominators, make_sample
 
 

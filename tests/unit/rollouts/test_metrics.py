@@ -4,7 +4,8 @@ import pytest
 
 from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.metrics import PhaseCounts, over_ranks, reward_fractions, step_fractions
-from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 from tests.doubles import TinyEnvironment
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from fuchsia_pl.rollouts.mini_batches import split_evenly, split_rows
-from fuchsia_pl.types import Rollout, RolloutGroup, Sample
+from fuchsia_pl.samples import RolloutGroup, Sample
+from fuchsia_pl.types import Rollout
 
 
 def make_group(item: int, siblings: int = 2) -> RolloutGroup:

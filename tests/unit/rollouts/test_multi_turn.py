@@ -16,7 +16,8 @@ from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw, EnvironmentStepError, PromptTooLongError
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.metrics import reward_fractions
-from fuchsia_pl.types import RolloutStatus, Sample
+from fuchsia_pl.samples import Sample
+from fuchsia_pl.types import RolloutStatus
 from tests.doubles import EOS, SayingEngine, TinyEnvironment, constant
 
 

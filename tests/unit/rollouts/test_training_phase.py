@@ -10,7 +10,8 @@ from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.training_phase import Forward, TrainingPhase
-from fuchsia_pl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 from tests.doubles import Spread
 
 
@@ -51,7 +52,7 @@ def test_all_micro_batches_of_a_step_point_to_one_record():
     # Rows with tokens: 2 + 3 of item 0, 4 + 1 of item 1, 5 of item 2; the unscored rollout becomes no row. Only item 0 has
     # advantages, -1 and 1, so only its 5 tokens enter the forward.
     counted = info.denominators
-    assert (counted.num_tokens, counted.num_rows, counted.num_forward_tokens) == (15, 5, 5)
+    assert (counted.num_tokens, counted.num_rollouts, counted.num_forward_tokens) == (15, 5, 5)
     assert (info.step, info.policy_version, info.max_staleness, info.policy_update) == (3, 3, 0, 0)
     assert info.skip_reason is None
     assert [(r.item_index, r.sibling) for r in info.unused] == [(2, 0)]
@@ -94,7 +95,7 @@ def test_a_phase_is_all_mini_batches_once_and_then_all_of_them_again():
     # Items 0 and 1: rows of 2, 3, 4, 1 tokens, of which item 1 has no advantages. Items 2 and 3: 5 tokens of the scored sibling
     # of item 2, whose advantage is 0, and 1 + 6 of item 3.
     counted = [info.denominators for info in infos]
-    assert [(c.num_tokens, c.num_rows, c.num_forward_tokens) for c in counted] == [(10, 4, 5), (12, 3, 7)] * 2
+    assert [(c.num_tokens, c.num_rollouts, c.num_forward_tokens) for c in counted] == [(10, 4, 5), (12, 3, 7)] * 2
     zero = [[(s.rollout.item_index, s.rollout.sibling) for s in info.zero_advantage] for info in infos]
     assert zero == [[(1, 0), (1, 1)], [(2, 1)]] * 2
     assert [[(r.item_index, r.sibling) for r in info.unused] for info in infos] == [[], [(2, 0)]] * 2

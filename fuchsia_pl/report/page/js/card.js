@@ -8,14 +8,16 @@ function rolloutCard(row, view) {
     el("button", { type: "button", title: "Copy the text of the rollout", onclick: (event) => copyText(rowText(row), event.currentTarget) }, "text"),
     el("button", { type: "button", class: "copy-link", title: "Copy a permanent link to this rollout (c)", onclick: (event) => copyText(linkTo(row), event.currentTarget) }, "link"));
   const title = el("div", { class: "card-title" },
-    el("a", { href: hashOf(row), title: "Permanent link" }, `#${row.sibling}`),
+    el("a", { href: hashOf(row), title: "Permanent link" }, `#${rowName(row)}`),
     el("span", { class: "reward" }, formatReward(row.reward)),
     rank ? el("span", { class: `badge ${rank}` }, rank === "best" ? "▲ best" : "▼ worst") : null, buttons);
   const head = el("div", { class: "card-head" }, title, el("div", { class: "card-facts" }, ...cardFacts(row, view)));
   const classes = ["card", rank, view.matches(row) ? null : "unmatched"].filter(Boolean).join(" ");
-  return el("article", { class: classes, id: cardId(row), tabindex: -1, "aria-label": `Rollout ${row.sibling}, reward ${formatNumber(row.reward)}${rank ? `, ${rank}` : ""}` }, head, partList(row, view));
+  return el("article", { class: classes, id: cardId(row), tabindex: -1, "aria-label": `Rollout ${rowName(row)}, reward ${formatNumber(row.reward)}${rank ? `, ${rank}` : ""}` }, head, partList(row, view));
 }
 
+/** Sibling and, of a rollout whose history was rewritten, the number of the row. */
+const rowName = (row) => (row.row ? `${row.sibling}.${row.row}` : `${row.sibling}`);
 const cardId = (row) => `card-${row.index}`;
 const hashOf = (row) => `#r=${encodeURIComponent(row.id.toWellFormed?.() ?? row.id)}`;
 const linkTo = (row) => location.href.split("#")[0] + hashOf(row);

@@ -37,8 +37,9 @@ function groupRows(rows) {
 }
 
 function finishGroup(group) {
-  group.rows.sort((a, b) => a.sibling - b.sibling);
-  const rewards = group.rows.map((row) => row.reward).filter(isNumber);
+  group.rows.sort((a, b) => a.sibling - b.sibling || a.row - b.row);
+  group.size = new Set(group.rows.map((row) => row.sibling)).size;
+  const rewards = group.rows.filter((row) => !row.row).map((row) => row.reward).filter(isNumber);
   group.mean = rewards.length ? rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length : null;
   const ranked = group.rows.filter((row) => isNumber(row.reward)).sort(byRewardThenAdvantage);
   const [best, worst] = [ranked[0], ranked[ranked.length - 1]];

@@ -13,11 +13,11 @@ function groupView(group, context) {
 
 function groupHead(group, context) {
   const words = isNumber(group.mean)
-    ? `mean reward ${formatReward(group.mean)}${group.rows.length > 1 ? (group.spread > 0 ? `, spread ${formatReward(group.spread)}` : ", all equal: nothing to learn from") : ""}`
+    ? `mean reward ${formatReward(group.mean)}${group.size > 1 ? (group.spread > 0 ? `, spread ${formatReward(group.spread)}` : ", all equal: nothing to learn from") : ""}`
     : "not scored";
   const button = (label, title, onclick, disabled) => el("button", { type: "button", title, onclick, disabled }, label);
   return el("div", { class: "group-head" },
-    el("h3", {}, ...groupTitle(group, context)), el("span", { class: "spread" }, `${plural(group.rows.length, "sibling")}, ${words}`),
+    el("h3", {}, ...groupTitle(group, context)), el("span", { class: "spread" }, `${plural(group.size, "sibling")}, ${words}`),
     el("div", { class: "moves" },
       button("▲ best", "Go to the best sibling (b)", () => goToCard(group.best), !group.best),
       button("▼ worst", "Go to the worst sibling (w)", () => goToCard(group.worst), !group.worst),
