@@ -201,7 +201,7 @@ class VerifiersEnvironment(ToolEnvironment):
             return given or self._world.max_turns or MAX_TURNS
         if given is not None and given > 1:
             raise ConfigError(
-                f"max_turns={given} has no effect: the tasks of {self._world.name!r} are one question without tools, so leave it out"
+                f"max_turns={given} has no effect: tasks of {self._world.name!r} are one question without tools: leave it out"
             )
         return 1
 
