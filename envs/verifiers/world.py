@@ -16,6 +16,7 @@ from fuchsia_pl.library.verifiers.messages import as_ours, opening_messages
 from fuchsia_pl.library.verifiers.play import Play
 from fuchsia_pl.library.verifiers.refusals import check_env, check_task, check_task_type
 from fuchsia_pl.library.verifiers.scores import Signals
+from fuchsia_pl.library.verifiers.toolsets import servers_of
 
 T = TypeVar("T")
 NUM_SETTLING = 5  # turns of the event loop in which further runs of an agent begin
@@ -98,15 +99,9 @@ class World:
         """The toolsets as servers.
 
         Raises:
-            ConfigError: There is a toolset.
+            ConfigError: A toolset does not work here.
         """
-        toolsets = [
-            *self.sample_task.toolsets(self.sample_task.config),
-            *self.env.taskset.toolsets(self.env.taskset.config),
-        ]
-        if toolsets:
-            raise ConfigError(f"the taskset {self.name!r} has toolsets")
-        return []
+        return self._loaded(lambda: servers_of(self.sample_task, self.env.taskset))
 
     def tasks(self, number: int | None) -> list[vf.Task]:
         """The first tasks.
