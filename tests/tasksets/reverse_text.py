@@ -7,9 +7,9 @@ import re
 import verifiers.v1 as vf
 
 __all__ = ["ReverseText"]
-SYSTEM = "Write the text backwards, inside <reversed_text> and </reversed_text>."
+SYSTEM = "write the text backwards, after answer:"
 WORDS = ("one", "two", "red", "blue", "sun", "moon", "cat", "dog", "sea", "sky")
-ANSWER = re.compile(r"<reversed_text>(.*?)</reversed_text>", re.DOTALL)
+ANSWER = re.compile(r"answer: ?(.*)")
 
 
 class ReverseTextData(vf.TaskData):
