@@ -41,14 +41,26 @@ class PolicyAgent:
         self.interactions: list[PolicyInteraction] = []
         self._exchange = exchange
 
-    async def run(self, task: vf.Task, **given: Any) -> vf.Trace:
+    async def run(
+        self,
+        task: vf.Task,
+        runtime: Any = None,
+        tools: Any = None,
+        on_trace: Callable[[vf.Trace], None] | None = None,
+        collect_artifacts: bool = False,
+    ) -> vf.Trace:
         """Runs the policy on the task's prompt until it yields.
 
         Args:
             task: The task.
-            given: Other arguments of `Agent.run`, of which only `on_trace` is supported.
+            runtime: Must be None.
+            tools: Must be empty.
+            on_trace: Called with the trace before the first turn.
+            collect_artifacts: Must be False.
         """
-        async with self.interaction(task, **given) as interaction:
+        if collect_artifacts:
+            raise ConfigError("an environment of verifiers collects artifacts, which needs a container")
+        async with self.interaction(task, runtime, tools, on_trace) as interaction:
             await interaction.turn()
             if interaction.trace.stop_condition is None:
                 interaction.trace.stop("agent_completed")
@@ -56,21 +68,26 @@ class PolicyAgent:
 
     @asynccontextmanager
     async def interaction(
-        self, task: vf.Task, on_trace: Callable[[vf.Trace], None] | None = None, **given: Any
+        self,
+        task: vf.Task,
+        runtime: Any = None,
+        tools: Any = None,
+        on_trace: Callable[[vf.Trace], None] | None = None,
     ) -> "AsyncIterator[PolicyInteraction]":
         """Opens the conversation, whose user is the caller; its end scores it.
 
         Args:
             task: The task.
+            runtime: Must be None.
+            tools: Must be empty.
             on_trace: Called with the trace before the first turn.
-            given: Other arguments of `Agent.interaction`, which are refused.
 
         Raises:
-            ConfigError: It is the second one of an episode, or an argument is not supported.
+            ConfigError: It is the second one of an episode, or is given a runtime or tools.
         """
-        refused = sorted(name for name, value in given.items() if value)
-        if refused:
-            raise ConfigError(f"an environment of verifiers gives its agent {refused}, which need a runtime or servers")
+        given = [name for name, value in {"runtime": runtime, "tools": tools}.items() if value]
+        if given:
+            raise ConfigError(f"an environment of verifiers gives its agent {given}, and there are no runtimes here")
         if self.interactions:
             raise ConfigError(
                 "an environment of verifiers runs its agent more than once for a task, but one rollout is one run: use group_size"

@@ -62,8 +62,8 @@ def _check_agent(kind: str, name: str, config: vf.AgentConfig) -> None:
     if config.harness is not None and config.harness.id != CHAT:
         what = f"runs the harness program {config.harness.id!r} as its agent {name!r}"
         raise ConfigError(_sentence(kind, what, f"the policy can only chat, as with {CHAT!r}"))
-    plain = vf.AgentConfig()
-    changed = [field for field, value in config if field not in AGENT_SETTINGS and value != getattr(plain, field)]
+    plain = dict(vf.AgentConfig())
+    changed = [field for field, value in config if field not in AGENT_SETTINGS and value != plain[field]]
     if changed:
         what = f"sets {changed} of its agent {name!r}"
         raise ConfigError(_sentence(kind, what, "models, sampling and limits are settings of the run"))
@@ -118,12 +118,8 @@ def check_task(task: vf.Task) -> None:
     Raises:
         ConfigError: Names the task and what it needs.
     """
-    fields = type(task.data).model_fields
-    needed = [
-        name
-        for name in SANDBOX_FIELDS
-        if getattr(task.data, name) != fields[name].get_default(call_default_factory=True)
-    ]
+    values, plain = dict(task.data), dict(vf.TaskData())
+    needed = [name for name in SANDBOX_FIELDS if values[name] != plain[name]]
     if task.data.timeout.agent is not None:
         needed.append("timeout.agent")
     if needed:

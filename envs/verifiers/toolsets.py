@@ -65,4 +65,3 @@ def _refusal(toolset: vf.Toolset, is_shared: bool) -> str | None:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
-

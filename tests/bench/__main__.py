@@ -18,7 +18,7 @@ from tests.bench.work import MARK
 
 PARTS = (
     *(["step"], ["trl_step", "32"], ["trl_step", "64"], ["training"], ["shared_prefix"], ["probe"], ["sampling"]),
-    *(["overlap"], ["packing"], ["plan"]),
+    *(["overlap"], ["packing"], ["plan"], ["verifiers"]),
 )
 TIMEOUT_S = 1800
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -120,6 +120,7 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         Ratio("cost at 4 x the completions", linear["4x32"], "<=", 4.4),
         *packing_ratios(f),
         Ratio("planned / real kept activations, relative error, 4 cases", f["plan_error"], "<=", 0.1),
+        Ratio("milliseconds a turn of verifiers on top of a native port", f["verifiers_ms_a_turn"], "<=", 5),
         Ratio("GPU configs that exceed the card of their first comment", f["plan_misfits"], "<=", 0),
     ]
 

@@ -50,6 +50,7 @@ FILES = {
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
+    "my_taskset.py": ("envs/README.md", "Tasksets of verifiers", 0, 25),
     "my_module.py": ("configs/README.md", "Objectives", 0, 15),
 }
 
@@ -252,6 +253,11 @@ def test_the_environments_train(runs, module, reward):
     """With the tiny model and its few characters; `tests/integration/test_environments.py` uses the real one."""
     (command,) = [command for command in COMMANDS if f" {module}." in command and " fit " in command]
     assert len([row for row in runs.rows(command) if row[f"reward/{reward}"]]) == 2
+
+
+def test_the_taskset_of_verifiers_trains(runs):
+    (command,) = [command for command in COMMANDS if " my-taskset " in command and " fit " in command]
+    assert len([row for row in runs.rows(command) if row["reward/digits"] and row["reward/reply_chars"]]) == 2
 
 
 def test_the_command_finds_environments_in_the_current_folder(tmp_path):

