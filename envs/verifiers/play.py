@@ -59,6 +59,7 @@ class Play:
             The messages before the next turn; None if the episode has ended and is scored.
         """
         assert self._run is not None, "start comes first"
+        self.raise_failure()
         self._exchange.answer(reply)
         self.num_answered += 1
         return await self._exchange.question(self._run)
@@ -113,7 +114,10 @@ class Play:
         await env.setup(agents)
         if not self._agents[0].trainable:
             raise ConfigError(f"{type(env).__name__}.setup of verifiers marks its agent as not trainable")
-        await env.run(task, agents)
+        try:
+            await env.run(task, agents)
+        except ExceptionGroup as errors:  # of a task group, whose own message has no cause
+            raise _first(errors) from errors
         trace = self._trace()
         if type(env).finalize is not vf.Env.finalize:
             episode = vf.Episode(env=vf.EnvInfo(id=env.config.env_id), task=trace.task, ok=trace.ok)
@@ -132,6 +136,13 @@ class Play:
         if not interactions or not interactions[0].trace.is_completed:
             raise ConfigError(f"{type(self._env).__name__}.run of verifiers ends without a finished run of its agent")
         return interactions[0].trace
+
+
+def _first(error: Exception) -> Exception:
+    """The first error of a group."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _finite(name: str, value: float) -> float:

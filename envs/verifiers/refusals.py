@@ -95,11 +95,11 @@ def check_task_type(task: vf.Task) -> None:
 
 def _needing_runtime(task: vf.Task) -> Iterator[str]:
     own = [name for name in ("setup", "finalize") if getattr(type(task), name) is not getattr(vf.Task, name)]
-    judges = [judge.score for judge in task.plugged_judges()]
-    for function in (*(getattr(task, name) for name in own), *task.hooks("metric"), *task.hooks("reward"), *judges):
+    scorers = [*task.hooks("metric"), *task.hooks("reward"), *(judge.score for judge in task.plugged_judges())]
+    for name, function in [*((name, getattr(task, name)) for name in own), *((one.__name__, one) for one in scorers)]:
         parameter = inspect.signature(function).parameters.get("runtime")
-        if parameter is not None and (parameter.default is inspect.Parameter.empty or function.__name__ in own):
-            yield function.__name__
+        if parameter is not None and (name in own or parameter.default is inspect.Parameter.empty):
+            yield name
 
 
 def _boundary(kind: str, stop: Callable[..., Any]) -> type:

@@ -134,11 +134,12 @@ class World:
             ConfigError: There is no first turn, or its messages are not text.
         """
         if self.is_single_turn:
+            if task.data.prompt is None:
+                raise ConfigError(
+                    f"task {task.data.idx} of {self.name!r} has no prompt, and its environment sends none"
+                )
             return as_ours(opening_messages(task.data, []))
-        try:
-            return call_apart(asyncio.run, self._first_messages(task, timeout_s))
-        except ExceptionGroup as errors:
-            raise _first(errors) from errors
+        return call_apart(asyncio.run, self._first_messages(task, timeout_s))
 
     async def _first_messages(self, task: vf.Task, timeout_s: float) -> list[Message]:
         play = Play(self.env, task, max_chars=0)
@@ -177,10 +178,3 @@ class World:
             raise ConfigError(
                 f"{self.name!r} of verifiers cannot be loaded: {' '.join(reason(error).split())}"
             ) from error
-
-
-def _first(error: Exception) -> Exception:
-    """The first error of a group of a task group."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -170,7 +170,7 @@ def test_a_fault_of_a_task_ends_its_own_rollouts_only(tiny_model, caplog):
     environment = VerifiersEnvironment("faulty", num_validation=0)
     environment.timeout_s = 1.0
     faults = [item["data"]["fault"] for item in environment.train_items()]
-    rollouts = collect(tiny_model, environment, RecordedEngine(), items=range(len(faults)))
+    rollouts = collect(tiny_model, environment, RecordedEngine(0.1), items=range(len(faults)))
     ended = {fault: [rollouts[2 * at + sibling] for sibling in range(2)] for at, fault in enumerate(faults)}
     good = ended.pop("none")
     assert [(r.status, r.reward) for r in good] == [(RolloutStatus.COMPLETED, 1.0)] * 2
@@ -222,7 +222,10 @@ def class_of(base, **body):
     return types.new_class(f"Odd{base.__name__}", (base,), exec_body=lambda space: space.update(body))
 
 
-async def needs_runtime(self, trace, runtime):
+async def prepares(self, trace, runtime): ...
+
+
+async def grades(self, trace, runtime):
     return 1.0
 
 
@@ -238,10 +241,10 @@ async def stops(self, response: vf.Response) -> bool:
     ("body", "words"),
     [
         ({"NEEDS_CONTAINER": True}, "needs a container"),
-        ({"setup": needs_runtime}, "needs a runtime in 'needs_runtime'"),
-        ({"other": vf.reward(needs_runtime)}, "needs a runtime in 'needs_runtime'"),
-        ({"other": vf.intercept(changes)}, r"intercepts messages in \['changes'\]"),
-        ({"other": vf.stop(stops)}, "stops by a request or response in 'stops'"),
+        ({"setup": prepares}, "needs a runtime in 'setup'"),
+        ({"grades": vf.reward(grades)}, "needs a runtime in 'grades'"),
+        ({"changes": vf.intercept(changes)}, r"intercepts messages in \['changes'\]"),
+        ({"stops": vf.stop(stops)}, "stops by a request or response in 'stops'"),
         ({"runtime_env": lambda self: {"A": "b"}}, "has a runtime_env"),
     ],
 )
