@@ -6,6 +6,7 @@ rewards the functions that the task's class marks by `@vf.reward` and, with the 
 """
 
 import importlib.metadata
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ VERSION = "0.4"
 REMEDY = 'pip install "fuchsia-pl[worlds]"'
 MAX_TURNS = 8
 TRAIN, VALIDATION = "train", "validation"
+logger = logging.getLogger(__name__)
 
 
 class VerifiersEnvironment(ToolEnvironment):
@@ -75,6 +77,7 @@ class VerifiersEnvironment(ToolEnvironment):
         self.servers = self._world.servers()
         self.max_steps = self._max_turns(max_turns)
         self._tasks: dict[str, dict[int, vf.Task]] = {}
+        self._unlogged: set[str] = set()
         self._prompts: dict[tuple[str, int], list[Message]] = {}
 
     @property
@@ -149,7 +152,9 @@ class VerifiersEnvironment(ToolEnvironment):
                 limit = "max_turns" if len(rollout.turns) >= self.max_steps and not is_new else "max_total_tokens"
                 await play.stop(limit, self._reply(rollout) if is_new else None)
             if play is not None and rollout.status in (RolloutStatus.TRUNCATED, RolloutStatus.COMPLETED):
-                rollout.state[SCORES] = self._signals.values(play.rewards(), play.metrics())
+                metrics = play.metrics()
+                rollout.state[SCORES] = self._signals.values(play.rewards(), metrics)
+                self._warn_of(set(metrics) - set(self._signals.metrics))
         finally:
             if play is not None:
                 await play.cancel()
@@ -169,6 +174,14 @@ class VerifiersEnvironment(ToolEnvironment):
             calls=calls,
             results=results,
         )
+
+    def _warn_of(self, metrics: set[str]) -> None:
+        """Warns once of each metric that a run or a function records under a name of its own."""
+        for name in sorted(metrics - self._unlogged):
+            logger.warning(
+                "the metric %r of %r is not logged: only the functions marked by @vf.metric are", name, self._world.name
+            )
+        self._unlogged |= metrics
 
     def _split(self, split: str) -> "list[vf.Task]":
         if split not in self._tasks:

@@ -120,7 +120,7 @@ class Play:
             raise _first(errors) from errors
         trace = self._trace()
         if type(env).finalize is not vf.Env.finalize:
-            episode = vf.Episode(env=vf.EnvInfo(id=env.config.env_id), task=trace.task, ok=trace.ok)
+            episode = vf.Episode(env=vf.EnvInfo(id=env.config.env_id), task=trace.task)
             episode.traces.append(trace)
             await env.finalize(task, episode)
         failure = self._agents[0].interactions[0].failure

@@ -63,7 +63,7 @@ def _check_agent(kind: str, name: str, config: vf.AgentConfig) -> None:
         what = f"runs the harness program {config.harness.id!r} as its agent {name!r}"
         raise ConfigError(_sentence(kind, what, f"the policy can only chat, as with {CHAT!r}"))
     plain = dict(vf.AgentConfig())
-    changed = [field for field, value in config if field not in AGENT_SETTINGS and value != plain[field]]
+    changed = [field for field, value in config if field not in AGENT_SETTINGS and value != plain.get(field, value)]
     if changed:
         what = f"sets {changed} of its agent {name!r}"
         raise ConfigError(_sentence(kind, what, "models, sampling and limits are settings of the run"))

@@ -1,6 +1,5 @@
 """Rewards and metrics of a taskset as reward functions. Those of a finished episode are numbers in `Rollout.state`."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from fuchsia_pl.envs import ConfigError, RewardFunction, Rollout
 
 SCORES = "verifiers_scores"  # key in `Rollout.state`
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

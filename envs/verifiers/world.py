@@ -19,7 +19,7 @@ from fuchsia_pl.library.verifiers.scores import Signals
 from fuchsia_pl.library.verifiers.toolsets import servers_of
 
 T = TypeVar("T")
-NUM_SETTLING = 5  # turns of the event loop in which further runs of an agent begin
+NUM_SETTLING = 20  # turns of the event loop in which further runs of an agent begin
 
 
 class World:

@@ -18,15 +18,15 @@ from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
 from tests.bench.work import report
-from tests.doubles import RecordedEngine, save_tiny_model
-from tests.envs.test_verifiers import TASKSETS, NativeSort
+from tests.doubles import save_tiny_model
+from tests.envs.test_verifiers import TASKSETS, Chatting, NativeSort
 
 NUM_TASKS, GROUP, NUM_ROUNDS = 8, 8, 7
 
 
 def seconds_per_turn(environment: Environment, chat: Chat, number: int) -> float:
     """Seconds of a draw of all tasks, over its turns."""
-    collector = Collector(RecordedEngine(), environment, chat, SamplingConfig(GROUP, 1.0, 200, 2000))
+    collector = Collector(Chatting(), environment, chat, SamplingConfig(GROUP, 1.0, 200, 2000))
     draw = Draw(environment.train_items(), list(range(NUM_TASKS)), GROUP, 1.0, ("bench", number), step=0)
     start = time.perf_counter()
     groups = asyncio.run(collector.collect(draw))

