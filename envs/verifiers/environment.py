@@ -197,8 +197,16 @@ class VerifiersEnvironment(ToolEnvironment):
         if self._held_out is not None:
             held_out = self._held_out.tasks(self._num_validation)
         else:
+            self._check_rest(len(tasks))
             held_out, tasks = tasks[: self._num_validation], tasks[self._num_validation :]
         return {TRAIN: {task.data.idx: task for task in tasks}, VALIDATION: {task.data.idx: task for task in held_out}}
+
+    def _check_rest(self, number: int) -> None:
+        if number <= self._num_validation:
+            raise ConfigError(
+                f"the taskset {self._world.name!r} has {number} tasks, and num_validation={self._num_validation} of them are held out: "
+                "lower it, or raise num_tasks if it is set"
+            )
 
     def _check_numbers(self) -> None:
         if self._num_validation < 0 or (self._num_tasks is not None and self._num_tasks < 1):

@@ -45,9 +45,7 @@ def check_env(env: vf.Env, given: set[str]) -> None:
     if len(agents) != 1:
         raise ConfigError(_sentence(kind, f"has the agents {sorted(agents)}", "one agent, the policy, is supported"))
     if given & ENV_SETTINGS:
-        raise ConfigError(
-            _sentence(kind, f"is given {sorted(given & ENV_SETTINGS)}", "these have no effect here: leave them out")
-        )
+        raise ConfigError(_sentence(kind, f"is given {sorted(given & ENV_SETTINGS)}", "leave these out"))
     own = [name for name in MACHINERY if getattr(type(env), name) is not getattr(vf.Env, name)]
     if own:
         raise ConfigError(_sentence(kind, f"overrides {own}", "these methods are not called here"))

@@ -285,7 +285,7 @@ def test_a_task_that_needs_a_sandbox_is_refused_by_name(monkeypatch, data, words
     with pytest.raises(
         ConfigError, match=rf"^Plain of verifiers has \[{words}\] in task 0, which does not work here: "
     ):
-        VerifiersEnvironment(name).train_items()
+        VerifiersEnvironment(name, num_validation=0).train_items()
 
 
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
@@ -324,7 +324,7 @@ def test_the_chat_harness_is_the_one_that_works():
 
 
 def test_several_runs_of_the_agent_are_refused_before_an_engine():
-    environment = VerifiersEnvironment("reverse-text", environment={"id": "best-of-n"})
+    environment = VerifiersEnvironment("reverse-text", environment={"id": "best-of-n"}, num_validation=0)
     with pytest.raises(
         ConfigError, match="runs its agent more than once for a task, but one rollout is one run: use group_size"
     ):
@@ -380,7 +380,7 @@ async def untrained(self, agents):
 )
 def test_a_run_without_a_first_turn_is_refused_before_an_engine(monkeypatch, body, words):
     name = module_of(monkeypatch, Made=taskset_of(Plain), Env=class_of(Odd, **body))
-    environment = VerifiersEnvironment(name)
+    environment = VerifiersEnvironment(name, num_validation=0)
     environment.timeout_s = 0.2
     with pytest.raises((ConfigError, ValueError), match=words):
         environment.messages(environment.train_items()[0])
@@ -483,6 +483,13 @@ def test_a_wrong_setting_is_one_line(settings, words):
     with pytest.raises(ConfigError, match=words) as caught:
         VerifiersEnvironment(**{"taskset": "reverse-text", **settings})
     assert "\n" not in str(caught.value)
+
+
+def test_held_out_tasks_leave_some_to_train_on():
+    with pytest.raises(
+        ConfigError, match="'reverse-text' has 20 tasks, and num_validation=20 of them are held out: lower it"
+    ):
+        VerifiersEnvironment("reverse-text", num_validation=20).train_items()
 
 
 def test_an_infinite_taskset_needs_a_number():
