@@ -204,8 +204,8 @@ class VerifiersEnvironment(ToolEnvironment):
     def _check_rest(self, number: int) -> None:
         if number <= self._num_validation:
             raise ConfigError(
-                f"the taskset {self._world.name!r} has {number} tasks, and num_validation={self._num_validation} of them are held out: "
-                "lower it, or raise num_tasks if it is set"
+                f"the taskset {self._world.name!r} has {number} tasks, and num_validation={self._num_validation} of them are "
+                "held out: lower it, or raise num_tasks if it is set"
             )
 
     def _check_numbers(self) -> None:
