@@ -202,11 +202,12 @@ def test_a_fault_of_a_task_ends_its_own_rollouts_only(tiny_model, caplog):
         "RuntimeError: no more",
         "KeyboardInterrupt",
         "took longer than 1 s",
+        "StrayError: TimeoutError",
         "the first messages differ",
     ):
         assert words in caplog.text
     fractions = reward_fractions(rollouts, environment, world_size=1)
-    assert fractions["rollout/env_error_fraction"] == (18, 20.0)
+    assert fractions["rollout/env_error_fraction"] == (20, 22.0)
 
 
 def module_of(monkeypatch, **classes) -> str:
@@ -414,6 +415,40 @@ def test_a_run_may_take_the_first_reply_to_a_prompt_and_read_the_trace(monkeypat
     assert rollout.status is RolloutStatus.ENV_ERROR
 
 
+def test_a_long_message_is_cut_for_the_policy_and_in_the_trace(monkeypatch, tiny_model):
+    traces = []
+
+    async def play(self, task, agent):
+        async with agent.interaction(task, on_trace=traces.append) as interaction:
+            await interaction.turn()
+            await interaction.turn("abcde" + 1000 * "x" + "vwxyz")
+
+    environment = VerifiersEnvironment(
+        module_of(monkeypatch, Made=taskset_of(Plain), Env=class_of(Odd, play=play)), num_validation=0
+    )
+    environment.max_response_chars = 8
+    collected = collect(tiny_model, environment, saying(tiny_model, "yes", "no"), siblings=1, items=[0])
+    shown = "abcd… (1002 characters left out) …wxyz"  # 4 of the 1,010 characters at each end
+    assert collected[0].messages[2]["content"] == shown
+    assert traces[-1].messages[2].content == shown
+
+
+def test_what_an_environment_starts_is_started_once_and_stopped(monkeypatch, tiny_model):
+    calls = []
+
+    async def start(self):
+        calls.append("start")
+
+    async def stop(self):
+        calls.append("stop")
+
+    name = module_of(monkeypatch, Made=taskset_of(Plain), Env=class_of(vf.SingleAgentEnv, start=start, stop=stop))
+    environment = VerifiersEnvironment(name, num_validation=0)
+    asyncio.run(environment.prepare())
+    collect(tiny_model, environment, saying(tiny_model, "yes"), siblings=1, items=[0])
+    assert calls == ["start", "stop"]
+
+
 def test_the_finalize_of_an_environment_scores_the_finished_episode(monkeypatch, tiny_model):
     async def finalize(self, task, episode):
         (trace,) = episode.traces
@@ -597,8 +632,15 @@ class Registering(Tool):
 def test_a_toolset_that_cannot_work_is_refused_by_name(monkeypatch, toolset, config, words):
     made = classmethod(lambda cls, _: [toolset(vf.ToolsetConfig(**config))])
     name = module_of(monkeypatch, Made=taskset_of(class_of(Plain, toolsets=made)))
-    with pytest.raises(ConfigError, match=f"^the toolset {words}"):
+    with pytest.raises(ConfigError, match=f"^the toolset .*{words}"):
         VerifiersEnvironment(name)
+
+
+def test_a_toolset_without_a_prefix_may_be_a_running_server(monkeypatch):
+    bare = class_of(Tool, TOOL_PREFIX=None)
+    made = classmethod(lambda cls, _: [bare(vf.ToolsetConfig(url="http://127.0.0.1:1/mcp"))])
+    (server,) = VerifiersEnvironment(module_of(monkeypatch, Made=taskset_of(class_of(Plain, toolsets=made)))).servers
+    assert (server.url, server.command) == ("http://127.0.0.1:1/mcp", None)
 
 
 @pytest.mark.parametrize("taskset", ["reverse-text", "alphabet-sort"])

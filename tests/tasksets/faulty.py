@@ -16,6 +16,7 @@ FAULTS = (
     "run gives up",
     "run ignores",
     "run opens anew",
+    "reward is slow",
 )
 
 
@@ -30,6 +31,8 @@ class FaultyTask(vf.Task[FaultyData]):
             raise ZeroDivisionError("no score")
         if self.data.fault == "reward exits":
             raise SystemExit(0)
+        if self.data.fault == "reward is slow":
+            await asyncio.sleep(60)
         return float("nan") if self.data.fault == "reward is nan" else 1.0
 
 
@@ -60,4 +63,7 @@ class FaultyEnv(vf.SingleAgentEnv):
 
 class Faulty(vf.Taskset[FaultyTask, vf.TasksetConfig]):
     def load(self) -> list[FaultyTask]:
-        return [FaultyTask(FaultyData(fault=fault), self.config.task) for fault in FAULTS]
+        return [
+            FaultyTask(FaultyData(fault=fault, timeout=vf.TaskTimeout(scoring=0.3)), self.config.task)
+            for fault in FAULTS
+        ]
