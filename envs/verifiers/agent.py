@@ -97,7 +97,7 @@ class PolicyAgent:
         if on_trace is not None:
             on_trace(interaction.trace)
         if type(task).setup is not vf.Task.setup:
-            async with asyncio.timeout(task.data.timeout.setup):
+            async with _limited(task.data.timeout.setup, "setup"):
                 await invoke(task.setup, {"trace": interaction.trace})
         yield interaction
         await interaction.close()  # not after an error: it ends the episode
@@ -230,10 +230,23 @@ class PolicyInteraction:
     async def _score(self) -> None:
         task, timeout = self._task, self._task.data.timeout
         if type(task).finalize is not vf.Task.finalize:
-            async with asyncio.timeout(timeout.finalize):
+            async with _limited(timeout.finalize, "finalize"):
                 await invoke(task.finalize, {"trace": self.trace})
-        async with asyncio.timeout(timeout.scoring):
+        async with _limited(timeout.scoring, "scoring"):
             await _guarded(task).score(self.trace)
+
+
+@asynccontextmanager
+async def _limited(seconds: float | None, stage: str) -> AsyncIterator[None]:
+    """The task's own limit of a stage."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise RuntimeError(f"the {stage} of a task took longer than its own limit of {seconds:g} s") from error
 
 
 def _after_prompt(nodes: list[vf.MessageNode]) -> vf.Messages:
