@@ -61,15 +61,22 @@ async def await_bounded(awaitable: Awaitable[T], name: str, timeout_s: float) ->
     try:
         await asyncio.wait([task], timeout=timeout_s)
     except asyncio.CancelledError:
-        await _cancel(task, name)
+        await cancel_bounded(task, name)
         raise
     if not task.done():
-        await _cancel(task, name)
+        await cancel_bounded(task, name)
         raise TimeoutError
     return task.result()
 
 
-async def _cancel(task: "asyncio.Future[Any]", name: str) -> None:
+async def cancel_bounded(task: "asyncio.Future[Any]", name: str) -> None:
+    """Cancels a task of user code and waits for its end, at most `CANCEL_TIMEOUT_S`. A task that goes on counts as abandoned.
+
+    Args:
+        task: The task.
+        name: Name of the called function, for the list of abandoned calls.
+    """
+
     def forget(done: "asyncio.Future[Any]") -> None:
         _left_tasks.pop(done, None)
         if not done.cancelled():

@@ -108,14 +108,28 @@ class ToolEnvironment(MultiTurnEnvironment):
         if not calls:
             rollout.finish()
             return
+        await self.make_calls(rollout, calls)
+
+    async def make_calls(self, rollout: Rollout, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Runs the calls of the newest turn one after another, counts them, and responds with their results.
+
+        The death of a server ends the rollout; the calls after it are not made.
+
+        Args:
+            rollout: The calling rollout.
+            calls: The calls.
+        """
+        results = []
         for position, call in enumerate(calls):
             result = await self.call_tool(rollout, call, is_surplus=position >= self.max_calls_per_turn)
+            results.append(result)
             rollout.counts[TOOL_CALLS] += 1
             rollout.counts[f"tool_{result.status}"] += 1
             rollout.respond(self.tool_convention.result(result.text), role=self.tool_convention.role)
             if result.status is ToolStatus.SERVER_DIED:
                 rollout.finish(RolloutStatus.TOOL_ERROR)
-                return
+                break
+        return results
 
     async def call_tool(self, rollout: Rollout, call: ToolCall, is_surplus: bool = False) -> ToolResult:
         """Runs one call. An error becomes the result of the call.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.bench.work import MARK
 
-PARTS = ("step", "trl_step", "training", "shared_prefix", "probe", "sampling", "overlap", "packing", "plan", "gateway")
+PARTS = ("step", "trl_step", "training", "shared_prefix", "probe", "sampling", "overlap", "packing", "plan", "gateway", "verifiers")
 TIMEOUT_S = 3600
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -121,6 +121,7 @@ def ratios(f: dict[str, float]) -> list[Ratio]:
         Ratio("cost at 4 x the completions", linear["4x32"], "<=", 4.4),
         *packing_ratios(f),
         Ratio("planned / real kept activations, relative error, 4 cases", f["plan_error"], "<=", 0.1),
+        Ratio("milliseconds a turn of verifiers on top of a native port", f["verifiers_ms_a_turn"], "<=", 5),
         Ratio("GPU configs that exceed the card of their first comment", f["plan_misfits"], "<=", 0),
     ]
 

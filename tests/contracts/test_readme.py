@@ -53,6 +53,7 @@ FILES = {
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
     "my_agent.py": ("envs/README.md", "Any agent", 0, 25),
+    "my_taskset.py": ("envs/README.md", "Tasksets of verifiers", 0, 25),
     "my_module.py": ("configs/README.md", "Objectives", 0, 15),
 }
 
@@ -265,6 +266,11 @@ def test_the_environments_train(runs, module, reward):
     assert len([row for row in runs.rows(command) if row[f"reward/{reward}"]]) == 2
 
 
+def test_the_taskset_of_verifiers_trains(runs):
+    (command,) = [command for command in COMMANDS if " my-taskset " in command and " fit " in command]
+    assert len([row for row in runs.rows(command) if row["reward/digits"] and row["reward/reply_chars"]]) == 2
+
+
 def test_the_command_finds_environments_in_the_current_folder(tmp_path):
     write_files(tmp_path)
     (command,) = [command for command in COMMANDS if "fit" in command and "my_envs" in command]
@@ -310,7 +316,7 @@ def test_every_setting_named_exists(runs, capsys):
 
 SUFFIXES = {"py", "yaml", "md", "csv", "jsonl", "html"}
 # Settings of DDP by class path, which no config names, and of classes that none of the configs above uses.
-ALSO_SETTINGS = {"trainer.strategy.timeout"}
+ALSO_SETTINGS = {"trainer.strategy.timeout", "data.environment.init_args.taskset"}
 
 
 def test_the_make_targets_exist():

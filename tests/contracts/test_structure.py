@@ -90,7 +90,12 @@ THIRD_PARTIES: dict[str, set[str]] = {
 ONLY_IN = {
     "vllm": ("engines/vllm_",),
     "peft": ("policy/",),
-    "fastmcp": ("envs/tools/", "top-level envs/function_calling/server.py"),
+    "fastmcp": (
+        "envs/tools/",
+        "top-level envs/function_calling/server.py",
+        "top-level envs/verifiers/server.py",
+    ),
+    "verifiers": ("top-level envs/verifiers/",),
     "math_verify": ("envs/rewards/math_worker.py",),
     "openai": ("envs/rewards/judge.py",),
     "starlette": ("gateway/",),
