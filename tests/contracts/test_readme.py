@@ -22,6 +22,7 @@ from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.objectives.presets import PRESETS
 from tests.contracts.test_structure import ROOT, tracked_files
 from tests.doubles import TINY
+from tests.reward_models import save_reward_model
 from tests.unit.test_serve import StartedError, start_nothing
 
 NAMES = ("README.md", "configs/README.md", "envs/README.md", "fuchsia_pl/README.md", "tests/README.md")
@@ -47,6 +48,7 @@ def code_block(page: str, title: str, language: str, number: int = 0) -> str:
 FILES = {
     "my_envs.py": ("README.md", "Your own environment", 0, 20),
     "my_task.py": ("README.md", "Your model, your file, your GPU", 0, 8),
+    "my_helpful.py": ("envs/README.md", "Reward models", 0, 25),
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
@@ -80,6 +82,7 @@ class Runs:
         del settings["data"]["environment"]
         Path("tiny.yaml").write_text(yaml.safe_dump(settings))
         write_files(Path())
+        save_reward_model(Path("reward-model"), max_position_embeddings=4000)
         self._folders: dict[str, Path | None] = {}
         assert self.folder(QUICKSTART) == Path("runs/quickstart/0")  # commands continue from its checkpoint
         assert (
@@ -246,7 +249,10 @@ def test_the_files_are_short(name):
 
 @pytest.mark.parametrize(
     ("module", "reward"),
-    [("my_envs", "names_it"), ("my_task", "correct"), ("my_games", "close"), ("my_tools", "correct")],
+    [
+        *(("my_envs", "names_it"), ("my_task", "correct"), ("my_helpful", "reward_model"), ("my_games", "close")),
+        ("my_tools", "correct"),
+    ],
 )
 def test_the_environments_train(runs, module, reward):
     """With the tiny model and its few characters; `tests/integration/test_environments.py` uses the real one."""

@@ -78,7 +78,21 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "batch": {"torch"},
     "objectives": {"torch"},
     "engines.base": set(),
-    "envs": {"datasets", "fastmcp", "jsonschema", "math_verify", "mcp", "mcp_types", "openai", "pyarrow", "pydantic"},
+    "envs": {
+        *(
+            "datasets",
+            "fastmcp",
+            "httpx",
+            "jsonschema",
+            "math_verify",
+            "mcp",
+            "mcp_types",
+            "openai",
+            "pyarrow",
+            "pydantic",
+        ),
+        *("tokenizers", "torch", "transformers"),
+    },
 }
 ONLY_IN = {
     "vllm": ("engines/vllm_",),
