@@ -15,8 +15,8 @@ from fuchsia_pl.envs.rows import first_rows, rows_after
 
 TAG = "reversed_text"
 SYSTEM = f"Reverse the text character-by-character. Put your answer in <{TAG}> tags."
-# Bounds of the comparison, whose time grows with the square of the lengths. A policy may write the worst case.
-MAX_CHARS = 600
+# Bound of the comparison, whose time grows up to the cube of the length. A policy may write the worst case for a text.
+MAX_CHARS = 400
 TOO_LONG = "reversed_too_long"
 
 
