@@ -32,6 +32,13 @@ def plain_outputs(folder: Path, text: str) -> list[float]:
         return model(ids).logits[0].tolist()
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """Says nothing: a test's client may be gone."""
+
+
 class RewardServerDouble:
     """Answers `/v1/models`, `/classify` and `/pooling` of vLLM 0.32 by the model of a folder, one row at a time.
 
@@ -44,8 +51,7 @@ class RewardServerDouble:
         self.failures: list[int] = []
         self.asked: list[tuple[str, dict]] = []
         self.hangs = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"double": self}))
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"double": self}))
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
     @property

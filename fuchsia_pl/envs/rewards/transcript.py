@@ -116,7 +116,7 @@ def _without_system(messages: list[Message]) -> list[Message]:
     r"""Messages with the system text at the start of the first user message.
 
     >>> _without_system([{"role": "system", "content": "Add."}, {"role": "user", "content": "3+4?"}])
-    [{'role': 'user', 'content': 'Add.\\n\\n3+4?'}]
+    [{'role': 'user', 'content': 'Add.\n\n3+4?'}]
     """
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None or messages[0]["role"] != "system":

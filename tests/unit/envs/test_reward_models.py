@@ -350,7 +350,7 @@ def test_a_server_that_does_not_answer_in_time_is_given_up(server, folder, monke
     model = RewardServer(server.url, str(folder))
     model.prepare()
     model.timeout_s, model.max_retries = 0.2, 0
-    monkeypatch.setattr(server, "answer", lambda path, body: server.hangs.wait(30))
+    monkeypatch.setattr(server, "answer", lambda path, body: (200, {"data": server.hangs.wait(30)}))
     with pytest.raises(RuntimeError, match="ReadTimeout"):
         model([asked("7")])
     server.hangs.set()
