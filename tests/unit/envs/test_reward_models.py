@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
 from fuchsia_pl.envs import ConfigError
@@ -13,8 +14,19 @@ from fuchsia_pl.envs.rewards import RewardModel, RewardServer
 from fuchsia_pl.envs.rewards.classifier import Classifier, find_device
 from fuchsia_pl.envs.rewards.model_reward import Scale
 from fuchsia_pl.envs.rewards.transcript import Transcript
+from fuchsia_pl.rollouts.config import SamplingConfig
+from fuchsia_pl.rollouts.run_checks import engine_spec
 from fuchsia_pl.types import Rollout
-from tests.doubles import TinyEnvironment, said, save_tiny_model, written
+from tests.doubles import (
+    TinyEngine,
+    TinyEnvironment,
+    make_data,
+    make_module,
+    make_trainer,
+    said,
+    save_tiny_model,
+    written,
+)
 from tests.reward_models import MAX_LENGTH, RewardServerDouble, plain_outputs, save_reward_model
 
 QUESTION = "3 plus 4?"
@@ -87,8 +99,6 @@ def test_a_model_that_reads_its_first_token_gets_the_tokens_that_its_tokenizer_a
     save_tiny_model(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.chat_template = None
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
@@ -263,6 +273,21 @@ def test_it_is_loaded_once_and_by_the_preparation_of_the_environment(folder, mon
     environment.reward_functions[0]([asked("7")])
     assert len(loads) == 1
     assert environment.counter_names() == ["reward_model_too_long", "reward_model_not_shown"]
+
+
+def test_a_model_that_cannot_score_ends_a_run_before_the_engine_starts(tiny_model, tmp_path):
+    environment, engine, module = TinyEnvironment(), TinyEngine(), make_module(tiny_model)
+    environment.reward_functions, environment.reward_weights = [reward(tiny_model)], {}
+    with pytest.raises(ConfigError, match="is no reward model"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data(module, engine, environment))
+    assert not hasattr(engine, "spec")
+
+
+def test_an_engine_on_the_same_gpu_leaves_the_memory_of_a_reward_model(tiny_model, tmp_path):
+    trainer, module = make_trainer(tmp_path), make_module(tiny_model)
+    settings = trainer, module.learner.served_model, SamplingConfig(), 0, False
+    assert engine_spec(*settings, rewards_gb=2.5).reserved_gb == 2.5
+    assert engine_spec(*settings).reserved_gb == 0.0
 
 
 def test_a_failed_preparation_is_repeated_and_never_scores(tmp_path):
