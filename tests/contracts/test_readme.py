@@ -305,7 +305,7 @@ def test_every_setting_named_exists(runs, capsys):
 
 SUFFIXES = {"py", "yaml", "md", "csv", "jsonl", "html"}
 # Settings of DDP by class path, which no config names, and of classes that none of the configs above uses.
-ALSO_SETTINGS = {"trainer.strategy.timeout"}
+ALSO_SETTINGS = {"trainer.strategy.timeout", "data.environment.init_args.reward_model"}
 
 
 def test_the_make_targets_exist():
