@@ -3,6 +3,8 @@ r"""Grade school mathematics (GSM8K, arXiv:2110.14168) with visible thinking bef
 item    {"question": "Natalia sold clips to 48 of her friends in April, …", "answer": "… 48/2 = <<48/2=24>>24 …\n#### 72"}
 prompt  a system message that requests <thinking>…</thinking> and <answer>…</answer>, and the question
 gold    72: the text after "####" in the item's answer, without commas, as in the official evaluation
+
+`GSM8KMarks` is the form of verl's baselines: no system message, and the answer after "####".
 """
 
 import re
@@ -19,6 +21,8 @@ SYSTEM = (
     "Solve the problem. Think step by step inside <thinking> and </thinking>, then give the answer as a bare number inside "
     "<answer> and </answer>."
 )
+
+MARKS_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 
 
 def official_answer(solution: str) -> str:
@@ -116,3 +120,58 @@ class GSM8K(SingleTurnEnvironment):
         """The solution of the dataset without its calculator annotations."""
         solution = re.sub(r"<<[^>]*>>", "", item["answer"].partition("####")[0]).strip()
         return [f"<thinking>{solution}</thinking>\n<answer>{official_answer(item['answer'])}</answer>"]
+
+
+def last_marked(text: str) -> str | None:
+    """The number after the last "####" of a text, without commas and dollar signs; None if there is none.
+
+    >>> last_marked("#### 3, no, #### 1,072."), last_marked("72")
+    ('1072', None)
+    """
+    found = OFFICIAL_ANSWER.findall(text.replace("$", ""))
+    return found[-1].rstrip(".").replace(",", "") if found else None
+
+
+class GSM8KMarks(SingleTurnEnvironment):
+    """GSM8K as verl asks and scores it: an instruction after the question, and one reward for the number after "####".
+
+    Args:
+        train_file: One or more local files with the fields "question" and "answer", instead of "openai/gsm8k" on the hub.
+        validation_file: The same for the held-out split.
+        num_validation: Number of held-out problems, from the start of the split. None: all 1,319.
+
+    Raises:
+        ConfigError: `num_validation` is below 1.
+    """
+
+    def __init__(
+        self,
+        train_file: str | list[str] | None = None,
+        validation_file: str | list[str] | None = None,
+        num_validation: int | None = None,
+    ) -> None:
+        super().__init__(
+            dataset="openai/gsm8k",
+            dataset_config="main",
+            train_file=train_file,
+            validation_file=validation_file,
+            prompt_field="question",
+        )
+        if num_validation is not None and num_validation < 1:
+            raise ConfigError(f"GSM8KMarks takes num_validation of 1 or more, got {num_validation}")
+        self.reward_functions = [number_match("answer", last_marked, scorer="strict", read_gold=official_answer)]
+        self.num_validation = num_validation
+
+    def validation_items(self) -> Sequence[Item]:
+        """The first rows of the held-out split."""
+        rows = super().validation_items()
+        return rows if self.num_validation is None else first_rows(rows, self.num_validation)
+
+    def messages(self, item: Item) -> list[Message]:
+        """The problem and the instruction."""
+        (question,) = super().messages(item)
+        return [{**question, "content": f"{question['content']} {MARKS_INSTRUCTION}"}]
+
+    def gold_turns(self, item: Item) -> list[str]:
+        """The solution of the dataset without its calculator annotations."""
+        return [re.sub(r"<<[^>]*>>", "", item["answer"])]

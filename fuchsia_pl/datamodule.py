@@ -134,7 +134,8 @@ class RolloutDataModule(LightningDataModule):
             self._run(self._collector.prepare())
         call_apart(self._check_prompts)
         with progress.activity(f"starting {self.engine.name}"):
-            self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps))
+            rewards_gb = self.environment.rewards_gb(trainer.strategy.root_device.index)
+            self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps, rewards_gb))
 
     def make_chat(self) -> Chat:
         """Tokenizer and chat template of the model."""

@@ -31,11 +31,12 @@ SLOW_FILES = {
     *(f"engines/test_{name}.py" for name in ("pool", "vllm_colocated", "vllm_guard", "vllm_server", "vllm_transfer")),
     "envs/test_limited.py",
     *("envs/test_tool_servers.py", "envs/test_tool_environment.py", "envs/test_rewards.py", "envs/test_bounded.py"),
+    "envs/test_reward_models.py",
     *("objectives/test_exact_gradient.py", "objectives/test_trl_parity.py"),
     *(f"policy/test_{name}.py" for name in ("adapter", "checkpoint_files", "checkpointing", "loading", "logprobs")),
     *("policy/test_policy.py", "policy/test_shared_prefix.py", "policy/test_sharding.py"),
     *(f"rollouts/test_{name}.py" for name in ("ahead", "chat", "collector", "continued_turns", "flags", "multi_turn")),
-    *("rollouts/test_spelling.py", "rollouts/test_template.py"),
+    *("envs/test_spelling.py", "rollouts/test_template.py"),
     *("callbacks/test_outcome.py", "cli/test_class_change.py", "envs/test_reading.py", "policy/test_schedules.py"),
     *("test_library.py", "test_prompts.py", "callbacks/test_card_facts.py"),
     *("cli/test_export.py", "cli/test_serve_run.py", "cli/test_upload.py"),
@@ -45,7 +46,7 @@ SLOW_FILES = {
     *("gateway/test_agent_fit.py", "gateway/test_gateway.py", "rollouts/test_rows.py"),
     *("cli/test_plan.py", "policy/test_plan_simulation.py", "policy/test_planner.py", "policy/test_prefix_kernels.py"),
     *("rollouts/test_filled.py", "rollouts/test_bins.py", "test_filled_steps.py", "test_mini_batches.py"),
-    "test_gpu_check.py",
+    *("test_gpu_check.py", "test_recipes.py"),
     *("rollouts/test_progress.py", "rollouts/test_in_order.py", "cli/test_unknown_keys.py", "envs/test_thinking.py"),
 }
 TESTS_OF_HEALTH = ("test_health.py",)

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
-# Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, a
-# check of an item's gold answer, and a function that reads the answer of a rollout.
+# Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that loads what it
+# needs before the engine starts, one that closes it, a check of an item's gold answer, a function that reads the answer of a
+# rollout, and one that returns its memory on a GPU in GiB.
 COUNTERS = "counters"
+PREPARE = "prepare"
 CLOSE = "close"
 CHECK_GOLD = "check_gold"
 ANSWER = "answer"
+DEVICE_GB = "device_gb"
 PREPARE_TIMEOUT_S = 1800.0
 
 
@@ -173,6 +176,21 @@ class Environment(ABC):
     def prepare_timeout_s(self) -> float:
         """Time limit in seconds of one call of `prepare`. Override it if loading takes longer."""
         return PREPARE_TIMEOUT_S
+
+    def prepare_rewards(self) -> None:
+        """Calls the `prepare` of each reward function that has one. Called in a thread after every `prepare`."""
+        for function in self.reward_functions:
+            if hasattr(function, PREPARE):
+                getattr(function, PREPARE)()
+
+    def rewards_gb(self, device_index: int | None) -> float:
+        """Memory of the reward functions on a GPU, in GiB; 0 without a GPU.
+
+        Args:
+            device_index: Index of the GPU.
+        """
+        held = [getattr(function, DEVICE_GB) for function in self.reward_functions if hasattr(function, DEVICE_GB)]
+        return 0.0 if device_index is None else sum(function(device_index) for function in held)
 
     def counter_names(self) -> list[str]:
         """Allowed keys of `Rollout.counts`: `counters` and those of the reward functions."""

@@ -130,31 +130,31 @@ class JoinedRows(Rows):
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
 
 
-class FirstRows(Rows):
-    """The first of some rows, with their places in the file.
+class SomeRows(Rows):
+    """A range of some rows, with their places in the file.
 
     Args:
         rows: All rows.
-        count: Maximum number of rows.
+        chosen: Positions of the chosen ones.
 
-    >>> first = FirstRows(DictRows("a.csv", [{"n": "1"}, {"n": "2"}], [2, 3]), 1)
-    >>> list(first), first.where(0)
-    ([{'n': '1'}], 'a.csv, line 2')
+    >>> last = SomeRows(DictRows("a.csv", [{"n": "1"}, {"n": "2"}], [2, 3]), range(1, 2))
+    >>> list(last), last.where(0)
+    ([{'n': '2'}], 'a.csv, line 3')
     """
 
-    def __init__(self, rows: Rows, count: int) -> None:
-        self._rows, self._count = rows, min(count, len(rows))
+    def __init__(self, rows: Rows, chosen: range) -> None:
+        self._rows, self._chosen = rows, chosen
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._chosen)
 
     def row(self, index: int) -> Item:
-        """The row at the same index of all rows."""
-        return self._rows.row(index)
+        """The row at this position of the range."""
+        return self._rows.row(self._chosen[index])
 
     def where(self, index: int) -> str:
         """File and place of the row."""
-        return self._rows.where(index)
+        return self._rows.where(self._chosen[index])
 
 
 def first_rows(items: Sequence[Item], count: int) -> Sequence[Item]:
@@ -167,9 +167,20 @@ def first_rows(items: Sequence[Item], count: int) -> Sequence[Item]:
     >>> first_rows([{"n": 1}, {"n": 2}], 1)
     [{'n': 1}]
     """
-    if isinstance(items, Rows):
-        return FirstRows(items, count)
-    return [items[index] for index in range(min(count, len(items)))]
+    return _some_rows(items, range(min(count, len(items))))
+
+
+def rows_after(items: Sequence[Item], count: int) -> Sequence[Item]:
+    """The items of a split after the first ones, with their places; see `first_rows`.
+
+    >>> rows_after([{"n": 1}, {"n": 2}], 1)
+    [{'n': 2}]
+    """
+    return _some_rows(items, range(min(count, len(items)), len(items)))
+
+
+def _some_rows(items: Sequence[Item], chosen: range) -> Sequence[Item]:
+    return SomeRows(items, chosen) if isinstance(items, Rows) else [items[index] for index in chosen]
 
 
 def place_of(items: Sequence[Item], index: int) -> str:

@@ -9,12 +9,19 @@ from fuchsia_pl.policy.sources import PACKAGED_MODELS, resolve_model
 from fuchsia_pl.types import ConfigError
 
 # The fields of the config.json files that determine sizes, from the hub pages of these ids. `num_parameters` of each is the
-# published number: 494,032,768, 1,543,714,304, 3,085,938,688, 7,615,616,512 and 134,515,008.
+# published number: 494,032,768, 1,543,714,304, 3,085,938,688, 7,615,616,512, 596,049,920 and 134,515,008.
 _QWEN: dict[str, Any] = {
     "model_type": "qwen2",
     "num_key_value_heads": 2,
     "vocab_size": 151936,
     "tie_word_embeddings": True,
+}
+_QWEN_1_5B: dict[str, Any] = {
+    **_QWEN,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
 }
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": {
@@ -24,13 +31,8 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "num_attention_heads": 14,
     },
-    "Qwen/Qwen2.5-1.5B-Instruct": {
-        **_QWEN,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-    },
+    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN_1_5B,
+    "Qwen/Qwen2.5-Math-1.5B": _QWEN_1_5B,
     "Qwen/Qwen2.5-3B-Instruct": {
         **_QWEN,
         "hidden_size": 2048,
@@ -47,6 +49,16 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 152064,
         "tie_word_embeddings": False,
+    },
+    "PrimeIntellect/Qwen3-0.6B-Reverse-Text-SFT": {
+        **_QWEN,
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
     },
     "HuggingFaceTB/SmolLM2-135M-Instruct": {
         "model_type": "llama",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.envs.bounded import LeftThreadsError, await_bounded, call_bounded
+from fuchsia_pl.envs.bounded import LeftThreadsError, await_bounded, call_bounded, call_in_thread
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason
 from fuchsia_pl.loop import cancel_others
@@ -17,7 +17,7 @@ class EnvironmentStepError(RuntimeError):
 
 
 async def prepare(environment: Environment) -> None:
-    """Calls `prepare`. An `Exception` from it is not wrapped, because it describes why the run cannot start.
+    """Calls `prepare`, then that of the reward functions. An `Exception` is not wrapped: it describes why a run cannot start.
 
     Raises:
         EnvironmentStepError: It raised another `BaseException`, or took longer than `prepare_timeout_s`.
@@ -26,6 +26,7 @@ async def prepare(environment: Environment) -> None:
     # A TimeoutError raised by the method itself arrives as a StrayError.
     try:
         await await_bounded(environment.prepare(), where, timeout_s)
+        await await_bounded(call_in_thread(environment.prepare_rewards, timeout_s=timeout_s), where, timeout_s)
     except TimeoutError as error:
         raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s (prepare_timeout_s)") from error
     except StrayError as error:

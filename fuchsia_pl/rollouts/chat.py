@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fuchsia_pl.envs.spelling import Spelling
 from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.envs.tools.convention import PLAIN, ToolConvention, instructions
 from fuchsia_pl.envs.tools.spec import ToolSpec
@@ -22,7 +23,6 @@ from fuchsia_pl.rollouts.probes import (
     rewrites_earlier_turns,
     turn_edges,
 )
-from fuchsia_pl.rollouts.spelling import Spelling
 from fuchsia_pl.rollouts.template import Template
 from fuchsia_pl.types import ConfigError, Message
 

@@ -97,7 +97,9 @@ def check_run_setup(trainer: Trainer) -> bool:
     return any(callback.engine_sleeps(trainer) for callback in callbacks if isinstance(callback, SharesDevice))
 
 
-def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, seed: int, sleeps: bool) -> EngineSpec:
+def engine_spec(
+    trainer: Trainer, model: ServedModel, sampling: SamplingConfig, seed: int, sleeps: bool, rewards_gb: float = 0.0
+) -> EngineSpec:
     """Settings with which this rank's engine starts.
 
     Args:
@@ -106,6 +108,7 @@ def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, 
         sampling: Settings of sampling.
         seed: The run's seed.
         sleeps: Whether a callback puts the engine to sleep. The trainer's weights are then elsewhere while the engine runs.
+        rewards_gb: Memory of reward models on the trainer's device, in GiB.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     planners = [callback for callback in callbacks if isinstance(callback, PlansMemory)]
@@ -122,7 +125,6 @@ def engine_spec(trainer: Trainer, model: ServedModel, sampling: SamplingConfig, 
         loads_in_flight=sampling.in_flight == "continue",
         sleeps=sleeps,
         max_restarts=sampling.engine_restarts,
-        reserved_gb=max(
-            (planner.trainer_gb(trainer, sleeps) for planner in planners), default=_unplanned_gb(trainer, sleeps)
-        ),
+        reserved_gb=rewards_gb
+        + max((planner.trainer_gb(trainer, sleeps) for planner in planners), default=_unplanned_gb(trainer, sleeps)),
     )

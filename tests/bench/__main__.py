@@ -16,7 +16,19 @@ from pathlib import Path
 
 from tests.bench.work import MARK
 
-PARTS = ("step", "trl_step", "training", "shared_prefix", "probe", "sampling", "overlap", "packing", "plan", "gateway", "verifiers")
+PARTS = (
+    "step",
+    "trl_step",
+    "training",
+    "shared_prefix",
+    "probe",
+    "sampling",
+    "overlap",
+    "packing",
+    "plan",
+    "gateway",
+    "verifiers",
+)
 TIMEOUT_S = 3600
 TABLE = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 

@@ -22,6 +22,7 @@ from fuchsia_pl.cli.serve import serve
 from fuchsia_pl.objectives.presets import PRESETS
 from tests.contracts.test_structure import ROOT, tracked_files
 from tests.doubles import TINY
+from tests.reward_models import save_reward_model
 from tests.unit.test_serve import StartedError, start_nothing
 
 NAMES = ("README.md", "configs/README.md", "envs/README.md", "fuchsia_pl/README.md", "tests/README.md")
@@ -49,6 +50,7 @@ FILES = {
     "my_task.py": ("README.md", "Your model, your file, your GPU", 0, 8),
     "my_gym.yaml": ("envs/README.md", "reasoning-gym", 0, 25),
     "my_sums.py": ("envs/README.md", "Audit a reward", 0, 25),
+    "my_helpful.py": ("envs/README.md", "Reward models", 0, 25),
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
@@ -88,6 +90,7 @@ class Runs:
         del settings["data"]["environment"]
         Path("tiny.yaml").write_text(yaml.safe_dump(settings))
         write_files(Path())
+        save_reward_model(Path("reward-model"), max_position_embeddings=4000)
         self._folders: dict[str, Path | None] = {}
         assert self.folder(QUICKSTART) == Path("runs/quickstart/0")  # commands continue from its checkpoint
         assert (
@@ -258,7 +261,10 @@ def test_the_files_are_short(name):
 
 @pytest.mark.parametrize(
     ("module", "reward"),
-    [("my_envs", "names_it"), ("my_task", "correct"), ("my_games", "close"), ("my_tools", "correct")],
+    [
+        *(("my_envs", "names_it"), ("my_task", "correct"), ("my_helpful", "reward_model"), ("my_games", "close")),
+        ("my_tools", "correct"),
+    ],
 )
 def test_the_environments_train(runs, module, reward):
     """With the tiny model and its few characters; `tests/integration/test_environments.py` uses the real one."""
@@ -316,7 +322,11 @@ def test_every_setting_named_exists(runs, capsys):
 
 SUFFIXES = {"py", "yaml", "md", "csv", "jsonl", "html"}
 # Settings of DDP by class path, which no config names, and of classes that none of the configs above uses.
-ALSO_SETTINGS = {"trainer.strategy.timeout", "data.environment.init_args.taskset"}
+ALSO_SETTINGS = {
+    "trainer.strategy.timeout",
+    "data.environment.init_args.taskset",
+    "data.environment.init_args.reward_model",
+}
 
 
 def test_the_make_targets_exist():

@@ -85,7 +85,21 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "gateway": {"starlette", "uvicorn"},
     "objectives": {"torch"},
     "engines.base": set(),
-    "envs": {"datasets", "fastmcp", "jsonschema", "math_verify", "mcp", "mcp_types", "openai", "pyarrow", "pydantic"},
+    "envs": {
+        *(
+            "datasets",
+            "fastmcp",
+            "httpx",
+            "jsonschema",
+            "math_verify",
+            "mcp",
+            "mcp_types",
+            "openai",
+            "pyarrow",
+            "pydantic",
+        ),
+        *("tokenizers", "torch", "transformers"),
+    },
 }
 ONLY_IN = {
     "vllm": ("engines/vllm_",),
@@ -253,7 +267,7 @@ def parser():
 @pytest.mark.parametrize("file", sorted(CONFIG_FOLDER.rglob("*.yaml")), ids=lambda file: file.name)
 def test_every_config_parses_and_names_only_keys_that_exist(file, parser):
     # Each header contains the command; that of an overlay also contains the config that it changes.
-    (*before, _) = re.findall(r"--config ([\w/]+\.yaml)", next(line for line in file.open() if "--config" in line))
+    (*before, _) = re.findall(r"--config ([\w/.]+\.yaml)", next(line for line in file.open() if "--config" in line))
     words = [word for name in (*(CONFIG_FOLDER / name for name in before), file) for word in ("--config", str(name))]
     with fresh_arguments():
         assert parser.parse_args(["fit", *words]).fit.model.policy.name

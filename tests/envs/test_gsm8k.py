@@ -8,7 +8,7 @@ from fuchsia_pl.envs import ConfigError
 from fuchsia_pl.envs.base import check_environment, weights_at
 from fuchsia_pl.envs.golds import bad_golds
 from fuchsia_pl.envs.rewards import read_number, same_number
-from fuchsia_pl.library.gsm8k import GSM8K, correct, number, official_answer
+from fuchsia_pl.library.gsm8k import GSM8K, GSM8KMarks, correct, number, official_answer
 from tests.contracts.test_structure import ROOT
 from tests.doubles import said
 
@@ -285,3 +285,33 @@ def test_settings_out_of_range_are_refused_and_data_settings_are_used(tmp_path):
     found = bad_golds(environment, GSM8K(validation_file=str(file), num_validation=2).validation_items())
     assert [problem.split(":")[0] for problem in found] == [f"item 1 ({file}, line 3)"]
     assert GSM8K()._sources["train"] == (None, "openai/gsm8k", "main", "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("so\n#### 1,072", 1.0),
+        ("so #### $1072.", 1.0),
+        ("#### 3\nno\n#### 1072", 1.0),
+        ("#### 1072\nno\n#### 3", 0.0),
+        ("<think>#### 1072</think>3", 0.0),
+        ("1072", 0.0),
+        ("#### about 1072", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_in_the_form_of_verl_the_answer_is_the_last_number_after_the_marks(text, reward):
+    environment = GSM8KMarks()
+    assert environment.reward_functions[0]([said(text, ITEM)]) == [reward]
+    assert environment.reward_functions[0]([said(environment.gold_turns(ITEM)[0], ITEM)]) == [1.0]
+
+
+def test_the_question_in_the_form_of_verl_has_the_instruction_and_no_system_message(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "How many?", "answer": "#### 1"}\n' * 3)
+    environment = GSM8KMarks(str(file), str(file), num_validation=2)
+    (message,) = environment.messages(environment.train_items()[0])
+    assert message["content"] == 'How many? Let\'s think step by step and output the final answer after "####".'
+    assert (len(environment.train_items()), len(environment.validation_items())) == (3, 2)
+    with pytest.raises(ConfigError, match="num_validation of 1 or more, got 0"):
+        GSM8KMarks(num_validation=0)

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any
 
-from fuchsia_pl.envs.rewards.matches import last_turn
+from fuchsia_pl.envs.rewards.matches import answered_messages, last_turn
 from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.types import ConfigError, Rollout
 
@@ -76,13 +76,7 @@ class Judge:
 
     def describe(self, rollout: Rollout) -> str:
         """The text that the judge reads: the conversation, message by message, without the policy's thinking."""
-        shown, turns = [], list(rollout.turns)
-        for message in reversed(rollout.messages):
-            content = message["content"]
-            if turns and message["role"] == "assistant" and content == turns[-1].text:
-                content = turns.pop().answer
-            shown.append(f"[{message['role']}]\n{content}")
-        return "\n\n".join(reversed(shown))
+        return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in answered_messages(rollout))
 
     async def __call__(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float | None]:
         """Scores some rollouts."""

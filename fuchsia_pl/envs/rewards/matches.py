@@ -10,7 +10,7 @@ from fuchsia_pl.envs.base import ANSWER
 from fuchsia_pl.envs.golds import checks_gold
 from fuchsia_pl.envs.rewards.numbers import Amount, Scorer, read_number, same_number
 from fuchsia_pl.envs.rewards.wrappers import unwrapped
-from fuchsia_pl.types import ConfigError, Item, Rollout
+from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 Reward = Callable[..., list[float]]
 Extract = Callable[[str], str | None]
@@ -39,6 +39,24 @@ def last_answer(text: str) -> str | None:
 def last_turn(rollout: Rollout) -> str:
     """The answer: the text of the last turn without its thinking; "" if there is none."""
     return rollout.turns[-1].answer if rollout.turns else ""
+
+
+def answered_messages(rollout: Rollout) -> list[Message]:
+    """The conversation of a rollout without the policy's thinking: of each of its turns the answer. Roles and texts are copies.
+
+    >>> from fuchsia_pl.types import Completion, Turn
+    >>> rollout = Rollout({}, 0, 0, 1.0, "", messages=[{"role": "user", "content": "3+4?"}])
+    >>> rollout.append(Turn(Completion((1,), (-0.1,), "stop", None, 0), "<think>3+4</think>7", "", "7", ""))
+    >>> answered_messages(rollout)
+    [{'role': 'user', 'content': '3+4?'}, {'role': 'assistant', 'content': '7'}]
+    """
+    answered, turns = [], list(rollout.turns)
+    for message in reversed(rollout.messages):
+        content = message["content"]
+        if turns and message["role"] == "assistant" and content == turns[-1].text:
+            content = turns.pop().answer
+        answered.append({"role": message["role"], "content": content})
+    return answered[::-1]
 
 
 def exact_match(field: str = "answer", extract: Extract = str.strip, name: str = "correct") -> Reward:

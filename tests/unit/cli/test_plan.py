@@ -16,12 +16,15 @@ from fuchsia_pl.policy.plan import GIB
 from fuchsia_pl.types import ConfigError
 from tests.unit.test_cli import TINY
 
-GPU_CONFIGS = ("gsm8k.yaml", "countdown.yaml", "function_calling.yaml", "reasoning_gym.yaml")
+RECIPES = sorted(f"recipes/{file.name}" for file in (CONFIG_FOLDER / "recipes").glob("*.yaml"))
+GPU_CONFIGS = ("gsm8k.yaml", "countdown.yaml", "function_calling.yaml", "reasoning_gym.yaml", *RECIPES)
 NUM_WEIGHTS = {
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-Math-1.5B": 1_543_714_304,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "PrimeIntellect/Qwen3-0.6B-Reverse-Text-SFT": 596_049_920,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fuchsia_pl.envs import ConfigError, ToolSpec
+from fuchsia_pl.envs.spelling import Spelling, random_mark
 from fuchsia_pl.policy.sources import resolve_model
 from fuchsia_pl.rollouts.chat import Chat
-from fuchsia_pl.rollouts.spelling import Spelling, random_mark
 from fuchsia_pl.rollouts.template import Template
 
 SOURCES = {

@@ -58,6 +58,13 @@ class Spelling:
         """Messages with a cut in every name of an added token in their texts. Roles and names of fields are not cut."""
         return [self._fields(m, self._special if m.get("role") == "assistant" else self.control_ids) for m in messages]
 
+    def texts(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with a cut in every name of an added token, in those of the assistant too.
+
+        A model that scores a conversation reads what a policy wrote. Nothing in it is a token of that model's own.
+        """
+        return [self._fields(message, self.control_ids) for message in messages]
+
     def tools(self, tools: Sequence[ToolSpec]) -> list[ToolSpec]:
         """Tools with a cut in every name of an added token."""
         every = self.control_ids

@@ -1,0 +1,37 @@
+"""Each recipe trains three steps with `overlays/cpu.yaml`, the quickstart's model and real vLLM, on rows of local files."""
+
+import csv
+
+import pytest
+
+from fuchsia_pl.cli import FuchsiaCLI
+from tests.contracts.test_recipes import RECIPES
+from tests.integration.kept_engine import KeptEngine
+from tests.machine import OVERLAY
+from tests.recipes import local_data
+
+pytestmark = pytest.mark.engine
+KEPT = ["--data.engine", "tests.integration.kept_engine.KeptEngine"]
+ALL_WEIGHTS = "r1_zero"  # its engine has no adapter and is its own
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(RECIPES, key=lambda file: file.stem == ALL_WEIGHTS), ids=lambda file: file.stem
+)
+def test_a_recipe_trains_three_steps_with_the_real_engine(recipe, command_folder):
+    if recipe.stem == ALL_WEIGHTS:
+        KeptEngine.end()
+    engine = [] if recipe.stem == ALL_WEIGHTS else KEPT
+    words = ["--config", f"recipes/{recipe.name}", "--config", "overlays/cpu.yaml", *OVERLAY, *engine]
+    sizes = ["--trainer.max_steps", "3", "--data.batch_size", "2", "--data.sampling.group_size", "2"]
+    cli = FuchsiaCLI(["fit", *words, *sizes, *local_data(recipe.stem, command_folder)])
+    with (cli.run_folder / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["train/loss"]]
+    assert len(rows) == 3
+    assert all(float(row["train/logprob_gap"]) < 0.15 for row in rows)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine_ends_with_the_file():
+    yield
+    KeptEngine.end()
