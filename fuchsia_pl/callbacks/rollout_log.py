@@ -135,6 +135,7 @@ def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[s
         "step": step,
         "item_index": rollout.item_index,
         "item": dict(rollout.item),
+        **({"part": rollout.part} if rollout.part else {}),
         "sibling": rollout.sibling,
         "prompt": rollout.prompt,
         "completion": rollout.completion,
