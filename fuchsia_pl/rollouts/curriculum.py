@@ -1,11 +1,11 @@
 """A curriculum: items are drawn by their measured success, the neither too easy nor too hard ones first.
 
 The success of an item in a phase is the share of its scored rollouts that count as right. Its rate is the running mean
-r <- decay r + (1 - decay) success, and the first success is the first rate. Source of the idea: items that a policy always or never
-solves have no spread and teach nothing (DAPO, arXiv:2503.14476, section 3.2); here they are avoided before they are sampled.
+r <- decay r + (1 - decay) success, and the first success is the first rate. Source of the idea: items that a policy always or
+never solves have no spread and teach nothing (DAPO, arXiv:2503.14476, section 3.2); here they are avoided before sampling.
 
-The items of phase p depend on the run's seed, on p, and on the rates after phase p - 1 - `num_ahead`, also if later phases have been
-measured by then. So the order does not depend on how long sampling takes.
+The items of phase p depend on the run's seed, on p, and on the rates after phase p - 1 - `num_ahead`, also if later phases have
+been measured by then. So the order does not depend on how long sampling takes.
 """
 
 import logging
