@@ -79,9 +79,7 @@ def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, opt
     sampling = {"curriculum": chosen.pop("curriculum", None)}
     config = PolicyConfig(str(model), "float32", **{"lora": LoRASettings(r=4, alpha=8), **chosen})
     module = GRPOModule(config, loss, optimizer)
-    data = make_data(
-        module, RecordedEngine(), environment, batch_size=batch_size, steps_per_epoch=5, sampling=sampling
-    )
+    data = make_data(module, RecordedEngine(), environment, batch_size=batch_size, steps_per_epoch=5, sampling=sampling)
     trainer = make_trainer(
         root,
         AdapterExport(),

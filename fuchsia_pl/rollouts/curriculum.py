@@ -170,15 +170,21 @@ class Curriculum(Chooser):
         due = positions[outside & (waited >= self.config.recheck_phases)]
         most = (num_before + number) // RECHECK_SHARE - num_before // RECHECK_SHARE
         rechecked = self._longest_ago(due)[:most]
-        inside = positions[~outside]
         wanted = number - len(rechecked)
-        considered = self._longest_ago(inside)[: CONSIDERED * wanted]
-        taken = inside[torch.isin(inside, considered)][:wanted]
+        taken = self._inside(positions[~outside], wanted)
         rest = positions[outside & ~torch.isin(positions, rechecked)]
         filled = self._nearest(rest)[: wanted - len(taken)]
         num_overdue = len(due) - len(rechecked) - int(torch.isin(due, filled).sum())
         found = torch.cat([rechecked, taken, filled]).tolist()
         return Drawn(found, len(rechecked), len(filled), num_overdue)
+
+    def _inside(self, positions: Tensor, number: int) -> Tensor:
+        """Items that were never drawn, then some of those that were drawn least recently; at most `number`."""
+        is_new = self.last[positions] == NEVER
+        new, earlier = positions[is_new][:number], positions[~is_new]
+        wanted = number - len(new)
+        considered = self._longest_ago(earlier)[: CONSIDERED * wanted]
+        return torch.cat([new, earlier[torch.isin(earlier, considered)][:wanted]])
 
     def _spare(self, phase: int, drawn: Sequence[int]) -> list[int]:
         """All items that the phase does not draw: those inside the band first, then the nearest to it."""
