@@ -26,10 +26,13 @@ from fuchsia_pl.rollouts import budget, preparation
 from fuchsia_pl.rollouts.ahead import PhasesAhead
 from fuchsia_pl.rollouts.calls import end_rollouts
 from fuchsia_pl.rollouts.chat import Chat
+from fuchsia_pl.rollouts.choice import Chooser, PhaseSizes
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
+from fuchsia_pl.rollouts.curriculum import check_repeats, chooser_for
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
 from fuchsia_pl.rollouts.flags import Limits, check_settings, count_micro_batches, return_limits, take_limits
+from fuchsia_pl.rollouts.part_collector import check_parts, collector_for, mean_group_size
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.ranks import Ranks, ranks_of
 from fuchsia_pl.rollouts.restarts import sampled_by
@@ -75,6 +78,7 @@ class RolloutDataModule(LightningDataModule):
         check_sizes(learner.loss, sampling, batch_size, steps_per_epoch)
         check_environment(environment)
         preparation.check_reward_names(environment)
+        check_parts(environment, learner.loss, sampling)
         self.environment = environment
         self.engine = engine
         self.served_model = learner.served_model
@@ -89,8 +93,9 @@ class RolloutDataModule(LightningDataModule):
         self._held_out_collector: Collector | None = None
         self._loop: LoopThread | None = None
         self._phases: PhasesAhead[Sampled] | None = None
-        self._fitting: list[int] = []  # positions of the training items whose prompts are short enough
-        self._held_out: list[int] = []  # the same for the held-out items
+        self._chooser: Chooser | None = None  # of the training items whose prompts are short enough
+        self._num_too_long = 0  # training items whose prompts are not
+        self._held_out: list[int] = []  # positions of the held-out items whose prompts are short enough
         self._shared: frozenset[int] | None = (
             None  # those of them with the prompt of a training item, None if not known
         )
@@ -100,8 +105,8 @@ class RolloutDataModule(LightningDataModule):
 
     @property
     def rows_per_phase(self) -> int:
-        """Rollouts of one phase, over all ranks, without those of replaced groups."""
-        return self.batch_size * self.sampling.group_size
+        """Rollouts of one phase, over all ranks, without those of replaced groups; the mean over phases for a mixture."""
+        return round(self.batch_size * mean_group_size(self.environment, self.sampling.group_size))
 
     @property
     def rows_per_step(self) -> int:
@@ -126,8 +131,8 @@ class RolloutDataModule(LightningDataModule):
         steps_per_phase = self.loss.steps_per_phase
         self._limits = take_limits(trainer, stage, self.steps_per_epoch, steps_per_phase, self.batch_size)
         self._started_at = trainer.strategy.broadcast(self._started_at)
-        self._collector = Collector(self.engine, self.environment, self.make_chat(), self.sampling)
-        self._held_out_collector = Collector(
+        self._collector = collector_for(self.engine, self.environment, self.make_chat(), self.sampling)
+        self._held_out_collector = collector_for(
             self.engine, self.environment, self._collector.chat, self.sampling.held_out
         )
         with preparation.as_config_error(f"{type(self.environment).__name__}.prepare"):
@@ -149,12 +154,15 @@ class RolloutDataModule(LightningDataModule):
         return self._collector.chat
 
     def state_dict(self) -> dict[str, Any]:
-        """Content of a checkpoint: the start time of the run."""
-        return {"started_at": self._started_at.isoformat()}
+        """Content of a checkpoint: the start time of the run, and the state of a curriculum."""
+        chosen = self._chooser.state_dict() if self._chooser is not None else {}
+        return {"started_at": self._started_at.isoformat(), **({"chooser": chosen} if chosen else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the start time of the resumed run, so that dated prompts are the same. Lightning calls this after `setup`."""
         self._started_at = datetime.fromisoformat(state_dict["started_at"])
+        if self._chooser is not None:
+            self._chooser.load_state_dict(state_dict.get("chooser", {}))
         if self._collector is None or self._held_out_collector is None:
             return
         was_read = self._collector.chat.template.has_read_date
@@ -186,7 +194,7 @@ class RolloutDataModule(LightningDataModule):
         count_micro_batches(self._trainer, self._taken)
         batches_per_phase = self._trainer.accumulate_grad_batches * steps_per_phase
         if self._phases is None:
-            num_ahead = self.sampling.max_staleness // steps_per_phase
+            num_ahead = self._phase_sizes.num_ahead
             last = num_phases(self._trainer, steps_per_epoch, steps_per_phase)
             self._phases = PhasesAhead(self._loop_thread, self._sample, num_ahead, last)
         return phase_loader(PhaseDataset(self._train_phase, steps_per_epoch // steps_per_phase, batches_per_phase))
@@ -254,7 +262,10 @@ class RolloutDataModule(LightningDataModule):
         trainer, has_turns = self._trainer, self.environment.max_steps > 1
         check_settings(trainer)
         prompts = preparation.training_prompts(collector, self.seed, self.batch_size)
-        self._fitting = list(prompts)
+        items = preparation.training_items(self.environment)
+        self._num_too_long = len(items) - len(prompts)
+        check_repeats(self.sampling.curriculum, self._taken.num_repeated_phases)
+        self._chooser = chooser_for(self.environment, items, list(prompts), self.sampling, self._phase_sizes)
         self._longest_row = budget.longest_row(prompts.values(), self.sampling, has_turns)
         max_tokens = self._signal_source.max_tokens_per_micro_batch
         if max_tokens is None:
@@ -311,7 +322,12 @@ class RolloutDataModule(LightningDataModule):
     @property
     def _training_phase(self) -> TrainingPhase:
         environment, loss, sampling = self.environment, self.loss, self.sampling
-        return TrainingPhase(environment, loss, sampling, self.batch_size, self.seed, self._fitting, self._ranks)
+        return TrainingPhase(environment, loss, sampling, self.seed, self._num_too_long, self._ranks)
+
+    @property
+    def _phase_sizes(self) -> PhaseSizes:
+        num_ahead = self.sampling.max_staleness // self.loss.steps_per_phase
+        return PhaseSizes(self.seed, self.batch_size, self.loss.parts.max_refills > 0, num_ahead)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end on the run's event loop."""
@@ -338,17 +354,23 @@ class RolloutDataModule(LightningDataModule):
 
     def _train_phase(self) -> list[Batch]:
         assert self._phases is not None, "train_dataloader is called first"
+        assert self._chooser is not None, "setup is called first"
         step = self._trainer.global_step
-        sampled = self._waited(partial(self._phases.take, step // self.loss.steps_per_phase))
+        phase = step // self.loss.steps_per_phase
+        self._chooser.plan(phase)
+        sampled = self._waited(partial(self._phases.take, phase))
+        self._chooser.observe(phase, sampled.groups, self._ranks)
         return self._training_phase.batches(sampled, step, self.engine.policy_version, self._forward)
 
     async def _sample(self, phase: int) -> Sampled:
         assert self._collector is not None, "setup is called first"
         start = time.perf_counter()
-        draw, spare = self._training_phase.draw(phase, self._taken.drawn_phase(phase))
+        assert self._chooser is not None, "setup is called first"
+        choice = self._chooser.choice(self._taken.drawn_phase(phase))
+        draw, spare = self._training_phase.draw(phase, choice)
         max_refills = self.loss.parts.max_refills
         sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, max_refills))
-        return replace(sampled, seconds=time.perf_counter() - start)
+        return replace(sampled, seconds=time.perf_counter() - start, choice_metrics=choice.metrics)
 
     def _waited(self, wait: Callable[[], T]) -> T:
         """Returns the result of `wait` on all ranks, or raises on all ranks if one received a signal to stop."""

@@ -226,6 +226,7 @@ class Rollout:
         status: How it ended, None while it runs.
         rewards: Value of each reward function by name, None if the function did not score this rollout.
         reward: Weighted sum of the rewards, None if the rollout is not scored.
+        part: Name of its environment in a mixture, "" without one.
 
     >>> rollout = Rollout({"a": 3, "b": 4}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
     >>> rollout.start([11, 12])
@@ -255,6 +256,7 @@ class Rollout:
     status: RolloutStatus | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward: float | None = None
+    part: str = ""
     _responses: list[Message] = field(default_factory=list, repr=False)
 
     @property

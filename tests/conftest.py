@@ -26,7 +26,7 @@ SLOW_FILES = {
     *("callbacks/test_evaluation_log.py", "cli/test_evaluate.py"),
     *("evaluation/test_intervals.py", "evaluation/test_item_table.py"),
     *("callbacks/test_completions_table.py", "callbacks/test_health.py", "callbacks/test_hyperparameters.py"),
-    "cli/test_run_loggers.py",
+    *("cli/test_run_loggers.py", "rollouts/test_curriculum.py"),
     *("callbacks/test_weight_average.py", "cli/test_help.py", "cli/test_main.py", "cli/test_replay.py"),
     *(f"engines/test_{name}.py" for name in ("pool", "vllm_colocated", "vllm_guard", "vllm_server", "vllm_transfer")),
     "envs/test_limited.py",

@@ -23,10 +23,13 @@ from fuchsia_pl.callbacks.finite import FiniteGuard, NonFiniteError
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.engines.base import EngineError
+from fuchsia_pl.envs.parts import Part
+from fuchsia_pl.library.mixture import Mixture
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.sharding import FSDP2Strategy, local, whole
+from fuchsia_pl.rollouts.config import CurriculumConfig
 from tests.doubles import RecordedEngine, TinyEnvironment, make_data, make_trainer
 
 STRATEGIES = {
@@ -46,6 +49,17 @@ POLICIES = {
     # Two groups fit in only if they are short, so steps fill other numbers of micro-batches than planned.
     "budget": {"max_tokens_per_micro_batch": 44},
     "mini-batches": {"loss": LossConfig("ppo", mini_batches=5), "batch_size": 10},
+    # Eight items, so that the third step depends on the success that both ranks measured before.
+    "curriculum": {
+        "environment": lambda: TinyEnvironment(num_items=8),
+        "curriculum": CurriculumConfig(success=0.8, recheck_phases=2),
+    },
+    # One item in four is of a part with groups of its own size, so a rank has none of it in some steps.
+    "mixture": {
+        "environment": lambda: Mixture(
+            {"many": Part(TinyEnvironment(), weight=3.0), "few": Part(TinyEnvironment(5), group_size=2)}
+        )
+    },
 }
 
 
@@ -61,10 +75,11 @@ def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, opt
     seed_everything(0, verbose=False)
     chosen = dict(POLICIES[policy])
     clip, loss = chosen.pop("clip", None), chosen.pop("loss", LossConfig(beta=0.01))
-    batch_size = chosen.pop("batch_size", 4)
+    batch_size, environment = chosen.pop("batch_size", 4), chosen.pop("environment", TinyEnvironment)()
+    sampling = {"curriculum": chosen.pop("curriculum", None)}
     config = PolicyConfig(str(model), "float32", **{"lora": LoRASettings(r=4, alpha=8), **chosen})
     module = GRPOModule(config, loss, optimizer)
-    data = make_data(module, RecordedEngine(), batch_size=batch_size, steps_per_epoch=5)
+    data = make_data(module, RecordedEngine(), environment, batch_size=batch_size, steps_per_epoch=5, sampling=sampling)
     trainer = make_trainer(
         root,
         AdapterExport(),

@@ -17,7 +17,7 @@ from fuchsia_pl.evaluation.health import NAMES, Finding, find_illnesses, learnin
 from fuchsia_pl.evaluation.history import EQUAL_GROUPS, History, reward_spreads, step_row
 from fuchsia_pl.files import append_lines, replacing
 from fuchsia_pl.objectives.credit import GROUP_ADVANTAGES
-from fuchsia_pl.rollouts.credit import OVERLONG
+from fuchsia_pl.rollouts.credit import OVERLONG, named_rewards
 from fuchsia_pl.types import ConfigError
 
 WARNINGS_FILE = "warnings.jsonl"
@@ -78,7 +78,7 @@ class HealthWarnings(Callback):
         is_first = batch_idx % trainer.accumulate_grad_batches == 0
         for sample in [*batch.samples, *(batch.step.zero_advantage if is_first else ())]:
             if sample.is_first:
-                self._rewards.setdefault(sample.rollout.item_index, []).append(sample.rollout.rewards)
+                self._rewards.setdefault(sample.rollout.item_index, []).append(named_rewards(sample.rollout))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

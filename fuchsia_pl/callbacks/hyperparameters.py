@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import fuchsia_pl
 from fuchsia_pl.callbacks.access import data_of, module_of, policy_of
-from fuchsia_pl.envs.base import Environment, reward_name
+from fuchsia_pl.envs.base import Environment, reward_name, weights_at
 from fuchsia_pl.report.secrets import SECRET_NAME, follows_option, may_be_secret
 
 Plain = bool | int | float | str | None
@@ -77,8 +77,10 @@ def _log_table_row(writer: Any, described: dict[str, Any], figures: list[str]) -
 def figure_names(trainer: Trainer) -> list[str]:
     """Metrics by which runs are compared."""
     environment = data_of(trainer).environment
+    parts = [f"{name}/" for name in environment.mixed]
     rewards = ["reward/mean", *(f"reward/{reward_name(function)}" for function in environment.reward_functions)]
     compared = [*rewards, "rollout/accuracy", "rollout/completion_tokens"]
+    compared += [f"{part}{name}" for part in parts for name in ("reward/mean", "rollout/accuracy")]
     held_out = [f"validation/{name}" for name in compared] if trainer.limit_val_batches else []
     kl = ["train/kl"] if module_of(trainer).loss_config.beta > 0.0 else []
     return [*held_out, *compared, *kl, "train/entropy", "train/logprob_gap"]
@@ -96,6 +98,7 @@ def hyperparameters(trainer: Trainer) -> dict[str, Any]:
         "data": {
             "environment": described_object(data.environment),
             "rewards": _rewards(data.environment),
+            **_parts(data.environment),
             "engine": described_object(data.engine),
             "batch_size": data.batch_size,
             "rows_per_step": data.rows_per_step,
@@ -171,8 +174,16 @@ def _public(name: str, value: Any) -> Any:
 
 def _rewards(environment: Environment) -> dict[str, float]:
     """Name and final weight of each reward function."""
-    names = [reward_name(function) for function in environment.reward_functions]
-    return {name: float(environment.reward_weight(name, None)) for name in names}
+    return {name: float(weight) for name, weight in weights_at(environment, None).items()}
+
+
+def _parts(environment: Environment) -> dict[str, Any]:
+    """The parts of a mixture with their settings; nothing for other environments."""
+    parts = {
+        name: {**public_settings(vars(part)), "environment": described_object(part.environment)}
+        for name, part in environment.mixed.items()
+    }
+    return {"parts": parts} if parts else {}
 
 
 def _optimizer(optimizer: Optimizer) -> dict[str, Any]:

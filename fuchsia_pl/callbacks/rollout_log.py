@@ -147,6 +147,7 @@ def row_line(rollout: Rollout, number: int, step: int, advantage: float | None) 
         "step": step,
         "item_index": rollout.item_index,
         "item": dict(rollout.item),
+        **({"part": rollout.part} if rollout.part else {}),
         "sibling": rollout.sibling,
         **({"row": number} if rollout.earlier_rows else {}),
         "prompt": row.prompt,

@@ -110,7 +110,7 @@ def report(console: Console, found: Examination) -> None:
 def _table(played: Sequence[Played]) -> Table:
     """A row for each text: its rewards over all items and siblings, and the statuses of its rollouts."""
     by_name = {name: [one for one in played if one.name == name] for name in dict.fromkeys(p.name for p in played)}
-    rewards = next((list(one.rollouts[0].rewards) for one in played if one.rollouts), [])
+    rewards = list(dict.fromkeys(name for one in played for rollout in one.rollouts for name in rollout.rewards))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("text", no_wrap=True)
     table.add_column("total", justify="right")
@@ -130,7 +130,7 @@ def _row(name: str, group: Sequence[Played], rewards: Sequence[str]) -> list[str
     return [
         name,
         _range([r.reward for r in rollouts]),
-        *(_range([r.rewards[reward] for r in rollouts]) for reward in rewards),
+        *(_range([r.rewards.get(reward) for r in rollouts]) for reward in rewards),
         ", ".join([*ends, *counts]),
         f"{max(one.seconds for one in group):.1f}",
     ]

@@ -28,7 +28,7 @@ from fuchsia_pl.policy.model_folder import blank_model
 from fuchsia_pl.policy.targets import check_targets
 from fuchsia_pl.rollouts.calls import close
 from fuchsia_pl.rollouts.chat import load_tokenizer
-from fuchsia_pl.rollouts.collector import Collector
+from fuchsia_pl.rollouts.part_collector import collector_for
 from fuchsia_pl.rollouts.preparation import as_config_error, check_shares, held_out_prompts, training_prompts
 from fuchsia_pl.types import ConfigError
 
@@ -205,7 +205,7 @@ class ConfigChecks:
 
     async def _num_prompts(self) -> tuple[int, int]:
         environment = self.data.environment
-        collector = Collector(self.data.engine, environment, self.data.make_chat(), self.data.sampling)
+        collector = collector_for(self.data.engine, environment, self.data.make_chat(), self.data.sampling)
         try:
             with as_config_error(f"{type(environment).__name__}.prepare"):
                 await collector.prepare()

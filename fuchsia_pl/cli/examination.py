@@ -6,11 +6,12 @@ from fuchsia_pl.cli.findings import findings, one_line, written_objects
 from fuchsia_pl.cli.played import GOLD, Played, PlayedEngine, RememberingChat, Split, hostile_turns, known_turns, play
 from fuchsia_pl.datamodule import CLOSE_TIMEOUT_S, RolloutDataModule
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.parts import by_part, members
 from fuchsia_pl.rollouts.addressing import item_indices
 from fuchsia_pl.rollouts.budget import check_budget, longest_row
 from fuchsia_pl.rollouts.calls import close
-from fuchsia_pl.rollouts.collector import Collector
 from fuchsia_pl.rollouts.flags import HELD_OUT_FLAGS, Limits
+from fuchsia_pl.rollouts.part_collector import collector_for
 from fuchsia_pl.rollouts.preparation import (
     as_config_error,
     check_shares,
@@ -89,9 +90,9 @@ class Examiner:
         self.num_items = num_items
         chat = RememberingChat(data.make_chat())
         self._engine = PlayedEngine(chat)
-        self._asked = Collector(self._engine, data.environment, chat, data.sampling)
+        self._asked = collector_for(self._engine, data.environment, chat, data.sampling)
         unlimited = replace(data.sampling, max_length=MAX_LENGTH, max_completion_tokens=MAX_LENGTH // 10)
-        self._collector = Collector(self._engine, data.environment, chat, unlimited)
+        self._collector = collector_for(self._engine, data.environment, chat, unlimited)
 
     async def examine(self) -> Examination:
         """Makes the checks of the start of a run, then plays every text on some training items and on one held-out item.
@@ -102,7 +103,9 @@ class Examiner:
         environment = self.data.environment
         found = Examination(environment)
         # Here an error in the environment's code is a finding, with any value of `on_error`.
-        on_error, environment.on_error = environment.on_error, "stop"
+        given = [(member, member.on_error) for member in members(environment)]
+        for member, _ in given:
+            member.on_error = "stop"
         try:
             check_shares(self.data.batch_size, self.run.num_ranks, self.data.loss.mini_batches)
             with as_config_error(f"{type(environment).__name__}.prepare"):
@@ -110,7 +113,8 @@ class Examiner:
             await self._examine_training(found)
             await self._examine_held_out(found)
         finally:
-            environment.on_error = on_error
+            for member, on_error in given:
+                member.on_error = on_error
             with as_config_error(f"{type(environment).__name__}.close"):
                 await close(environment, CLOSE_TIMEOUT_S)
         found.wrong += findings(environment, found.played)
@@ -128,8 +132,9 @@ class Examiner:
         found.num_items, found.num_too_long = len(positions), len(items) - len(positions)
         found.wrong += written_objects(data.environment, items, positions, "item")
         split = Split(items, "item", data.sampling.group_size, data.sampling.temperature, step=0)
-        for place in item_indices(data.seed, 0, len(positions), min(self.num_items, len(positions))):
-            await self._play_on(found, split, positions[place])
+        for own in by_part(items, positions).values():
+            for place in item_indices(data.seed, 0, len(own), min(self.num_items, len(own))):
+                await self._play_on(found, split, own[place])
 
     async def _examine_held_out(self, found: Examination) -> None:
         environment = self.data.environment
@@ -150,7 +155,8 @@ class Examiner:
         found.num_held_out = len(positions)
         found.wrong += written_objects(environment, items, positions, "held-out item")
         temperature = self.data.sampling.validation_temperature
-        await self._play_on(found, Split(items, "held-out item", 1, temperature, step=None), positions[0])
+        for own in by_part(items, positions).values():
+            await self._play_on(found, Split(items, "held-out item", 1, temperature, step=None), own[0])
 
     async def _play_on(self, found: Examination, split: Split, index: int) -> None:
         """Plays every text on one item."""

@@ -16,6 +16,7 @@ from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
 if TYPE_CHECKING:
     from fuchsia_pl.envs.audit.task import AuditTask  # it imports this file
+    from fuchsia_pl.envs.parts import Part
 
 Rewards = list[float] | list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
@@ -63,6 +64,8 @@ class Environment(ABC):
         tools: Tools that the policy may call; set by `prepare`.
         tool_convention: Format in which the model writes tool calls; set before the first rollout.
         thinking_marks: Pairs of marks that enclose reasoning, which is neither an answer nor a tool call. Empty: none.
+        mixed: The parts of an environment that consists of others, by name; else empty. Each rollout is run, scored and judged by
+            the environment of its part.
     """
 
     max_steps = 1
@@ -97,6 +100,7 @@ class Environment(ABC):
         self.tools: list[ToolSpec] = []
         self.tool_convention: ToolConvention = PLAIN
         self.thinking_marks: Sequence[tuple[str, str]] = THINKING_MARKS
+        self.mixed: Mapping[str, Part] = {}
 
     if not TYPE_CHECKING:  # a type checker would otherwise accept every misspelt attribute
 
@@ -312,7 +316,7 @@ def check_rewards(environment: Environment) -> None:
         ConfigError: There is no reward function.
     """
     kind = type(environment).__name__
-    if not environment.reward_functions:
+    if not environment.reward_functions and not environment.mixed:
         raise ConfigError(
             f"{kind}.reward_functions is empty: without a reward there is nothing to learn. Set it in {kind}.__init__, after "
             "super().__init__()"
@@ -342,10 +346,13 @@ def is_finite_number(value: object) -> bool:
 
 
 def weights_at(environment: Environment, step: int | None) -> dict[str, float]:
-    """Weights of all reward functions at a step, by name."""
+    """Weights of all reward functions at a step, by name; those of a part of a mixture as `part/name`."""
     names = [reward_name(function) for function in environment.reward_functions]
     with user_code(f"{type(environment).__name__}.reward_weight"):
-        return {name: environment.reward_weight(name, step) for name in names}
+        found = {name: environment.reward_weight(name, step) for name in names}
+    for name, part in environment.mixed.items():
+        found |= {f"{name}/{reward}": weight for reward, weight in weights_at(part.environment, step).items()}
+    return found
 
 
 def total_reward(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:

@@ -10,6 +10,20 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 Fractions = Mapping[str, tuple[float, float]]
 SHARE_NAMES = ("rollout/accuracy", "mean@", "pass@", "maj@")
+KINDS = (
+    "reward",
+    "rollout",
+)  # first word of the figures in total; that of other names with a slash is a part of a mixture
+
+
+def split_name(figure: str) -> tuple[str, str]:
+    """The prefix of the part of a mixture, "" for a figure in total, and the rest of a figure's name.
+
+    >>> split_name("sums/rollout/accuracy"), split_name("sums/maj@4"), split_name("reward/mean"), split_name("maj@4")
+    (('sums/', 'rollout/accuracy'), ('sums/', 'maj@4'), ('', 'reward/mean'), ('', 'maj@4'))
+    """
+    first, slash, rest = figure.partition("/")
+    return ("", figure) if not slash or first in KINDS else (f"{first}/", rest)
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,12 @@ class ItemTable:
 
     def is_share(self, name: str) -> bool:
         """Whether the samples of a figure are 0 or 1: a share by its definition, or a reward that was 0 or 1 throughout."""
-        if name.startswith(SHARE_NAMES) or name.endswith("_fraction"):
+        own = split_name(name)[1]
+        if own.startswith(SHARE_NAMES) or own.endswith("_fraction"):
             return True
         numerators, denominators = self._columns(name)
         is_whole = numerators == numerators.round()
-        return name.startswith("reward/") and bool((is_whole & (numerators >= 0) & (numerators <= denominators)).all())
+        return own.startswith("reward/") and bool((is_whole & (numerators >= 0) & (numerators <= denominators)).all())
 
     def covers(self, name: str) -> bool:
         """Whether the table has the figure, for at least one sample."""

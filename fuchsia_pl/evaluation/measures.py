@@ -11,9 +11,9 @@ from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.evaluation.figures import Figure
 from fuchsia_pl.evaluation.held_out import HeldOut
 from fuchsia_pl.evaluation.intervals import mean_interval, share_interval
-from fuchsia_pl.evaluation.item_table import Fractions, ItemSums, ItemTable
+from fuchsia_pl.evaluation.item_table import Fractions, ItemSums, ItemTable, split_name
 from fuchsia_pl.evaluation.passes import majority_correct, pass_at_k, pass_sizes
-from fuchsia_pl.rollouts.metrics import are_correct, count_fractions, over_ranks, rate_fractions
+from fuchsia_pl.rollouts.metrics import are_correct, count_fractions, in_parts, over_ranks, rate_fractions
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.samples import Evaluation
 from fuchsia_pl.types import Rollout
@@ -93,25 +93,35 @@ def item_fractions(siblings: Sequence[Rollout], grades: Sequence[Grade]) -> Frac
     return found
 
 
-def item_table(groups: Sequence[Sequence[Rollout]], grades: Sequence[Grade], device: torch.device) -> ItemTable:
+def item_table(
+    groups: Sequence[Sequence[Rollout]], grades: Sequence[Grade], environment: Environment, device: torch.device
+) -> ItemTable:
     """The sums of all items of all ranks. All ranks must call it at the same time.
 
     Args:
         groups: The samples of each item of this rank, each [k].
         grades: One per rollout, in order.
+        environment: If it is a mixture, the table has the figures of each part as well.
         device: Device on which the ranks exchange them.
     """
     left = iter(grades)
     fractions = [item_fractions(siblings, [next(left) for _ in siblings]) for siblings in groups]
+    if environment.mixed:
+        parts = [siblings[0].part for siblings in groups]
+        fractions = [in_parts({part: own}, environment) for part, own in zip(parts, fractions, strict=True)]
     sums = ItemSums(list(fractions[0])).to(device)
     sums.update([siblings[0].item_index for siblings in groups], fractions)
     return sums.table()
 
 
 def reported_names(table: ItemTable) -> list[str]:
-    """Names of the figures of a table. Without any answer there is no maj@k."""
-    has_answers = table.covers(ANSWERED)
-    return [name for name in table.names if name != ANSWERED and (has_answers or not name.startswith("maj@"))]
+    """Names of the figures of a table. Without any answer there is no maj@k, in total or of a part."""
+    found = []
+    for name in table.names:
+        part, own = split_name(name)
+        if own != ANSWERED and (not own.startswith("maj@") or table.covers(part + ANSWERED)):
+            found.append(name)
+    return found
 
 
 def figures_of(table: ItemTable) -> dict[str, Figure]:
@@ -166,7 +176,7 @@ def measure(
     rollouts = tuple(rollout for siblings in groups for rollout in siblings)
     grades = call_apart(graded, rollouts, environment)
     counts = over_ranks(call_apart(count_fractions, rollouts, environment, ranks.size), ranks.add_up)
-    table = item_table(groups, grades, device)
+    table = item_table(groups, grades, environment, device)
     shared = None if occasion.shared is None else occasion.shared & set(table.items)
     held_out = HeldOut(
         occasion.step,

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fuchsia_pl.engines.base import Engine, SamplingParams
@@ -47,6 +47,7 @@ class Draw:
         address: Position in the run, the first part of every request's seed: (run seed, split, phase).
         step: The optimizer step that the rollouts are for, None on a held-out split.
         activity: Counts finished rollouts; None for a draw whose sampling is an activity of its own.
+        group_sizes: Rollouts of the rows that have another number than `siblings`, by position.
     """
 
     items: Sequence[Item]
@@ -56,6 +57,15 @@ class Draw:
     address: tuple[int | str, ...]
     step: int | None = None
     activity: Activity | None = None
+    group_sizes: Mapping[int, int] = field(default_factory=dict)
+
+    def siblings_of(self, index: int) -> int:
+        """Rollouts of a row."""
+        return self.group_sizes.get(index, self.siblings)
+
+    def num_rollouts(self, indices: Sequence[int]) -> int:
+        """Rollouts of some rows."""
+        return sum(self.siblings_of(index) for index in indices)
 
 
 class Collector:
@@ -149,13 +159,20 @@ class Collector:
         found = {}
         with progress.activity(f"rendering {split} prompts", len(items), "prompts") as activity:
             for index in range(len(items)):
-                try:
-                    found[index] = len(self._render(items[index], place_of(items, index), f"{split} ")[1])
-                except PromptTooLongError:
-                    if self.config.long_prompts == "refuse":
-                        raise
+                number = self.num_prompt_tokens(items, index, split)
+                if number is not None:
+                    found[index] = number
                 activity.advance()
         return found
+
+    def num_prompt_tokens(self, items: Sequence[Item], index: int, split: str) -> int | None:
+        """Number of tokens of an item's prompt; None if it leaves no room and is to be dropped. Else as `fitting`."""
+        try:
+            return len(self._render(items[index], place_of(items, index), f"{split} ")[1])
+        except PromptTooLongError:
+            if self.config.long_prompts == "refuse":
+                raise
+            return None
 
     def prompt(self, items: Sequence[Item], index: int) -> Prompt:
         """Makes the prompt of an item. Calls the environment's `messages` once.
@@ -201,7 +218,9 @@ class Collector:
         return self.environment.tools if self.environment.tool_convention.is_native else ()
 
     async def _group(self, draw: Draw, prompt: Prompt) -> list[Rollout]:
-        rollouts = [prompt.rollout(sibling, draw.temperature, draw.step) for sibling in range(draw.siblings)]
+        rollouts = [
+            prompt.rollout(sibling, draw.temperature, draw.step) for sibling in range(draw.siblings_of(prompt.index))
+        ]
         await gather_or_cancel(self._run(draw, rollout) for rollout in rollouts)
         await score_group(self.environment, rollouts)
         return rollouts
@@ -339,7 +358,7 @@ def counted(draw: Draw) -> Iterator[Draw]:
         yield draw
         return
     name = HELD_OUT if draw.step is None else SAMPLING
-    with progress.activity(name, len(draw.indices) * draw.siblings, "rollouts") as activity:
+    with progress.activity(name, draw.num_rollouts(draw.indices), "rollouts") as activity:
         yield replace(draw, activity=activity)
 
 

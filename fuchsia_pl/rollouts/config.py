@@ -1,11 +1,45 @@
 """Settings of sampling."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.credit import GROUP_ADVANTAGES
 from fuchsia_pl.types import ConfigError
+
+
+@dataclass
+class CurriculumConfig:
+    """Settings of drawing items by their success.
+
+    Attributes:
+        band: Lowest and highest success rate of the items that are drawn as usual.
+        decay: Weight of an item's earlier rate when it is measured again; the new success has the rest.
+        recheck_phases: Phases after which an item outside of the band is drawn again, so that it can come back. At most a
+            quarter of the drawn items are such, those that wait longest first.
+        success: A rollout is a success if its total reward is at least this, before a length penalty; null: if the environment
+            counts it as correct, as in `rollout/accuracy`.
+    """
+
+    band: tuple[float, float] = (0.2, 0.8)
+    decay: float = 0.5
+    recheck_phases: int = 20
+    success: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that is not allowed."""
+        low, high = self.band
+        if not 0.0 <= low < high <= 1.0:
+            raise ConfigError(
+                f"data.sampling.curriculum.band must be two rates from 0 to 1, the lower one first, got {list(self.band)}"
+            )
+        if not 0.0 <= self.decay < 1.0:
+            raise ConfigError(f"data.sampling.curriculum.decay must be at least 0 and below 1, got {self.decay}")
+        if self.recheck_phases < 1:
+            raise ConfigError(f"data.sampling.curriculum.recheck_phases must be 1 or more, got {self.recheck_phases}")
+        if self.success is not None and not math.isfinite(self.success):
+            raise ConfigError(f"data.sampling.curriculum.success must be a finite number or null, got {self.success}")
 
 
 @dataclass
@@ -30,6 +64,7 @@ class SamplingConfig:
             result becomes that token. By default it is text, which cannot end a turn or a block.
         in_flight: Rollouts in progress when new weights arrive: "finish" completes them first, "continue" continues them with
             the new weights.
+        curriculum: Draws items by their measured success, see `CurriculumConfig`; null draws all items equally often.
     """
 
     group_size: int = 8
@@ -44,6 +79,7 @@ class SamplingConfig:
     in_flight: Literal["finish", "continue"] = "finish"
     engine_restarts: int = 1
     special_tokens_in_text: bool = False
+    curriculum: CurriculumConfig | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""

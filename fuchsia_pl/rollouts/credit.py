@@ -6,6 +6,7 @@ Shape letters: N groups, G siblings, R = N x G rollouts, T sampled tokens of the
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -32,6 +33,35 @@ def make_groups(siblings: Sequence[Sequence[Rollout]]) -> list[RolloutGroup]:
     """Groups with the flag whether their rewards differ."""
     spread = has_spread(group_rewards(siblings)).tolist()
     return [RolloutGroup(tuple(group), differs) for group, differs in zip(siblings, spread, strict=True)]
+
+
+def named_rewards(rollout: Rollout) -> dict[str, float | None]:
+    """Rewards by the names that `weights_at` has: those of a part of a mixture as `part/name`; the length penalty as it is.
+
+    >>> rollout = Rollout({}, 0, 0, 1.0, "", rewards={"correct": 1.0, "overlong": -0.5}, part="sums")
+    >>> named_rewards(rollout)
+    {'sums/correct': 1.0, 'overlong': -0.5}
+    """
+    prefix = f"{rollout.part}/" if rollout.part else ""
+    return {name if name == OVERLONG else f"{prefix}{name}": value for name, value in rollout.rewards.items()}
+
+
+def even_groups(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """Groups of one size, for tensors of groups: smaller ones are filled with rollouts without tokens, rewards and row.
+
+    >>> one, two = (RolloutGroup((Rollout({}, 0, 0, 1.0, ""),) * number, has_spread=False) for number in (1, 2))
+    >>> [len(group.rollouts) for group in even_groups([one, two])]
+    [2, 2]
+    """
+    largest = max((len(group.rollouts) for group in groups), default=0)
+    return [
+        replace(group, rollouts=(*group.rollouts, *(_absent() for _ in range(largest - len(group.rollouts)))))
+        for group in groups
+    ]
+
+
+def _absent() -> Rollout:
+    return Rollout({}, item_index=-1, sibling=-1, temperature=1.0, prompt="")
 
 
 def penalise_overlong(config: LossConfig, groups: Sequence[RolloutGroup], max_completion_tokens: int) -> None:
@@ -84,6 +114,7 @@ def make_samples(
     Raises:
         RewardError: An advantage, or the target of a value, is not finite or too large for a batch.
     """
+    groups = even_groups(groups)
     inputs = credit_inputs(config, groups, weights, signals)
     advantages, targets = assign_credit(config.parts.advantage, inputs, over_ranks)
     samples: list[Sample] = []
@@ -136,12 +167,13 @@ def places_of_rows(rollout: Rollout) -> list[slice]:
 def credit_inputs(
     config: LossConfig, groups: Sequence[RolloutGroup], weights: dict[str, float], signals: TrainerSignals
 ) -> CreditInputs:
-    """The tensors of credit assignment; the arguments are those of `make_samples`."""
+    """The tensors of credit assignment; the arguments are those of `make_samples`, with groups of one size."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [rollout.num_sampled_tokens for rollout in rollouts]
     rewards = group_rewards([group.rollouts for group in groups])
-    names = [name for name in rollouts[0].rewards if name != OVERLONG] if rollouts else []
-    by_name = {name: _per_rollout([[r.rewards[name] for r in group.rollouts] for group in groups]) for name in names}
+    named = [[named_rewards(rollout) for rollout in group.rollouts] for group in groups]
+    names = dict.fromkeys(name for siblings in named for one in siblings for name in one if name != OVERLONG)
+    by_name = {name: _per_rollout([[one.get(name) for one in siblings] for siblings in named]) for name in names}
     penalties = _per_rollout([[r.rewards.get(OVERLONG, 0.0) for r in group.rollouts] for group in groups])
     turn_ends = torch.zeros(len(rollouts), max(lengths, default=0), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
@@ -171,7 +203,7 @@ def signals_of(
         batches: The batches.
         signals: The signals of each batch.
     """
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = [rollout for group in even_groups(groups) for rollout in group.rollouts]
     rows = {id(rollout): row for row, rollout in enumerate(rollouts)}  # batches have another order
     shape = len(rollouts), max((rollout.num_sampled_tokens for rollout in rollouts), default=0)
     has_kl, has_values = (
@@ -197,10 +229,12 @@ def kl_fraction(groups: Sequence[RolloutGroup], signals: TrainerSignals) -> tupl
 
 
 def _per_rollout(values: Sequence[Sequence[float | None]]) -> Tensor:
-    """float64 [N, G], NaN for None. Without groups it is [0, 2]."""
+    """float64 [N, G], NaN for None and where a group is smaller. Without groups it is [0, 2]."""
     if not values:
         return torch.zeros(0, 2, dtype=torch.float64)
-    return torch.tensor([[torch.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
+    largest = max(len(row) for row in values)
+    filled = [[*row, *(None for _ in range(largest - len(row)))] for row in values]
+    return torch.tensor([[torch.nan if v is None else v for v in row] for row in filled], dtype=torch.float64)
 
 
 def _check_bounds(rollout: Rollout, values: Sequence[float], signals: TrainerSignals) -> None:

@@ -1,7 +1,7 @@
 """Dynamic sampling: groups without spread are replaced by other items, a bounded number of times."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from fuchsia_pl.rollouts.collector import Collector, Draw, counted
 from fuchsia_pl.rollouts.credit import make_groups
@@ -18,6 +18,7 @@ class Sampled:
         dropped: Groups without spread that dynamic sampling dropped; empty without dynamic sampling.
         num_refills: Groups sampled to replace others.
         seconds: Duration of sampling and scoring.
+        choice_metrics: Figures of the choice of its items, the same on all ranks.
 
     >>> Sampled(kept=[RolloutGroup((), has_spread=True)], dropped=[], num_refills=0).groups
     [RolloutGroup(rollouts=(), has_spread=True)]
@@ -27,6 +28,7 @@ class Sampled:
     dropped: list[RolloutGroup]
     num_refills: int
     seconds: float = 0.0
+    choice_metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[RolloutGroup]:
@@ -65,6 +67,6 @@ async def _sample(collector: Collector, draw: Draw, spare: Sequence[int], max_re
             break
         num_refills += len(indices)
         if draw.activity is not None:
-            draw.activity.expect(len(indices) * draw.siblings)
+            draw.activity.expect(draw.num_rollouts(indices))
         groups = make_groups(await collector.collect(replace(draw, indices=indices)))
     return Sampled(kept, dropped, num_refills)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fuchsia_pl.envs.base import Environment
+from fuchsia_pl.envs.parts import reward_names
 from fuchsia_pl.envs.tools.spec import TOOL_CALLS
 from fuchsia_pl.envs.user_code import user_code
+from fuchsia_pl.rollouts.credit import OVERLONG
 from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.scoring import REWARD_ERRORS
 from fuchsia_pl.types import Rollout, RolloutStatus
@@ -49,8 +51,18 @@ def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, worl
     Raises:
         ValueError: A rollout has a counter that the environment does not declare. Ranks need the same names.
     """
-    rates = rate_fractions(rollouts, are_correct(rollouts, environment))
-    return {**rates, **count_fractions(rollouts, environment, world_size)}
+    correct = are_correct(rollouts, environment)
+    counts = count_fractions(rollouts, environment, world_size)
+    if not environment.mixed:
+        return {**rate_fractions(rollouts, correct), **counts}
+    places: dict[str, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        places.setdefault(rollout.part, []).append(place)
+    rates = {
+        name: rate_fractions([rollouts[place] for place in own], [correct[place] for place in own])
+        for name, own in places.items()
+    }
+    return {**in_parts(rates, environment), **counts}
 
 
 def are_correct(rollouts: Sequence[Rollout], environment: Environment) -> list[bool]:
@@ -101,7 +113,34 @@ def count_fractions(rollouts: Sequence[Rollout], environment: Environment, world
     }
     if TOOL_CALLS in names:
         found["rollout/tool_use"] = (sum(rollout.counts[TOOL_CALLS] > 0 for rollout in rollouts), float(len(rollouts)))
+    for name, part in environment.mixed.items():
+        own = count_fractions([r for r in rollouts if r.part == name], part.environment, world_size)
+        found |= {f"{name}/{metric}": pair for metric, pair in own.items()}
     return found
+
+
+def in_parts(rates: Mapping[str, Mapping[str, tuple[float, float]]], environment: Environment) -> Fractions:
+    """Metrics of a mixture: in total, then of each part as `part/metric`. All ranks get the same names.
+
+    Args:
+        rates: Metrics of the rollouts of each part by its name, at least of one part. Parts without rollouts get 0 / 0.
+        environment: The mixture. Its parts' rewards are not comparable, so the total has no rewards by name.
+    """
+    names = [name for name in next(iter(rates.values())) if not _is_by_name(name)]
+    found: Fractions = {name: _sum([of_part[name] for of_part in rates.values()]) for name in names}
+    for part in environment.mixed:
+        rewards = [f"reward/{name}" for name in reward_names(environment.mixed[part].environment)]
+        own = rates.get(part, {})
+        found |= {f"{part}/{name}": own.get(name, (0.0, 0.0)) for name in [*names, *rewards]}
+    return found
+
+
+def _is_by_name(metric: str) -> bool:
+    return metric.startswith("reward/") and metric not in ("reward/mean", f"reward/{OVERLONG}")
+
+
+def _sum(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return sum(numerator for numerator, _ in pairs), sum(denominator for _, denominator in pairs)
 
 
 def step_fractions(counts: PhaseCounts, environment: Environment, world_size: int) -> Fractions:
@@ -111,7 +150,7 @@ def step_fractions(counts: PhaseCounts, environment: Environment, world_size: in
     num_kept_rollouts = sum(len(group.rollouts) for group in sampled.kept)
     found = {
         **reward_fractions(rollouts, environment, world_size),
-        "rollout/zero_variance_groups": (float(sum(not group.has_spread for group in sampled.groups)), share),
+        **_group_counts(sampled, environment, share),
         "rollout/refilled_groups": (float(sampled.num_refills), share),
         "rollout/dropped_groups": (float(len(sampled.dropped)), share),
         "rollout/dropped_prompts": (float(counts.num_dropped_prompts), 1.0),
@@ -126,6 +165,17 @@ def step_fractions(counts: PhaseCounts, environment: Environment, world_size: in
     }
     if counts.kl is not None:
         found["train/kl"] = counts.kl
+    return found
+
+
+def _group_counts(sampled: Sampled, environment: Environment, share: float) -> Fractions:
+    """Number of groups without spread; for each part of a mixture also the number of its groups."""
+    groups, name = sampled.groups, "rollout/zero_variance_groups"
+    found: Fractions = {name: (float(sum(not group.has_spread for group in groups)), share)}
+    for part in environment.mixed:
+        own = [group for group in groups if group.rollouts[0].part == part]
+        found[f"{part}/{name}"] = (float(sum(not group.has_spread for group in own)), share)
+        found[f"{part}/rollout/groups"] = (float(len(own)), share)
     return found
 
 

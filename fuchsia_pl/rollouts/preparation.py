@@ -5,8 +5,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from fuchsia_pl.envs.base import Environment, reward_name
+from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.golds import check_golds
+from fuchsia_pl.envs.parts import members, reward_names
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason, user_code
 from fuchsia_pl.progress import progress
@@ -42,10 +43,11 @@ def check_reward_names(environment: Environment) -> None:
     Raises:
         ConfigError: There is one.
     """
-    if OVERLONG in [reward_name(function) for function in environment.reward_functions]:
-        raise ConfigError(
-            f"{type(environment).__name__} has a reward function {OVERLONG!r}: the name is taken, rename the function"
-        )
+    for member in members(environment):
+        if OVERLONG in reward_names(member):
+            raise ConfigError(
+                f"{type(member).__name__} has a reward function {OVERLONG!r}: the name is taken, rename the function"
+            )
 
 
 def training_prompts(collector: Collector, seed: int, batch_size: int) -> dict[int, int]:

@@ -10,14 +10,16 @@ from fuchsia_pl.batch import Batch, Denominators, StepInfo, TrainerSignals
 from fuchsia_pl.envs.base import Environment, weights_at
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.objectives.config import LossConfig
-from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
+from fuchsia_pl.rollouts.addressing import derived_seed
 from fuchsia_pl.rollouts.batcher import MicroBatch, count_over_ranks, make_batches, split_balanced, split_filled
+from fuchsia_pl.rollouts.choice import Choice
 from fuchsia_pl.rollouts.collector import Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.credit import changes_nothing, kl_fraction, make_samples, penalise_overlong, signals_of
 from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.metrics import PhaseCounts, over_ranks, step_fractions
 from fuchsia_pl.rollouts.mini_batches import MiniBatch, split_rows
+from fuchsia_pl.rollouts.part_collector import limited, own_group_sizes
 from fuchsia_pl.rollouts.preparation import training_items
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
@@ -86,39 +88,36 @@ class TrainingPhase:
         environment: Its items are drawn; its rewards are weighted.
         loss: The objective.
         sampling: Settings of sampling.
-        batch_size: Items of a phase, over all ranks.
         seed: The run's seed.
-        fitting: Positions of the training items whose prompts are short enough.
+        num_too_long: Training items that are never drawn because their prompts are too long.
         ranks: This rank and the others.
     """
 
     environment: Environment
     loss: LossConfig
     sampling: SamplingConfig
-    batch_size: int
     seed: int
-    fitting: Sequence[int]
+    num_too_long: int
     ranks: Ranks
 
-    def draw(self, phase: int, drawn: int) -> tuple[Draw, list[int]]:
+    def draw(self, phase: int, choice: Choice) -> tuple[Draw, list[int]]:
         """This rank's items of a phase, and the items that may replace groups without spread, in order.
 
         Args:
             phase: Number of the phase.
-            drawn: Number of the phase that determines the items; differs from `phase` only if items are repeated.
+            choice: The items of all ranks.
         """
-        places = item_indices(self.seed, drawn, len(self.fitting), self.batch_size)
+        items = training_items(self.environment)
         draw = Draw(
-            items=training_items(self.environment),
-            indices=self._share(places),
+            items=items,
+            indices=self.ranks.share(choice.drawn),
             siblings=self.sampling.group_size,
             temperature=self.sampling.temperature,
             address=(self.seed, "train", phase),
             step=phase * self.loss.steps_per_phase,
+            group_sizes=own_group_sizes(self.environment, items, [*choice.drawn, *choice.spare]),
         )
-        if not self.loss.parts.max_refills:
-            return draw, []
-        return draw, self._share(refill_indices(self.seed, drawn, len(self.fitting), set(places)))
+        return draw, self.ranks.share(choice.spare)
 
     def batches(self, sampled: Sampled, step: int, served_version: int, forward: Forward) -> list[Batch]:
         """Micro-batches of all optimizer steps of a phase, in order: all mini-batches once, then all of them again.
@@ -133,16 +132,15 @@ class TrainingPhase:
             RewardError: An advantage is not finite.
         """
         version = min((r.policy_version for r in sampled.rollouts if r.all_turns), default=served_version)
-        penalise_overlong(self.loss, sampled.groups, self.sampling.max_completion_tokens)
+        self._penalise_overlong(sampled.groups)
         made, kl = self._credit(sampled.kept, step, version, forward)
         samples = drop_stale(made, step, self.sampling.max_staleness)
         version = oldest_version(samples, version, self.ranks.lowest)
         num_zero = sum(changes_nothing(self.loss, sample) for sample in samples)
-        num_too_long = len(call_apart(training_items, self.environment)) - len(self.fitting)
         num_trained = sum(sample.is_first for sample in samples)
-        counts = PhaseCounts(sampled, num_trained, num_zero, num_too_long, kl, len(made) - len(samples))
+        counts = PhaseCounts(sampled, num_trained, num_zero, self.num_too_long, kl, len(made) - len(samples))
         fractions = call_apart(step_fractions, counts, self.environment, self.ranks.size)
-        metrics = over_ranks(fractions, self.ranks.add_up)
+        metrics = {**over_ranks(fractions, self.ranks.add_up), **sampled.choice_metrics}
         phase = StepInfo(step, NO_COUNTS, version, self.sampling.max_staleness, metrics)
         steps = []
         for number, rows in enumerate(split_rows(sampled.kept, samples, self.loss.mini_batches)):
@@ -214,5 +212,11 @@ class TrainingPhase:
         used = [part for rows in parts for part in forward.split(rows.samples) if part is not None]
         return make_batches(used, info)
 
-    def _share(self, places: list[int]) -> list[int]:
-        return self.ranks.share([self.fitting[place] for place in places])
+    def _penalise_overlong(self, groups: Sequence[RolloutGroup]) -> None:
+        """Adds the penalty of overlong completions by the limit of each group's own part."""
+        of_parts: dict[str, list[RolloutGroup]] = {}
+        for group in groups:
+            of_parts.setdefault(group.rollouts[0].part, []).append(group)
+        for name, own in of_parts.items():
+            config = limited(self.sampling, self.environment.mixed[name]) if name else self.sampling
+            penalise_overlong(self.loss, own, config.max_completion_tokens)

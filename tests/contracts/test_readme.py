@@ -60,6 +60,13 @@ FILES = {
 }
 
 
+# Configs that a page shows: page and section.
+CONFIGS = {
+    "two_tasks.yaml": ("envs/README.md", "Several environments"),
+    "by_success.yaml": ("envs/README.md", "Items by success"),
+}
+
+
 def language_of(name: str) -> str:
     return "yaml" if name.endswith(".yaml") else "python"
 
@@ -67,6 +74,8 @@ def language_of(name: str) -> str:
 def write_files(folder: Path) -> None:
     for name, (page, title, number, _) in FILES.items():
         (folder / name).write_text(code_block(page, title, language_of(name), number))
+    for name, (page, title) in CONFIGS.items():
+        (folder / name).write_text(code_block(page, title, "yaml"))
     rows = [json.dumps({"question": f"How much is {n} times 6?", "answer": str(6 * n)}) for n in range(1, 11)]
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("\n".join(rows))
@@ -114,7 +123,7 @@ class Runs:
         command = shortened(command)
         command = re.sub(r"max_length \d+", "max_length 4000", command)
         words = shlex.split(re.sub(r"--model.policy.name \S+", "", command))[1:]
-        if "quickstart.yaml" in words and "--data.environment" not in command:
+        if "quickstart.yaml" in words and "--data.environment" not in command and "two_tasks.yaml" not in words:
             words += FEW_ITEMS
         if "countdown.yaml" in words or "function_calling.yaml" in words:
             words += ["--data.environment.init_args.num_train", "20"]
@@ -259,6 +268,27 @@ def test_the_files_are_short(name):
     )
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_shown_configs_are_short(name):
+    page, title = CONFIGS[name]
+    assert len(code_block(page, title, "yaml").splitlines()) <= 25
+
+
+def test_the_mixture_that_a_page_shows_trains_on_both_of_its_parts(runs):
+    (command,) = [command for command in COMMANDS if "two_tasks.yaml" in command]
+    rows = runs.rows(command)
+    # 5 items a phase and weights 3 to 1: of the first 5 items 4 are sums, of the first 10 eight (7.5, rounded)
+    found = [(float(row["sums/rollout/groups"]), float(row["guesses/rollout/groups"])) for row in rows]
+    assert found == [(4, 1), (4, 1)]
+    assert all(row["guesses/reward/close"] and row["sums/reward/correct"] for row in rows)
+
+
+def test_the_curriculum_that_a_page_shows_measures_the_items(runs):
+    (command,) = [command for command in COMMANDS if "by_success.yaml" in command]
+    first, second = (float(row["curriculum/unseen"]) for row in runs.rows(command))
+    assert 1.0 == first > second
+
+
 @pytest.mark.parametrize(
     ("module", "reward"),
     [
@@ -364,6 +394,9 @@ def test_the_tests_of_the_table_of_faults_exist():
 
 
 def generic(metric: str) -> str:
+    """A metric as the table names it. The parts are those of `two_tasks.yaml`."""
+    metric = re.sub(r"^(sums|guesses)/rollout/groups$", "<part>/rollout/groups", metric)
+    metric = re.sub(r"^(sums|guesses)/.*", "<part>/<metric>", metric)
     return re.sub(r"^count/.*", "count/<name>", re.sub(r"^reward/(?!mean$).*", "reward/<name>", metric))
 
 
@@ -374,7 +407,8 @@ def test_the_metrics_table_lists_what_is_logged_and_nothing_else(runs):
     (with_tools,) = [command for command in COMMANDS if " my_tools." in command and " fit " in command]
     with_budget = f"{QUICKSTART} --trainer.accumulate_grad_batches 1 --model.policy.max_tokens_per_micro_batch 8192"
     columns = set()
-    for command in (QUICKSTART, with_critic, with_tools, with_budget):
+    shown = [command for command in COMMANDS if any(config in command for config in CONFIGS)]
+    for command in (QUICKSTART, with_critic, with_tools, with_budget, *shown):
         columns |= runs.rows(command)[0].keys() - {"epoch", "step"}
     train = {name for name in columns if not name.startswith("validation/")}
     assert columns - train

@@ -6,19 +6,27 @@ import torch
 from fuchsia_pl.batch import TrainerSignals
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts.addressing import derived_seed
+from fuchsia_pl.rollouts.choice import Chooser, PhaseSizes
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.ranks import Ranks
+from fuchsia_pl.rollouts.shares import Pool
 from fuchsia_pl.rollouts.training_phase import Forward, TrainingPhase
 from fuchsia_pl.samples import RolloutGroup
 from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
 from tests.doubles import Spread
 
 
-def make_phase(loss=None, rank=0, size=1, fitting=range(20), **sampling) -> TrainingPhase:
+def make_phase(loss=None, rank=0, size=1, **sampling) -> TrainingPhase:
     sampling = SamplingConfig(**{"group_size": 2, "max_completion_tokens": 8, "max_length": 32, **sampling})
     ranks = Ranks(rank, size, reduce=lambda values, how: values)
-    return TrainingPhase(Spread(), loss or LossConfig("grpo"), sampling, 4, 7, list(fitting), ranks)
+    return TrainingPhase(Spread(), loss or LossConfig("grpo"), sampling, 7, 0, ranks)
+
+
+def draw_of(phase: TrainingPhase, number: int, drawn: int, fitting=range(20)):
+    """The draw of a phase of four items, and its spare items. `drawn` is the phase that determines them."""
+    sizes = PhaseSizes(run_seed=7, batch_size=4, has_spare=phase.loss.parts.max_refills > 0)
+    return phase.draw(number, Chooser([Pool("", 1.0, list(fitting))], sizes).choice(drawn))
 
 
 def make_rollout(item: int, sibling: int, reward: float | None, num_tokens: int, version: int = 3) -> Rollout:
@@ -132,7 +140,7 @@ def test_the_mini_batches_of_two_ranks_are_those_of_one():
     def trained(rank: int, size: int) -> list[set[int]]:
         """Items of each step."""
         phase = make_phase(LossConfig("grpo", mini_batches=2), rank, size)
-        draw, _ = phase.draw(0, 0)
+        draw, _ = draw_of(phase, 0, 0)
         groups = [
             RolloutGroup((make_rollout(item, 0, 0.0, 2), make_rollout(item, 1, 1.0, 3)), has_spread=True)
             for item in draw.indices
@@ -187,17 +195,17 @@ def test_signals_are_computed_once_for_all_kept_rollouts():
 
 
 def test_ranks_draw_disjoint_shares_of_the_fitting_items():
-    whole, _ = make_phase().draw(2, 2)
-    shares = [make_phase(rank=rank, size=2).draw(2, 2)[0] for rank in range(2)]
+    whole, _ = draw_of(make_phase(), 2, 2)
+    shares = [draw_of(make_phase(rank=rank, size=2), 2, 2)[0] for rank in range(2)]
     assert [index for pair in zip(*(s.indices for s in shares), strict=True) for index in pair] == whole.indices
     assert (whole.siblings, whole.address, whole.step) == (2, (7, "train", 2), 2)
-    assert set(make_phase(fitting=range(10, 14)).draw(0, 0)[0].indices) == {10, 11, 12, 13}
-    assert make_phase(TWO_BY_TWO).draw(2, 2)[0].step == 8  # the third phase of four steps
-    repeated, _ = make_phase().draw(5, 2)
+    assert set(draw_of(make_phase(), 0, 0, fitting=range(10, 14))[0].indices) == {10, 11, 12, 13}
+    assert draw_of(make_phase(TWO_BY_TWO), 2, 2)[0].step == 8  # the third phase of four steps
+    repeated, _ = draw_of(make_phase(), 5, 2)
     assert (repeated.indices, repeated.address) == (whole.indices, (7, "train", 5))
 
 
 def test_only_dynamic_sampling_draws_spare_items():
-    draw, spare = make_phase(LossConfig("dapo")).draw(0, 0)
+    draw, spare = draw_of(make_phase(LossConfig("dapo")), 0, 0)
     assert sorted([*draw.indices, *spare]) == list(range(20))
-    assert make_phase().draw(0, 0)[1] == []
+    assert draw_of(make_phase(), 0, 0)[1] == []
