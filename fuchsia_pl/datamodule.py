@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.engines.vllm_teacher import TeacherServer
 from fuchsia_pl.envs.base import Environment, check_environment, check_rewards
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.evaluation.measures import Occasion, measure
@@ -34,6 +35,8 @@ from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, p
 from fuchsia_pl.rollouts.ranks import Ranks, ranks_of
 from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.run_checks import SignalSource, check_run_setup, engine_spec
+from fuchsia_pl.rollouts.teacher import TeacherConfig
+from fuchsia_pl.rollouts.teacher_setup import check_teacher, ready_teacher
 from fuchsia_pl.rollouts.training_phase import Forward, TrainingPhase
 from fuchsia_pl.stopping import stopping
 from fuchsia_pl.types import ConfigError, Evaluation
@@ -55,6 +58,7 @@ class RolloutDataModule(LightningDataModule):
             one optimizer step, or `mini_batches` x `num_policy_updates` of them.
         steps_per_epoch: Optimizer steps between two validations.
         seed: The run's seed; the CLI takes it from `seed_everything`.
+        teacher: A model that scores what the policy has sampled; its logprobs become advantages.
 
     Raises:
         ConfigError: A size is below 1 or does not fit the objective, or the environment cannot be used for training.
@@ -69,6 +73,7 @@ class RolloutDataModule(LightningDataModule):
         batch_size: int = 8,
         steps_per_epoch: int = 100,
         seed: int = 0,
+        teacher: TeacherConfig | None = None,
     ) -> None:
         super().__init__()
         check_sizes(learner.loss, sampling, batch_size, steps_per_epoch)
@@ -82,6 +87,7 @@ class RolloutDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
+        self.teacher = teacher
         self._started_at = datetime.now()  # the date that a chat template writes
         self._stage = ""
         self._collector: Collector | None = None
@@ -96,6 +102,7 @@ class RolloutDataModule(LightningDataModule):
         self._longest_row: budget.LongestRow | None = None
         self._planned = 1  # number of micro-batches that the budget requires
         self._limits: Limits | None = None
+        self._teacher_server: TeacherServer | None = None
 
     @property
     def rows_per_phase(self) -> int:
@@ -132,6 +139,8 @@ class RolloutDataModule(LightningDataModule):
         with preparation.as_config_error(f"{type(self.environment).__name__}.prepare"):
             self._run(self._collector.prepare())
         call_apart(self._check_prompts)
+        if stage == "fit":
+            self._prepare_teacher()
         with progress.activity(f"starting {self.engine.name}"):
             self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps))
 
@@ -228,6 +237,14 @@ class RolloutDataModule(LightningDataModule):
             self._held_out = self._taken.first_held_out(positions, num_ranks)
             self._shared = None if self._stage == "predict" else self._shared_items()
 
+    def _prepare_teacher(self) -> None:
+        """Loads the adapter of a teacher, or checks its server."""
+        config = self.teacher
+        self._signal_source.use_teacher(None if config is None else config.adapter)
+        if config is not None and config.name and config.url:
+            self._teacher_server = TeacherServer(config.url, config.name)
+            self._run(self._teacher_server.check(self.chat.tokenizer, self.sampling.max_length))
+
     def _shared_items(self) -> frozenset[int] | None:
         """The held-out items with the prompt of a training item, with a warning. None if there are no training items to read."""
         environment = self.environment
@@ -254,6 +271,7 @@ class RolloutDataModule(LightningDataModule):
         prompts = preparation.training_prompts(collector, self.seed, self.batch_size)
         self._fitting = list(prompts)
         self._longest_row = budget.longest_row(prompts.values(), self.sampling, has_turns)
+        check_teacher(self.teacher, self.loss, self.served_model, collector, prompts)
         max_tokens = self._signal_source.max_tokens_per_micro_batch
         if max_tokens is None:
             check_phases(trainer, self._taken.steps_per_epoch, self.loss.steps_per_phase)
@@ -300,12 +318,18 @@ class RolloutDataModule(LightningDataModule):
             trainer.strategy.root_device,
             source.max_tokens_per_micro_batch,
             self._ranks.highest,
+            source.teacher_logprobs,
         )
 
     @property
     def _training_phase(self) -> TrainingPhase:
         environment, loss, sampling = self.environment, self.loss, self.sampling
-        return TrainingPhase(environment, loss, sampling, self.batch_size, self.seed, self._fitting, self._ranks)
+        server, teacher = self._teacher_server, None
+        if self.teacher is not None and self._collector is not None:
+            score = None if server is None else lambda rows: self._run(server.score(rows))
+            teacher = ready_teacher(self.teacher, self._collector, score)
+        ranks = self._ranks
+        return TrainingPhase(environment, loss, sampling, self.batch_size, self.seed, self._fitting, ranks, teacher)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end on the run's event loop."""
@@ -319,10 +343,13 @@ class RolloutDataModule(LightningDataModule):
 
     def _close(self) -> None:
         loop, phases, self._loop, self._phases = self._loop, self._phases, None, None
+        server, self._teacher_server = self._teacher_server, None
         if self._limits is not None and self.trainer is not None:
             return_limits(self.trainer, self._limits)
             self._limits = None
         try:
+            if loop is not None and server is not None:
+                loop.run(server.close(), CLOSE_TIMEOUT_S)
             if loop is not None:
                 loop.run(end_rollouts(self.environment, phases, CLOSE_TIMEOUT_S), 3 * CLOSE_TIMEOUT_S)
         finally:

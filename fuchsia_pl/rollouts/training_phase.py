@@ -1,6 +1,6 @@
 """A phase of training on one rank: the items that are drawn, and the micro-batches that their rollouts become."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from fuchsia_pl.rollouts.mini_batches import MiniBatch, split_rows
 from fuchsia_pl.rollouts.preparation import training_items
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
+from fuchsia_pl.rollouts.teacher import Teacher, teacher_fractions
 from fuchsia_pl.types import RolloutGroup, Sample
 
 NO_COUNTS = Denominators(1, 1, 1, 1)  # where no loss is computed
@@ -30,6 +31,10 @@ def _of_one_rank(values: Tensor) -> Tensor:
     return values
 
 
+def _no_teacher(batches: list[Batch]) -> list[Tensor]:
+    raise AssertionError("there is no teacher")
+
+
 @dataclass(frozen=True)
 class Forward:
     """The trainer's forward pass, as far as a phase depends on it.
@@ -37,10 +42,11 @@ class Forward:
     Attributes:
         num_micro_batches: Micro-batches of an optimizer step; with a budget, as many as it may need.
         shares_prefix: Whether the common prefix of siblings is computed once.
-        compute_signals: Computes KL and critic values of micro-batches on the device.
+        compute_signals: Computes logprobs, KL and critic values of micro-batches on the device.
         device: The trainer's device.
         max_tokens: Budget of tokens of a micro-batch, None without one.
         highest: Maximum of a tensor over all ranks.
+        compute_teacher: Computes logprobs of a teacher whose weights the trainer has.
 
     >>> Forward(2, shares_prefix=False, compute_signals=lambda batches: []).split([])
     [[], []]
@@ -54,6 +60,7 @@ class Forward:
     device: torch.device | str = "cpu"
     max_tokens: int | None = None
     highest: Callable[[Tensor], Tensor] = _of_one_rank
+    compute_teacher: Callable[[list[Batch]], list[Tensor]] = _no_teacher
 
     def split(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """Splits rows into exactly `num_micro_batches` micro-batches. All ranks have to call it at the same time.
@@ -74,8 +81,13 @@ class Forward:
         return [*(None for _ in range(number - num_used)), *padding, *reversed(filled)]
 
     def signals(self, batches: list[Batch]) -> list[TrainerSignals]:
-        """KL and critic values of micro-batches."""
+        """Logprobs, KL and critic values of micro-batches."""
         return self.compute_signals([batch.to(self.device) for batch in batches])
+
+    def of_teacher(self, batches: list[Batch]) -> list[TrainerSignals]:
+        """Logprobs of the teacher for micro-batches of rows as it reads them."""
+        computed = self.compute_teacher([batch.to(self.device) for batch in batches])
+        return [TrainerSignals(None, None, teacher_logprobs=logprobs) for logprobs in computed]
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class TrainingPhase:
         seed: The run's seed.
         fitting: Positions of the training items whose prompts are short enough.
         ranks: This rank and the others.
+        teacher: Scores what the policy has sampled; None without one.
     """
 
     environment: Environment
@@ -99,6 +112,7 @@ class TrainingPhase:
     seed: int
     fitting: Sequence[int]
     ranks: Ranks
+    teacher: Teacher | None = None
 
     def draw(self, phase: int, drawn: int) -> tuple[Draw, list[int]]:
         """This rank's items of a phase, and the items that may replace groups without spread, in order.
@@ -134,12 +148,18 @@ class TrainingPhase:
         """
         version = min((r.policy_version for r in sampled.rollouts if r.turns), default=served_version)
         penalise_overlong(self.loss, sampled.groups, self.sampling.max_completion_tokens)
-        made, kl = self._credit(sampled.kept, step, version, forward)
+        signals = self._signals(sampled.kept, step, version, forward)
+        weights = call_apart(weights_at, self.environment, step)
+        teacher_weight = 0.0 if self.teacher is None else self.teacher.weight
+        made = make_samples(self.loss, sampled.kept, weights, signals, self.ranks.add_up, teacher_weight)
         samples = drop_stale(made, step, self.sampling.max_staleness)
         version = oldest_version(samples, version, self.ranks.lowest)
         num_zero = sum(changes_nothing(self.loss, sample) for sample in samples)
         num_too_long = len(call_apart(training_items, self.environment)) - len(self.fitting)
-        counts = PhaseCounts(sampled, len(samples), num_zero, num_too_long, kl, len(made) - len(samples))
+        kl, of_teacher = kl_fraction(sampled.kept, signals), self._teacher_fractions(sampled.kept, signals)
+        counts = PhaseCounts(
+            sampled, len(samples), num_zero, num_too_long, kl, len(made) - len(samples), teacher=of_teacher
+        )
         fractions = call_apart(step_fractions, counts, self.environment, self.ranks.size)
         metrics = over_ranks(fractions, self.ranks.add_up)
         phase = StepInfo(step, NO_COUNTS, version, self.sampling.max_staleness, metrics)
@@ -186,21 +206,33 @@ class TrainingPhase:
                     found.append(replace(batch, step=info, dropout_seed=seed))
         return found
 
-    def _credit(
-        self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward
-    ) -> tuple[list[Sample], tuple[float, float] | None]:
-        """Rows with their advantages; with a KL in the reward, its sum over tokens and their number."""
+    def _signals(self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward) -> TrainerSignals:
+        """What advantages need beside the rewards, for all sampled tokens; each None where nothing needs it."""
+        if self.teacher is None and not self.loss.needs_signals:
+            return TrainerSignals(None, None)
         batches = self._batches_before_credit(groups, step, version, forward)
-        signals = signals_of(groups, batches, forward.signals(batches)) if batches else TrainerSignals(None, None)
-        weights = call_apart(weights_at, self.environment, step)
-        return make_samples(self.loss, groups, weights, signals, self.ranks.add_up), kl_fraction(groups, signals)
+        signals = signals_of(groups, batches, forward.signals(batches))
+        if self.teacher is None:
+            return signals
+        if self.teacher.score is not None:
+            return replace(signals, teacher_logprobs=self.teacher.scores(groups))
+        rows = self.teacher.rows(groups)
+        batches = self._batches_before_credit(rows, step, version, forward)
+        of_teacher = signals_of(rows, batches, forward.of_teacher(batches))
+        return replace(signals, teacher_logprobs=of_teacher.teacher_logprobs)
+
+    def _teacher_fractions(
+        self, groups: Sequence[RolloutGroup], signals: TrainerSignals
+    ) -> Mapping[str, tuple[float, float]]:
+        if self.teacher is None:
+            return {}
+        lengths = torch.tensor([r.num_sampled_tokens for group in groups for r in group.rollouts], dtype=torch.int64)
+        return teacher_fractions(signals, lengths, self.teacher.weight)
 
     def _batches_before_credit(
         self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward
     ) -> list[Batch]:
-        """Micro-batches of all rollouts without advantages, from which signals are computed; [] where none are needed."""
-        if not self.loss.needs_signals:
-            return []
+        """Micro-batches of all rollouts without advantages, from which signals are computed."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         samples = [Sample(rollout, (0.0,) * rollout.num_sampled_tokens) for rollout in rollouts]
         info = StepInfo(step, NO_COUNTS, version)
