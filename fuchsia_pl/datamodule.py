@@ -326,7 +326,7 @@ class RolloutDataModule(LightningDataModule):
         environment, loss, sampling = self.environment, self.loss, self.sampling
         server, teacher = self._teacher_server, None
         if self.teacher is not None and self._collector is not None:
-            score = None if server is None else lambda rows: self._run(server.score(rows))
+            score = None if server is None else lambda rows: self._waited(lambda: self._run(server.score(rows)))
             teacher = ready_teacher(self.teacher, self._collector, score)
         ranks = self._ranks
         return TrainingPhase(environment, loss, sampling, self.batch_size, self.seed, self._fitting, ranks, teacher)

@@ -27,6 +27,7 @@ from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.sharding import FSDP2Strategy, local, whole
+from fuchsia_pl.rollouts.teacher import TeacherConfig
 from tests.doubles import RecordedEngine, TinyEnvironment, make_data, make_trainer
 
 STRATEGIES = {
@@ -35,6 +36,7 @@ STRATEGIES = {
     "fsdp": lambda: {"devices": 2, "strategy": FSDP2Strategy()},
     "fsdp-folder": lambda: {"devices": 2, "strategy": FSDP2Strategy(save_distributed_checkpoint=True)},
 }
+TEACHER = "teacher"  # folder of an adapter beside those of the strategies
 # Kinds of policies by name; sharding handles each of them differently.
 POLICIES = {
     "adapter": {},
@@ -46,6 +48,8 @@ POLICIES = {
     # Two groups fit in only if they are short, so steps fill other numbers of micro-batches than planned.
     "budget": {"max_tokens_per_micro_batch": 44},
     "mini-batches": {"loss": LossConfig("ppo", mini_batches=5), "batch_size": 10},
+    "teacher's prompt": {"teacher": {"prompt": "you add"}, "max_tokens_per_micro_batch": 60},
+    "teacher's adapter": {"teacher": {"adapter": TEACHER}},
 }
 
 
@@ -61,10 +65,13 @@ def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, opt
     seed_everything(0, verbose=False)
     chosen = dict(POLICIES[policy])
     clip, loss = chosen.pop("clip", None), chosen.pop("loss", LossConfig(beta=0.01))
-    batch_size = chosen.pop("batch_size", 4)
+    batch_size, teacher = chosen.pop("batch_size", 4), dict(chosen.pop("teacher", {}))
+    if "adapter" in teacher:
+        teacher["adapter"] = str(root.parents[1] / TEACHER)
     config = PolicyConfig(str(model), "float32", **{"lora": LoRASettings(r=4, alpha=8), **chosen})
     module = GRPOModule(config, loss, optimizer)
-    data = make_data(module, RecordedEngine(), batch_size=batch_size, steps_per_epoch=5)
+    given = {"batch_size": batch_size, "steps_per_epoch": 5, "teacher": TeacherConfig(**teacher) if teacher else None}
+    data = make_data(module, RecordedEngine(), **given)
     trainer = make_trainer(
         root,
         AdapterExport(),

@@ -11,7 +11,14 @@ from fuchsia_pl.envs.base import Environment, weights_at
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts.addressing import derived_seed, item_indices, refill_indices
-from fuchsia_pl.rollouts.batcher import MicroBatch, count_over_ranks, make_batches, split_balanced, split_filled
+from fuchsia_pl.rollouts.batcher import (
+    NO_ADVANTAGE,
+    MicroBatch,
+    count_over_ranks,
+    make_batches,
+    split_balanced,
+    split_filled,
+)
 from fuchsia_pl.rollouts.collector import Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.credit import changes_nothing, kl_fraction, make_samples, penalise_overlong, signals_of
@@ -185,6 +192,8 @@ class TrainingPhase:
         denominators, skip_reason = count_over_ranks(
             rows.samples, effective, self.sampling.max_completion_tokens, self.ranks.add_up
         )
+        if skip_reason == NO_ADVANTAGE and self.teacher is not None:
+            skip_reason += ", and the teacher gives all tokens the policy's probabilities"
         unused = (*rows.unused, *(rollout for group in dropped for rollout in group.rollouts))
         info = replace(info, denominators=denominators, skip_reason=skip_reason, unused=unused, zero_advantage=zero)
         return make_batches(forward.split(effective), info)
