@@ -134,7 +134,16 @@ def finite_weights(setting: str, folder: str) -> dict[str, torch.Tensor]:
 
 
 def adapter_bytes(setting: str, folder: str) -> int:
-    """Memory of the adapter in a folder, in float32."""
+    """Memory of the adapter in a folder, in float32.
+
+    Args:
+        setting: The setting that gives the folder, for errors.
+        folder: The folder.
+
+    Raises:
+        ConfigError: It is missing or broken, or its adapter is not a plain LoRA adapter.
+    """
+    read_adapter(setting, folder)
     return sum(4 * math.prod(shape) for shape in shapes_in_file(_weights_file(setting, folder)).values())
 
 

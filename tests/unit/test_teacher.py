@@ -12,6 +12,7 @@ from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.hotswap import HotSwap
 from fuchsia_pl.callbacks.recorded_step import read_step
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
+from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.replay import replay_step
 from fuchsia_pl.envs import MultiTurnEnvironment
 from fuchsia_pl.objectives.config import LossConfig
@@ -21,8 +22,10 @@ from fuchsia_pl.types import ConfigError, Rollout
 from tests.doubles import TinyEngine, TinyEnvironment, even, make_data, make_module, make_trainer
 from tests.unit.engines.test_vllm_teacher import served
 from tests.unit.policy.test_teacher_adapter import save_adapter
+from tests.unit.test_cli import config, refused
 from tests.unit.test_mini_batches import Watch, final, row_logprobs, with_weights
 
+__all__ = ["config"]  # the fixture
 ALONE = LossConfig("ppo", advantage="teacher")
 PROMPT = TeacherConfig(prompt="you add")
 LONGER = "system:you add\n"  # what it puts in front, in the template of the tiny model
@@ -223,3 +226,25 @@ def test_what_a_teacher_cannot_do_is_one_line_before_the_engine_starts(tiny_mode
 def test_a_prompt_that_changes_at_every_call_is_refused(tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"item \d+: messages\(item\) does not return the prompt again"):
         fit(tiny_model, tmp_path, PROMPT, environment=Forgetful())
+
+
+def test_the_command_reads_a_teacher_from_files_and_options(config, tmp_path, capsys):
+    overlay = tmp_path / "teacher.yaml"
+    overlay.write_text(
+        "data: {teacher: {weight: 0.5, prompt: [{role: user, content: '1'}, {role: assistant, content: '2'}]}}\n"
+        "model: {loss: {advantage: teacher}}\n"
+    )
+    words = ["fit", "--config", str(config)]
+    cli = FuchsiaCLI([*words, "--config", str(overlay), "--data.teacher.weight", "2.0"])
+    assert cli.trainer.global_step == 2
+    assert cli.datamodule.teacher.weight == 2.0
+    assert len(cli.datamodule.teacher.prompt) == 2
+    again = FuchsiaCLI(["fit", "--config", str(cli.run_folder / "config.yaml")])
+    assert again.datamodule.teacher == cli.datamodule.teacher
+    assert torch.equal(final(again.model), final(cli.model))
+    text = FuchsiaCLI([*words, "--data.teacher.prompt", "you add"])
+    assert text.datamodule.teacher == PROMPT
+    assert "data.teacher needs one of name, adapter and prompt" in refused(
+        capsys, *words, "--data.teacher.weight", "2.0"
+    )
+    assert 'advantage is "teacher" and there is none' in refused(capsys, *words, "--model.loss.advantage", "teacher")
