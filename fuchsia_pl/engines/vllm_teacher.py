@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,7 +63,7 @@ class TeacherServer:
                 f"is {max_length}: start it with a larger max_model_len"
             )
         text = probe_text(tokenizer)
-        theirs = await self._answered(lambda: self._client.tokenize(self.name, text), "the ids of a text")
+        theirs = await self._answered(partial(self._client.tokenize, self.name, text), "the ids of a text")
         ours = tokenizer.encode(text, add_special_tokens=False)
         if theirs != ours:
             raise ConfigError(
@@ -80,7 +81,7 @@ class TeacherServer:
 
         async def of_row(row: Sequence[int]) -> tuple[float, ...]:
             async with free:
-                ask = lambda: self._client.score(self._weights, row, TIMEOUT_S)  # noqa: E731
+                ask = partial(self._client.score, self._weights, row, TIMEOUT_S)
                 return await self._answered(ask, "the logprobs of a row")
 
         return list(await asyncio.gather(*(of_row(row) for row in rows)))

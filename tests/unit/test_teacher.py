@@ -19,7 +19,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.teacher import TeacherConfig
 from fuchsia_pl.types import ConfigError, Rollout
-from tests.doubles import TinyEngine, TinyEnvironment, even, make_data, make_module, make_trainer
+from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 from tests.unit.engines.test_vllm_teacher import served
 from tests.unit.policy.test_teacher_adapter import save_adapter
 from tests.unit.test_cli import config, refused
@@ -56,7 +56,7 @@ def check_advantages(module, watch, of_teacher) -> None:
         for sample in watch.rows(step):
             policy = with_weights(module, watch.weights[step], lambda r=sample: row_logprobs(module, r).detach())
             expected = of_teacher(sample.rollout) - policy
-            torch.testing.assert_close(torch.tensor(sample.advantages), expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(torch.tensor(sample.advantages), expected, rtol=0, atol=5e-5)
             assert expected.abs().max() > 1e-3
 
 
@@ -76,23 +76,13 @@ def test_a_prompts_advantages_are_those_of_the_base_under_the_longer_prompt(tiny
     check_advantages(module, watch, under_longer_prompt(tiny_model))
 
 
-class Asks(MultiTurnEnvironment):
+class Asks(MultiTurnEnvironment, TinyEnvironment):
     """Asks for a second turn."""
 
-    def __init__(self) -> None:
-        super().__init__(max_steps=2)
-        self.reward_functions = [even]
+    max_steps = 2
 
-    def train_items(self):
-        return TinyEnvironment().train_items()
-
-    def messages(self, item):
-        return TinyEnvironment().messages(item)
-
-    async def step_rollout(self, rollout):
-        if len(rollout.turns) == 2:
-            return rollout.finish()
-        return rollout.respond("more")
+    def step_rollout(self, rollout):
+        rollout.finish() if len(rollout.turns) == 2 else rollout.respond("more")
 
 
 def test_with_several_turns_only_the_first_prompt_is_longer(tiny_model, tmp_path):
