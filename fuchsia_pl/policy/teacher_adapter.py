@@ -21,9 +21,9 @@ from fuchsia_pl.policy.adapter import adapted_as, finite_weights, read_adapter
 from fuchsia_pl.policy.model_folder import blank_model
 
 SETTING = "data.teacher.adapter"
-# PEFT's names in a file: PREFIX, the layer, and one of the two SUFFIXES.
+# PEFT's names in a file: PREFIX, the layer, and DOWN or UP.
 PREFIX = "base_model.model."
-SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class TeacherAdapter:
         scales = layer_scales(folder, model_folder)
         tensors = finite_weights(SETTING, folder)
         self._updates = {
-            layer: LayerUpdate(*(tensors[f"{PREFIX}{layer}{suffix}"].float() for suffix in SUFFIXES), scale)
+            layer: LayerUpdate(
+                tensors[f"{PREFIX}{layer}{DOWN}"].float(), tensors[f"{PREFIX}{layer}{UP}"].float(), scale
+            )
             for layer, scale in scales.items()
         }
 

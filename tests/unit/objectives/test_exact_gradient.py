@@ -261,7 +261,7 @@ def from_teacher(teacher, token_rewards, tree=TREE, weight=1.0, sampler=POLICY, 
     advantages = with_teacher(rewards_to_go(token_rewards, tree.mask), q, p, weight)
     sequences, jacobian = torch.arange(len(tree.lengths)), torch.autograd.functional.jacobian(tree.logprobs, POLICY)
     mean = 0
-    for s in sequences:
+    for s in range(len(sequences)):
         leaf = p[[s]].requires_grad_()
         batch = batch_of(tree, sequences[[s]], tree.logprobs(sampler)[[s]], advantages[[s]])
         loss = policy_loss(config, batch, PolicyOutput(leaf, torch.zeros(1, 1), None), p[[s]], p[[s]], None).loss
