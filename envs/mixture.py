@@ -49,6 +49,7 @@ class Mixture(Environment):
             raise ConfigError("two parts of the mixture have the same object as environment: make one for each")
         self.mixed = parts
         self.max_steps = max(part.environment.max_steps for part in parts.values())
+        self.max_rows = max(part.environment.max_rows for part in parts.values())
 
     def train_items(self) -> PartItems:
         """The training items of all parts."""
@@ -88,6 +89,10 @@ class Mixture(Environment):
         async with AsyncExitStack() as stack:
             for part in self.mixed.values():
                 stack.push_async_callback(part.environment.close)
+
+    def rewards_gb(self, device_index: int | None) -> float:
+        """Memory of the reward functions of all parts on a GPU, in GiB."""
+        return sum(part.environment.rewards_gb(device_index) for part in self.mixed.values())
 
     def counter_names(self) -> list[str]:
         """The counters of all parts; equal names are counted together."""

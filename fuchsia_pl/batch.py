@@ -254,11 +254,13 @@ class PolicyOutput:
 
 @dataclass(frozen=True)
 class TrainerSignals:
-    """KL and critic values that the trainer computes before the advantages. Shapes [B, T].
+    """What the trainer computes before the advantages. Shapes [B, T].
 
     Attributes:
         kl: Estimate of KL(policy || reference) per token, None if the reward does not contain it.
         values: Critic values, None without a critic.
+        policy_logprobs: Logprobs of the policy before the first update, without dropout; None if nothing needs them.
+        teacher_logprobs: Logprobs of the teacher, None without a teacher.
 
     >>> TrainerSignals(None, torch.zeros(1, 2)).values.shape
     torch.Size([1, 2])
@@ -266,3 +268,5 @@ class TrainerSignals:
 
     kl: Tensor | None
     values: Tensor | None
+    policy_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None

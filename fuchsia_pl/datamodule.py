@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 
 from fuchsia_pl.batch import Batch
 from fuchsia_pl.engines.base import Engine
+from fuchsia_pl.engines.vllm_teacher import TeacherServer
 from fuchsia_pl.envs.base import Environment, check_environment, check_rewards
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.evaluation.measures import Occasion, measure
-from fuchsia_pl.evaluation.shared_items import shared_items
+from fuchsia_pl.evaluation.shared_items import checked_shared_items
 from fuchsia_pl.loop import LoopThread
 from fuchsia_pl.objectives.config import Learner
 from fuchsia_pl.progress import progress
@@ -37,10 +38,11 @@ from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, p
 from fuchsia_pl.rollouts.ranks import Ranks, ranks_of
 from fuchsia_pl.rollouts.restarts import sampled_by
 from fuchsia_pl.rollouts.run_checks import SignalSource, check_run_setup, engine_spec
+from fuchsia_pl.rollouts.teacher import TeacherConfig
+from fuchsia_pl.rollouts.teacher_setup import check_teacher, ready_teacher
 from fuchsia_pl.rollouts.training_phase import Forward, TrainingPhase
 from fuchsia_pl.samples import Evaluation
 from fuchsia_pl.stopping import stopping
-from fuchsia_pl.types import ConfigError
 
 CLOSE_TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class RolloutDataModule(LightningDataModule):
             one optimizer step, or `mini_batches` x `num_policy_updates` of them.
         steps_per_epoch: Optimizer steps between two validations.
         seed: The run's seed; the CLI takes it from `seed_everything`.
+        teacher: A model that scores what the policy has sampled; its logprobs become advantages.
 
     Raises:
         ConfigError: A size is below 1 or does not fit the objective, or the environment cannot be used for training.
@@ -73,6 +76,7 @@ class RolloutDataModule(LightningDataModule):
         batch_size: int = 8,
         steps_per_epoch: int = 100,
         seed: int = 0,
+        teacher: TeacherConfig | None = None,
     ) -> None:
         super().__init__()
         check_sizes(learner.loss, sampling, batch_size, steps_per_epoch)
@@ -87,6 +91,7 @@ class RolloutDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
+        self.teacher = teacher
         self._started_at = datetime.now()  # the date that a chat template writes
         self._stage = ""
         self._collector: Collector | None = None
@@ -96,12 +101,11 @@ class RolloutDataModule(LightningDataModule):
         self._chooser: Chooser | None = None  # of the training items whose prompts are short enough
         self._num_too_long = 0  # training items whose prompts are not
         self._held_out: list[int] = []  # positions of the held-out items whose prompts are short enough
-        self._shared: frozenset[int] | None = (
-            None  # those of them with the prompt of a training item, None if not known
-        )
+        self._shared: frozenset[int] | None = None  # those with the prompt of a training item, None if not known
         self._longest_row: budget.LongestRow | None = None
         self._planned = 1  # number of micro-batches that the budget requires
         self._limits: Limits | None = None
+        self._teacher_server: TeacherServer | None = None
 
     @property
     def rows_per_phase(self) -> int:
@@ -138,6 +142,8 @@ class RolloutDataModule(LightningDataModule):
         with preparation.as_config_error(f"{type(self.environment).__name__}.prepare"):
             self._run(self._collector.prepare())
         call_apart(self._check_prompts)
+        if stage == "fit":
+            self._prepare_teacher()
         with progress.activity(f"starting {self.engine.name}"):
             rewards_gb = self.environment.rewards_gb(trainer.strategy.root_device.index)
             self.engine.start(engine_spec(trainer, self.served_model, self.sampling, self.seed, sleeps, rewards_gb))
@@ -236,26 +242,17 @@ class RolloutDataModule(LightningDataModule):
             num_ranks = self._trainer.world_size
             positions = preparation.held_out_prompts(self._held_out_collector, num_ranks)
             self._held_out = self._taken.first_held_out(positions, num_ranks)
-            self._shared = None if self._stage == "predict" else self._shared_items()
+            warns, is_fit = self._trainer.is_global_zero, self._stage == "fit"
+            if self._stage != "predict":
+                self._shared = checked_shared_items(self.environment, self._held_out, is_fit, warns)
 
-    def _shared_items(self) -> frozenset[int] | None:
-        """The held-out items with the prompt of a training item, with a warning. None if there are no training items to read."""
-        environment = self.environment
-        try:
-            training, held_out = preparation.training_items(environment), preparation.held_out_items(environment)
-            shared = shared_items(environment.messages, training, held_out, self._held_out)
-        except ConfigError as error:
-            if self._stage == "fit":
-                raise
-            logger.info("it was not checked whether held-out items have prompts of training items: %s", error)
-            return None
-        if shared and self._trainer.is_global_zero:
-            logger.warning(
-                "%d of %d held-out items have the prompt of a training item",
-                len(shared),
-                len(self._held_out),
-            )
-        return shared
+    def _prepare_teacher(self) -> None:
+        """Loads the adapter of a teacher, or checks its server."""
+        config = self.teacher
+        self._signal_source.use_teacher(None if config is None else config.adapter)
+        if config is not None and config.name and config.url:
+            self._teacher_server = TeacherServer(config.url, config.name)
+            self._run(self._teacher_server.check(self.chat.tokenizer, self.sampling.max_length))
 
     def _check_training(self, collector: Collector) -> None:
         """Checks, before the engine starts, settings and prompts that would fail or drop rows later."""
@@ -267,6 +264,7 @@ class RolloutDataModule(LightningDataModule):
         check_repeats(self.sampling.curriculum, self._taken.num_repeated_phases)
         self._chooser = chooser_for(self.environment, items, list(prompts), self.sampling, self._phase_sizes)
         self._longest_row = budget.longest_row(prompts.values(), self.sampling, has_turns)
+        check_teacher(self.teacher, self.loss, self.served_model, collector, prompts)
         max_tokens = self._signal_source.max_tokens_per_micro_batch
         if max_tokens is None:
             check_phases(trainer, self._taken.steps_per_epoch, self.loss.steps_per_phase)
@@ -317,12 +315,17 @@ class RolloutDataModule(LightningDataModule):
             trainer.strategy.root_device,
             source.max_tokens_per_micro_batch,
             self._ranks.highest,
+            source.teacher_logprobs,
         )
 
     @property
     def _training_phase(self) -> TrainingPhase:
         environment, loss, sampling = self.environment, self.loss, self.sampling
-        return TrainingPhase(environment, loss, sampling, self.seed, self._num_too_long, self._ranks)
+        server, teacher = self._teacher_server, None
+        if self.teacher is not None and self._collector is not None:
+            score = None if server is None else lambda rows: self._waited(lambda: self._run(server.score(rows)))
+            teacher = ready_teacher(self.teacher, self._collector, score)
+        return TrainingPhase(environment, loss, sampling, self.seed, self._num_too_long, self._ranks, teacher)
 
     @property
     def _phase_sizes(self) -> PhaseSizes:
@@ -341,10 +344,13 @@ class RolloutDataModule(LightningDataModule):
 
     def _close(self) -> None:
         loop, phases, self._loop, self._phases = self._loop, self._phases, None, None
+        server, self._teacher_server = self._teacher_server, None
         if self._limits is not None and self.trainer is not None:
             return_limits(self.trainer, self._limits)
             self._limits = None
         try:
+            if loop is not None and server is not None:
+                loop.run(server.close(), CLOSE_TIMEOUT_S)
             if loop is not None:
                 loop.run(end_rollouts(self.environment, phases, CLOSE_TIMEOUT_S), 3 * CLOSE_TIMEOUT_S)
         finally:
@@ -363,9 +369,8 @@ class RolloutDataModule(LightningDataModule):
         return self._training_phase.batches(sampled, step, self.engine.policy_version, self._forward)
 
     async def _sample(self, phase: int) -> Sampled:
-        assert self._collector is not None, "setup is called first"
+        assert self._collector is not None and self._chooser is not None, "setup is called first"
         start = time.perf_counter()
-        assert self._chooser is not None, "setup is called first"
         choice = self._chooser.choice(self._taken.drawn_phase(phase))
         draw, spare = self._training_phase.draw(phase, choice)
         max_refills = self.loss.parts.max_refills

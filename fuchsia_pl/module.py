@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch, StepInfo, TrainerSignals
 from fuchsia_pl.objectives.config import Learner, LossConfig
-from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import logprob_gap, policy_loss
 from fuchsia_pl.policy.checkpoint_files import (
     MICRO_BATCHES_KEY,
@@ -38,7 +37,9 @@ from fuchsia_pl.policy.optimization import Recipe, ResumeChoice, Resumed, resume
 from fuchsia_pl.policy.policy import Policy, own_randomness
 from fuchsia_pl.policy.schedules import check_optimization, lightning_config
 from fuchsia_pl.policy.sharding import built_on_all_ranks, check_sharded, mesh_of_all_ranks, total_norm
+from fuchsia_pl.policy.signals import trainer_signals
 from fuchsia_pl.policy.sources import read_template, resolve_model
+from fuchsia_pl.policy.teacher_adapter import TeacherAdapter
 from fuchsia_pl.samples import Evaluation
 from fuchsia_pl.types import ConfigError, ServedModel
 
@@ -76,6 +77,7 @@ class GRPOModule(LightningModule):
         template = read_template(policy.chat_template)
         self.learner = Learner(ServedModel(policy.name, policy.dtype, lora_rank, resolve_model, template), loss)
         self.policy: Policy | None = None
+        self.teacher: TeacherAdapter | None = None
         self.step_metrics: dict[str, Tensor] = {}
         self.rollout_metrics: Mapping[str, float] = {}
         self.loaded_step = 0
@@ -98,9 +100,7 @@ class GRPOModule(LightningModule):
         return missing_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Loads the model once per process, in the hook where Lightning's strategies expect it.
-
-        If weights are sharded, the first rank loads it and the others receive their shards.
+        """Loads the model once per process. If weights are sharded, the first rank loads it and the others receive their shards.
 
         Raises:
             ConfigError: The config does not suit the model, or the strategy does not average gradients over all ranks.
@@ -193,18 +193,20 @@ class GRPOModule(LightningModule):
 
     @torch.no_grad()
     def trainer_signals(self, batches: list[Batch]) -> list[TrainerSignals]:
-        """KL and critic values of all tokens of micro-batches, for objectives that need them; without dropout."""
+        """Logprobs, KL and critic values of micro-batches, for the objectives that need them; see `TrainerSignals`."""
         # The data loader calls this outside of a step, where Lightning does not apply the precision.
         with self.trainer.precision_plugin.forward_context():
-            return [self._signals(batch) for batch in batches]
+            return [trainer_signals(self._policy, self.loss_config, batch) for batch in batches]
 
-    def _signals(self, batch: Batch) -> TrainerSignals:
-        policy_output = self._policy.evaluated_output(batch)
-        if not self.loss_config.kl_in_reward:
-            return TrainerSignals(None, policy_output.values)
-        reference = self._policy.reference_logprobs(batch)
-        kl = kl_estimate(self.loss_config.parts.kl_estimator, policy_output.logprobs, reference, policy_output.logprobs)
-        return TrainerSignals(kl, policy_output.values)
+    @torch.no_grad()
+    def teacher_logprobs(self, batches: list[Batch]) -> list[Tensor]:
+        """Logprobs of micro-batches by the teacher's adapter, or without one by the reference."""
+        with self.trainer.precision_plugin.forward_context():
+            return [self._policy.teacher_logprobs(batch, self.teacher) for batch in batches]
+
+    def use_teacher(self, adapter: str | None) -> None:
+        """Loads the adapter of a teacher, None for none. See `SignalSource.use_teacher`."""
+        self.teacher = None if adapter is None else TeacherAdapter(adapter, self.learner.served_model.folder)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the averages of Lightning and DDP sum to the loss of the step.
@@ -305,7 +307,7 @@ class GRPOModule(LightningModule):
         return [rollout.completion for rollout in batch.rollouts]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Removes all but the trained weights, and adds what a resumed run is checked against."""
+        """Keeps the trained weights only, and adds what a resumed run is checked against."""
         trained = self._trained_shapes()
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         # Lightning loads sharded weights before it calls `on_load_checkpoint`, and removes them from the checkpoint.
@@ -355,9 +357,7 @@ class GRPOModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes any keyword
         cls, checkpoint_path: str | Path, policy: PolicyConfig | None = None, loss: LossConfig | None = None
     ) -> Self:
-        """Loads the model and the trained weights of a checkpoint, on the CPU, with the default optimizer and schedule.
-
-        To continue training, construct a module and pass `ckpt_path` to `Trainer.fit`.
+        """Loads model and trained weights of a checkpoint on the CPU. To continue training, pass `ckpt_path` to `Trainer.fit`.
 
         Args:
             checkpoint_path: A checkpoint file.

@@ -30,6 +30,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import CheckpointingSettings, LoRASettings, PolicyConfig
 from fuchsia_pl.policy.sharding import FSDP2Strategy, local, whole
 from fuchsia_pl.rollouts.config import CurriculumConfig
+from fuchsia_pl.rollouts.teacher import TeacherConfig
 from tests.doubles import RecordedEngine, TinyEnvironment, make_data, make_trainer
 
 STRATEGIES = {
@@ -38,6 +39,7 @@ STRATEGIES = {
     "fsdp": lambda: {"devices": 2, "strategy": FSDP2Strategy()},
     "fsdp-folder": lambda: {"devices": 2, "strategy": FSDP2Strategy(save_distributed_checkpoint=True)},
 }
+TEACHER = "teacher"  # folder of an adapter beside those of the strategies
 # Kinds of policies by name; sharding handles each of them differently.
 POLICIES = {
     "adapter": {},
@@ -60,6 +62,8 @@ POLICIES = {
             {"many": Part(TinyEnvironment(), weight=3.0), "few": Part(TinyEnvironment(5), group_size=2)}
         )
     },
+    "teacher's prompt": {"teacher": {"prompt": "you add"}, "max_tokens_per_micro_batch": 60},
+    "teacher's adapter": {"teacher": {"adapter": TEACHER}},
 }
 
 
@@ -76,10 +80,13 @@ def fit(model: Path, root: Path, strategy: str, policy: str, num_steps: int, opt
     chosen = dict(POLICIES[policy])
     clip, loss = chosen.pop("clip", None), chosen.pop("loss", LossConfig(beta=0.01))
     batch_size, environment = chosen.pop("batch_size", 4), chosen.pop("environment", TinyEnvironment)()
-    sampling = {"curriculum": chosen.pop("curriculum", None)}
+    sampling, teacher = {"curriculum": chosen.pop("curriculum", None)}, dict(chosen.pop("teacher", {}))
+    if "adapter" in teacher:
+        teacher["adapter"] = str(root.parents[1] / TEACHER)
     config = PolicyConfig(str(model), "float32", **{"lora": LoRASettings(r=4, alpha=8), **chosen})
     module = GRPOModule(config, loss, optimizer)
-    data = make_data(module, RecordedEngine(), environment, batch_size=batch_size, steps_per_epoch=5, sampling=sampling)
+    given = {"batch_size": batch_size, "steps_per_epoch": 5, "teacher": TeacherConfig(**teacher) if teacher else None}
+    data = make_data(module, RecordedEngine(), environment, sampling=sampling, **given)
     trainer = make_trainer(
         root,
         AdapterExport(),

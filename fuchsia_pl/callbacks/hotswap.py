@@ -141,10 +141,10 @@ def obstacle(trainer: Trainer) -> str | None:
         return f"{type(data.engine).__name__} cannot sleep"
     if data.sampling.max_staleness:
         return f"data.sampling.max_staleness is {data.sampling.max_staleness}: sampling beside training needs both on the device"
-    if data.loss.needs_signals:
+    if data.loss.needs_signals or data.teacher is not None:
         return (
-            "the objective (advantage gae, or a KL in the reward) runs the trainer's model on the rollouts while the engine "
-            "owns the device"
+            "the objective (advantage gae, a KL in the reward, or a teacher) runs the trainer's model on the rollouts while the "
+            "engine owns the device"
         )
     return None
 

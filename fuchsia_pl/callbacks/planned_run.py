@@ -16,10 +16,12 @@ from fuchsia_pl.engines.vllm_arguments import GPU_BATCHED_TOKENS, VLLMSettings
 from fuchsia_pl.engines.vllm_colocated import VLLMColocatedEngine
 from fuchsia_pl.engines.vllm_kv_cache import CONTEXT_GB, GRAPHS_GB, LOGITS_BYTES, overhead_gb, weights_gb
 from fuchsia_pl.module import GRPOModule
+from fuchsia_pl.policy.adapter import adapter_bytes
 from fuchsia_pl.policy.plan import GIB, PlannedEngine, PlannedRun
 from fuchsia_pl.policy.plan_simulation import Simulator
 from fuchsia_pl.policy.plan_sizes import MicroBatch
 from fuchsia_pl.policy.planner import Planner
+from fuchsia_pl.policy.teacher_adapter import SETTING
 from fuchsia_pl.rollouts import budget
 from fuchsia_pl.rollouts.budget import LongestRow
 from fuchsia_pl.rollouts.config import SamplingConfig
@@ -93,7 +95,14 @@ class RunParts:
             shares_device=trainer.shares_device,
             can_share_device=self.can_share_device,
             is_gpu=trainer.is_gpu,
+            teacher_bytes=self.teacher_bytes,
         )
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Memory of the teacher's adapter; 0 without one."""
+        teacher = self.data.teacher
+        return 0 if teacher is None or teacher.adapter is None else adapter_bytes(SETTING, teacher.adapter)
 
     def planner(self, available: int, shares_prefix: bool) -> Planner:
         """Plans this run and others that differ in settings that save memory.
@@ -120,7 +129,9 @@ class RunParts:
     @property
     def can_share_device(self) -> bool:
         """Whether HotSwap could be enabled; see `hotswap.obstacle`."""
-        return self.data.engine.can_sleep and not self.data.sampling.max_staleness and not self.data.loss.needs_signals
+        data = self.data
+        needs_trainer = data.loss.needs_signals or data.teacher is not None
+        return data.engine.can_sleep and not data.sampling.max_staleness and not needs_trainer
 
     @property
     def num_groups(self) -> int:

@@ -68,6 +68,7 @@ GROUPS = {
         "model.loss.mini_batches",
         "model.loss.num_policy_updates",
         "model.loss",
+        "data.teacher",
     ),
     "engine": ("data.engine",),
     LAST_GROUP: ("checkpoint", "console", "resume", "hotswap", ""),

@@ -81,6 +81,27 @@ class VLLMClient(ServerClient):
         answer = await self._answer(to_scoring_request(weights.name, token_ids), timeout_s)
         return logprobs_from_response(answer, weights.name, token_ids)
 
+    async def names(self) -> set[str]:
+        """Names of all models and adapters that the server lists."""
+        return {str(card.get("id")) for card in await self._models()}
+
+    async def tokenize(self, model: str, text: str) -> list[int]:
+        """The ids of a text by the server's tokenizer, in which names of special tokens are these tokens.
+
+        Args:
+            model: Name of the model.
+            text: The text.
+
+        Raises:
+            EngineError: The server has no `/tokenize`, or refuses the request.
+        """
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        response = await self._request("POST", "/tokenize", QUICK_TIMEOUT_S, body)
+        found = _json(response).get("tokens") if response.status_code == httpx.codes.OK else None
+        if not isinstance(found, list):
+            raise EngineError(f"the vLLM server {self.url} did not tokenize a text: {_excerpt(response)}")
+        return found
+
     async def close(self) -> None:
         """Closes the connections."""
         await self._http.aclose()

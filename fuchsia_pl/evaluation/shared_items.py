@@ -2,10 +2,45 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 
+from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.conversation import conversation
-from fuchsia_pl.types import Item, Message
+from fuchsia_pl.rollouts import preparation
+from fuchsia_pl.types import ConfigError, Item, Message
+
+logger = logging.getLogger(__name__)
+
+
+def checked_shared_items(
+    environment: Environment, positions: list[int], is_required: bool, warns: bool
+) -> frozenset[int] | None:
+    """The held-out items with the prompt of a training item, with a warning if there are any.
+
+    Args:
+        environment: It has both splits.
+        positions: The held-out items that are used.
+        is_required: Whether training items that cannot be read are an error.
+        warns: Whether this process logs the warning.
+
+    Returns:
+        Their positions, None if there are no training items to read.
+
+    Raises:
+        ConfigError: An item has no prompt, and the check is required.
+    """
+    try:
+        training, held_out = preparation.training_items(environment), preparation.held_out_items(environment)
+        shared = shared_items(environment.messages, training, held_out, positions)
+    except ConfigError as error:
+        if is_required:
+            raise
+        logger.info("it was not checked whether held-out items have prompts of training items: %s", error)
+        return None
+    if shared and warns:
+        logger.warning("%d of %d held-out items have the prompt of a training item", len(shared), len(positions))
+    return shared
 
 
 def shared_items(

@@ -35,8 +35,8 @@ class LossConfig:
     Attributes:
         loss_type: The algorithm, by name. It sets every part below that is not set (`objectives/presets.py`).
         advantage: "reward" (no baseline), "group_mean", "group_norm" (mean and std), "leave_one_out", "batch_norm" (over the
-            phase's tokens), "group_mean_batch_norm", "gae" (a critic), or the dotted path of a function with the arguments of
-            `objectives/credit.py: group_norm`.
+            phase's tokens), "group_mean_batch_norm", "gae" (a critic), "teacher" (that of `data.teacher` alone; with any other
+            kind it is added), or the dotted path of a function with the arguments of `objectives/credit.py: group_norm`.
         surrogate: "reinforce", "clip", "cispo", "sapo", "gmpo", or the dotted path of a function with the argument and the
             results of `objectives/surrogates.py: clip`.
         reduction: "token_mean" weighs tokens alike, "sequence_mean" completions alike, "constant" divides by a constant.
@@ -260,6 +260,7 @@ def _check_combinations(config: LossConfig) -> None:
             f"model.loss.max_refills={parts.max_refills} replaces groups without spread, which have advantages like all others "
             f'with advantage "{parts.advantage}": set it to 0'
         )
+    _check_teacher_alone(config)
     if parts.reward_aggregation == "normalize_then_sum" and parts.advantage != "group_norm":
         raise ConfigError(
             'model.loss.reward_aggregation "normalize_then_sum" normalises each reward function in its group: it needs '
@@ -269,3 +270,14 @@ def _check_combinations(config: LossConfig) -> None:
         raise ConfigError(
             'model.loss.reward_aggregation "normalize_then_sum" has no total reward to subtract a KL from: set kl_in: loss'
         )
+
+
+def _check_teacher_alone(config: LossConfig) -> None:
+    """Refuses terms of the reward where rewards give no advantage."""
+    idle = {'kl_in: reward (set "loss")': config.kl_in_reward}
+    idle |= {'truncated: penalise (set "keep" or "mask")': config.parts.truncated == "penalise"}
+    for setting, is_set in idle.items():
+        if is_set and config.parts.advantage == "teacher":
+            raise ConfigError(
+                f'model.loss.advantage "teacher" uses no reward, so model.loss.{setting} has no effect: change one of them'
+            )

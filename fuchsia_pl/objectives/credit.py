@@ -29,7 +29,16 @@ OverRanks = Callable[[Tensor], Tensor]
 # Advantages [R, T] and, with a critic, the targets of its values [R, T].
 Credit = tuple[Tensor, Tensor | None]
 
-ADVANTAGES = ("reward", "group_mean", "group_norm", "leave_one_out", "batch_norm", "group_mean_batch_norm", "gae")
+ADVANTAGES = (
+    "reward",
+    "group_mean",
+    "group_norm",
+    "leave_one_out",
+    "batch_norm",
+    "group_mean_batch_norm",
+    "gae",
+    "teacher",
+)
 # These compare a rollout with its siblings. A group needs at least two, and gets no advantages without spread.
 GROUP_ADVANTAGES = frozenset({"group_mean", "group_norm", "leave_one_out", "group_mean_batch_norm"})
 
@@ -92,7 +101,7 @@ class CreditInputs:
         lengths: Number of sampled tokens, int64 [R].
         turn_ends: bool [R, T], True at the last token of each turn.
         trained: bool [R], True for rollouts that become rows of a batch.
-        signals: KL and critic values [R, T]; each is None where the objective does not need it.
+        signals: Signals of the trainer [R, T]; each is None where the objective does not need it.
         settings: The settings.
 
     >>> rewards, none = torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2)
@@ -188,6 +197,8 @@ def assign_credit(advantage: str, inputs: CreditInputs, over_ranks: OverRanks) -
             return group_mean_batch_norm(inputs, over_ranks)
         case "gae":
             return gae_credit(inputs, over_ranks)
+        case "teacher":  # rewards give none; those of a teacher are added to the advantages of any kind
+            return torch.zeros(inputs.turn_ends.shape, dtype=torch.float64), None
         case _:
             function = import_function("model.loss.advantage", advantage, ("inputs", "over_ranks"))
             return _check_credit(advantage, function(inputs, over_ranks), inputs)

@@ -62,6 +62,7 @@ class PlannedRun:
         shares_device: Whether only one of trainer and engine is on the device at a time (HotSwap).
         can_share_device: Whether the run's settings allow that.
         is_gpu: Whether the device is a GPU.
+        teacher_bytes: Bytes of a teacher's adapter, which each rank has whole.
     """
 
     policy: PolicyConfig
@@ -76,6 +77,7 @@ class PlannedRun:
     shares_device: bool = False
     can_share_device: bool = True
     is_gpu: bool = True
+    teacher_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def trainer_parts(run: PlannedRun, weights: Weights, activations: Activations) -
         # Without an adapter they are the reference, which FSDP leaves whole.
         "frozen weights": weights.frozen // (shards if run.policy.lora.enabled else 1),
         _name_of_trained(run): _trained(run, weights),
+        "adapter of the teacher": run.teacher_bytes,
         # The weights outside of blocks are gathered for the whole forward, and a block while the one before it computes.
         "weights gathered by FSDP": 2 * weights.block + weights.outside if run.is_sharded else 0,
         # DDP copies gradients into buckets (`gradient_as_bucket_view` is off by default).

@@ -24,6 +24,7 @@ from fuchsia_pl.policy.logprobs import OutputHead, chunked_logprobs, fastest_chu
 from fuchsia_pl.policy.prefix_layout import lay_out
 from fuchsia_pl.policy.sharding import fill_from_first_rank, of_first_rank, shard, whole
 from fuchsia_pl.policy.shared_prefix import enable_shared_prefix, set_shared_prefix, shares_prefix
+from fuchsia_pl.policy.teacher_adapter import TeacherAdapter
 from fuchsia_pl.types import ConfigError
 
 # Largest difference in logits that rounding explains in the head check, relative to the largest logit, in units of the type's
@@ -180,6 +181,20 @@ class Policy(nn.Module):
             raise RuntimeError("there is no reference: the policy was built with with_reference=False")
         frozen = self._frozen[0].to(batch.input_ids.device)
         return self._compute(frozen, batch, None)[0]
+
+    @torch.no_grad()
+    def teacher_logprobs(self, batch: Batch, teacher: TeacherAdapter | None) -> Tensor:
+        """Logprobs of the base model with the adapter of a teacher, float32 [B, T], without gradient and without dropout.
+
+        Args:
+            batch: The micro-batch.
+            teacher: The adapter; None for the reference. Both stay the same during a run.
+        """
+        if teacher is None:
+            return self.reference_logprobs(batch)
+        assert isinstance(self.model, peft.PeftModel), "a teacher's adapter needs a base that is not trained"
+        with self.model.disable_adapter(), teacher.applied(self.causal_lm, batch.input_ids.device):
+            return self.evaluated_output(batch).logprobs
 
     def _compute(
         self, model: PreTrainedModel, batch: Batch, critic: Critic | None

@@ -8,7 +8,8 @@ from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.parts import by_part
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.shares import Pool, check_pools, drawn_items, spare_items
-from fuchsia_pl.types import Item, RolloutGroup
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import Item
 
 
 @dataclass(frozen=True)

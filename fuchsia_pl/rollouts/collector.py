@@ -110,7 +110,7 @@ class Collector:
         if environment.max_steps == 1:
             return
         response = {"role": environment.tool_convention.role, "content": RESPONSE}
-        messages = self._messages(items[index], place_of(items, index))
+        messages = self.messages_of(items[index], place_of(items, index))
         ids = self.chat.bridge(messages, [response], None, self._template_tools)
         if RESPONSE not in self.chat.raw_text(ids):
             raise ConfigError(
@@ -191,12 +191,8 @@ class Collector:
 
     def _render(self, item: Item, place: str, split: str = "") -> tuple[list[Message], list[int]]:
         """Messages and token ids of an item's prompt. Error messages contain `place`, most of them after `split`."""
-        environment, where = self.environment, f"{split}{place}"
-        messages = self._messages(item, where)
-        try:
-            ids = self.chat.render(messages, environment.tools, environment.tool_convention)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        messages = self.messages_of(item, f"{split}{place}")
+        ids = self.ids_of(messages, f"{split}{place}")
         room = self.config.max_length - self.config.max_completion_tokens
         if len(ids) > room:
             raise PromptTooLongError(
@@ -207,9 +203,33 @@ class Collector:
             )
         return messages, ids
 
-    def _messages(self, item: Item, where: str) -> list[Message]:
+    def messages_of(self, item: Item, where: str) -> list[Message]:
+        """The conversation of an item.
+
+        Args:
+            item: The item.
+            where: Its place, for errors.
+
+        Raises:
+            ConfigError: The item has no prompt.
+        """
         try:
             return conversation(self.environment.messages, item)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+    def ids_of(self, messages: list[Message], where: str) -> list[int]:
+        """The ids of a prompt, with the environment's tools.
+
+        Args:
+            messages: The conversation.
+            where: Place of its item, for errors.
+
+        Raises:
+            ConfigError: The template cannot render it.
+        """
+        try:
+            return self.chat.render(messages, self.environment.tools, self.environment.tool_convention)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 

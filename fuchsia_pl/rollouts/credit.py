@@ -6,7 +6,7 @@ Shape letters: N groups, G siblings, R = N x G rollouts, T sampled tokens of the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -17,6 +17,7 @@ from fuchsia_pl.objectives.advantages import has_spread
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.credit import CreditInputs, OverRanks, assign_credit
 from fuchsia_pl.objectives.rewards import overlong_penalty
+from fuchsia_pl.objectives.teacher import with_teacher
 from fuchsia_pl.rollouts.scoring import LARGEST, RewardError
 from fuchsia_pl.samples import RolloutGroup, Sample
 from fuchsia_pl.types import Rollout, RolloutStatus
@@ -99,6 +100,7 @@ def make_samples(
     weights: dict[str, float],
     signals: TrainerSignals,
     over_ranks: OverRanks,
+    teacher_weight: float = 1.0,
 ) -> list[Sample]:
     """Assigns an advantage to every sampled token, and omits the rollouts that are not trained on.
 
@@ -110,6 +112,7 @@ def make_samples(
         weights: Weight of each reward function by name, 1.0 where not given; needed for "normalize_then_sum".
         signals: Signals of the rollouts in order, [R, T], see `signals_of`; each None where the objective does not need it.
         over_ranks: Sums a tensor over all ranks. Every rank calls it equally often.
+        teacher_weight: Weight of the teacher's advantages, if the signals have its logprobs.
 
     Raises:
         RewardError: An advantage, or the target of a value, is not finite or too large for a batch.
@@ -117,12 +120,15 @@ def make_samples(
     groups = even_groups(groups)
     inputs = credit_inputs(config, groups, weights, signals)
     advantages, targets = assign_credit(config.parts.advantage, inputs, over_ranks)
+    if signals.teacher_logprobs is not None:
+        assert signals.policy_logprobs is not None
+        advantages = with_teacher(advantages, signals.teacher_logprobs, signals.policy_logprobs, teacher_weight)
     samples: list[Sample] = []
     for row, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         if not is_trained_on(config, rollout):
             continue
         length = rollout.num_sampled_tokens
-        own = TrainerSignals(*(None if of is None else of[row, :length] for of in (signals.kl, signals.values)))
+        own = TrainerSignals(*(None if of is None else of[row, :length] for of in vars(signals).values()))
         credit = advantages[row, :length].tolist()
         _check_bounds(rollout, credit, own)
         wanted = None if targets is None else targets[row, :length].tolist()
@@ -206,18 +212,22 @@ def signals_of(
     rollouts = [rollout for group in even_groups(groups) for rollout in group.rollouts]
     rows = {id(rollout): row for row, rollout in enumerate(rollouts)}  # batches have another order
     shape = len(rollouts), max((rollout.num_sampled_tokens for rollout in rollouts), default=0)
-    has_kl, has_values = (
-        all(of is not None for of in each) for each in ([s.kl for s in signals], [s.values for s in signals])
+
+    def collected(given: Sequence[Tensor | None]) -> Tensor | None:
+        if any(of_batch is None for of_batch in given):
+            return None
+        found = torch.zeros(shape)
+        for batch, of_batch in zip(batches, given, strict=True):
+            assert of_batch is not None
+            for index, sample in enumerate(batch.samples):
+                mask = batch.loss_mask[index].cpu()
+                place = places_of_rows(sample.rollout)[sample.row_number]
+                found[rows[id(sample.rollout)], place] = of_batch[index].cpu()[mask]
+        return found
+
+    return TrainerSignals(
+        *(collected([vars(each)[field.name] for each in signals]) for field in fields(TrainerSignals))
     )
-    kl, values = torch.zeros(shape), torch.zeros(shape)
-    for batch, of_batch in zip(batches, signals, strict=True):
-        for index, sample in enumerate(batch.samples):
-            row, mask = rows[id(sample.rollout)], batch.loss_mask[index].cpu()
-            place = places_of_rows(sample.rollout)[sample.row_number]
-            for found, given in ((kl, of_batch.kl), (values, of_batch.values)):
-                if given is not None:
-                    found[row, place] = given[index].cpu()[mask]
-    return TrainerSignals(kl if has_kl else None, values if has_values else None)
 
 
 def kl_fraction(groups: Sequence[RolloutGroup], signals: TrainerSignals) -> tuple[float, float] | None:
@@ -247,6 +257,8 @@ def _check_bounds(rollout: Rollout, values: Sequence[float], signals: TrainerSig
         parts.append(f"KL {float(signals.kl.sum()):g}")
     if signals.values is not None:
         parts.append(f"largest value of the critic {float(signals.values.abs().max()):g}")
+    if signals.teacher_logprobs is not None:
+        parts.append(f"lowest logprob of the teacher {float(signals.teacher_logprobs.min()):g}")
     raise RewardError(
         f"an advantage of sibling {rollout.sibling} of item {rollout.item_index} is {endless:g}, from a total reward of "
         f"{rollout.reward:g} with the parts {', '.join(parts)}. Advantages must be finite and at most {LARGEST:g}: lower the "

@@ -23,7 +23,8 @@ from fuchsia_pl.rollouts.config import CurriculumConfig, SamplingConfig
 from fuchsia_pl.rollouts.metrics import are_correct
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.shares import Pool, counts, counts_between, shuffled
-from fuchsia_pl.types import ConfigError, Item, RolloutGroup
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import ConfigError, Item
 
 RECHECK_SHARE = 4  # one of so many drawn items may be a recheck
 # Of the items inside the band, so many times as many as are needed are considered, those that were drawn least recently. With 1,

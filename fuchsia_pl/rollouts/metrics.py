@@ -4,7 +4,7 @@ A metric is stored as numerator and denominator. So its value over ranks with di
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class PhaseCounts:
         num_dropped_prompts: Training items that are never drawn because their prompts are too long.
         kl: With the KL in the reward: its sum over the sampled tokens of the kept groups, and the number of these tokens.
         num_stale: Rows that were dropped because the weights that sampled them are older than allowed.
+        teacher: Metrics of the teacher, see `teacher_fractions`.
 
     >>> PhaseCounts(Sampled(kept=[], dropped=[], num_refills=0), num_trained=0, num_zero_advantage=0).num_stale
     0
@@ -43,6 +44,7 @@ class PhaseCounts:
     num_dropped_prompts: int = 0
     kl: tuple[float, float] | None = None
     num_stale: int = 0
+    teacher: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def reward_fractions(rollouts: Sequence[Rollout], environment: Environment, world_size: int) -> Fractions:
@@ -165,7 +167,7 @@ def step_fractions(counts: PhaseCounts, environment: Environment, world_size: in
     }
     if counts.kl is not None:
         found["train/kl"] = counts.kl
-    return found
+    return {**found, **counts.teacher}
 
 
 def _group_counts(sampled: Sampled, environment: Environment, share: float) -> Fractions:

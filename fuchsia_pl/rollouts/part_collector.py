@@ -11,7 +11,8 @@ from fuchsia_pl.objectives.credit import GROUP_ADVANTAGES
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.collector import Collector, Draw, counted, gather_or_cancel
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.types import ConfigError, Item, Prompt, Rollout
+from fuchsia_pl.rollouts.prompt import Prompt
+from fuchsia_pl.types import ConfigError, Item, Rollout
 
 
 def collector_for(engine: Engine, environment: Environment, chat: Chat, config: SamplingConfig) -> Collector:

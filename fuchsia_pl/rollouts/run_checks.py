@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from fuchsia_pl.batch import Batch, TrainerSignals
 from fuchsia_pl.engines.base import EngineSpec, engine_log
@@ -28,7 +29,17 @@ class SignalSource(Protocol):
         """Budget of tokens that sets the number of micro-batches, None without one."""
 
     def trainer_signals(self, batches: list[Batch]) -> list[TrainerSignals]:
-        """KL and critic values of the tokens of micro-batches."""
+        """Logprobs, KL and critic values of the tokens of micro-batches."""
+
+    def teacher_logprobs(self, batches: list[Batch]) -> list[Tensor]:
+        """Logprobs of micro-batches, [B, T] each, by the teacher's adapter, or without one by the reference."""
+
+    def use_teacher(self, adapter: str | None) -> None:
+        """Loads the adapter of a teacher, before the engine starts; None for none.
+
+        Raises:
+            ConfigError: The folder holds no adapter for the model.
+        """
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """A phase of training on one rank: the items that are drawn, and the micro-batches that their rollouts become."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +11,25 @@ from fuchsia_pl.envs.base import Environment, weights_at
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts.addressing import derived_seed
-from fuchsia_pl.rollouts.batcher import MicroBatch, count_over_ranks, make_batches, split_balanced, split_filled
+from fuchsia_pl.rollouts.batcher import (
+    NO_ADVANTAGE,
+    MicroBatch,
+    count_over_ranks,
+    make_batches,
+    split_balanced,
+    split_filled,
+)
 from fuchsia_pl.rollouts.choice import Choice
 from fuchsia_pl.rollouts.collector import Draw
 from fuchsia_pl.rollouts.config import SamplingConfig
-from fuchsia_pl.rollouts.credit import changes_nothing, kl_fraction, make_samples, penalise_overlong, signals_of
+from fuchsia_pl.rollouts.credit import (
+    changes_nothing,
+    even_groups,
+    kl_fraction,
+    make_samples,
+    penalise_overlong,
+    signals_of,
+)
 from fuchsia_pl.rollouts.dynamic import Sampled
 from fuchsia_pl.rollouts.metrics import PhaseCounts, over_ranks, step_fractions
 from fuchsia_pl.rollouts.mini_batches import MiniBatch, split_rows
@@ -23,6 +37,7 @@ from fuchsia_pl.rollouts.part_collector import limited, own_group_sizes
 from fuchsia_pl.rollouts.preparation import training_items
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.staleness import drop_stale, oldest_version
+from fuchsia_pl.rollouts.teacher import Teacher, teacher_fractions
 from fuchsia_pl.samples import RolloutGroup, Sample
 
 NO_COUNTS = Denominators(1, 1, 1, 1)  # where no loss is computed
@@ -32,6 +47,10 @@ def _of_one_rank(values: Tensor) -> Tensor:
     return values
 
 
+def _no_teacher(batches: list[Batch]) -> list[Tensor]:
+    raise AssertionError("there is no teacher")
+
+
 @dataclass(frozen=True)
 class Forward:
     """The trainer's forward pass, as far as a phase depends on it.
@@ -39,10 +58,11 @@ class Forward:
     Attributes:
         num_micro_batches: Micro-batches of an optimizer step; with a budget, as many as it may need.
         shares_prefix: Whether the common prefix of siblings is computed once.
-        compute_signals: Computes KL and critic values of micro-batches on the device.
+        compute_signals: Computes logprobs, KL and critic values of micro-batches on the device.
         device: The trainer's device.
         max_tokens: Budget of tokens of a micro-batch, None without one.
         highest: Maximum of a tensor over all ranks.
+        compute_teacher: Computes logprobs of a teacher whose weights the trainer has.
 
     >>> Forward(2, shares_prefix=False, compute_signals=lambda batches: []).split([])
     [[], []]
@@ -56,6 +76,7 @@ class Forward:
     device: torch.device | str = "cpu"
     max_tokens: int | None = None
     highest: Callable[[Tensor], Tensor] = _of_one_rank
+    compute_teacher: Callable[[list[Batch]], list[Tensor]] = _no_teacher
 
     def split(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """Splits rows into exactly `num_micro_batches` micro-batches. All ranks have to call it at the same time.
@@ -76,8 +97,13 @@ class Forward:
         return [*(None for _ in range(number - num_used)), *padding, *reversed(filled)]
 
     def signals(self, batches: list[Batch]) -> list[TrainerSignals]:
-        """KL and critic values of micro-batches."""
+        """Logprobs, KL and critic values of micro-batches."""
         return self.compute_signals([batch.to(self.device) for batch in batches])
+
+    def of_teacher(self, batches: list[Batch]) -> list[TrainerSignals]:
+        """Logprobs of the teacher for micro-batches of rows as it reads them."""
+        computed = self.compute_teacher([batch.to(self.device) for batch in batches])
+        return [TrainerSignals(None, None, teacher_logprobs=logprobs) for logprobs in computed]
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,7 @@ class TrainingPhase:
         seed: The run's seed.
         num_too_long: Training items that are never drawn because their prompts are too long.
         ranks: This rank and the others.
+        teacher: Scores what the policy has sampled; None without one.
     """
 
     environment: Environment
@@ -99,6 +126,7 @@ class TrainingPhase:
     seed: int
     num_too_long: int
     ranks: Ranks
+    teacher: Teacher | None = None
 
     def draw(self, phase: int, choice: Choice) -> tuple[Draw, list[int]]:
         """This rank's items of a phase, and the items that may replace groups without spread, in order.
@@ -133,12 +161,17 @@ class TrainingPhase:
         """
         version = min((r.policy_version for r in sampled.rollouts if r.all_turns), default=served_version)
         self._penalise_overlong(sampled.groups)
-        made, kl = self._credit(sampled.kept, step, version, forward)
+        signals = self._signals(sampled.kept, step, version, forward)
+        weights = call_apart(weights_at, self.environment, step)
+        teacher_weight = 0.0 if self.teacher is None else self.teacher.weight
+        made = make_samples(self.loss, sampled.kept, weights, signals, self.ranks.add_up, teacher_weight)
         samples = drop_stale(made, step, self.sampling.max_staleness)
         version = oldest_version(samples, version, self.ranks.lowest)
         num_zero = sum(changes_nothing(self.loss, sample) for sample in samples)
         num_trained = sum(sample.is_first for sample in samples)
-        counts = PhaseCounts(sampled, num_trained, num_zero, self.num_too_long, kl, len(made) - len(samples))
+        kl, of_teacher = kl_fraction(sampled.kept, signals), self._teacher_fractions(sampled.kept, signals)
+        num_stale = len(made) - len(samples)
+        counts = PhaseCounts(sampled, num_trained, num_zero, self.num_too_long, kl, num_stale, teacher=of_teacher)
         fractions = call_apart(step_fractions, counts, self.environment, self.ranks.size)
         metrics = {**over_ranks(fractions, self.ranks.add_up), **sampled.choice_metrics}
         phase = StepInfo(step, NO_COUNTS, version, self.sampling.max_staleness, metrics)
@@ -164,6 +197,8 @@ class TrainingPhase:
         denominators, skip_reason = count_over_ranks(
             rows.samples, effective, self.sampling.max_completion_tokens, self.ranks.add_up
         )
+        if skip_reason == NO_ADVANTAGE and self.teacher is not None:
+            skip_reason += ", and the teacher gives all tokens the policy's probabilities"
         unused = (*rows.unused, *(rollout for group in dropped for rollout in group.rollouts))
         info = replace(info, denominators=denominators, skip_reason=skip_reason, unused=unused, zero_advantage=zero)
         return make_batches(forward.split(effective), info)
@@ -185,21 +220,34 @@ class TrainingPhase:
                     found.append(replace(batch, step=info, dropout_seed=seed))
         return found
 
-    def _credit(
-        self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward
-    ) -> tuple[list[Sample], tuple[float, float] | None]:
-        """Rows with their advantages; with a KL in the reward, its sum over tokens and their number."""
+    def _signals(self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward) -> TrainerSignals:
+        """What advantages need beside the rewards, for all sampled tokens; each None where nothing needs it."""
+        if self.teacher is None and not self.loss.needs_signals:
+            return TrainerSignals(None, None)
         batches = self._batches_before_credit(groups, step, version, forward)
-        signals = signals_of(groups, batches, forward.signals(batches)) if batches else TrainerSignals(None, None)
-        weights = call_apart(weights_at, self.environment, step)
-        return make_samples(self.loss, groups, weights, signals, self.ranks.add_up), kl_fraction(groups, signals)
+        signals = signals_of(groups, batches, forward.signals(batches))
+        if self.teacher is None:
+            return signals
+        if self.teacher.score is not None:
+            return replace(signals, teacher_logprobs=self.teacher.scores(groups))
+        rows = self.teacher.rows(groups)
+        batches = self._batches_before_credit(rows, step, version, forward)
+        of_teacher = signals_of(rows, batches, forward.of_teacher(batches))
+        return replace(signals, teacher_logprobs=of_teacher.teacher_logprobs)
+
+    def _teacher_fractions(
+        self, groups: Sequence[RolloutGroup], signals: TrainerSignals
+    ) -> Mapping[str, tuple[float, float]]:
+        if self.teacher is None:
+            return {}
+        rollouts = [rollout for group in even_groups(groups) for rollout in group.rollouts]
+        lengths = torch.tensor([rollout.num_sampled_tokens for rollout in rollouts], dtype=torch.int64)
+        return teacher_fractions(signals, lengths, self.teacher.weight)
 
     def _batches_before_credit(
         self, groups: Sequence[RolloutGroup], step: int, version: int, forward: Forward
     ) -> list[Batch]:
-        """Micro-batches of all rollouts without advantages, from which signals are computed; [] where none are needed."""
-        if not self.loss.needs_signals:
-            return []
+        """Micro-batches of all rollouts without advantages, from which signals are computed."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         samples = [
             Sample(rollout, (0.0,) * row.num_sampled_tokens, row_number=number)

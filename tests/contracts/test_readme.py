@@ -335,6 +335,7 @@ def test_every_setting_named_exists(runs, capsys):
     overlays = [
         "--config gsm8k.yaml --config overlays/fsdp.yaml --config overlays/wandb.yaml",
         "--config function_calling.yaml",
+        "--config overlays/teacher_prompt.yaml",
     ]
     known: set[str] = set()
     for words in ("", "--config overlays/server.yaml", *overlays):
@@ -406,9 +407,10 @@ def test_the_metrics_table_lists_what_is_logged_and_nothing_else(runs):
     (with_critic,) = [command for command in COMMANDS if "advantage gae" in command]
     (with_tools,) = [command for command in COMMANDS if " my_tools." in command and " fit " in command]
     with_budget = f"{QUICKSTART} --trainer.accumulate_grad_batches 1 --model.policy.max_tokens_per_micro_batch 8192"
+    (with_teacher,) = [command for command in COMMANDS if "teacher_prompt.yaml" in command]
     columns = set()
     shown = [command for command in COMMANDS if any(config in command for config in CONFIGS)]
-    for command in (QUICKSTART, with_critic, with_tools, with_budget, *shown):
+    for command in (QUICKSTART, with_critic, with_tools, with_budget, with_teacher, *shown):
         columns |= runs.rows(command)[0].keys() - {"epoch", "step"}
     train = {name for name in columns if not name.startswith("validation/")}
     assert columns - train

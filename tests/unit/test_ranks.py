@@ -22,8 +22,9 @@ from fuchsia_pl.cli.replay import replay_step
 from fuchsia_pl.policy.checkpoint_files import read_checkpoint
 from fuchsia_pl.policy.checksums import damaged_part
 from fuchsia_pl.types import ConfigError
-from tests.ranks import POLICIES
+from tests.ranks import POLICIES, TEACHER
 from tests.unit.policy.test_adapter import Touches
+from tests.unit.policy.test_teacher_adapter import save_adapter
 
 TIMEOUT_S = 300
 
@@ -50,6 +51,7 @@ def errors_of(done: SimpleNamespace) -> str:
 def trained(run, tiny_model, tmp_path_factory) -> Path:
     """A folder per strategy, with one per policy in it."""
     root = tmp_path_factory.mktemp("ranks")
+    save_adapter(tiny_model, root / TEACHER)
     for strategy in ("one", "ddp", "fsdp"):
         done = run("equal", tiny_model, root / strategy, strategy)
         assert done.returncode == 0, errors_of(done)

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from fuchsia_pl.cli.options import GPU_GIB
 from fuchsia_pl.cli.plan import PlanCLI, gpu_memory, plan
@@ -14,6 +15,7 @@ from fuchsia_pl.policy.architectures import KNOWN, architecture_of
 from fuchsia_pl.policy.model_folder import blank_model
 from fuchsia_pl.policy.plan import GIB
 from fuchsia_pl.types import ConfigError
+from tests.unit.policy.test_teacher_adapter import save_adapter
 from tests.unit.test_cli import TINY
 
 RECIPES = sorted(f"recipes/{file.name}" for file in (CONFIG_FOLDER / "recipes").glob("*.yaml"))
@@ -85,6 +87,19 @@ def test_with_the_printed_options_it_fits(tiny_model, tmp_path, monkeypatch, cap
     for option in options:
         assert plan([*words, *option]) == 0
         assert "fits: " in capsys.readouterr().out
+
+
+def test_a_teachers_adapter_counts_and_a_missing_one_is_one_line(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY % tiny_model)
+    save_adapter(tiny_model, tmp_path / "teacher")
+    size = sum(4 * tensor.numel() for tensor in load_file(tmp_path / "teacher/adapter_model.safetensors").values())
+    found = planned("--config", "tiny.yaml", "--data.teacher.adapter", "teacher")
+    assert found.plan.size("trainer", "adapter of the teacher") == size
+    assert planned("--config", "tiny.yaml").plan.size("trainer", "adapter of the teacher") == 0
+    with pytest.raises(SystemExit):
+        planned("--config", "tiny.yaml", "--data.teacher.adapter", "nowhere")
+    assert "data.teacher.adapter='nowhere' is not the folder of a PEFT adapter" in capsys.readouterr().err
 
 
 def test_more_gpus_and_json(capsys):

@@ -20,6 +20,7 @@ from fuchsia_pl.objectives.kl import kl_estimate
 from fuchsia_pl.objectives.loss import policy_loss
 from fuchsia_pl.objectives.presets import PRESETS
 from fuchsia_pl.objectives.returns import rewards_to_go
+from fuchsia_pl.objectives.teacher import with_teacher
 
 END, LONGEST, NO_BOUND, LEVELS = 2, 3, 1e6, ("token", "sequence", "sequence_token")
 POLICY, CHANGE, DISTANCE = 0.6 * torch.randn(3, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -252,6 +253,70 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_over_whole_sequences(name, 
     mean = mean_of(LossConfig(name), size, token_rewards=TREE.token_rewards - 0.3 * kl_estimate("k1", p, q, p))
     kl = gradient_of(lambda logits: TREE.probabilities(logits) @ (TREE.logprobs(logits) - q).sum(dim=1))
     assert same(mean, EXACT - 0.3 * kl)
+
+
+def from_teacher(teacher, token_rewards, tree=TREE, weight=1.0, sampler=POLICY, config=CONFIGS["reinforce"]):
+    """The mean of the estimates whose advantages are returns plus those of a teacher, with one sequence as a step."""
+    p, q = tree.logprobs(POLICY), tree.logprobs(teacher)
+    advantages = with_teacher(rewards_to_go(token_rewards, tree.mask), q, p, weight)
+    sequences, jacobian = torch.arange(len(tree.lengths)), torch.autograd.functional.jacobian(tree.logprobs, POLICY)
+    mean = 0
+    for s in range(len(sequences)):
+        leaf = p[[s]].requires_grad_()
+        batch = batch_of(tree, sequences[[s]], tree.logprobs(sampler)[[s]], advantages[[s]])
+        loss = policy_loss(config, batch, PolicyOutput(leaf, torch.zeros(1, 1), None), p[[s]], p[[s]], None).loss
+        by_logprob = torch.autograd.grad(loss, leaf)[0][0]
+        mean = mean - tree.probabilities(sampler)[s] * torch.einsum("t,tij->ij", by_logprob, jacobian[s]).flatten()
+    return mean
+
+
+def kl_of_each_token(teacher, longest):
+    """The gradient of sum_prefix P(prefix) KL(pi(.|prefix) || q(.|prefix)) with P held fixed, in plain numbers.
+
+    d KL / d z_k = p_k (log p_k - log q_k - KL) at logits z.
+    """
+    p, q = (np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(axis=1, keepdims=True) for logits in (POLICY, teacher))
+    prefixes = [prefix for length in range(longest) for prefix in product((0, 1), repeat=length)]
+    found = np.zeros(p.shape)
+    for row, prefix in enumerate(prefixes):
+        reached = np.prod([p[prefixes.index(prefix[:t]), token] for t, token in enumerate(prefix)])
+        gap = np.log(p[row]) - np.log(q[row])
+        found[row] = reached * p[row] * (gap - p[row] @ gap)
+    return torch.tensor(found.flatten())
+
+
+def test_a_teachers_advantages_descend_the_reverse_kl_of_every_token():
+    nothing = torch.zeros_like(TREE.token_rewards)
+    mean = from_teacher(REFERENCE, nothing)
+    assert same(mean, -kl_of_each_token(REFERENCE, LONGEST))
+    assert mean.norm() > 0.1
+    # One token has no later ones: it is the KL of the whole distribution, by autograd.
+    p, q = (lambda logits: ONE_TOKEN.logprobs(logits).flatten()), ONE_TOKEN.logprobs(REFERENCE).flatten()
+    whole = gradient_of(lambda logits: p(logits).exp() @ (p(logits) - q))
+    assert same(from_teacher(REFERENCE, torch.zeros(3, 1), ONE_TOKEN), -whole)
+    # Later tokens are left out on purpose: with them it would be the KL of whole sequences.
+    sequences = gradient_of(
+        lambda logits: TREE.probabilities(logits) @ (TREE.logprobs(logits) - TREE.logprobs(REFERENCE)).sum(dim=1)
+    )
+    assert not same(mean, -sequences)
+
+
+def test_a_teacher_beside_the_reward_adds_its_gradient_by_its_weight():
+    mean = from_teacher(REFERENCE, TREE.token_rewards, weight=0.3)
+    assert same(mean, EXACT - 0.3 * kl_of_each_token(REFERENCE, LONGEST))
+
+
+def test_a_teacher_equal_to_the_policy_gives_exactly_no_gradient():
+    assert not from_teacher(POLICY, torch.zeros_like(TREE.token_rewards)).any()
+
+
+def test_the_sampler_correction_removes_an_engines_difference_from_a_teachers_gradient():
+    unbounded = SamplerCorrection("truncate", "sequence", 0.0, NO_BOUND)
+    config = LossConfig("reinforce", sampler_correction=unbounded)
+    nothing = torch.zeros_like(TREE.token_rewards)
+    assert same(from_teacher(REFERENCE, nothing, sampler=OTHER, config=config), -kl_of_each_token(REFERENCE, LONGEST))
+    off = LossConfig("reinforce", sampler_correction=SamplerCorrection("disabled"))
+    assert not same(from_teacher(REFERENCE, nothing, sampler=OTHER, config=off), -kl_of_each_token(REFERENCE, LONGEST))
 
 
 def test_the_entropy_bonus_has_its_closed_form_at_the_tempered_distribution():

@@ -55,6 +55,12 @@ def test_both_sides_by_hand():
     assert not memory_plan(RUN, WEIGHTS, ACTIVATIONS, 53 * GIB - 1).fits
 
 
+def test_a_teachers_adapter_is_one_more_part_that_each_rank_has_whole():
+    for run in (RUN, replace(RUN, num_ranks=4, is_sharded=True)):
+        with_teacher = sizes(replace(run, teacher_bytes=GIB // 2))
+        assert with_teacher == {**sizes(run), "trainer: adapter of the teacher": 0.5}
+
+
 def test_several_ranks_by_hand():
     sharded = sizes(replace(RUN, num_ranks=8, is_sharded=True))
     assert sharded["trainer: frozen weights"] == 1.0

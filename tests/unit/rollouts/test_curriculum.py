@@ -18,7 +18,8 @@ from fuchsia_pl.rollouts.config import CurriculumConfig
 from fuchsia_pl.rollouts.curriculum import Curriculum, updated_rates
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.shares import Pool
-from fuchsia_pl.types import ConfigError, Rollout, RolloutGroup
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import ConfigError, Rollout
 from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 
 ONE = Ranks(0, 1, reduce=lambda values, how: values)
