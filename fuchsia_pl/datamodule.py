@@ -340,8 +340,8 @@ class RolloutDataModule(LightningDataModule):
         assert self._collector is not None, "setup is called first"
         start = time.perf_counter()
         draw, spare = self._training_phase.draw(phase, self._taken.drawn_phase(phase))
-        max_refills = self.loss.parts.max_refills
-        sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, max_refills))
+        settings = self.loss.parts.max_refills, self.loss.compares_turns
+        sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, *settings))
         return replace(sampled, seconds=time.perf_counter() - start)
 
     def _waited(self, wait: Callable[[], T]) -> T:

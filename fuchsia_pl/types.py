@@ -206,7 +206,10 @@ class Rollout:
         state: Storage for the environment.
         counts: Counters by name; the environment declares the names.
         status: How it ended, None while it runs.
-        rewards: Value of each reward function by name, None if the function did not score this rollout.
+        rewards: Value of each reward function by name, None if the function did not score this rollout. A function that scores
+            turns has the sum over its turns here.
+        turn_rewards: Values of the reward functions that score turns, by name; one number per turn.
+        weighted_turn_rewards: Their weighted sum, one number per turn; empty without such functions. It is a part of `reward`.
         reward: Weighted sum of the rewards, None if the rollout is not scored.
 
     >>> rollout = Rollout({"a": 3, "b": 4}, item_index=0, sibling=0, temperature=1.0, prompt="3 plus 4?")
@@ -235,6 +238,8 @@ class Rollout:
     counts: Counter[str] = field(default_factory=Counter)
     status: RolloutStatus | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+    turn_rewards: dict[str, list[float]] = field(default_factory=dict)
+    weighted_turn_rewards: list[float] = field(default_factory=list)
     reward: float | None = None
     _responses: list[Message] = field(default_factory=list, repr=False)
 
@@ -328,7 +333,7 @@ class RolloutGroup:
 
     Attributes:
         rollouts: The siblings, in order. Length [G].
-        has_spread: Whether the siblings' rewards differ.
+        has_spread: Whether the siblings' rewards differ, so that they have advantages.
 
     >>> RolloutGroup(rollouts=(), has_spread=False).has_spread
     False

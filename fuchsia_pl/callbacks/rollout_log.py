@@ -143,6 +143,7 @@ def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[s
         "completion_ids": rollout.token_ids[num_prompt_tokens:],
         "completion_mask": [int(kept) for kept in rollout.loss_mask[num_prompt_tokens:]],
         "rewards": rollout.rewards,
+        **turn_fields(rollout),
         "reward": rollout.reward,
         "advantage": advantage,
         "status": rollout.status,
@@ -150,6 +151,11 @@ def rollout_line(rollout: Rollout, step: int, advantage: float | None) -> dict[s
         "policy_version": rollout.policy_version,
         "policy_versions": rollout.policy_versions[num_prompt_tokens:],
     }
+
+
+def turn_fields(rollout: Rollout) -> dict[str, Any]:
+    """Field of a log line with the numbers of reward functions that score turns; none without such functions."""
+    return {"turn_rewards": rollout.turn_rewards} if rollout.turn_rewards else {}
 
 
 def token_fields(rollout: Rollout, advantages: Sequence[float], chat: Chat) -> dict[str, Any]:

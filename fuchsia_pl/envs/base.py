@@ -14,7 +14,7 @@ from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.envs.user_code import user_code
 from fuchsia_pl.types import ConfigError, Item, Message, Rollout
 
-Rewards = list[float] | list[float | None]
+Rewards = list[float] | list[float | None] | list[list[float]] | list[list[float] | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 # Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that closes it, a
 # check of an item's gold answer, and a function that reads the answer of a rollout.
@@ -40,7 +40,8 @@ class Environment(ABC):
 
     Attributes:
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
-            siblings. None instead of a number leaves that rollout unscored. Its name in logs is its `__name__`.
+            siblings. None instead of a number leaves that rollout unscored. A list instead of a number scores the turns of the
+            policy, one number per turn; the rollout's reward is their sum. Its name in logs is its `__name__`.
         reward_weights: Weight of each reward function in the total, by name; 1.0 by default.
         initial_reward_weights: Weights at step 0, by name; they change linearly to `reward_weights`.
         ramp_steps: Optimizer step at which `reward_weights` are reached.

@@ -49,6 +49,7 @@ FILES = {
     "my_task.py": ("README.md", "Your model, your file, your GPU", 0, 8),
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
+    "my_turns.py": ("envs/README.md", "Rewards for turns", 0, 25),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
     "my_module.py": ("configs/README.md", "Objectives", 0, 15),
 }
@@ -246,7 +247,13 @@ def test_the_files_are_short(name):
 
 @pytest.mark.parametrize(
     ("module", "reward"),
-    [("my_envs", "names_it"), ("my_task", "correct"), ("my_games", "close"), ("my_tools", "correct")],
+    [
+        ("my_envs", "names_it"),
+        ("my_task", "correct"),
+        ("my_games", "close"),
+        ("my_turns", "right"),
+        ("my_tools", "correct"),
+    ],
 )
 def test_the_environments_train(runs, module, reward):
     """With the tiny model and its few characters; `tests/integration/test_environments.py` uses the real one."""
