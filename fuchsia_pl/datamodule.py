@@ -369,12 +369,13 @@ class RolloutDataModule(LightningDataModule):
         return self._training_phase.batches(sampled, step, self.engine.policy_version, self._forward)
 
     async def _sample(self, phase: int) -> Sampled:
-        assert self._collector is not None and self._chooser is not None, "setup is called first"
+        assert self._collector is not None, "setup is called first"
+        assert self._chooser is not None, "setup is called first"
         start = time.perf_counter()
         choice = self._chooser.choice(self._taken.drawn_phase(phase))
         draw, spare = self._training_phase.draw(phase, choice)
-        max_refills = self.loss.parts.max_refills
-        sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, max_refills))
+        settings = self.loss.parts.max_refills, self.loss.compares_turns
+        sampled = await sampled_by(self.engine, partial(sample_groups, self._collector, draw, spare, *settings))
         return replace(sampled, seconds=time.perf_counter() - start, choice_metrics=choice.metrics)
 
     def _waited(self, wait: Callable[[], T]) -> T:

@@ -224,7 +224,10 @@ class Rollout:
         state: Storage for the environment.
         counts: Counters by name; the environment declares the names.
         status: How it ended, None while it runs.
-        rewards: Value of each reward function by name, None if the function did not score this rollout.
+        rewards: Value of each reward function by name, None if the function did not score this rollout. A function that scores
+            turns has the sum over its turns here.
+        turn_rewards: Values of the reward functions that score turns, by name; one number per turn.
+        weighted_turn_rewards: Their weighted sum, one number per turn; empty without such functions. It is a part of `reward`.
         reward: Weighted sum of the rewards, None if the rollout is not scored.
         part: Name of its environment in a mixture, "" without one.
 
@@ -255,6 +258,8 @@ class Rollout:
     counts: Counter[str] = field(default_factory=Counter)
     status: RolloutStatus | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+    turn_rewards: dict[str, list[float]] = field(default_factory=dict)
+    weighted_turn_rewards: list[float] = field(default_factory=list)
     reward: float | None = None
     part: str = ""
     _responses: list[Message] = field(default_factory=list, repr=False)

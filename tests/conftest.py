@@ -47,7 +47,7 @@ SLOW_FILES = {
     *("cli/test_plan.py", "policy/test_plan_simulation.py", "policy/test_planner.py", "policy/test_prefix_kernels.py"),
     *("rollouts/test_filled.py", "rollouts/test_bins.py", "test_filled_steps.py", "test_mini_batches.py"),
     *("test_gpu_check.py", "test_recipes.py", "test_teacher.py", "policy/test_teacher_adapter.py"),
-    *("engines/test_vllm_teacher.py",),
+    *("engines/test_vllm_teacher.py", "test_turn_rewards.py"),
     *("rollouts/test_progress.py", "rollouts/test_in_order.py", "cli/test_unknown_keys.py", "envs/test_thinking.py"),
 }
 TESTS_OF_HEALTH = ("test_health.py",)

@@ -6,7 +6,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from fuchsia_pl.samples import Sample
-from fuchsia_pl.types import Row
+from fuchsia_pl.types import Rollout, Row
 
 MAX_PROMPT_CHARS = 800
 MAX_TEXT_CHARS = 2400
@@ -59,14 +59,26 @@ def bounded(text: str, max_chars: int) -> Text:
 def completion_panel(sample: Sample) -> Panel:
     """A prompt and its completion with the rewards."""
     rollout = sample.rollout
-    rewards = ", ".join(
-        f"{name} {'none' if value is None else f'{value:g}'}" for name, value in rollout.rewards.items()
-    )
-    title = f"item {rollout.item_index}, sibling {rollout.sibling}: {rewards}, advantage {sample.mean_advantage:+.2f}"
+    where = f"item {rollout.item_index}, sibling {rollout.sibling}"
+    title = f"{where}: {rewards_text(rollout)}, advantage {sample.mean_advantage:+.2f}"
     row = sample.row
     prompt, answer = bounded(row.prompt, MAX_PROMPT_CHARS), bounded(conversation_text(row), MAX_TEXT_CHARS)
     prompt.stylize("dim")
     return Panel(Text.assemble(prompt, answer), title=Text(visible(title)), title_align="left", border_style="dim")
+
+
+def rewards_text(rollout: Rollout) -> str:
+    """The rewards by name, with the numbers of the turns where a function scores turns.
+
+    >>> rewards = {"right": 1.5, "judge": None}
+    >>> rewards_text(Rollout({}, 0, 0, 1.0, "", rewards=rewards, turn_rewards={"right": [1.0, 0.5]}))
+    'right 1.5 (turns 1, 0.5), judge none'
+    """
+    shown = []
+    for name, value in rollout.rewards.items():
+        turns = ", ".join(f"{number:g}" for number in rollout.turn_rewards.get(name, ()))
+        shown.append(f"{name} {'none' if value is None else f'{value:g}'}{f' (turns {turns})' if turns else ''}")
+    return ", ".join(shown)
 
 
 def conversation_text(row: Row) -> str:

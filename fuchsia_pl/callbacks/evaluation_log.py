@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fuchsia_pl.callbacks.rollout_log import json_line
+from fuchsia_pl.callbacks.rollout_log import json_line, turn_fields
 from fuchsia_pl.evaluation.held_out import ITEMS_FILE, HeldOut, write_held_out
 from fuchsia_pl.evaluation.measures import Grade, HeldOutEvaluation
 from fuchsia_pl.files import append_lines
@@ -86,6 +86,7 @@ def _sample(rollout: Rollout, grade: Grade) -> dict[str, Any]:
     return {
         "reward": rollout.reward,
         "rewards": rollout.rewards,
+        **turn_fields(rollout),
         "correct": grade.correct,
         "answer": None if grade.answer is None else shortened(grade.answer, MAX_ANSWER_CHARS),
         "status": rollout.status,

@@ -157,6 +157,7 @@ def row_line(rollout: Rollout, number: int, step: int, advantage: float | None) 
         "completion_ids": row.token_ids[num_prompt_tokens:],
         "completion_mask": [int(kept) for kept in row.loss_mask[num_prompt_tokens:]],
         "rewards": rollout.rewards,
+        **turn_fields(rollout),
         "reward": rollout.reward,
         "advantage": advantage,
         "status": rollout.status,
@@ -164,6 +165,11 @@ def row_line(rollout: Rollout, number: int, step: int, advantage: float | None) 
         "policy_version": rollout.policy_version,
         "policy_versions": row.policy_versions[num_prompt_tokens:],
     }
+
+
+def turn_fields(rollout: Rollout) -> dict[str, Any]:
+    """Field of a log line with the numbers of reward functions that score turns; none without such functions."""
+    return {"turn_rewards": rollout.turn_rewards} if rollout.turn_rewards else {}
 
 
 def token_fields(row: Row, advantages: Sequence[float], chat: Chat) -> dict[str, Any]:

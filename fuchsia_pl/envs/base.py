@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fuchsia_pl.envs.audit.task import AuditTask  # it imports this file
     from fuchsia_pl.envs.parts import Part
 
-Rewards = list[float] | list[float | None]
+Rewards = list[float] | list[float | None] | list[list[float]] | list[list[float] | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 # Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that loads what it
 # needs before the engine starts, one that closes it, a check of an item's gold answer, a function that reads the answer of a
@@ -47,7 +47,8 @@ class Environment(ABC):
 
     Attributes:
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
-            siblings. None instead of a number leaves that rollout unscored. Its name in logs is its `__name__`.
+            siblings. None instead of a number leaves that rollout unscored. A list instead of a number scores the turns of the
+            policy, one number per turn; the rollout's reward is their sum. Its name in logs is its `__name__`.
         reward_weights: Weight of each reward function in the total, by name; 1.0 by default.
         initial_reward_weights: Weights at step 0, by name; they change linearly to `reward_weights`.
         ramp_steps: Optimizer step at which `reward_weights` are reached.

@@ -34,9 +34,10 @@ class LossConfig:
 
     Attributes:
         loss_type: The algorithm, by name. It sets every part below that is not set (`objectives/presets.py`).
-        advantage: "reward" (no baseline), "group_mean", "group_norm" (mean and std), "leave_one_out", "batch_norm" (over the
-            phase's tokens), "group_mean_batch_norm", "gae" (a critic), "teacher" (that of `data.teacher` alone; with any other
-            kind it is added), or the dotted path of a function with the arguments of `objectives/credit.py: group_norm`.
+        advantage: "reward" (no baseline), "group_mean", "group_norm" (mean and std), "leave_one_out", "turn_group" (leave one out
+            from each turn on), "batch_norm" (over the phase's tokens), "group_mean_batch_norm", "gae" (a critic), "teacher" (that
+            of `data.teacher` alone; with any other kind it is added), or the dotted path of a function with the arguments of
+            `objectives/credit.py: group_norm`.
         surrogate: "reinforce", "clip", "cispo", "sapo", "gmpo", or the dotted path of a function with the argument and the
             results of `objectives/surrogates.py: clip`.
         reduction: "token_mean" weighs tokens alike, "sequence_mean" completions alike, "constant" divides by a constant.
@@ -140,6 +141,15 @@ class LossConfig:
     def needs_signals(self) -> bool:
         """Whether advantages need signals of the trainer: the critic's values, or the KL in the reward."""
         return self.parts.advantage == "gae" or self.kl_in_reward
+
+    @property
+    def compares_turns(self) -> bool:
+        """Whether siblings with equal rewards may have advantages, because they got them in other turns.
+
+        >>> LossConfig(advantage="turn_group").compares_turns, LossConfig(advantage="leave_one_out").compares_turns
+        (True, False)
+        """
+        return self.parts.advantage == "turn_group" or is_own(self.parts.advantage)
 
     @property
     def kl_in_reward(self) -> bool:

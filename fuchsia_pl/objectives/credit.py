@@ -22,6 +22,7 @@ from fuchsia_pl.objectives.advantages import (
 )
 from fuchsia_pl.objectives.own import check_tensor, import_function, is_own, wrong_result
 from fuchsia_pl.objectives.returns import gae, rewards_to_go
+from fuchsia_pl.objectives.turns import at_tokens, differ_by_turn, sum_by_turn, turn_group_advantages, turn_returns
 from fuchsia_pl.types import ConfigError
 
 RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -29,18 +30,19 @@ OverRanks = Callable[[Tensor], Tensor]
 # Advantages [R, T] and, with a critic, the targets of its values [R, T].
 Credit = tuple[Tensor, Tensor | None]
 
+# These compare a rollout with its siblings. A group needs at least two, and gets no advantages without spread.
+GROUP_ADVANTAGES = frozenset({"group_mean", "group_norm", "leave_one_out", "turn_group", "group_mean_batch_norm"})
 ADVANTAGES = (
     "reward",
     "group_mean",
     "group_norm",
     "leave_one_out",
+    "turn_group",
     "batch_norm",
     "group_mean_batch_norm",
     "gae",
     "teacher",
 )
-# These compare a rollout with its siblings. A group needs at least two, and gets no advantages without spread.
-GROUP_ADVANTAGES = frozenset({"group_mean", "group_norm", "leave_one_out", "group_mean_batch_norm"})
 
 
 @dataclass
@@ -100,6 +102,8 @@ class CreditInputs:
         penalties: Length penalty in `rewards`, float64 [N, G], at most 0; NaN where a rollout was not scored.
         lengths: Number of sampled tokens, int64 [R].
         turn_ends: bool [R, T], True at the last token of each turn.
+        turn_rewards: Weighted rewards of single turns at their last tokens, float64 [R, T], 0 elsewhere. They are parts of
+            `rewards`; what they leave of a total belongs to the last token.
         trained: bool [R], True for rollouts that become rows of a batch.
         signals: Signals of the trainer [R, T]; each is None where the objective does not need it.
         settings: The settings.
@@ -107,8 +111,8 @@ class CreditInputs:
     >>> rewards, none = torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2)
     >>> turn_ends = torch.tensor([[True, False], [False, True]])
     >>> signals, settings = TrainerSignals(None, None), CreditSettings()
-    >>> inputs = CreditInputs(
-    ...     rewards, {}, {}, none, torch.tensor([1, 2]), turn_ends, torch.tensor([True, True]), signals, settings)
+    >>> inputs = CreditInputs(rewards, {}, {}, none, torch.tensor([1, 2]), turn_ends, torch.zeros(2, 2),
+    ...     torch.tensor([True, True]), signals, settings)
     >>> inputs.mask.tolist()
     [[True, False], [True, True]]
     >>> group_mean(inputs)[0].abs().tolist()
@@ -121,6 +125,7 @@ class CreditInputs:
     penalties: Tensor
     lengths: Tensor
     turn_ends: Tensor
+    turn_rewards: Tensor
     trained: Tensor
     signals: TrainerSignals
     settings: CreditSettings
@@ -145,9 +150,10 @@ class CreditInputs:
 
     @property
     def token_rewards(self) -> Tensor:
-        """Reward of each token, float64 [R, T]: the total at the last token, less the KL's cost."""
+        """Reward of each token, float64 [R, T]: of turns at their ends, the rest at the last token, less the KL's cost."""
         is_last = torch.arange(self.turn_ends.shape[1]) == (self.lengths - 1).unsqueeze(1)
-        return torch.where(is_last, self.rewards.reshape(-1, 1).nan_to_num(nan=0.0), 0.0) - self.kl_cost
+        rest = self.rewards.reshape(-1, 1).nan_to_num(nan=0.0) - self.turn_rewards.sum(dim=1, keepdim=True)
+        return torch.where(is_last, rest, 0.0) + self.turn_rewards - self.kl_cost
 
     @property
     def compared_rewards(self) -> Tensor:
@@ -191,6 +197,8 @@ def assign_credit(advantage: str, inputs: CreditInputs, over_ranks: OverRanks) -
             return group_norm(inputs, over_ranks)
         case "leave_one_out":
             return leave_one_out(inputs)
+        case "turn_group":
+            return turn_group(inputs)
         case "batch_norm":
             return batch_norm(inputs, over_ranks)
         case "group_mean_batch_norm":
@@ -238,6 +246,21 @@ def sum_of_normalised(inputs: CreditInputs) -> Tensor:
 def leave_one_out(inputs: CreditInputs) -> Credit:
     """Reward less the mean of the other siblings."""
     return inputs.per_token(leave_one_out_advantages(inputs.compared_rewards)), None
+
+
+def turn_group(inputs: CreditInputs) -> Credit:
+    """Return from each turn on less the mean of the other siblings' returns, at each token of the turn.
+
+    A length penalty belongs to the end of a rollout. It is left out where the siblings are otherwise equal in each turn.
+    """
+    shape, turn_ends = inputs.rewards.shape, inputs.turn_ends
+    num_turns = turn_ends.sum(dim=1).reshape(shape)
+    by_turn = sum_by_turn(inputs.turn_rewards, turn_ends).unflatten(0, shape)
+    differs = differ_by_turn(turn_returns(inputs.rewards - inputs.penalties, by_turn, num_turns))
+    totals = inputs.rewards - torch.where(differs.unsqueeze(1), 0.0, inputs.penalties)
+    costs = sum_by_turn(inputs.kl_cost, turn_ends).unflatten(0, shape)
+    returns = turn_returns(totals - costs.sum(dim=2), by_turn - costs, num_turns)
+    return at_tokens(turn_group_advantages(returns).flatten(0, 1), turn_ends), None
 
 
 def batch_norm(inputs: CreditInputs, over_ranks: OverRanks) -> Credit:
@@ -302,6 +325,7 @@ def check_advantage(advantage: str, settings: CreditSettings) -> None:
         torch.zeros_like(rewards).masked_fill(rewards.isnan(), torch.nan),
         lengths,
         positions == (lengths - 1).unsqueeze(1),
+        torch.zeros(8, 3, dtype=torch.float64),
         ~rewards.isnan().flatten(),
         signals,
         settings,

@@ -108,6 +108,9 @@ def row_of(line: Mapping[str, Any], split: str) -> Row:
         "parts": parts,
     }
     named = {str(name): number(value) for name, value in rewards.items()} if isinstance(rewards, dict) else {}
+    by_turn = line.get("turn_rewards")
+    if isinstance(by_turn, dict) and by_turn:
+        fields["turn_rewards"] = {str(name): numbers(values) for name, values in by_turn.items()}
     return Row(sibling, row_number, reward, fields, named, tokens, packed, sizes)
 
 

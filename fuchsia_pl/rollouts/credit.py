@@ -18,7 +18,9 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.credit import CreditInputs, OverRanks, assign_credit
 from fuchsia_pl.objectives.rewards import overlong_penalty
 from fuchsia_pl.objectives.teacher import with_teacher
+from fuchsia_pl.objectives.turns import differ_by_turn
 from fuchsia_pl.rollouts.scoring import LARGEST, RewardError
+from fuchsia_pl.rollouts.turn_credit import add_turn_rewards, group_returns, turn_end_positions
 from fuchsia_pl.samples import RolloutGroup, Sample
 from fuchsia_pl.types import Rollout, RolloutStatus
 
@@ -30,9 +32,15 @@ def group_rewards(groups: Sequence[Sequence[Rollout]]) -> Tensor:
     return _per_rollout([[rollout.reward for rollout in group] for group in groups])
 
 
-def make_groups(siblings: Sequence[Sequence[Rollout]]) -> list[RolloutGroup]:
-    """Groups with the flag whether their rewards differ."""
-    spread = has_spread(group_rewards(siblings)).tolist()
+def make_groups(siblings: Sequence[Sequence[Rollout]], by_turn: bool = False) -> list[RolloutGroup]:
+    """Groups with the flag whether their rewards differ.
+
+    Args:
+        siblings: The rollouts of each group.
+        by_turn: Whether siblings with equal rewards differ if they got them in other turns.
+    """
+    totals = group_rewards(siblings)
+    spread = (differ_by_turn(group_returns(siblings, totals)) if by_turn else has_spread(totals)).tolist()
     return [RolloutGroup(tuple(group), differs) for group, differs in zip(siblings, spread, strict=True)]
 
 
@@ -182,10 +190,11 @@ def credit_inputs(
     by_name = {name: _per_rollout([[one.get(name) for one in siblings] for siblings in named]) for name in names}
     penalties = _per_rollout([[r.rewards.get(OVERLONG, 0.0) for r in group.rollouts] for group in groups])
     turn_ends = torch.zeros(len(rollouts), max(lengths, default=0), dtype=torch.bool)
+    turn_rewards = torch.zeros(turn_ends.shape, dtype=torch.float64)
     for row, rollout in enumerate(rollouts):
-        turns = [len(turn.completion.token_ids) for turn in rollout.all_turns]
-        ends = torch.tensor(turns, dtype=torch.int64).cumsum(dim=0) - 1  # of a rollout without turns: empty
+        ends = turn_end_positions(rollout)
         turn_ends[row, ends[ends >= 0]] = True
+        add_turn_rewards(turn_rewards[row], rollout)
     return CreditInputs(
         rewards=rewards,
         rewards_by_name=by_name,
@@ -193,6 +202,7 @@ def credit_inputs(
         penalties=penalties.masked_fill(rewards.isnan(), torch.nan),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         turn_ends=turn_ends,
+        turn_rewards=turn_rewards,
         trained=torch.tensor([is_trained_on(config, rollout) for rollout in rollouts], dtype=torch.bool),
         signals=signals,
         settings=config.credit_settings,

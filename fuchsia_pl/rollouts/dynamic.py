@@ -41,7 +41,9 @@ class Sampled:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
 
-async def sample_groups(collector: Collector, draw: Draw, spare: Sequence[int], max_refills: int) -> Sampled:
+async def sample_groups(
+    collector: Collector, draw: Draw, spare: Sequence[int], max_refills: int, by_turn: bool = False
+) -> Sampled:
     """Samples a draw and replaces groups without spread, at most `max_refills` times. Source: DAPO, arXiv:2503.14476, 3.2.
 
     Args:
@@ -49,13 +51,14 @@ async def sample_groups(collector: Collector, draw: Draw, spare: Sequence[int], 
         draw: The phase's items.
         spare: Items that may replace others, each once, in order.
         max_refills: Largest number of repeats; 0 keeps groups without spread.
+        by_turn: Whether siblings with equal rewards have spread if they got them in other turns.
     """
     with counted(draw) as counting:
-        return await _sample(collector, counting, spare, max_refills)
+        return await _sample(collector, counting, spare, max_refills, by_turn)
 
 
-async def _sample(collector: Collector, draw: Draw, spare: Sequence[int], max_refills: int) -> Sampled:
-    groups = make_groups(await collector.collect(draw))
+async def _sample(collector: Collector, draw: Draw, spare: Sequence[int], max_refills: int, by_turn: bool) -> Sampled:
+    groups = make_groups(await collector.collect(draw), by_turn)
     if max_refills == 0:
         return Sampled(groups, [], 0)
     kept, dropped, num_refills = [], [], 0
@@ -68,5 +71,5 @@ async def _sample(collector: Collector, draw: Draw, spare: Sequence[int], max_re
         num_refills += len(indices)
         if draw.activity is not None:
             draw.activity.expect(draw.num_rollouts(indices))
-        groups = make_groups(await collector.collect(replace(draw, indices=indices)))
+        groups = make_groups(await collector.collect(replace(draw, indices=indices)), by_turn)
     return Sampled(kept, dropped, num_refills)

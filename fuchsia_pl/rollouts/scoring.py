@@ -22,6 +22,8 @@ from fuchsia_pl.types import Rollout, RolloutStatus
 REWARD_ERRORS = "reward_errors"
 # Ends that do not depend on the policy.
 UNSCORED = (RolloutStatus.TOOL_ERROR, RolloutStatus.ENV_ERROR)
+# A rollout's score by one function: its value, one number per turn, or None if the function does not score it.
+Score = float | list[float] | None
 
 LARGEST = (
     3.4e38  # advantages are float32, and a float64's squares, from which the spread is computed, would be infinite
@@ -35,7 +37,7 @@ class RewardError(RuntimeError):
 
 
 async def score_group(environment: Environment, rollouts: list[Rollout]) -> None:
-    """Fills `rewards` and `reward` of the siblings of one item.
+    """Fills `rewards`, `turn_rewards`, `weighted_turn_rewards` and `reward` of the siblings of one item.
 
     Rollouts whose end does not depend on the policy are not passed to the reward functions and stay unscored.
 
@@ -52,16 +54,19 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
     errors: list[RewardError] = []
     for function, name in zip(environment.reward_functions, names, strict=True):
         try:
-            values = await _rewards(function, name, scored, environment.timeout_s)
+            scores = await _scores(function, name, scored, environment.timeout_s)
         except RewardError as error:
             errors.append(_passed(environment, error))
             continue
-        for rollout, value in zip(scored, values, strict=True):
-            rollout.rewards[name] = value
+        for rollout, score in zip(scored, scores, strict=True):
+            if isinstance(score, list):
+                rollout.turn_rewards[name] = score
+            rollout.rewards[name] = float(sum(score)) if isinstance(score, list) else score
     weights = weights_at(environment, rollouts[0].step)
     for rollout in scored:
         # Without the failed function, the total would rank the siblings by the other functions alone.
         rollout.reward = None if errors else total_reward(rollout.rewards, weights)
+        rollout.weighted_turn_rewards = _weighted(rollout, weights)
         if rollout.reward is not None and not _fits(rollout, weights):
             errors.append(_passed(environment, RewardError(_endless(rollout, weights))))
     if errors:
@@ -78,9 +83,13 @@ def _passed(environment: Environment, error: RewardError) -> RewardError:
     return error
 
 
-async def _rewards(
-    function: RewardFunction, name: str, rollouts: list[Rollout], timeout_s: float
-) -> list[float | None]:
+def _weighted(rollout: Rollout, weights: Mapping[str, float]) -> list[float]:
+    """Weighted sum of the rewards of each turn; empty if no function scored turns."""
+    weighted = [[weights[name] * value for value in values] for name, values in rollout.turn_rewards.items()]
+    return [float(sum(of_turn)) for of_turn in zip(*weighted, strict=True)]
+
+
+async def _scores(function: RewardFunction, name: str, rollouts: list[Rollout], timeout_s: float) -> list[Score]:
     try:
         # A copy: a function that changes the list must not change the assignment of rewards.
         values = await call_bounded(function, list(rollouts), timeout_s)
@@ -98,30 +107,67 @@ async def _rewards(
             f"the reward function {name!r} returned {got} for {len(rollouts)} rollouts {_where(rollouts[0])}: "
             "it must return a list with one number for each"
         )
-    for value in values:
-        if value is not None and not is_finite_number(value):
-            raise RewardError(
-                f"the reward function {name!r} returned {_shown(value)} {_where(rollouts[0])}: rewards are finite numbers, or "
-                "None for a rollout that it does not score"
-            )
-    return [None if value is None else float(value) for value in values]
+    scores_turns = any(isinstance(value, list) for value in values)
+    for rollout, value in zip(rollouts, values, strict=True):
+        if value is None:
+            continue
+        fault = _fault_of_turns(value, rollout) if scores_turns else None
+        if fault is not None:
+            raise RewardError(f"the reward function {name!r} returned {fault}")
+        for number in value if scores_turns else [value]:
+            if not is_finite_number(number):
+                raise RewardError(
+                    f"the reward function {name!r} returned {_shown(number)} {_where(rollouts[0])}: rewards are finite numbers, "
+                    "or None for a rollout that it does not score"
+                )
+    return [_as_floats(value) for value in values]
+
+
+def _fault_of_turns(value: Any, rollout: Rollout) -> str | None:
+    """What is wrong with the form of a rollout's score by a function that scores turns."""
+    if not isinstance(value, list):
+        return (
+            f"{_shown(value)} for sibling {rollout.sibling} and lists for others {_where(rollout)}: it must return a number for "
+            "each rollout, or for each a list with a number per turn"
+        )
+    if len(value) != len(rollout.all_turns):
+        return (
+            f"a list of {len(value)} for sibling {rollout.sibling}, which has {len(rollout.all_turns)} turns, {_where(rollout)}: it "
+            "must have one number per turn of the policy"
+        )
+    return None
+
+
+def _as_floats(value: Any) -> Score:
+    """A checked score with floats in place of other numbers."""
+    if isinstance(value, list):
+        return [float(number) for number in value]
+    return None if value is None else float(value)
 
 
 def _fits(rollout: Rollout, weights: Mapping[str, float]) -> bool:
     """Whether the total and its parts fit into a batch's float32."""
     assert rollout.reward is not None
-    parts = (weights[name] * value for name, value in rollout.rewards.items() if value is not None)
-    return all(abs(number) <= LARGEST for number in (rollout.reward, *parts))
+    parts = [weights[name] * value for name, value in rollout.rewards.items() if value is not None]
+    # Numbers of turns that are too large may have a small sum.
+    turns = [weights[name] * value for name, values in rollout.turn_rewards.items() for value in values]
+    return all(abs(number) <= LARGEST for number in (rollout.reward, *parts, *turns))
 
 
 def _endless(rollout: Rollout, weights: Mapping[str, float]) -> str:
     parts = [
-        f"{name} {value:g} x weight {weights[name]:g}" for name, value in rollout.rewards.items() if value is not None
+        f"{name} {value:g}{_turns_shown(rollout, name)} x weight {weights[name]:g}"
+        for name, value in rollout.rewards.items()
+        if value is not None
     ]
     return (
         f"the total reward of sibling {rollout.sibling} is {rollout.reward:g} {_where(rollout)}: {' + '.join(parts)}. A total "
         f"and its parts must be finite and at most {LARGEST:g}: lower the rewards or their weights"
     )
+
+
+def _turns_shown(rollout: Rollout, name: str) -> str:
+    return f" (turns {_shown(rollout.turn_rewards[name])})" if name in rollout.turn_rewards else ""
 
 
 def _where(rollout: Rollout) -> str:

@@ -56,7 +56,8 @@ def check_teacher(
         if collector.environment.max_rows > 1:
             raise ConfigError(
                 "data.teacher.prompt is put in front of the prompt of an item, and a rollout of "
-                f"{type(collector.environment).__name__} writes its own prompts: use a teacher with an adapter (data.teacher.adapter) or on a server (name and url)"
+                f"{type(collector.environment).__name__} writes its own prompts: use a teacher with an adapter "
+                "(data.teacher.adapter) or on a server (name and url)"
             )
         TeacherPrompts(config, collector).check_lengths(lengths, context_length(model.folder))
 

@@ -308,3 +308,16 @@ def test_a_running_report_loads_itself_again_and_keeps_what_was_shown(opened):
     assert page.locator("[name=split]").input_value() == "train"
     assert page.get_by_label("Colour tokens by").input_value() == "gap"
     assert page.locator("#reload-toggle").text_content() == "paused"
+
+
+def test_rewards_of_turns_are_beside_the_reward_of_their_function(opened):
+    rollouts = small()
+    rollouts["reward_names"] = ["constructor"]  # a name that every object of the page has too
+    rollouts["rows"] = [
+        make_row(1, 0, 0, 3.0, rewards=[3], turn_rewards={"constructor": [2, None, 1]}),
+        make_row(1, 0, 1, 5.0, rewards=[5], turn_rewards={"other": [1]}),
+        make_row(1, 0, 2, 7.0, rewards=[7]),
+    ]
+    facts = opened(None, rollouts).locator(".card-facts")
+    assert "constructor 3 (turns 2, \u2013, 1)" in facts.nth(0).text_content()
+    assert "turns" not in facts.nth(1).text_content() + facts.nth(2).text_content()

@@ -53,6 +53,7 @@ FILES = {
     "my_helpful.py": ("envs/README.md", "Reward models", 0, 25),
     "my_games.py": ("envs/README.md", "Conversations", 0, 40),
     "my_server.py": ("envs/README.md", "Tools", 0, 10),
+    "my_turns.py": ("envs/README.md", "Rewards for turns", 0, 25),
     "my_tools.py": ("envs/README.md", "Tools", 1, 10),
     "my_agent.py": ("envs/README.md", "Any agent", 0, 25),
     "my_taskset.py": ("envs/README.md", "Tasksets of verifiers", 0, 25),
@@ -293,6 +294,7 @@ def test_the_curriculum_that_a_page_shows_measures_the_items(runs):
     ("module", "reward"),
     [
         *(("my_envs", "names_it"), ("my_task", "correct"), ("my_helpful", "reward_model"), ("my_games", "close")),
+        ("my_turns", "right"),
         ("my_tools", "correct"),
     ],
 )

@@ -142,6 +142,10 @@ def test_where_the_kl_goes():
             {"reward_aggregation": "normalize_then_sum", "advantage": "group_mean"},
             'needs advantage "group_norm", got "group_mean"',
         ),
+        (
+            {"reward_aggregation": "normalize_then_sum", "advantage": "turn_group"},
+            'needs advantage "group_norm", got "turn_group"',
+        ),
         ({"reward_aggregation": "normalize_then_sum", "kl_in": "reward", "beta": 0.1}, "set kl_in: loss"),
         ({"beta": float("nan")}, "has beta=nan: it must be finite"),
         ({"clip_high": float("inf")}, "has clip_high=inf: it must be finite"),

@@ -435,3 +435,16 @@ def test_any_json_line_gives_a_page(tmp_path, seed):
         fields = ("step", "split", "figures", "text", "num_items")
         write_lines(tmp_path / name, [{field: numbers.choice(values) for field in fields} for _ in lines])
     report_of(tmp_path)
+
+
+def test_rewards_of_turns_are_in_the_row_that_has_them(tmp_path):
+    lines = [
+        rollout_line(0, 0, 0, ["a"], turn_rewards={"correct": [1.0, float("nan"), 0.123456]}),
+        rollout_line(0, 0, 1, ["b"]),
+    ]
+    write_lines(tmp_path / "rollouts.jsonl", lines)
+    with_turns, without = rows_of(tmp_path)
+    assert with_turns["turn_rewards"] == {"correct": [1, None, 0.1235]}
+    assert "turn_rewards" not in without
+    write_lines(tmp_path / "rollouts.jsonl", [rollout_line(0, 0, 0, ["a"], turn_rewards=[HOSTILE])])
+    assert "turn_rewards" not in rows_of(tmp_path)[0]

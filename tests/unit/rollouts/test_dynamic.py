@@ -5,6 +5,7 @@ import pytest
 from fuchsia_pl.rollouts.collector import Draw
 from fuchsia_pl.rollouts.dynamic import sample_groups
 from fuchsia_pl.types import Rollout
+from tests.doubles import written
 
 
 class Scripted:
@@ -56,3 +57,22 @@ def test_it_ends_where_no_item_is_left():
     kept, dropped, refills, calls = sample({0}, spare=[3], max_refills=9)
     assert (kept, dropped, refills) == ([0], [1, 2, 3], 1)
     assert len(calls) == 2
+
+
+class Trading(Scripted):
+    """The siblings of all groups have equal rewards; those of given items got them in other turns."""
+
+    def _rollout(self, index: int, reward: float) -> Rollout:
+        rollout = Rollout({}, item_index=index, sibling=0, temperature=1.0, prompt="", reward=1.0)
+        for _ in range(2):
+            rollout.append(written(""))
+        rollout.weighted_turn_rewards = [1.0 - reward, reward]
+        return rollout
+
+
+@pytest.mark.parametrize(("by_turn", "kept"), [(True, [0, 3]), (False, [])])
+def test_groups_whose_turns_differ_are_replaced_unless_turns_are_compared(by_turn, kept):
+    collector = Trading({0, 3})
+    draw = Draw(items=[{}] * 20, indices=[0, 1], siblings=2, temperature=1.0, address=(0, "train", 0))
+    sampled = asyncio.run(sample_groups(collector, draw, [3, 4], 1, by_turn))
+    assert [group.rollouts[0].item_index for group in sampled.kept] == kept

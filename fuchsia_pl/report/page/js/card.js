@@ -25,14 +25,20 @@ const rowText = (row) => row.parts.map((part) => part.text).join("");
 
 function cardFacts(row, { rewardNames }) {
   const facts = row.status === "completed" ? [] : [el("span", { class: "badge unusual" }, foreign(row.status))];
-  if (rewardNames.length > 1) {
-    rewardNames.forEach((name, i) => isNumber(row.rewards?.[i]) && facts.push(el("span", {}, foreign(name), ` ${formatNumber(row.rewards[i])}`)));
+  if (rewardNames.length > 1 || row.turn_rewards) {
+    rewardNames.forEach((name, i) => isNumber(row.rewards?.[i]) && facts.push(el("span", {}, foreign(name), ` ${formatNumber(row.rewards[i])}`, ofTurns(row, name))));
   }
   if (isNumber(row.advantage)) facts.push(el("span", {}, `advantage ${formatSigned(row.advantage)}`));
   const numTokens = row.parts.reduce((sum, part, i) => sum + (part.policy ? (tokenData(row)[i][0]?.length ?? 0) : 0), 0);
   facts.push(el("span", {}, numTokens ? plural(numTokens, "token") : plural(rowLength(row), "character")));
   if (isNumber(row.version)) facts.push(el("span", { title: "Version of the weights that sampled it" }, `weights ${row.version}`));
   return facts;
+}
+
+/** The rewards of the turns, after the reward of a function that scores turns. */
+function ofTurns(row, name) {
+  const has = row.turn_rewards && Object.hasOwn(row.turn_rewards, name);
+  return has ? ` (turns ${row.turn_rewards[name].map(formatNumber).join(", ")})` : null;
 }
 
 function partList(row, view) {
