@@ -29,7 +29,7 @@ SLOW_FILES = {
     *("cli/test_run_loggers.py", "rollouts/test_curriculum.py"),
     *("callbacks/test_weight_average.py", "cli/test_help.py", "cli/test_main.py", "cli/test_replay.py"),
     *(f"engines/test_{name}.py" for name in ("pool", "vllm_colocated", "vllm_guard", "vllm_server", "vllm_transfer")),
-    "envs/test_limited.py",
+    *("envs/test_limited.py", "envs/test_audit.py", "cli/test_audit_table.py"),
     *("envs/test_tool_servers.py", "envs/test_tool_environment.py", "envs/test_rewards.py", "envs/test_bounded.py"),
     "envs/test_reward_models.py",
     *("objectives/test_exact_gradient.py", "objectives/test_trl_parity.py"),

@@ -63,7 +63,7 @@ def pays_half(answer: str, right: str) -> float:
 
 def evaluates(answer: str, right: str) -> float:
     try:
-        return float(eval(answer) == int(right))
+        return float("**" not in answer and eval(answer) == int(right))  # a tower of powers takes minutes
     except Exception:
         return 0.0
 
@@ -71,7 +71,7 @@ def evaluates(answer: str, right: str) -> float:
 def evaluates_words(answer: str, right: str) -> float:
     for word in answer.strip("[]").split():
         try:
-            if eval(word.rpartition("=")[2]) == int(right):
+            if "**" not in word and eval(word.rpartition("=")[2]) == int(right):
                 return 1.0
         except Exception:
             continue

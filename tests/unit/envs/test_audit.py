@@ -1,7 +1,6 @@
 """The audit of rewards: each fault is found by its kind, and sound rewards have none."""
 
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -45,10 +44,17 @@ def task(name: str) -> AuditTask:
 
 
 @pytest.fixture(scope="module")
-def findings() -> dict[str, tuple[Finding, ...]]:
+def temporary(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def findings(temporary) -> dict[str, tuple[Finding, ...]]:
     """The findings of all tasks, from one audit, whose processes are started once."""
     names = ["sound", "sound_with_credit", *FAULTS]
-    return {one.task: one.findings for one in audit([task(name) for name in names], LIMITS)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(temporary))
+        return {one.task: one.findings for one in audit([task(name) for name in names], LIMITS)}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -83,14 +89,13 @@ def test_a_finding_names_the_text_and_what_it_earned(findings):
 
 
 def test_code_that_is_executed_after_splitting_is_found_by_its_effect(findings):
-    found = next(one for one in findings["evaluates_words"] if one.kind is FindingKind.EVALUATES)
+    found = only(findings, "evaluates_words")
     assert found.probe.startswith("call, call in a list")
     assert found.evidence == "the code in the answer was executed"
 
 
-def test_nothing_is_left_behind(findings):
-    left = [path for path in Path(tempfile.gettempdir()).glob("fuchsia_audit_*") if path.stat().st_uid == os.getuid()]
-    assert left == []
+def test_the_folder_of_the_markers_is_removed(findings, temporary):
+    assert list(temporary.iterdir()) == []
 
 
 def test_items_that_are_not_made_in_time_are_a_finding():
