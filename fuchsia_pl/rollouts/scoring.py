@@ -132,8 +132,8 @@ def _fault_of_turns(value: Any, rollout: Rollout) -> str | None:
         )
     if len(value) != len(rollout.all_turns):
         return (
-            f"a list of {len(value)} for sibling {rollout.sibling}, which has {len(rollout.all_turns)} turns, {_where(rollout)}: it "
-            "must have one number per turn of the policy"
+            f"a list of {len(value)} for sibling {rollout.sibling}, which has {len(rollout.all_turns)} turns, {_where(rollout)}: "
+            "it must have one number per turn of the policy"
         )
     return None
 
