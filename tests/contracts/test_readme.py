@@ -247,7 +247,13 @@ def test_the_files_are_short(name):
 
 @pytest.mark.parametrize(
     ("module", "reward"),
-    [("my_envs", "names_it"), ("my_task", "correct"), ("my_games", "close"), ("my_tools", "correct")],
+    [
+        ("my_envs", "names_it"),
+        ("my_task", "correct"),
+        ("my_games", "close"),
+        ("my_tools", "correct"),
+        ("my_agent", "right"),
+    ],
 )
 def test_the_environments_train(runs, module, reward):
     """With the tiny model and its few characters; `tests/integration/test_environments.py` uses the real one."""
