@@ -2,10 +2,10 @@
 
 import asyncio
 import secrets
-import time
 from collections import Counter
 from contextlib import suppress
 from contextvars import copy_context
+from datetime import UTC, datetime
 
 from fuchsia_pl.envs.self_driven import RefusedTurnError, TurnSource, WrittenTurn
 from fuchsia_pl.gateway.chat_api import ApiError, ChatRequest, read_request
@@ -60,7 +60,7 @@ class Session:
             self.count_refused()
             raise
         self._number += 1
-        return asked, written, f"chatcmpl-{self._number}", int(time.time())
+        return asked, written, f"chatcmpl-{self._number}", int(datetime.now(UTC).timestamp())
 
     def count_refused(self) -> None:
         """Counts an answer with an error. Too many of them end the agent."""

@@ -296,6 +296,7 @@ def test_the_curriculum_that_a_page_shows_measures_the_items(runs):
         *(("my_envs", "names_it"), ("my_task", "correct"), ("my_helpful", "reward_model"), ("my_games", "close")),
         ("my_turns", "right"),
         ("my_tools", "correct"),
+        ("my_agent", "right"),
     ],
 )
 def test_the_environments_train(runs, module, reward):
