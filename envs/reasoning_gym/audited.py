@@ -37,23 +37,22 @@ def answer_request(request: Mapping[str, Any]) -> Any:
     """The function of the audit."""
     argument = request["argument"]
     if request["do"] == "score":
-        return _scores(argument, request["item"], request["answers"])
+        split, index = request["item"]
+        dataset = _dataset(argument, split, index + 1)
+        return _scores(dataset, dataset[index], request["answers"])
     split, number = request["split"], request["num"]
     dataset = _dataset(argument, split, number)
     entries = [dataset[index] for index in range(number)]
-    if request["do"] == "questions":
-        return [entry["question"] for entry in entries]
+    if request["do"] == "survey":
+        return [[e["question"], *_scores(dataset, e, [[FORM.replace(ANSWER, e["answer"])]])] for e in entries]
     return [
         {"item": [split, index], "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
         for index, entry in enumerate(entries)
     ]
 
 
-def _scores(argument: Mapping[str, Any], item: tuple[Split, int], answers: list[list[str]]) -> list[Any]:
+def _scores(dataset: Any, entry: Mapping[str, Any], answers: list[list[str]]) -> list[Any]:
     """The scores of answers as the environment reads them."""
-    split, index = item
-    dataset = _dataset(argument, split, index + 1)
-    entry = dataset[index]
 
     def score(turns: list[str]) -> tuple[float, bool]:
         answer = last_answer(without_thinking(turns[-1]))
