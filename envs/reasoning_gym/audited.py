@@ -44,11 +44,24 @@ def answer_request(request: Mapping[str, Any]) -> Any:
     dataset = _dataset(argument, split, number)
     entries = [dataset[index] for index in range(number)]
     if request["do"] == "survey":
-        return [[e["question"], *_scores(dataset, e, [[FORM.replace(ANSWER, e["answer"])]])] for e in entries]
+        return [[entry["question"], _gold_score(dataset, entry)] for entry in entries]
     return [
-        {"item": [split, index], "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
+        {
+            "item": [split, index],
+            "question": entry["question"],
+            "gold": entry["answer"] if isinstance(entry["answer"], str) else None,
+            "forms": [FORM],
+        }
         for index, entry in enumerate(entries)
     ]
+
+
+def _gold_score(dataset: Any, entry: Mapping[str, Any]) -> Any:
+    """The score of the stored answer. One that is no text cannot be written, so it earns nothing."""
+    gold = entry["answer"]
+    if not isinstance(gold, str):
+        return {"reward": None, "correct": False}
+    return _scores(dataset, entry, [[FORM.replace(ANSWER, gold)]])[0]
 
 
 def _scores(dataset: Any, entry: Mapping[str, Any], answers: list[list[str]]) -> list[Any]:
