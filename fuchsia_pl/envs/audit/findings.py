@@ -41,7 +41,7 @@ class Finding:
         evidence: What was observed, in one line.
 
     >>> str(Finding(FindingKind.PAYS_JUNK, "halting", "'nan'", "earns 1, and the gold answer 1"))
-    "halting pays for junk: 'nan' earns 1, and the gold answer 1"
+    "halting pays for junk ('nan'): earns 1, and the gold answer 1"
     """
 
     kind: FindingKind
@@ -50,7 +50,8 @@ class Finding:
     evidence: str
 
     def __str__(self) -> str:
-        return f"{self.task} {self.kind}: {self.probe} {self.evidence}".replace(":  ", ": ")
+        shown = f" ({self.probe})" if self.probe else ""
+        return f"{self.task} {self.kind}{shown}: {self.evidence}"
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def only(findings: dict[str, tuple[Finding, ...]], name: str) -> Finding:
 def test_a_finding_names_the_text_and_what_it_earned(findings):
     # exp(-|nan - 1011|) is nan, and min(1.0, nan) is 1.0; inf earns exp(-inf) = 0.
     assert str(only(findings, "pays_nan")) == (
-        "pays_nan pays for junk: 'nan' earns 1, the gold answer 1, on 3 of 3 items"
+        "pays_nan pays for junk ('nan'): earns 1, the gold answer 1, on 3 of 3 items"
     )
     assert only(findings, "pays_empty").probe == "empty turn, empty answer"
     assert only(findings, "exits").probe == "'None'"
@@ -131,7 +131,7 @@ def test_unsound_tasks_are_refused_with_the_reason(caplog):
     tasks = [task("sound"), task("pays_nan")]
     with pytest.raises(ConfigError) as caught:
         refuse_unsound("ReasoningGym", tasks, allow_unsound=False, settings=LIMITS)
-    assert "faults in pays_nan: pays_nan pays for junk: 'nan' earns 1" in str(caught.value)
+    assert "faults in pays_nan: pays_nan pays for junk ('nan'): earns 1" in str(caught.value)
     assert "allow_unsound: true" in str(caught.value)
     assert "\n" not in str(caught.value)
     with caplog.at_level(logging.WARNING):
