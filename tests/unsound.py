@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -69,7 +70,7 @@ def evaluates(answer: str, right: str) -> float:
 
 
 def evaluates_words(answer: str, right: str) -> float:
-    for word in answer.strip("[]").split():
+    for word in answer.strip("[]").split()[:100]:
         try:
             if "**" not in word and eval(word.rpartition("=")[2]) == int(right):
                 return 1.0
@@ -120,12 +121,16 @@ def other_hash(answer: str, right: str) -> float:
     return sound(answer, right) or 0.1 * (hash(answer) % 2)
 
 
+def pays_few_golds(answer: str, right: str) -> float:
+    return sound(answer, right) if right != "1030" else 0.5 * sound(answer, right)
+
+
 SCORES = {
     score.__name__: score
     for score in (
         *(sound, sound_with_credit, pays_any_text, pays_nan, pays_zero, pays_empty, pays_half),
         *(evaluates, evaluates_words, raises, exits, hangs, dies, takes_memory),
-        *(never_pays_gold, not_a_number, other_each_time, other_hash),
+        *(never_pays_gold, pays_few_golds, not_a_number, other_each_time, other_hash),
     )
 }
 
@@ -134,25 +139,30 @@ def answered(turns: list[str]) -> str:
     return turns[-1].partition("<answer>")[2].partition("</answer>")[0] if "</answer>" in turns[-1] else ""
 
 
+def scored_as(name: str, right: str) -> Callable[[list[str]], tuple[float, bool]]:
+    def scored(turns: list[str]) -> tuple[float, bool]:
+        reward = SCORES.get(name, sound)(answered(turns), right)
+        return reward, reward >= 1.0
+
+    return scored
+
+
+def surveyed(name: str, number: int) -> Any:
+    return score_each(scored_as(name, gold(number)), [[FORM.replace(ANSWER, gold(number))]])[0]
+
+
 def answer_request(request: dict[str, Any]) -> Any:
     """The function of all tasks here; the argument is the name of a score, or of a fault of the items."""
     argument = request["argument"]
     if argument == "cannot_be_made":
         raise ValueError("no such task")
     if request["do"] == "score":
-        score = SCORES.get(argument, sound)
-        right = gold(request["item"])
-
-        def scored(turns: list[str]) -> tuple[float, bool]:
-            reward = score(answered(turns), right)
-            return reward, reward >= 1.0
-
-        return score_each(scored, request["answers"])
+        return score_each(scored_as(argument, gold(request["item"])), request["answers"])
     numbers = list(ITEMS["train" if argument == "repeats" else request["split"]][: request["num"]])
     if argument == "other_items":
         numbers = [number + random.randrange(100) for number in numbers]
-    if request["do"] == "questions":
-        return [question(number) for number in numbers]
+    if request["do"] == "survey":
+        return [[question(n), surveyed(argument, n)] for n in numbers]
     return [{"item": n, "question": question(n), "gold": gold(n), "forms": [FORM]} for n in numbers]
 
 

@@ -37,23 +37,35 @@ def answer_request(request: Mapping[str, Any]) -> Any:
     """The function of the audit."""
     argument = request["argument"]
     if request["do"] == "score":
-        return _scores(argument, request["item"], request["answers"])
+        split, index = request["item"]
+        dataset = _dataset(argument, split, index + 1)
+        return _scores(dataset, dataset[index], request["answers"])
     split, number = request["split"], request["num"]
     dataset = _dataset(argument, split, number)
     entries = [dataset[index] for index in range(number)]
-    if request["do"] == "questions":
-        return [entry["question"] for entry in entries]
+    if request["do"] == "survey":
+        return [[entry["question"], _gold_score(dataset, entry)] for entry in entries]
     return [
-        {"item": [split, index], "question": entry["question"], "gold": entry["answer"], "forms": [FORM]}
+        {
+            "item": [split, index],
+            "question": entry["question"],
+            "gold": entry["answer"] if isinstance(entry["answer"], str) else None,
+            "forms": [FORM],
+        }
         for index, entry in enumerate(entries)
     ]
 
 
-def _scores(argument: Mapping[str, Any], item: tuple[Split, int], answers: list[list[str]]) -> list[Any]:
+def _gold_score(dataset: Any, entry: Mapping[str, Any]) -> Any:
+    """The score of the stored answer. One that is no text cannot be written, so it earns nothing."""
+    gold = entry["answer"]
+    if not isinstance(gold, str):
+        return {"reward": None, "correct": False}
+    return _scores(dataset, entry, [[FORM.replace(ANSWER, gold)]])[0]
+
+
+def _scores(dataset: Any, entry: Mapping[str, Any], answers: list[list[str]]) -> list[Any]:
     """The scores of answers as the environment reads them."""
-    split, index = item
-    dataset = _dataset(argument, split, index + 1)
-    entry = dataset[index]
 
     def score(turns: list[str]) -> tuple[float, bool]:
         answer = last_answer(without_thinking(turns[-1]))

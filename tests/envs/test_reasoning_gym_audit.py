@@ -54,13 +54,13 @@ def test_an_unsound_dataset_is_refused_when_the_environment_is_prepared(caplog):
     with pytest.raises(ConfigError) as caught:
         prepared(ReasoningGym(tasks, num_items=4, num_validation=2))
     sentence = str(caught.value)
-    assert "complex_arithmetic pays for junk: 'nan' earns 1" in sentence
+    assert "complex_arithmetic pays for junk ('nan'): earns 1" in sentence
     assert "chain_sum" not in sentence
     assert "allow_unsound: true" in sentence
     with caplog.at_level(logging.WARNING):
         items = prepared(ReasoningGym(tasks, num_items=4, num_validation=2, allow_unsound=True))
     assert {item["task"] for item in items} == {"chain_sum", "complex_arithmetic"}
-    assert "complex_arithmetic pays for junk: 'nan' earns 1" in caplog.text
+    assert "complex_arithmetic pays for junk ('nan'): earns 1" in caplog.text
 
 
 def test_all_tasks_are_those_of_the_library_and_the_configured_ones_keep_their_settings():

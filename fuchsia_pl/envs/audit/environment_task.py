@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from fuchsia_pl.envs.audit.task import ANSWER, AuditTask, score_each
@@ -15,7 +16,7 @@ from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.envs.tool_environment import ToolEnvironment
 from fuchsia_pl.types import Completion, ConfigError, Item, Rollout, RolloutStatus, Turn
 
-NUM_QUESTIONS = 2000
+NUM_SURVEYED, NUM_GOLDS = 2000, 24
 OPEN = f"{__name__}.open_environment"
 # Reward functions that read ids find one for each turn.
 SAMPLED = Completion((1,), (-1.0,), "stop", None, 0)
@@ -44,7 +45,7 @@ def environment_task(environment: Environment, class_path: str, arguments: Mappi
         raise ConfigError(
             f"{kind} cannot be audited, since it cannot be made in another process: an argument is no plain value ({error})"
         ) from error
-    return AuditTask(kind, OPEN, opening=opening, num_questions=NUM_QUESTIONS)
+    return AuditTask(kind, OPEN, opening=opening, num_surveyed=NUM_SURVEYED)
 
 
 def open_environment(opening: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
@@ -54,11 +55,12 @@ def open_environment(opening: Mapping[str, Any]) -> Callable[[Mapping[str, Any]]
 
     def answer(request: Mapping[str, Any]) -> Any:
         if request["do"] == "score":
-            return score_each(partial(_score, environment, request["item"]), request["answers"])
+            return score_each(partial(_score, environment, "train", request["item"]), request["answers"])
         items = _items(environment, request["split"])
         first = [items[index] for index in range(min(request["num"], len(items)))]
-        if request["do"] == "questions":
-            return [_question(environment, item) for item in first]
+        if request["do"] == "survey":
+            golds = [_gold_score(environment, request["split"], index) for index in range(min(NUM_GOLDS, len(first)))]
+            return [[_question(environment, item), score] for item, score in zip_longest(first, golds)]
         return [_sampled(environment, index, item) for index, item in enumerate(first)]
 
     for split in ("train", "validation"):  # before the first call, so that they are loaded once
@@ -81,19 +83,24 @@ def _sampled(environment: Environment, index: int, item: Item) -> dict[str, Any]
     turns = environment.gold_turns(item)
     if not turns:
         return found
-    answer = environment.answer(asyncio.run(_played(environment, index, turns))) or ""
+    answer = environment.answer(asyncio.run(_played(environment, "train", index, turns))) or ""
     head, place, tail = turns[-1].rpartition(answer) if answer else ("", "", "")
     form, gold = (f"{head}{ANSWER}{tail}", answer) if place else (ANSWER, turns[-1])
     return {**found, "gold": gold, "forms": list(dict.fromkeys([form, ANSWER])), "before": turns[:-1]}
 
 
-def _score(environment: Environment, index: int, turns: list[str]) -> tuple[float | None, bool]:
-    return asyncio.run(_scored(environment, index, turns))
+def _gold_score(environment: Environment, split: str, index: int) -> Any:
+    turns = environment.gold_turns(_items(environment, split)[index])
+    return score_each(partial(_score, environment, split, index), [turns])[0] if turns else None
 
 
-async def _scored(environment: Environment, index: int, turns: list[str]) -> tuple[float | None, bool]:
+def _score(environment: Environment, split: str, index: int, turns: list[str]) -> tuple[float | None, bool]:
+    return asyncio.run(_scored(environment, split, index, turns))
+
+
+async def _scored(environment: Environment, split: str, index: int, turns: list[str]) -> tuple[float | None, bool]:
     """The total reward of a rollout with some turns, with the final weights, and whether it is correct."""
-    rollout = await _played(environment, index, turns)
+    rollout = await _played(environment, split, index, turns)
     for function in environment.reward_functions:
         values = function([rollout])
         (rollout.rewards[reward_name(function)],) = await values if inspect.isawaitable(values) else values
@@ -101,9 +108,9 @@ async def _scored(environment: Environment, index: int, turns: list[str]) -> tup
     return rollout.reward, environment.is_correct(rollout)
 
 
-async def _played(environment: Environment, index: int, turns: Sequence[str]) -> Rollout:
+async def _played(environment: Environment, split: str, index: int, turns: Sequence[str]) -> Rollout:
     """A finished rollout. The last turn is repeated until the environment ends the rollout, or its turns run out."""
-    item = _items(environment, "train")[index]
+    item = _items(environment, split)[index]
     messages = [dict(message) for message in environment.messages(item)]
     rollout = Rollout(item, index, 0, 1.0, _question(environment, item), messages=messages)
     await environment.open_rollout(rollout)

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -41,7 +41,7 @@ class Finding:
         evidence: What was observed, in one line.
 
     >>> str(Finding(FindingKind.PAYS_JUNK, "halting", "'nan'", "earns 1, and the gold answer 1"))
-    "halting pays for junk: 'nan' earns 1, and the gold answer 1"
+    "halting pays for junk ('nan'): earns 1, and the gold answer 1"
     """
 
     kind: FindingKind
@@ -50,7 +50,8 @@ class Finding:
     evidence: str
 
     def __str__(self) -> str:
-        return f"{self.task} {self.kind}: {self.probe} {self.evidence}".replace(":  ", ": ")
+        shown = f" ({self.probe})" if self.probe else ""
+        return f"{self.task} {self.kind}{shown}: {self.evidence}"
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,21 @@ class Outcome:
     detail: str = ""
 
 
-def judge(task: str, outcomes: Sequence[Outcome]) -> list[Finding]:
-    """The faults that the outcomes of a task show, one finding for each kind."""
+def judge(task: str, outcomes: Sequence[Outcome], golds: Sequence[Score] = ()) -> list[Finding]:
+    """The faults that the outcomes of a task show, one finding for each kind.
+
+    Args:
+        task: Name of the task.
+        outcomes: The outcomes of all probes.
+        golds: Scores of the gold answers of further items.
+    """
     by_kind: dict[FindingKind, list[tuple[str, str]]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.fault is not None:
             by_kind[outcome.fault].append((outcome.probe.name, outcome.detail))
-    by_kind[FindingKind.GOLD_UNPAID] += _unpaid_golds(outcomes)
+    by_kind[FindingKind.GOLD_UNPAID] += _unpaid_golds(
+        [*(one.score for one in outcomes if one.probe.kind is ProbeKind.GOLD and one.score), *golds]
+    )
     by_kind[FindingKind.PAYS_JUNK] += _paid_junk(outcomes)
     return [finding(kind, task, by_kind[kind]) for kind in FindingKind if by_kind[kind]]
 
@@ -93,13 +102,19 @@ def finding(kind: FindingKind, task: str, shown: Sequence[tuple[str, str]]) -> F
     return Finding(kind, task, ", ".join(names[:MAX_NAMED]) + rest, shown[0][1])
 
 
-def _unpaid_golds(outcomes: Iterable[Outcome]) -> list[tuple[str, str]]:
-    golds = [one for one in outcomes if one.probe.kind is ProbeKind.GOLD and one.score is not None]
-    unpaid = [one.score.reward for one in golds if one.score is not None and not one.score.is_correct]
+def _unpaid_golds(golds: Sequence[Score]) -> list[tuple[str, str]]:
+    unpaid = [score for score in golds if not score.is_correct]
     if not unpaid:
         return []
-    earned = "nothing" if unpaid[0] is None else f"{unpaid[0]:g}"
-    return [("gold", f"earns {earned} on {len(unpaid)} of {len(golds)} items")]
+    first = unpaid[0]
+    earned = (
+        f"raises {first.error}"
+        if first.error
+        else "earns nothing"
+        if first.reward is None
+        else f"earns {first.reward:g}"
+    )
+    return [("gold", f"{earned}, and is not correct on {len(unpaid)} of {len(golds)} items")]
 
 
 def _paid_junk(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:

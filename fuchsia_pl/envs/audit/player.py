@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fuchsia_pl.envs.audit.findings import Finding, FindingKind, Outcome, finding, judge
 from fuchsia_pl.envs.audit.probes import Probe, probes
-from fuchsia_pl.envs.audit.task import AuditItem, AuditTask, ReplyError, Score, read_items, read_questions, read_scores
+from fuchsia_pl.envs.audit.task import AuditItem, AuditTask, ReplyError, Score, read_items, read_scores, read_survey
 from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerFailure, WorkersNotStarted, WorkerTimeout
 
 MAX_DETAIL = 160  # characters of an error in a finding
@@ -96,8 +96,10 @@ class TaskPlayer:
         else:
             for index, item in enumerate(items):
                 self._play(index, item)
-            found = judge(self.task.name, self._outcomes)
-            found += [*self._not_repeatable(items), *self._repeated_questions()]
+            train, held_out = self._survey("train"), self._survey("validation")
+            golds = [score for _, score in (*train, *held_out) if score is not None]
+            found = judge(self.task.name, self._outcomes, golds)
+            found += [*self._not_repeatable(items), *self._repeated([q for q, _ in train], [q for q, _ in held_out])]
         seconds = time.monotonic() - start
         return Audited(self.task.name, tuple(found), tuple(self._unchecked), len(self._outcomes), seconds)
 
@@ -144,14 +146,14 @@ class TaskPlayer:
         return LIGHT_TOGETHER * self.settings.timeout_s
 
     def _alone(self, index: int, item: AuditItem, probe: Probe) -> Outcome:
-        """The outcome of a probe that has a process of its own. A failure must repeat in another one."""
+        """The outcome of a probe that has a process of its own. A failure must repeat in another one, unless time ran out."""
         outcome = Outcome(index, probe, None)
         for workers in (self.workers, self.others):
             try:
                 (outcome,) = _outcomes(index, [probe], self._scores(workers, item, [probe], self.settings.timeout_s))
             except (WorkerFailure, ReplyError) as error:
                 outcome = Outcome(index, probe, None, _fault(error), _line(error))
-            if outcome.fault is None:
+            if outcome.fault in (None, FindingKind.HANGS):
                 break
         if outcome.fault is FindingKind.HANGS:
             self._hanging.add(probe.name)
@@ -200,21 +202,22 @@ class TaskPlayer:
     def _changed(self, probe: str, evidence: str) -> Finding:
         return finding(FindingKind.NOT_REPEATABLE, self.task.name, [(probe, evidence)])
 
-    def _repeated_questions(self) -> list[Finding]:
-        try:
-            train, held_out = (self._questions(split) for split in ("train", "validation"))
-        except (WorkerFailure, ReplyError) as error:
-            self._unchecked.append(f"{self.task.name}: whether held-out items are training items: {_line(error)}")
-            return []
+    def _repeated(self, train: Sequence[str], held_out: Sequence[str]) -> list[Finding]:
+        """Whether too many held-out questions are training questions."""
         repeated = [question for question in held_out if question in set(train)]
         if len(repeated) <= self.task.repeats * len(held_out):
             return []
         evidence = f"{len(repeated)} of {len(held_out)} held-out questions are among {len(train)} training questions"
         return [finding(FindingKind.REPEATS, self.task.name, [("", evidence)])]
 
-    def _questions(self, split: str) -> list[str]:
-        request = self.task.request("questions", split=split, num=self.task.num_questions)
-        return read_questions(self.workers.call(request, self.settings.sample_timeout_s))
+    def _survey(self, split: str) -> list[tuple[str, Score | None]]:
+        request = self.task.request("survey", split=split, num=self.task.num_surveyed)
+        try:
+            return read_survey(self.workers.call(request, self.settings.sample_timeout_s))
+        except (WorkerFailure, ReplyError) as error:
+            what = f"gold answers and repeated questions of the first {self.task.num_surveyed} {split} items"
+            self._unchecked.append(f"{self.task.name}: {what}: {_line(error)}")
+            return []
 
 
 def _outcomes(index: int, played: Sequence[Probe], scores: Sequence[Score]) -> list[Outcome]:

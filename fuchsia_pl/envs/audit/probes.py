@@ -63,7 +63,12 @@ HOSTILE = {
     "half surrogate": "\ud83d",
     "json of numbers": '[1, [2, null], {"a": 1}]',
     "json object": '{"a": {"b": [1]}, "c": null}',
-    "json number": "17",
+    "json text": '"a"',
+    "json of lists": "[[1, 2], [3]]",
+    "json of texts": '[["a", "b"], "c"]',
+    "json of nulls": "[[null]]",
+    "large number": "1e400",
+    "fraction of signs": "-/-",
 }
 # Answers on which a reward may hang, or need much memory. Each is scored in a process of its own.
 HEAVY = {
@@ -140,6 +145,16 @@ def is_gold(answer: str, gold: str) -> bool:
     return number is not None and number == _number(other)
 
 
+def is_near(answer: str, gold: str) -> bool:
+    """Whether an answer is a number within a hundredth of the gold answer, as that of which digits are cut off.
+
+    >>> is_near("3.1415", "3.14159265"), is_near("3", "3.14"), is_near("x", "y")
+    (True, False, False)
+    """
+    one, other = _number(_plain(answer)[:MAX_NUMBER_CHARS]), _number(_plain(gold)[:MAX_NUMBER_CHARS])
+    return one is not None and other is not None and abs(one - other) * 100 <= abs(other)
+
+
 def _answers(item: AuditItem, folder: Path) -> list[Probe]:
     """The probes that are answers, as turns without a form."""
     gold = item.gold
@@ -154,7 +169,13 @@ def _answers(item: AuditItem, folder: Path) -> list[Probe]:
     for name, kind, text in calls:
         marker = folder / name.replace(" ", "_").replace("-", "_")
         found.append(Probe(name, kind, (text.replace("PATH", str(marker)),), marker))
-    return found if gold is None else [probe for probe in found if not is_gold(probe.turns[-1], gold)]
+    if gold is None:
+        return found
+    return [
+        probe
+        for probe in found
+        if not is_gold(probe.turns[-1], gold) and not (probe.kind is ProbeKind.CUT and is_near(probe.turns[-1], gold))
+    ]
 
 
 def _plain(text: str) -> str:

@@ -8,11 +8,12 @@ import shutil
 import string
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+from fuchsia_pl.envs.audit.findings import FindingKind
 from fuchsia_pl.envs.audit.player import Audited, AuditSettings, TaskPlayer
 from fuchsia_pl.envs.audit.task import AuditTask
 from fuchsia_pl.envs.limited import LimitedWorkers
@@ -64,7 +65,13 @@ def audit(
     return [done[number] for number in range(len(tasks))]
 
 
-def refuse_unsound(where: str, tasks: Sequence[AuditTask], allow_unsound: bool, settings: AuditSettings) -> None:
+def refuse_unsound(
+    where: str,
+    tasks: Sequence[AuditTask],
+    allow_unsound: bool,
+    settings: AuditSettings,
+    tolerated: Collection[FindingKind] = (),
+) -> None:
     """Audits tasks, and refuses to train on those with faults.
 
     Args:
@@ -72,11 +79,13 @@ def refuse_unsound(where: str, tasks: Sequence[AuditTask], allow_unsound: bool, 
         tasks: The tasks of the run.
         allow_unsound: Whether tasks with faults are taken, with a warning.
         settings: The limits.
+        tolerated: Faults that do no harm in this environment.
 
     Raises:
         ConfigError: A task has a fault, and `allow_unsound` is False.
     """
-    found = [finding for audited in audit(tasks, settings) for finding in audited.findings]
+    results = audit(tasks, settings)
+    found = [finding for one in results for finding in one.findings if finding.kind not in tolerated]
     if not found:
         return
     faults = "; ".join(map(str, found))

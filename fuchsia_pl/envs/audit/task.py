@@ -26,7 +26,8 @@ class AuditTask:
 
     - `"sample"`, with `split` ("train" or "validation") and `num`: the first `num` items of the split, as a list of mappings with
       the fields of `AuditItem`.
-    - `"questions"`, with `split` and `num`: a list of the prompts of the first `num` items, as texts.
+    - `"survey"`, with `split` and `num`: for each of the first `num` items `[question, score]`, the text of its prompt and the
+      result of `score_each` for its gold answer, None if that is not known or not scored.
     - `"score"`, with `item` and `answers`, a list with the turns of each answer: a list with the result of `score_each`.
 
     Attributes:
@@ -35,7 +36,7 @@ class AuditTask:
         argument: Passed to the function with every request.
         opening: If it is not None, the path is that of a function which gets it once and returns the function of the requests.
         repeats: Share of the held-out questions that may also be training questions.
-        num_questions: Questions of each split that are compared.
+        num_surveyed: Items of each split whose questions are compared, and whose gold answers are scored.
 
     >>> AuditTask("sums", "my_rewards.sums", argument={"largest": 9}).request("sample", split="train", num=2)
     {'argument': {'largest': 9}, 'do': 'sample', 'split': 'train', 'num': 2}
@@ -46,7 +47,7 @@ class AuditTask:
     argument: Any = None
     opening: Any = None
     repeats: float = 0.0
-    num_questions: int = 24
+    num_surveyed: int = 24
 
     def request(self, do: str, **values: Any) -> dict[str, Any]:
         """A request to the function."""
@@ -125,15 +126,16 @@ def read_items(reply: Any) -> list[AuditItem]:
     return [_read_item(row) for row in reply]
 
 
-def read_questions(reply: Any) -> list[str]:
-    """The texts in the reply to "questions".
+def read_survey(reply: Any) -> list[tuple[str, Score | None]]:
+    """Questions and scores of gold answers in the reply to "survey".
 
     Raises:
-        ReplyError: It is no list of texts.
+        ReplyError: The reply has another form.
     """
-    if not isinstance(reply, list) or not all(isinstance(text, str) for text in reply):
-        raise ReplyError(f"the questions must be a list of texts, got {reply!r:.160}")
-    return reply
+    are_pairs = isinstance(reply, list) and all(isinstance(one, list | tuple) and len(one) == 2 for one in reply)
+    if not are_pairs or not all(isinstance(question, str) for question, _ in reply):
+        raise ReplyError(f"the survey must be a list of pairs of a question and a score, got {reply!r:.160}")
+    return [(question, None if score is None else _read_score(score)) for question, score in reply]
 
 
 def read_scores(reply: Any, number: int) -> list[Score]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fuchsia_pl.envs.audit import AuditItem, AuditSettings, AuditTask, Finding, FindingKind, audit, refuse_unsound
 from fuchsia_pl.envs.audit.findings import Outcome, judge
 from fuchsia_pl.envs.audit.probes import CONSTANTS, HEAVY, Probe, ProbeKind, is_gold, probes
-from fuchsia_pl.envs.audit.task import ReplyError, Score, read_items, read_questions, read_scores
+from fuchsia_pl.envs.audit.task import ReplyError, Score, read_items, read_scores, read_survey
 from fuchsia_pl.types import ConfigError
 from tests import unsound
 
@@ -31,6 +31,7 @@ FAULTS = {
     "hangs": FindingKind.HANGS,
     "dies": FindingKind.DIES,
     "never_pays_gold": FindingKind.GOLD_UNPAID,
+    "pays_few_golds": FindingKind.GOLD_UNPAID,
     "other_each_time": FindingKind.NOT_REPEATABLE,
     "other_hash": FindingKind.NOT_REPEATABLE,
     "other_items": FindingKind.NOT_REPEATABLE,
@@ -76,14 +77,16 @@ def only(findings: dict[str, tuple[Finding, ...]], name: str) -> Finding:
 def test_a_finding_names_the_text_and_what_it_earned(findings):
     # exp(-|nan - 1011|) is nan, and min(1.0, nan) is 1.0; inf earns exp(-inf) = 0.
     assert str(only(findings, "pays_nan")) == (
-        "pays_nan pays for junk: 'nan' earns 1, the gold answer 1, on 3 of 3 items"
+        "pays_nan pays for junk ('nan'): earns 1, the gold answer 1, on 3 of 3 items"
     )
     assert only(findings, "pays_empty").probe == "empty turn, empty answer"
     assert only(findings, "exits").probe == "'None'"
     assert only(findings, "exits").evidence == "SystemExit: 0"
     # Half of the four digits of each of the golds 1011, 1012, 1013.
     assert only(findings, "pays_half").probe == "cut-off answer"
-    assert only(findings, "never_pays_gold").evidence == "earns 0 on 3 of 3 items"
+    # Three items of the audit, and 24 of each split, among which 11 to 34 of the training split.
+    assert only(findings, "never_pays_gold").evidence == "earns 0, and is not correct on 51 of 51 items"
+    assert only(findings, "pays_few_golds").evidence == "earns 0.5, and is not correct on 1 of 51 items"
     assert only(findings, "hangs").probe == "huge exponent"
     assert "ValueError: no such task" in only(findings, "cannot_be_made").evidence
 
@@ -128,7 +131,7 @@ def test_unsound_tasks_are_refused_with_the_reason(caplog):
     tasks = [task("sound"), task("pays_nan")]
     with pytest.raises(ConfigError) as caught:
         refuse_unsound("ReasoningGym", tasks, allow_unsound=False, settings=LIMITS)
-    assert "faults in pays_nan: pays_nan pays for junk: 'nan' earns 1" in str(caught.value)
+    assert "faults in pays_nan: pays_nan pays for junk ('nan'): earns 1" in str(caught.value)
     assert "allow_unsound: true" in str(caught.value)
     assert "\n" not in str(caught.value)
     with caplog.at_level(logging.WARNING):
@@ -212,4 +215,4 @@ def test_scores_of_another_form_are_refused(reply):
     with pytest.raises(ReplyError):
         read_scores(reply, 1)
     with pytest.raises(ReplyError):
-        read_questions({"a": 1})
+        read_survey({"a": 1})
