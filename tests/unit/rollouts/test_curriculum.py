@@ -1,7 +1,6 @@
 """Items drawn by their success: rates, the band, rechecks, fills, and runs that repeat bit for bit."""
 
 import logging
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -116,14 +115,14 @@ def test_an_item_that_changes_is_drawn_as_usual_again():
         groups = [group(i, *((0.0, 1.0) if i or half else (0.0, 0.0))) for i in curriculum.choice(phase).drawn]
         curriculum.observe(phase, groups, ONE)
     assert 0.2 <= curriculum.rates[0] <= 0.8
-    assert sum(0 in drawn(curriculum, phase) for phase in range(30, 36)) >= 2
+    assert sum(0 in drawn(curriculum, phase) for phase in range(30, 50)) >= 6  # outside the band it would be 4
 
 
 def test_every_item_is_drawn_once_before_any_comes_again():
     curriculum = make_curriculum(num_items=20, batch_size=4)
     assert sorted(item for phase in range(5) for item in drawn(curriculum, phase)) == list(range(20))
-    companions = Counter(frozenset(drawn(curriculum, phase)) for phase in range(5, 60))
-    assert max(companions.values()) == 1  # the items of a phase do not meet again and again
+    companions = {frozenset(drawn(curriculum, phase)) for phase in range(5, 60)}
+    assert len(companions) > 45  # of 55: the items of a phase do not meet again in every pass
 
 
 def test_too_few_items_inside_are_filled_with_the_nearest_and_counted():
@@ -286,12 +285,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_model, tmp_p
 
 def test_sampling_ahead_draws_the_same_items_in_every_run_and_after_a_resume(tiny_model, tmp_path):
     """The rollouts after a resume are of newer weights, so only the items of phases that were chosen before are the same."""
-    _, whole = fit(tiny_model, tmp_path / "one", 6, max_staleness=2)
-    _, again = fit(tiny_model, tmp_path / "two", 6, max_staleness=2)
+    _, whole = fit(tiny_model, tmp_path / "one", 6, max_staleness=1)
+    _, again = fit(tiny_model, tmp_path / "two", 6, max_staleness=1)
     assert again.items == whole.items
-    fit(tiny_model, tmp_path / "first", 3, max_staleness=2)
-    _, second = fit(tiny_model, tmp_path / "second", 6, tmp_path / "first/checkpoints/last.ckpt", max_staleness=2)
-    assert second.items[:2] == whole.items[3:5]
+    fit(tiny_model, tmp_path / "first", 4, max_staleness=1)
+    _, second = fit(tiny_model, tmp_path / "second", 5, tmp_path / "first/checkpoints/last.ckpt", max_staleness=1)
+    assert second.items == whole.items[4:5]
 
 
 def test_the_curriculum_changes_what_is_drawn(tiny_model, tmp_path):
