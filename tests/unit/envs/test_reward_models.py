@@ -109,10 +109,13 @@ def test_a_model_that_reads_its_first_token_gets_the_tokens_that_its_tokenizer_a
     config = BertConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=0, initializer_range=0.5, **sizes)
     model = BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
-    ids = [1, *tokenizer.encode("user: 3 plus 4?\n\nassistant: it is 7", add_special_tokens=False), 2]
-    with torch.no_grad():
-        score = model(torch.tensor([ids])).logits.item()
-    assert reward(tmp_path)([asked("it is 7"), asked("no")])[0] == pytest.approx(score, abs=1e-5)
+    expected = []
+    for answer in ("it is 7", "no"):
+        ids = [1, *tokenizer.encode(f"user: 3 plus 4?\n\nassistant: {answer}", add_special_tokens=False), 2]
+        with torch.no_grad():
+            expected.append(model(torch.tensor([ids])).logits.item())
+    # each token of a BERT reads all others: padding that is not masked would change the shorter row
+    assert reward(tmp_path)([asked("it is 7"), asked("no")]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_template_of_the_user_replaces_the_tokenizers(folder):
