@@ -66,7 +66,8 @@ def runs(tiny_model, tmp_path_factory):
 def test_equal_rewards_from_different_turns_are_trained_and_not_refilled(runs):
     lines, weights, metrics = runs["turn_group"]
     trained = [line for line in lines if line["advantage"] is not None]
-    assert trained and all(line["item"]["n"] % 2 == 0 for line in trained)
+    assert trained
+    assert all(line["item"]["n"] % 2 == 0 for line in trained)
     for line in trained:
         # The second turn's reward has the weight 2, and the return of the first is the same for both.
         assert line["advantages"] == [0.0, 0.0, *([2.0, -2.0][line["sibling"]],) * 3]
