@@ -319,5 +319,5 @@ def test_rewards_of_turns_are_beside_the_reward_of_their_function(opened):
         make_row(1, 0, 2, 7.0, rewards=[7]),
     ]
     facts = opened(None, rollouts).locator(".card-facts")
-    assert "constructor 3 (turns 2, \u2013, 1)" in facts.nth(0).text_content()
+    assert "constructor 3 (turns 2, \N{EN DASH}, 1)" in facts.nth(0).text_content()
     assert "turns" not in facts.nth(1).text_content() + facts.nth(2).text_content()
