@@ -34,7 +34,7 @@ def kl_k2(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k3(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(d) - 1 - d: unbiased, low variance, never negative."""
     difference = (ref_logprobs - policy_logprobs).clamp(max=MAX_LOG_RATIO)
-    return difference.exp() - 1.0 - difference
+    return difference.expm1() - difference  # near 0, exp(d) - 1 has no correct digits
 
 
 def kl_k3_unbiased(policy_logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ ONLY_FROM = {
         "rollouts",
         "envs",
         "engines.base",
+        "engines",  # the server of a teacher
         "objectives",
         "types",
         "samples",
