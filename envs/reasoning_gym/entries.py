@@ -104,7 +104,7 @@ class Entries:
                 "run: this dataset does not repeat, leave it out"
             )
         score = said.get("score")
-        if not is_finite_number(score):
+        if score is None or not is_finite_number(score):
             raise WorkerDied(f"its score is {score!r:.80}, which is no finite number")
         return float(score)
 

@@ -103,7 +103,8 @@ async def _scored(environment: Environment, split: str, index: int, turns: list[
     rollout = await _played(environment, split, index, turns)
     for function in environment.reward_functions:
         values = function([rollout])
-        (rollout.rewards[reward_name(function)],) = await values if inspect.isawaitable(values) else values
+        (value,) = await values if inspect.isawaitable(values) else values
+        rollout.rewards[reward_name(function)] = sum(value) if isinstance(value, list) else value  # one per turn
     rollout.reward = total_reward(rollout.rewards, weights_at(environment, step=None))
     return rollout.reward, environment.is_correct(rollout)
 

@@ -180,9 +180,9 @@ class TaskPlayer:
             again = self._sampled(self.others)
         except (WorkerFailure, ReplyError) as error:
             return [self._changed("", f"a second process cannot make the items: {_line(error)}")]
-        for index, (one, other) in enumerate(zip(items, again, strict=False)):
-            if (one.question, one.gold) != (other.question, other.gold):
-                what = "question" if one.question != other.question else "gold answer"
+        for index, (before, after) in enumerate(zip(items, again, strict=False)):
+            if (before.question, before.gold) != (after.question, after.gold):
+                what = "question" if before.question != after.question else "gold answer"
                 return [self._changed("", f"item {index} has another {what} in a process with other seeds")]
         for index, item in enumerate(items):
             played = [one for one in self._outcomes if one.item == index and one.score and not one.probe.is_heavy]
@@ -234,8 +234,9 @@ def _evaluated(outcome: Outcome) -> Outcome:
 
 
 def _fault(error: Exception) -> FindingKind:
-    kinds = {WorkerTimeout: FindingKind.HANGS, WorkerDied: FindingKind.DIES}
-    return kinds.get(type(error), FindingKind.RAISES)
+    if isinstance(error, WorkerTimeout):
+        return FindingKind.HANGS
+    return FindingKind.DIES if isinstance(error, WorkerDied) else FindingKind.RAISES
 
 
 def _shown(score: Score | None) -> str:
