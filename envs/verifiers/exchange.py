@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fuchsia_pl.envs import Message, ToolCall, ToolResult
 
@@ -88,7 +89,8 @@ class Exchange:
         Returns:
             The messages; None if the coroutine ended without a question.
         """
-        await asyncio.wait([self._question, run], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._question, run]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if run.done():
             run.result()
             return None
