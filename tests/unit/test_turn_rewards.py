@@ -48,9 +48,7 @@ def run(tiny_model, root, **loss):
     torch.manual_seed(0)
     module = make_module(tiny_model, LossConfig("rloo", **loss))
     sync = AdapterSync(tolerance=100.0)  # the logprobs of the engine are not those of the model
-    trainer = make_trainer(
-        root, RolloutLog(), EvaluationLog(), sync=sync, max_steps=1, limit_val_batches=1.0, val_check_interval=1
-    )
+    trainer = make_trainer(root, RolloutLog(), EvaluationLog(), sync=sync, max_steps=1, limit_val_batches=1.0)
     sampling = {"group_size": 2, "max_completion_tokens": 8, "max_length": 80}
     trainer.fit(module, datamodule=make_data(module, TwoTurns(), Trade(), sampling=sampling, steps_per_epoch=1))
     lines = [json.loads(line) for line in (root / "rollouts.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ def test_the_reward_is_at_the_last_token_and_an_unscored_rollout_has_none():
         penalties=torch.zeros(1, 2),
         lengths=torch.tensor([2, 1]),
         turn_ends=turn_ends,
-        turn_rewards=torch.zeros(turn_ends.shape, dtype=torch.float64),
+        turn_rewards=torch.zeros(2, 3, dtype=torch.float64),
         trained=torch.tensor([True, False]),
         signals=TrainerSignals(kl, None),
         settings=CreditSettings(kl_weight=0.5),
