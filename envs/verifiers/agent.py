@@ -194,11 +194,12 @@ class PolicyInteraction:
                 "turn() takes no message for the first reply to a task's prompt, and a message for every other turn"
             )
         new = [] if message is None else user_messages(message)
-        return opening_messages(data, new) if is_first else list(as_read(new, self._exchange.max_chars))
+        return opening_messages(data, new) if is_first else list(new)
 
     async def _segment(self, new: list[vf.Message]) -> None:
         """Asks for turns until one has no tool calls."""
-        self._conversation += new
+        # The collector cuts long messages for the policy; the trace has what it reads.
+        self._conversation += as_read(new, self._exchange.max_chars) if self._conversation else new
         while not await self._is_stopped():
             reply = await self._exchange.ask(as_ours(new))
             if reply is None:

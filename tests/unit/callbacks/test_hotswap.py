@@ -185,8 +185,8 @@ def test_a_run_that_fails_with_either_owner_closes_the_engine(tiny_model, tmp_pa
     [
         (None, SayingEngine(None), 0, "SayingEngine cannot sleep"),
         (None, None, 2, "data.sampling.max_staleness is 2: sampling beside training needs both"),
-        (LossConfig("ppo", advantage="gae"), None, 0, "advantage gae, or a KL in the reward"),
-        (LossConfig("rloo", beta=0.1), None, 0, "advantage gae, or a KL in the reward"),
+        (LossConfig("ppo", advantage="gae"), None, 0, "advantage gae, a KL in the reward, or a teacher"),
+        (LossConfig("rloo", beta=0.1), None, 0, "advantage gae, a KL in the reward, or a teacher"),
     ],
     ids=["engine", "staleness", "critic", "KL in the reward"],
 )
