@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 from fuchsia_pl.envs import ConfigError, Environment, Item, Message, Rollout
+from fuchsia_pl.envs.audit.task import AuditTask
 from fuchsia_pl.envs.base import check_environment, check_rewards, is_finite_number
 from fuchsia_pl.envs.parts import Part, PartItem, PartItems
 
@@ -89,6 +90,11 @@ class Mixture(Environment):
         async with AsyncExitStack() as stack:
             for part in self.mixed.values():
                 stack.push_async_callback(part.environment.close)
+
+    def audit_tasks(self, all_tasks: bool) -> list[AuditTask]:
+        """The configured tasks of the parts that have tasks; a mixture cannot be audited with tasks that it does not have."""
+        tasks = (part.environment.audit_tasks(all_tasks=False) for part in self.mixed.values())
+        return [] if all_tasks else [task for of_part in tasks for task in of_part]
 
     def rewards_gb(self, device_index: int | None) -> float:
         """Memory of the reward functions of all parts on a GPU, in GiB."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from fuchsia_pl.envs.audit.task import ANSWER, AuditTask, score_each
 from fuchsia_pl.envs.base import Environment, reward_name, total_reward, weights_at
+from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment
 from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.envs.tool_environment import ToolEnvironment
 from fuchsia_pl.types import Completion, ConfigError, Item, Rollout, RolloutStatus, Turn
@@ -31,9 +32,14 @@ def environment_task(environment: Environment, class_path: str, arguments: Mappi
         arguments: The arguments of its constructor.
 
     Raises:
-        ConfigError: The environment needs tool servers, or an argument is no plain value.
+        ConfigError: The environment needs tool servers, consists of others or is an agent, or an argument is no plain value.
     """
     kind = type(environment).__name__
+    if environment.mixed or isinstance(environment, SelfDrivenEnvironment):
+        raise ConfigError(
+            f"{kind} takes no answers of its own, which an audit plays: run `fuchsia check-env --all-tasks` with the environment "
+            "of one part of a mixture; an agent's rewards cannot be audited"
+        )
     if isinstance(environment, ToolEnvironment):
         raise ConfigError(
             f"{kind} has tools, and an audit starts no tool servers: run `fuchsia check-env` without --all-tasks, which plays "

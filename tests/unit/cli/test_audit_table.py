@@ -8,6 +8,12 @@ from rich.console import Console
 from fuchsia_pl.cli.audit_table import report_audit
 from fuchsia_pl.cli.check_env import check_env
 from fuchsia_pl.envs.audit import Audited, Finding, FindingKind
+from fuchsia_pl.envs.audit.environment_task import environment_task
+from fuchsia_pl.envs.parts import Part
+from fuchsia_pl.gateway import AgentEnvironment
+from fuchsia_pl.library.arithmetic import Arithmetic
+from fuchsia_pl.library.mixture import Mixture
+from fuchsia_pl.types import ConfigError
 
 
 @pytest.fixture
@@ -70,3 +76,11 @@ def test_texts_of_a_reward_cannot_control_the_terminal():
     assert "\x1b" not in printed
     assert "\\x1b[2Jgone" in printed
     assert "not checked: sums: \\x1b[2J" in printed
+
+
+def test_a_mixture_and_an_agent_are_refused_in_one_line():
+    mixture = Mixture({"sums": Part(Arithmetic())})
+    agent = AgentEnvironment(entry="tests.agents:talk", rewards=["tests.doubles:constant"])
+    for environment in (mixture, agent):
+        with pytest.raises(ConfigError, match="takes no answers of its own"):
+            environment_task(environment, "a.Class", {})
