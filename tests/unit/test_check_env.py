@@ -513,7 +513,7 @@ def test_the_environments_that_come_with_it_hold(forkserver, config, tmp_path):
     words = ["-m", "fuchsia_pl", "check-env", "--config", config, "--config", "overlays/cpu.yaml", "--num-items", "2"]
     done = forkserver.run(*words, cwd=tmp_path)
     assert done.returncode == 0, done.printed
-    assert done.printed.endswith(": holds\n")
+    assert ": holds\n" in done.printed
     assert list(tmp_path.iterdir()) == []
 
 
