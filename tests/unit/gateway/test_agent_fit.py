@@ -43,7 +43,9 @@ def test_three_steps_train_every_row_of_an_agent_once_and_repeat_bit_for_bit(tin
     for line in first:
         by_rollout.setdefault((line["step"], line["item_index"], line["sibling"]), []).append(line)
     for rows in by_rollout.values():
-        assert len({(round(row["advantage"], 9), row["reward"]) for row in rows}) == 1  # shared; a mean over tokens
+        assert (
+            len({(round(row["advantage"], 9), row["reward"]) for row in rows}) == 1
+        )  # the mean over tokens has a rounding
         ids = [
             token
             for row in rows
