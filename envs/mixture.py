@@ -50,7 +50,6 @@ class Mixture(Environment):
             raise ConfigError("two parts of the mixture have the same object as environment: make one for each")
         self.mixed = parts
         self.max_steps = max(part.environment.max_steps for part in parts.values())
-        self.max_rows = max(part.environment.max_rows for part in parts.values())
 
     def train_items(self) -> PartItems:
         """The training items of all parts."""
@@ -137,6 +136,8 @@ def _check_part(part: Part) -> None:
     """Raises ConfigError for settings that are not allowed, whatever the run."""
     if part.environment.mixed:
         raise ConfigError("it is a mixture itself: list its parts here instead, with their shares as weights")
+    if part.environment.max_rows > 1:
+        raise ConfigError("its rollouts have several rows (an agent), which a mixture does not support: train it alone")
     if not is_finite_number(part.weight) or part.weight <= 0:
         raise ConfigError(
             f"weight must be a finite number above 0, got {part.weight}: leave a part out to draw nothing of it"

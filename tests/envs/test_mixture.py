@@ -440,9 +440,14 @@ REFUSED = {
     "an endless weight": (lambda: Mixture({"a": Part(Asked(), weight=float("inf"))}), "finite number above 0, got inf"),
     "no turns": (lambda: Mixture({"a": Part(Asked(), max_turns=0)}), "max_turns must be 1 or more, got 0"),
     "a mixture": (lambda: Mixture({"a": Part(mixture())}), "part 'a' .* is a mixture itself"),
+    "an agent": (lambda: Mixture({"a": Part(Branching())}), "part 'a' .* rollouts have several rows"),
     "no rewards": (lambda: Mixture({"a": Part(Talkless())}), "part 'a' .*reward_functions is empty"),
     "one object": (lambda: Mixture({"a": Part(SHARED), "b": Part(SHARED)}), "two parts .* the same object"),
 }
+
+
+class Branching(Asked):
+    max_rows = 2
 
 
 class Talkless(Asked):
