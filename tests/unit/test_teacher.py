@@ -95,6 +95,7 @@ def test_with_several_turns_only_the_first_prompt_is_longer(tiny_model, tmp_path
 
 
 def test_an_adapters_advantages_are_those_of_a_policy_with_it_and_the_policy_approaches_it(tiny_model, tmp_path):
+    torch.manual_seed(1)  # of the new adapter: how far thirty steps get depends on it, 0.60 to 0.81 for the seeds 0 to 2
     save_adapter(tiny_model, tmp_path / "teacher")
     teacher = make_module(tiny_model, init_from=str(tmp_path / "teacher"))
     teacher.configure_model()
@@ -103,12 +104,12 @@ def test_an_adapters_advantages_are_those_of_a_policy_with_it_and_the_policy_app
         return logprobs_under(teacher.policy.causal_lm, rollout.token_ids, rollout.loss_mask)
 
     log = CSVLogger(tmp_path / "log", name="", version="")
-    given = {"max_steps": 12, "logger": log, "log_every_n_steps": 1, "data": {"batch_size": 4, "steps_per_epoch": 12}}
+    given = {"max_steps": 30, "logger": log, "log_every_n_steps": 1, "data": {"batch_size": 4, "steps_per_epoch": 30}}
     module, watch, _ = fit(tiny_model, tmp_path, TeacherConfig(adapter=str(tmp_path / "teacher")), **given)
     check_advantages(module, watch, score)
     rows = list(csv.DictReader((tmp_path / "log/metrics.csv").open()))
     gaps = [float(row["teacher/kl"]) for row in rows]
-    assert fmean(gaps[-3:]) < 0.9 * fmean(gaps[:3])
+    assert fmean(gaps[-8:]) < 0.9 * fmean(gaps[:8])
     assert all(float(row["teacher/advantage"]) >= abs(gap) for row, gap in zip(rows, gaps, strict=True))
 
 
