@@ -95,7 +95,9 @@ def test_with_several_turns_only_the_first_prompt_is_longer(tiny_model, tmp_path
 
 
 def test_an_adapters_advantages_are_those_of_a_policy_with_it_and_the_policy_approaches_it(tiny_model, tmp_path):
-    torch.manual_seed(1)  # of the new adapter: how far thirty steps get depends on it, 0.60 to 0.81 for the seeds 0 to 2
+    torch.manual_seed(
+        1
+    )  # of the new adapter: how far thirty steps get depends on it, 0.60 to 0.81 for the seeds 0 to 2
     save_adapter(tiny_model, tmp_path / "teacher")
     teacher = make_module(tiny_model, init_from=str(tmp_path / "teacher"))
     teacher.configure_model()
