@@ -18,7 +18,7 @@ from fuchsia_pl.envs.parts import Part, PartItem, PartItems
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 # First words of the names of metrics, which begin with the name of a part where they are about one.
-TAKEN = ("count", "curriculum", "perf", "reward", "rollout", "sync", "test", "train", "validation")
+TAKEN = ("count", "curriculum", "perf", "reward", "rollout", "sync", "teacher", "test", "train", "validation")
 
 
 class Mixture(Environment):

@@ -167,14 +167,13 @@ class RolloutDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the start time of the resumed run, so that dated prompts are the same. Lightning calls this after `setup`."""
         self._started_at = datetime.fromisoformat(state_dict["started_at"])
+        if self._collector is not None and self._held_out_collector is not None:
+            was_read = self._collector.chat.template.has_read_date
+            self._collector.chat = self._held_out_collector.chat = self.make_chat()
+            if was_read:
+                call_apart(self._check_prompts)  # makes a new chooser
         if self._chooser is not None:
             self._chooser.load_state_dict(state_dict.get("chooser", {}))
-        if self._collector is None or self._held_out_collector is None:
-            return
-        was_read = self._collector.chat.template.has_read_date
-        self._collector.chat = self._held_out_collector.chat = self.make_chat()
-        if was_read:
-            call_apart(self._check_prompts)
 
     def teardown(self, stage: str) -> None:
         """Closes the environment and the engine before the interpreter shuts down."""

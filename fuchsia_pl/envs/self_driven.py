@@ -104,6 +104,11 @@ class SelfDrivenEnvironment(Environment):
     def rollout_timeout_s(self) -> float:
         """Time limit in seconds of one call of `run_rollout`."""
 
+    @property
+    def max_turns(self) -> int:
+        """Most turns of a rollout; by default `max_steps`, for which a run is planned."""
+        return self.max_steps
+
     def counter_names(self) -> list[str]:
         """Adds the counter of rewritten histories."""
         return [*super().counter_names(), BRANCHES]

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import inspect
 import json
+import logging
 import os
 import pkgutil
 import signal
@@ -18,6 +19,8 @@ from fuchsia_pl.envs.bounded import await_bounded, call_in_thread, check_left_th
 from fuchsia_pl.loop import LoopThread, cancel_others
 from fuchsia_pl.scratch import OWNER_VARIABLE
 from fuchsia_pl.types import ConfigError, Item, shortened
+
+logger = logging.getLogger(__name__)
 
 ARGUMENTS = ("item", "base_url", "api_key")
 # Variables that a command inherits. Keys and tokens of the run's user are not among them.
@@ -106,7 +109,10 @@ class EntryAgent(Agent):
         call = partial(self._function, copy.deepcopy(dict(item)), access.base_url, access.api_key)
         limit = access.timeout_s
         if not inspect.iscoroutinefunction(self._function):
-            return await await_bounded(call_in_thread(call, timeout_s=limit), self._name, limit)
+            result = await await_bounded(call_in_thread(call, timeout_s=limit), self._name, limit)
+            if inspect.isawaitable(result):
+                raise AgentError(f"{self._name} returns an awaitable that nothing awaits: declare it with `async def`")
+            return result
         self._loop = self._loop or LoopThread("agents")
         return await self._loop.call(await_bounded(call(), self._name, limit), limit + GRACE_S)
 
@@ -114,14 +120,17 @@ class EntryAgent(Agent):
         """Stops the event loop of async functions."""
         loop, self._loop = self._loop, None
         if loop is not None:
-            await loop.call(cancel_others(GRACE_S), STOP_TIMEOUT_S)
+            try:
+                await loop.call(cancel_others(GRACE_S), STOP_TIMEOUT_S)
+            except TimeoutError:
+                logger.warning("the async agent %s still blocks its event loop, which is left", self._name)
             await asyncio.get_running_loop().run_in_executor(None, loop.stop, STOP_TIMEOUT_S)
 
 
 class CommandAgent(Agent):
     """A program. It reads the item as JSON from its standard input, and its standard output is its result.
 
-    It finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY. It and all processes of its session are killed at the end.
+    It finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY. Its process group is killed at the end.
 
     Args:
         command: Program and arguments.

@@ -99,6 +99,11 @@ class AgentEnvironment(SelfDrivenEnvironment):
         self._server: AgentServer | None = None
 
     @property
+    def max_turns(self) -> int:
+        """Most turns of a rollout."""
+        return self.settings.max_requests
+
+    @property
     def rollout_timeout_s(self) -> float:
         """Time limit in seconds of one call of `run_rollout`."""
         return self.settings.timeout_s
@@ -117,10 +122,12 @@ class AgentEnvironment(SelfDrivenEnvironment):
     async def close(self) -> None:
         """Stops the server and what agents share."""
         server, self._server = self._server, None
-        if server is not None:
-            await server.stop()
-        await self.agent.close()
-        await super().close()
+        try:
+            if server is not None:
+                await server.stop()
+            await self.agent.close()
+        finally:
+            await super().close()
 
     async def run_rollout(self, rollout: Rollout, policy: TurnSource) -> None:
         """Runs the agent once; a failure of its code is the status of the rollout.

@@ -1,6 +1,7 @@
 """The HTTP server of the endpoints. It runs on the event loop of the rollouts."""
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ KEEP_ALIVE_S = 75
 WRITE_TIMEOUT_S = 60.0  # of a streamed answer
 POLL_S = 0.01
 LOOPBACK = "127.0.0.1"
-EVERY_ADDRESS = ("", "0.0.0.0", "::")
+EVERY_ADDRESS = {"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}  # and the address that reaches it from this machine
 
 
 class AgentServer:
@@ -54,7 +55,7 @@ class AgentServer:
     @property
     def base_url(self) -> str:
         """Address for clients on this machine."""
-        host = LOOPBACK if self.host in EVERY_ADDRESS else self.host
+        host = EVERY_ADDRESS.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
     async def start(self) -> None:
@@ -179,10 +180,12 @@ class BoundedProtocol(H11Protocol):
     """HTTP with a time limit for the head of a request; uvicorn itself waits for it without one."""
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the clock of the first head."""
+        """Starts the clock of the first head. Beyond half of the files that the process may open, it ends the connection."""
         super().connection_made(transport)
         self._waits_since: float | None = self.loop.time()
         self._watch()
+        if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:  # the run needs files, too
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Stops the clock when a head is complete."""

@@ -12,6 +12,7 @@ from fuchsia_pl.gateway.chat_api import ApiError, ChatRequest, read_request
 
 REQUESTS, REFUSED = "agent_requests", "agent_refused"  # counters
 MAX_REFUSED = 100  # answers with an error, after which an agent is ended
+MAX_WAITING = 64  # requests that wait for their turns at the same time
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -81,6 +82,8 @@ class Session:
     async def _turn(self, asked: ChatRequest) -> WrittenTurn:
         if self._is_closed:
             raise _ended()
+        if len(self._turns) >= MAX_WAITING:
+            raise ApiError(429, "too_many_requests", f"{MAX_WAITING} requests of this rollout wait for their answers")
         # A task of its own: a client that is gone cancels the handler, and the turn is still added to the rollout as a whole.
         task = asyncio.get_running_loop().create_task(self._policy.turn(asked.turn), context=self._context)
         self._turns.add(task)

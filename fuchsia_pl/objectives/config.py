@@ -45,7 +45,7 @@ class LossConfig:
         clip_high: Distance of the ratio's upper bound from 1.
         dual_clip: Bound of the ratio of tokens with negative advantage.
         ratio_level: "token", "sequence" (GSPO) or "sequence_token" (GSPO-token).
-        constant_length: Divisor of "constant" beside the number of rows; None is the longest completion allowed.
+        constant_length: Divisor of "constant" beside the number of rollouts; None is the longest completion allowed.
         kl_estimator: "k1", "k2", "k3", or "k3_unbiased", whose gradient is that of the KL. Where only `kl_in` is set it is "k1"
             in the reward and "k3" in the loss: k1 in the loss and k3 in the reward have almost no effect (`objectives/kl.py`).
         kl_in: Whether beta times the KL is added to the loss or subtracted from the reward.

@@ -110,7 +110,12 @@ class Chat:
         return [*self._beginning, *self._spelling.encode(text)]
 
     def bridge(
-        self, messages: list[Message], responses: list[Message], last_id: int | None, tools: Sequence[ToolSpec] = ()
+        self,
+        messages: list[Message],
+        responses: list[Message],
+        last_id: int | None,
+        tools: Sequence[ToolSpec] = (),
+        checks_text: bool = False,
     ) -> list[int]:
         """The ids between two turns of the policy: end of the turn, responses, header of the next turn.
 
@@ -122,15 +127,19 @@ class Chat:
             responses: The environment's responses, one message or several.
             last_id: The last sampled id. If it is one of the model's end-of-turn ids, no second end follows.
             tools: The tools of the prompt, if the template renders them.
+            checks_text: Whether to check that the template shows the text of every response. Responses of environments are not
+                checked: the policy may have caused them, and its text must not end the run.
 
         Raises:
-            ConfigError: The template cannot render the exchange, or the policy's turn is not in it exactly once.
+            ConfigError: The template cannot render the exchange, or the policy's turn is not in it exactly once, or a text is
+                missing.
         """
         spelled, spelled_tools = self._as_text(messages, tools)
         spelled_responses, _ = self._as_text(responses, ())
-        ids = self._spelling.encode(
-            after_turn(self.template, self.template.fitted(spelled), spelled_responses, spelled_tools)
-        )
+        text = after_turn(self.template, self.template.fitted(spelled), spelled_responses, spelled_tools)
+        if checks_text:
+            self._check_shown(self._spelling.joined(text), responses)
+        ids = self._spelling.encode(text)
         if last_id not in self.stop_token_ids:
             return ids
         endings = self._turn_endings

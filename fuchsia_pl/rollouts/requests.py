@@ -7,6 +7,7 @@ sampled are never made from text again: a new row begins with the ids of the lon
 import asyncio
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from fuchsia_pl.envs.self_driven import (
     WrittenTurn,
 )
 from fuchsia_pl.envs.tools.convention import ToolConvention
+from fuchsia_pl.envs.tools.spec import ToolSpec
 from fuchsia_pl.envs.user_code import reason
 from fuchsia_pl.rollouts.calls import EnvironmentStepError, call_method
 from fuchsia_pl.types import Message, Rollout, Turn
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # the collector imports this module
     from fuchsia_pl.rollouts.collector import Collector, Draw
 
 GRACE_S = 30.0  # beyond an environment's own limit, in which it ends what it started
+MAX_CHARS_PER_TOKEN = 64  # no text of that many characters has fewer tokens than there is room for
 Known = tuple[str, ...]  # a conversation: its tools and its messages, in a form that can be compared
 
 
@@ -104,6 +107,7 @@ class RequestedTurns(TurnSource):
 
     def _prepared(self, request: TurnRequest) -> "tuple[Collector, Place, Place | None]":
         """A collector for the request, the place at the header of the new turn, and the row's end if it is extended."""
+        self._check_size(request)
         view, found = self._view(request), self._longest_known(request)
         extended = found if found is not None and found is self._places[-1] else None
         self._check_limits(extended is not None)
@@ -134,18 +138,30 @@ class RequestedTurns(TurnSource):
             collector = self._collector
             environment = copy.copy(collector.environment)
             environment.tools, environment.tool_convention = (
-                list(request.tools),
+                without_schemas(request.tools),
                 collector.chat.convention(request.tools),
             )
             environment.stop = [*environment.stop, *request.stop]
             self._views[key] = type(collector)(collector.engine, environment, collector.chat, collector.config)
         return self._views[key]
 
+    def _check_size(self, request: TurnRequest) -> None:
+        """Refuses a conversation that cannot fit, before it is rendered, which takes seconds per MB for all rollouts."""
+        max_length = self._collector.config.max_length
+        if sum(map(len, _known(request))) > MAX_CHARS_PER_TOKEN * max_length:
+            raise RefusedTurnError(
+                f"the conversation has more than {MAX_CHARS_PER_TOKEN * max_length} characters, and a row has {max_length} "
+                "tokens (data.sampling.max_length)",
+                "context_length_exceeded",
+                True,
+            )
+
     def _check_limits(self, extends: bool) -> None:
         """Refuses a turn or a row beyond the environment's limits."""
         environment, rollout = self._collector.environment, self._rollout
-        if self._num_turns >= environment.max_steps:
-            raise RefusedTurnError(f"the rollout has had its {environment.max_steps} turns", "turn_limit", True)
+        assert isinstance(environment, SelfDrivenEnvironment)
+        if self._num_turns >= environment.max_turns:
+            raise RefusedTurnError(f"the rollout has had its {environment.max_turns} turns", "turn_limit", True)
         if not extends and rollout.turns and len(rollout.rows) >= environment.max_rows:
             raise RefusedTurnError(
                 f"the history does not continue the last answer, and the rollout has had its {environment.max_rows} rows: append "
@@ -196,7 +212,7 @@ class RequestedTurns(TurnSource):
             return found
         responses = [rendered(message, convention) for message in request.messages[found.num_messages :]]
         tools, last_id = request.tools if convention.is_native else (), found.token_ids[-1]
-        ids = chat.bridge(list(found.prompt), responses, last_id, tools)
+        ids = chat.bridge(list(found.prompt), responses, last_id, tools, checks_text=True)
         return Place(known, (*found.token_ids, *ids), found.prompt, is_answered=False)
 
     def _append(self, request: TurnRequest, asked: Place, extended: Place | None) -> None:
@@ -267,7 +283,7 @@ def answer_message(turn: Turn, convention: ToolConvention, request: TurnRequest,
         request: The request.
         number: Number of the turn, for the ids of its calls.
     """
-    found = convention.read(turn.raw_answer, request.tools).calls if request.tools else ()
+    found = convention.read(turn.raw_answer, without_schemas(request.tools)).calls if request.tools else ()
     calls: Any = [
         {
             "id": f"call_{number}_{place}",
@@ -284,6 +300,17 @@ def answer_message(turn: Turn, convention: ToolConvention, request: TurnRequest,
     for stop in request.stop:
         content = content.partition(stop)[0]
     return {"role": "assistant", "content": content}
+
+
+def without_schemas(tools: Sequence[ToolSpec]) -> list[ToolSpec]:
+    """The tools by name, as calls are read with them.
+
+    A schema of the program that asks may take for ever to follow or refer to other machines; only the template shows it.
+
+    >>> without_schemas([ToolSpec("add", "Adds.", {"type": "object"})])
+    [ToolSpec(name='add', description='Adds.', parameters={})]
+    """
+    return [replace(tool, parameters={}) for tool in tools]
 
 
 def _known(request: TurnRequest) -> Known:

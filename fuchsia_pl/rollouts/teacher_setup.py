@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from fuchsia_pl.envs.bounded import call_apart
+from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.progress import progress
 from fuchsia_pl.rollouts.budget import longest_row
@@ -52,12 +53,18 @@ def check_teacher(
         raise ConfigError(
             f"data.teacher.name: a server scores at temperature 1, and data.sampling.temperature is {temperature}: set it to 1.0"
         )
+    if loss.parts.max_refills > 0:
+        raise ConfigError(
+            f"model.loss.max_refills={loss.parts.max_refills} replaces groups without spread, and with data.teacher they have "
+            "advantages too: set it to 0"
+        )
     if config.prompt is not None:
-        if collector.environment.max_rows > 1:
+        environment = collector.environment
+        if environment.mixed or isinstance(environment, SelfDrivenEnvironment):
             raise ConfigError(
-                "data.teacher.prompt is put in front of the prompt of an item, and a rollout of "
-                f"{type(collector.environment).__name__} writes its own prompts: use a teacher with an adapter "
-                "(data.teacher.adapter) or on a server (name and url)"
+                f"data.teacher.prompt is put in front of the prompt of an item, and {type(environment).__name__} leaves prompts "
+                "to agents or to other environments: use a teacher with an adapter (data.teacher.adapter) or on a server "
+                "(name and url)"
             )
         TeacherPrompts(config, collector).check_lengths(lengths, context_length(model.folder))
 

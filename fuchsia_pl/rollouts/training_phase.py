@@ -170,7 +170,7 @@ class TrainingPhase:
         num_zero = sum(changes_nothing(self.loss, sample) for sample in samples)
         num_trained = sum(sample.is_first for sample in samples)
         kl, of_teacher = kl_fraction(sampled.kept, signals), self._teacher_fractions(sampled.kept, signals)
-        num_stale = len(made) - len(samples)
+        num_stale = sum(sample.is_first for sample in made) - num_trained  # all rows of a rollout are dropped together
         counts = PhaseCounts(sampled, num_trained, num_zero, self.num_too_long, kl, num_stale, teacher=of_teacher)
         fractions = call_apart(step_fractions, counts, self.environment, self.ranks.size)
         metrics = {**over_ranks(fractions, self.ranks.add_up), **sampled.choice_metrics}

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from fuchsia_pl.module import GRPOModule
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import LoRASettings, PolicyConfig
+from fuchsia_pl.rollouts.config import CurriculumConfig
 from fuchsia_pl.types import ConfigError
 from tests.doubles import ADAM, EOS, TinyEnvironment, make_data, make_module, make_trainer
 
@@ -20,9 +21,10 @@ class Prompts(Callback):
     """Keeps the prompt and the prompt ids of every trained rollout."""
 
     def __init__(self):
-        self.texts, self.ids = set(), set()
+        self.texts, self.ids, self.unseen = set(), set(), []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.unseen.append(batch.step.metrics.get("curriculum/unseen"))
         for sample in batch.samples:
             rollout = sample.rollout
             self.texts.add(rollout.prompt)
@@ -55,6 +57,16 @@ def test_a_resumed_run_has_the_date_of_the_run_that_it_resumes(tiny_model, tmp_p
     # "30 september 2021 17?"; with the day on which it was resumed, "01 may 2024 17?" would be the longest
     assert data._longest_row.prompt_tokens == 21
     assert data.state_dict() == {"started_at": "2021-09-30T23:59:00"}
+
+
+def test_a_resumed_run_with_dated_prompts_keeps_the_success_of_its_items(tiny_model, tmp_path):
+    """All prompts are checked again with the date of the resumed run."""
+    sampling = {"curriculum": CurriculumConfig()}
+    trainer, _, first = fit(tiny_model, tmp_path, DATED, started_at=LONG_AGO, sampling=sampling)
+    assert first.unseen[0] == 1.0
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    _, _, second = fit(tiny_model, tmp_path, DATED, ckpt_path=tmp_path / "x.ckpt", sampling=sampling)
+    assert 0.0 <= second.unseen[0] < 1.0
 
 
 class Briefed(TinyEnvironment):

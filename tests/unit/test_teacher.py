@@ -16,6 +16,8 @@ from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.cli import FuchsiaCLI
 from fuchsia_pl.cli.replay import replay_step
 from fuchsia_pl.envs import MultiTurnEnvironment
+from fuchsia_pl.envs.parts import Part
+from fuchsia_pl.library.mixture import Mixture
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.teacher import TeacherConfig
@@ -206,12 +208,20 @@ class Forgetful(TinyEnvironment):
             {"sampling": {"temperature": 0.7}},
             "a server scores at temperature 1, and data.sampling.temperature is 0.7",
         ),
+        (PROMPT, {"loss": LossConfig("dapo")}, "model.loss.max_refills=3 replaces groups without spread"),
+        (
+            PROMPT,
+            {"environment": Mixture({"a": Part(TinyEnvironment())})},
+            "and Mixture leaves prompts to agents or to other",
+        ),
         (PROMPT, {"callbacks": [HotSwap(enabled=True)]}, "hotswap.enabled is true, but the objective .*a teacher"),
     ],
 )
 def test_what_a_teacher_cannot_do_is_one_line_before_the_engine_starts(tiny_model, tmp_path, teacher, settings, words):
     module = make_module(tiny_model, settings.get("loss"), **settings.get("lora", {}))
-    data = make_data(module, NeverStarted(), teacher=teacher, sampling=settings.get("sampling", {}))
+    data = make_data(
+        module, NeverStarted(), settings.get("environment"), teacher=teacher, sampling=settings.get("sampling", {})
+    )
     with pytest.raises(ConfigError, match=words) as error:
         make_trainer(tmp_path, *settings.get("callbacks", []), max_steps=1).fit(module, datamodule=data)
     assert "\n" not in str(error.value)

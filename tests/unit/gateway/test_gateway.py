@@ -188,6 +188,7 @@ def test_a_row_beyond_the_limit_is_refused_and_truncates(tiny_chat):
     ("settings", "config", "turns"),
     [
         ({"max_requests": 3}, {}, 3),
+        ({"max_requests": 1}, {}, 1),
         ({}, {"max_completion_tokens": 7}, 3),  # three ids a turn: the third has one, and is cut
         ({}, {"max_length": 44, "max_completion_tokens": 30}, 2),  # as in the tests of several turns
     ],
@@ -325,6 +326,12 @@ REFUSED = [
 QUESTION = {"model": "m", "messages": [{"role": "user", "content": "4?"}]}
 
 
+class Delayed(SayingEngine):
+    async def generate(self, prompt_ids, sampling):
+        await asyncio.sleep(0.2)
+        return await super().generate(prompt_ids, sampling)
+
+
 class Door(Agent):
     """An agent that lets the test speak for it."""
 
@@ -414,11 +421,6 @@ def test_slow_clients_are_left(tiny_chat, monkeypatch):
 
 
 def test_a_client_that_is_gone_in_mid_stream_leaves_the_turn_whole(tiny_chat):
-    class Slow(SayingEngine):
-        async def generate(self, prompt_ids, sampling):
-            await asyncio.sleep(0.2)
-            return await super().generate(prompt_ids, sampling)
-
     async def talk(client, access):
         for timeout in (0.05, 20):
             try:
@@ -430,12 +432,72 @@ def test_a_client_that_is_gone_in_mid_stream_leaves_the_turn_whole(tiny_chat):
                 pass
         return (await client.post("chat/completions", json=QUESTION)).json()
 
-    engine = Slow(by_seed)
+    engine = Delayed(by_seed)
     rollout, answer = knock(tiny_chat, talk, engine)
     assert (rollout.status, rollout.counts["branches"]) == (RolloutStatus.COMPLETED, 2)
     trained = [[t for t, kept in zip(r.token_ids, r.loss_mask, strict=True) if kept] for r in rollout.rows]
     assert trained == engine.said
     assert answer["choices"][0]["message"]["content"] == rollout.turns[-1].text
+
+
+def test_a_schema_that_takes_for_ever_or_refers_elsewhere_is_not_followed(chat):
+    """Each level of the first doubles the time; the second would be fetched."""
+    levels = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(24)} | {"d24": {}}
+    schemas = [{"$ref": "#/$defs/d0", "$defs": levels}, {"$ref": "http://203.0.113.1/schema.json"}]
+    tools = [{"type": "function", "function": {"name": "echo", "parameters": schema}} for schema in schemas]
+
+    async def talk(client, access):
+        answers = [await client.post("chat/completions", json={**QUESTION, "tools": [tool]}) for tool in tools]
+        return [answer.json()["choices"][0]["message"]["tool_calls"][0]["function"] for answer in answers]
+
+    words = '<tool_call>{"name": "echo"}</tool_call>'
+    _, calls = knock(chat, talk, WritingEngine(chat, words, words))
+    assert calls == [{"name": "echo", "arguments": "{}"}] * 2
+
+
+def test_a_conversation_that_cannot_fit_is_refused_before_it_is_rendered(tiny_chat):
+    long = {"role": "user", "content": "<" * (64 * 1500 + 1)}
+
+    async def talk(client, access):
+        return await client.post("chat/completions", json={**QUESTION, "messages": [long]})
+
+    rollout, answer = knock(tiny_chat, talk)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "has more than 96000 characters" in answer.json()["error"]["message"]
+    assert rollout.status is RolloutStatus.TRUNCATED
+
+
+def test_more_requests_than_may_wait_are_refused(tiny_chat, monkeypatch):
+    monkeypatch.setattr("fuchsia_pl.gateway.sessions.MAX_WAITING", 4)
+
+    async def talk(client, access):
+        return await asyncio.gather(*(client.post("chat/completions", json=QUESTION) for _ in range(12)))
+
+    rollout, answers = knock(tiny_chat, talk, Delayed(by_seed), max_requests=100, max_rows=100)
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    assert len(rollout.all_turns) == len([answer for answer in answers if answer.status_code == 200])
+    assert rollout.counts["agent_refused"] >= len(refused)
+
+
+def test_a_message_that_the_template_leaves_out_behind_an_answer_is_refused():
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'system' or loop.first %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    hiding = Chat(resolve_model(SMOLLM2), template)
+
+    async def talk(client, access):
+        messages = list(QUESTION["messages"])
+        first = (await client.post("chat/completions", json={**QUESTION, "messages": messages})).json()
+        messages += [first["choices"][0]["message"], {"role": "system", "content": "SECRET RULE"}]
+        messages += [{"role": "user", "content": "more"}]
+        return await client.post("chat/completions", json={**QUESTION, "messages": messages})
+
+    rollout, answer = knock(hiding, talk, WritingEngine(hiding, "yes"))
+    assert answer.status_code == 400
+    assert "SECRET RULE" in answer.json()["error"]["message"]
+    assert len(rollout.all_turns) == 1
 
 
 def test_a_stop_string_ends_the_text_of_the_answer(chat):
@@ -514,6 +576,7 @@ def test_the_endpoint_listens_on_the_loopback_address_unless_another_one_is_set(
 
     assert asyncio.run(listeners(Asked("silent"))) == ("127.0.0.1", "http://127.0.0.1")
     assert asyncio.run(listeners(Asked("silent", host="0.0.0.0"))) == ("0.0.0.0", "http://127.0.0.1")
+    assert asyncio.run(listeners(Asked("silent", host="::"))) == ("::", "http://[::1]")
     with pytest.raises(ConfigError, match=r"cannot listen on 203\.0\.113\.1"):
         asyncio.run(listeners(Asked("silent", host="203.0.113.1")))
 
