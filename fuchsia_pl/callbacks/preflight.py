@@ -14,6 +14,7 @@ from fuchsia_pl.callbacks.planned_run import RunParts, TrainerSettings
 from fuchsia_pl.policy.memory import KeptBytes, device_memory, is_out_of_memory
 from fuchsia_pl.policy.plan import GIB, MemoryPlan, PlannedRun, memory_plan
 from fuchsia_pl.policy.plan_sizes import Activations, logits_bytes, weights_of
+from fuchsia_pl.policy.planner import Planner
 from fuchsia_pl.policy.sharding import local
 from fuchsia_pl.progress import progress
 from fuchsia_pl.rollouts.budget import LongestRow
@@ -21,6 +22,7 @@ from fuchsia_pl.rollouts.run_checks import UNPLANNED_SHARE
 from fuchsia_pl.types import ConfigError
 
 logger = logging.getLogger(__name__)
+MIN_CHECKED_TOKENS = 8192  # fewer tokens in a micro-batch are not simulated in advance on a CPU
 
 
 class Preflight(Callback):
@@ -42,8 +44,14 @@ class Preflight(Callback):
         self.plan: MemoryPlan | None = None
 
     def trainer_gb(self, trainer: Trainer, sleeps: bool) -> float:
-        """Memory that the trainer needs at its peak; see `PlansMemory`."""
+        """Memory that the trainer needs at its peak; see `PlansMemory`. On a CPU it is 0, and the rehearsal is checked.
+
+        Raises:
+            ConfigError: The longest rows do not fit into the memory of the machine.
+        """
         device, engine = trainer.strategy.root_device, data_of(trainer).engine
+        if self.enabled and device.type == "cpu":
+            check_machine(trainer)
         # An engine elsewhere and one with a number for its cache leave nothing by a plan.
         if device.type != "cuda" or engine.weights_share == 0.0 or engine.kv_cache_bytes > 0:
             return 0.0
@@ -87,12 +95,38 @@ class Preflight(Callback):
             note = f"Memory: {self.plan.text}"
             try:
                 planner = run_parts(trainer).planner(self.plan.available, policy_of(trainer).shares_prefix)
-                savings = planner.savings(started_run(trainer))
-                advice = "; ".join(f"{name} (about {size / GIB:.1f} GB)" for name, size in savings)
-                note += f". Settings that save most: {advice}"
+                note += f". Settings that save most: {saving_words(planner, started_run(trainer))}"
             except Exception as error:  # it must not replace the error that ended the run
                 note += f". Settings that save most were not found: {type(error).__name__}: {error}"
             exception.add_note(note)
+
+
+def check_machine(trainer: Trainer) -> None:
+    """Refuses rows on a CPU that need more memory than the machine has: instead of an error, the system would kill the run.
+
+    Raises:
+        ConfigError: They do not fit.
+    """
+    parts, available = run_parts(trainer), device_memory(trainer.strategy.root_device)
+    run = parts.run()
+    num_tokens = run.num_rows * run.longest_row // run.num_micro_batches
+    if min(num_tokens, run.policy.max_tokens_per_micro_batch or num_tokens) < MIN_CHECKED_TOKENS:
+        return
+    planner = parts.planner(available, run.policy.shared_prefix != "never")
+    try:
+        plan = planner.plan(run)
+    except ConfigError:  # a model that cannot be simulated: the rehearsal measures it
+        return
+    if not plan.fits:
+        raise ConfigError(
+            f"the longest rows of a micro-batch do not fit into the memory of this machine: {plan.text}. Settings that save "
+            f"most: {saving_words(planner, run)}"
+        )
+
+
+def saving_words(planner: Planner, run: PlannedRun) -> str:
+    """The settings that save most, with what they save."""
+    return "; ".join(f"{name} (about {size / GIB:.1f} GB)" for name, size in planner.savings(run))
 
 
 def run_parts(trainer: Trainer) -> RunParts:

@@ -16,6 +16,7 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.config import CheckpointingSettings
 from fuchsia_pl.policy.memory import device_memory
 from fuchsia_pl.policy.policy import Policy
+from fuchsia_pl.types import ConfigError
 from tests.doubles import TinyEngine, make_data, make_module, make_trainer
 
 GB = 2**30
@@ -164,6 +165,20 @@ def test_the_engine_is_told_what_the_trainer_needs(tiny_model, tmp_path, monkeyp
     assert cpu == swapped == 0.0
     assert 0.0 < gpu < 0.1
     assert unplanned == 12.0
+
+
+def test_rows_beyond_the_memory_of_the_machine_are_refused_before_the_engine_starts(tiny_model, tmp_path, monkeypatch):
+    module, engine = make_module(tiny_model), TinyEngine()
+    many = {"batch_size": 4, "sampling": {"group_size": 4, "max_length": 40}}
+    monkeypatch.setattr("fuchsia_pl.callbacks.preflight.MIN_CHECKED_TOKENS", 100)
+    monkeypatch.setattr("fuchsia_pl.callbacks.preflight.device_memory", lambda device: GB // 2048)
+    monkeypatch.setattr(TinyEngine, "start", None)  # a call would raise another error
+    trainer = make_trainer(tmp_path, Preflight(), max_steps=1)
+    with pytest.raises(
+        ConfigError, match=r"do not fit into the memory of this machine: .*Settings that save most: --"
+    ) as error:
+        trainer.fit(module, datamodule=make_data(module, engine, **many))
+    assert "\n" not in str(error.value)
 
 
 def test_an_out_of_memory_error_names_the_three_settings_that_would_save_most(tiny_model, tmp_path, monkeypatch):
