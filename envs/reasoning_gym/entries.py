@@ -12,11 +12,11 @@ from fuchsia_pl.envs import ConfigError, Item
 from fuchsia_pl.envs.base import is_finite_number
 from fuchsia_pl.envs.limited import LimitedWorkers, WorkerDied, WorkerFailure
 
-Split = Literal["train", "validation"]
-FIRST_INDEX: dict[Split, int] = {"train": 0, "validation": 2**30}
+Split = Literal["train", "validation", "example"]
+FIRST_INDEX: dict[Split, int] = {"train": 0, "validation": 2**30, "example": 2**31}
 WORKER = "fuchsia_pl.library.reasoning_gym.worker.open_library"
 INSTALL = "pip install 'fuchsia-pl[worlds]'"
-# Training entries have seeds below 2**30, held-out ones from there on: no entry of one split is an entry of the other.
+# Training entries have seeds below 2**30, held-out ones below 2**31, worked examples the rest: no entry is in two splits.
 MAX_ITEMS = 2**20  # of a split
 NUM_SEEDS = FIRST_INDEX["validation"] // MAX_ITEMS
 CHUNK = 50  # entries of one call
@@ -86,6 +86,19 @@ class Entries:
         return sorted(
             made, key=lambda item: ((item["index"] - FIRST_INDEX[split] + 0.5) / numbers[item["task"]], item["task"])
         )
+
+    def examples(self, number: int) -> dict[str, list[Item]]:
+        """Entries of each task that no split has.
+
+        Args:
+            number: How many of each task.
+
+        Raises:
+            ConfigError: As for `make`.
+        """
+        self.check_tasks()
+        first = FIRST_INDEX["example"]
+        return {name: self._chunk(name, range(first, first + number)) for name in self.tasks}
 
     def score(self, item: Item, answer: str) -> float:
         """The score of an answer.

@@ -1,7 +1,7 @@
 """Procedural datasets of reasoning-gym (arXiv:2505.24760), chosen by name and mixed by weight.
 
 item    {"task": "chain_sum", "index": 3, "question": "State the final answer to …: 57 + 87 + 70 =", "answer": "214"}
-prompt  a system message that requests <answer>…</answer>, and the question
+prompt  a system message that requests <answer>…</answer>, worked examples if there are any, and the question
 gold    <answer>214</answer>
 """
 
@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
@@ -30,6 +31,7 @@ SCORE_TIMEOUT, SCORE_ERROR = "score_timeout", "score_error"
 GROUP_TIMEOUT_S = 1800.0
 # Some datasets depend on the hashes of strings. All processes that make and score entries have the same seed of hashes.
 TOLERATED = (FindingKind.NOT_REPEATABLE,)
+MAX_EXAMPLES = 64
 NUM_AUDITED = 2  # items of each task on which the audit plays its texts
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class ReasoningGym(SingleTurnEnvironment):
         seed: Another seed gives other items. The seed of the run decides only their order.
         score_timeout_s: CPU seconds for the score of one answer.
         system_prompt: System message. The answer is always read between `<answer>` and `</answer>`.
+        num_examples: Worked examples of the same task before each question, for models that do not write the tags without them.
+            They are entries of no split. One whose question is that of the item is left out.
         allow_unsound: Whether to train on tasks in which the audit of the rewards finds faults, with a warning.
 
     Raises:
@@ -67,6 +71,7 @@ class ReasoningGym(SingleTurnEnvironment):
         seed: int = 0,
         score_timeout_s: float = 2.0,
         system_prompt: str = SYSTEM,
+        num_examples: int = 0,
         allow_unsound: bool = False,
     ) -> None:
         super().__init__()
@@ -75,11 +80,14 @@ class ReasoningGym(SingleTurnEnvironment):
         for name, number in {"num_items": num_items, "num_validation": num_validation}.items():
             if not 1 <= number <= MAX_ITEMS:
                 raise ConfigError(f"ReasoningGym requires {name} from 1 to {MAX_ITEMS}, got {number}")
+        if not 0 <= num_examples <= MAX_EXAMPLES:
+            raise ConfigError(f"ReasoningGym requires num_examples from 0 to {MAX_EXAMPLES}, got {num_examples}")
         self._entries = Entries(tasks, seed, score_timeout_s, allow_unsound)
         self.allow_unsound = allow_unsound
         self._is_audited = False
         self._numbers: dict[Split, int] = {"train": num_items, "validation": num_validation}
         self._made: dict[Split, list[Item]] = {}
+        self._num_examples = num_examples
         self.system_prompt = system_prompt
         self.counters = [SCORE_TIMEOUT, SCORE_ERROR]
         self.timeout_s = GROUP_TIMEOUT_S
@@ -99,16 +107,21 @@ class ReasoningGym(SingleTurnEnvironment):
         """The held-out items that `unseen` keeps."""
         if "validation" not in self._made:
             made = self._entries.make("validation", self._numbers["validation"])
-            self._made["validation"] = unseen(made, self.train_items())
+            shown = [example for examples in self._examples.values() for example in examples]
+            self._made["validation"] = unseen(made, [*self.train_items(), *shown])
         return self._made["validation"]
 
     def messages(self, item: Item) -> list[Message]:
-        """The instructions and the question."""
-        return [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": item["question"]}]
+        """The instructions, the worked examples and the question."""
+        messages: list[Message] = [{"role": "system", "content": self.system_prompt}]
+        for example in self._examples.get(item["task"], ()):
+            if example["question"] != item["question"]:
+                messages += [{"role": "user", "content": example["question"]}, {"role": "assistant", "content": gold(example)}]
+        return [*messages, {"role": "user", "content": item["question"]}]
 
     def gold_turns(self, item: Item) -> list[str]:
         """The answer of the entry."""
-        return [f"<answer>{item['answer']}</answer>"]
+        return [gold(item)]
 
     def score(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
         """The dataset's own score of the answers."""
@@ -140,6 +153,10 @@ class ReasoningGym(SingleTurnEnvironment):
         await super().close()
         self._entries.workers.close()
 
+    @cached_property
+    def _examples(self) -> dict[str, list[Item]]:
+        return self._entries.examples(self._num_examples) if self._num_examples else {}
+
     def _audit(self) -> None:
         self._entries.check_tasks()
         settings = AuditSettings(num_items=NUM_AUDITED, timeout_s=self._entries.score_timeout_s)
@@ -157,6 +174,11 @@ class ReasoningGym(SingleTurnEnvironment):
         except WorkerFailure:
             rollout.counts[SCORE_ERROR] += 1
         return 0.0
+
+
+def gold(item: Item) -> str:
+    """A turn with the answer of an entry."""
+    return f"<answer>{item['answer']}</answer>"
 
 
 def unseen(items: list[Item], train: list[Item]) -> list[Item]:

@@ -73,6 +73,7 @@ def test_no_entry_of_the_training_split_is_an_entry_of_the_held_out_split():
         for index in (0, 2**20 - 1):
             assert 0 <= seed_of(seed, index) < 2**30
             assert 2**30 <= seed_of(seed, 2**30 + index) < 2**31
+            assert 2**31 <= seed_of(seed, 2**31 + index) < 2**32  # worked examples; numpy takes no larger seed
     with pytest.raises(ConfigError, match="seed from 0 to 1023, got 1024"):
         made(SUMS, seed=1024)
     with pytest.raises(ConfigError, match="num_items from 1 to 1048576, got 1048577"):
@@ -216,6 +217,7 @@ def test_tasks_that_the_library_does_not_have_are_refused_before_an_engine_start
         ([Task("chain_sum", config={"seed": 1, "size": 2})], {}, r"sets \['seed', 'size'\]"),
         ([Task("chain_sum", config={"max_terms": {1}})], {}, "must be like JSON"),
         ([SUMS], {"num_validation": 0}, "num_validation from 1 to 1048576, got 0"),
+        ([SUMS], {"num_examples": 65}, "num_examples from 0 to 64, got 65"),
         ([SUMS], {"score_timeout_s": 0.0}, "score_timeout_s above 0, got 0.0"),
     ],
 )
@@ -235,6 +237,37 @@ def test_the_system_prompt_is_a_setting():
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1?"},
     ]
+
+
+def test_worked_examples_are_entries_of_the_same_task_and_of_no_split():
+    gym = made(SUMS, LEGS, num_examples=2)
+    plain = made(SUMS, LEGS)
+    try:
+        item = next(item for item in gym.train_items() if item["task"] == "leg_counting")
+        entries = [reasoning_gym.create_dataset("leg_counting", seed=2**31 + i, size=1)[0] for i in range(2)]
+        shown = [text for e in entries for text in (e["question"], f"<answer>{e['answer']}</answer>")]
+        assert [m["content"] for m in gym.messages(item)[1:]] == [*shown, item["question"]]
+        assert [m["role"] for m in gym.messages(item)] == ["system", *["user", "assistant"] * 2, "user"]
+        # The answer to a question is not shown before it.
+        same = {**item, "question": entries[0]["question"]}
+        assert [m["content"] for m in gym.messages(same)[1:]] == [*shown[2:], entries[0]["question"]]
+        assert plain.messages(item) == [gym.messages(item)[0], gym.messages(item)[-1]]
+        assert gym.train_items() == plain.train_items()
+    finally:
+        asyncio.run(gym.close())
+        asyncio.run(plain.close())
+
+
+def test_a_held_out_question_is_no_worked_example():
+    easy = Task("chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+    gym = made(easy, num_items=1, num_validation=60, num_examples=40)
+    try:
+        held_out = gym.validation_items()
+        shown = {message["content"] for message in gym.messages(held_out[0])[1:-1]}
+        assert len(shown) > 20
+        assert not shown & {item["question"] for item in held_out}
+    finally:
+        asyncio.run(gym.close())
 
 
 def test_three_steps_of_fit(command_folder, tiny_model):
