@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
-from fuchsia_pl.envs import ConfigError, Environment, Item, Message, Rollout
+from fuchsia_pl.envs import ConfigError, Difficulty, Environment, Item, Message, Rollout
 from fuchsia_pl.envs.audit.task import AuditTask
 from fuchsia_pl.envs.base import check_environment, check_rewards, is_finite_number
 from fuchsia_pl.envs.parts import Part, PartItem, PartItems
@@ -74,6 +74,12 @@ class Mixture(Environment):
         environment, row = self._owner(item)
         return environment.check_gold(row)
 
+    def difficulty(self, item: Item) -> Difficulty | None:
+        """The difficulty that its own environment gives an item; its kind begins with the name of the part."""
+        own = self._of_part(item)
+        found = self.mixed[own.part].environment.difficulty(own.row)
+        return None if found is None else Difficulty(f"{own.part}_{found.kind}", found.level)
+
     def step_rollout(self, rollout: Rollout) -> None:
         """Never called: the environment of its part runs a rollout.
 
@@ -113,12 +119,16 @@ class Mixture(Environment):
         return self.mixed[rollout.part].environment.answer(rollout)
 
     def _owner(self, item: Item) -> tuple[Environment, Item]:
+        own = self._of_part(item)
+        return self.mixed[own.part].environment, own.row
+
+    def _of_part(self, item: Item) -> PartItem:
         if not isinstance(item, PartItem):
             raise ConfigError(
                 f"the item does not name its part of the mixture, which has {list(self.mixed)}: give the environment of that "
                 "part instead (data.environment.class_path)"
             )
-        return self.mixed[item.part].environment, item.row
+        return item
 
     def _split(self, items: Callable[[Environment], Sequence[Item]]) -> PartItems:
         return PartItems({name: items(part.environment) for name, part in self.mixed.items()})

@@ -30,9 +30,9 @@ from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.rollouts.choice import Chooser, PhaseSizes
 from fuchsia_pl.rollouts.collector import Collector, Draw
 from fuchsia_pl.rollouts.config import SamplingConfig, check_sizes
-from fuchsia_pl.rollouts.curriculum import check_repeats, chooser_for
 from fuchsia_pl.rollouts.dynamic import Sampled, sample_groups
 from fuchsia_pl.rollouts.flags import Limits, check_settings, count_micro_batches, return_limits, take_limits
+from fuchsia_pl.rollouts.levels import check_repeats, chooser_for
 from fuchsia_pl.rollouts.part_collector import check_parts, collector_for, mean_group_size
 from fuchsia_pl.rollouts.phases import PhaseDataset, check_phases, num_phases, phase_loader
 from fuchsia_pl.rollouts.ranks import Ranks, ranks_of

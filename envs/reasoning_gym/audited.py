@@ -8,6 +8,7 @@ from fuchsia_pl.envs.audit.task import ANSWER, score_each
 from fuchsia_pl.envs.rewards import last_answer
 from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.library.reasoning_gym.entries import FIRST_INDEX, Split, Task, seed_of
+from fuchsia_pl.library.reasoning_gym.worker import dataset_of
 
 FUNCTION = f"{__name__}.open_audit"
 FORM = f"<answer>{ANSWER}</answer>"
@@ -22,7 +23,7 @@ def audit_task(task: Task, seed: int) -> AuditTask:
         task: The dataset.
         seed: The seed of the environment.
     """
-    argument = {"task": task.name, "config": task.config, "seed": seed}
+    argument = {"task": task.name, "config": task.config, "levels": task.levels, "seed": seed}
     return AuditTask(task.name, FUNCTION, argument, opening={}, repeats=MAX_REPEATED)
 
 
@@ -38,13 +39,12 @@ def answer_request(request: Mapping[str, Any]) -> Any:
     argument = request["argument"]
     if request["do"] == "score":
         split, index = request["item"]
-        dataset = _dataset(argument, split, index + 1)
-        return _scores(dataset, dataset[index], request["answers"])
+        (made,) = _entries(argument, split, range(index, index + 1))
+        return _scores(*made, request["answers"])
     split, number = request["split"], request["num"]
-    dataset = _dataset(argument, split, number)
-    entries = [dataset[index] for index in range(number)]
+    entries = _entries(argument, split, range(number))
     if request["do"] == "survey":
-        return [[entry["question"], _gold_score(dataset, entry)] for entry in entries]
+        return [[entry["question"], _gold_score(dataset, entry)] for dataset, entry in entries]
     return [
         {
             "item": [split, index],
@@ -52,7 +52,7 @@ def answer_request(request: Mapping[str, Any]) -> Any:
             "gold": entry["answer"] if isinstance(entry["answer"], str) else None,
             "forms": [FORM],
         }
-        for index, entry in enumerate(entries)
+        for index, (_, entry) in enumerate(entries)
     ]
 
 
@@ -75,9 +75,11 @@ def _scores(dataset: Any, entry: Mapping[str, Any], answers: list[list[str]]) ->
     return score_each(score, answers)
 
 
-def _dataset(argument: Mapping[str, Any], split: Split, size: int) -> Any:
-    """A dataset with the first entries of a split. Some take seconds to load, so one dataset makes all entries of a request."""
-    from reasoning_gym import create_dataset
-
-    seed = seed_of(argument["seed"], FIRST_INDEX[split])
-    return create_dataset(argument["task"], **argument["config"], seed=seed, size=size)
+def _entries(argument: Mapping[str, Any], split: Split, indices: range) -> list[tuple[Any, Any]]:
+    """Entries of a split, each with its dataset. Some take seconds to load, so one dataset makes all entries of a level."""
+    task = Task(argument["task"], config=argument["config"], levels=argument["levels"])
+    first = FIRST_INDEX[split]
+    settings, seed = {"task": task.name, "config": task.config}, seed_of(argument["seed"], first)
+    levels = {index: task.level_of(first + index) for index in indices}
+    datasets = {level: dataset_of(settings, level, seed, indices.stop) for level in set(levels.values())}
+    return [(datasets[level], datasets[level][index]) for index, level in levels.items()]

@@ -19,6 +19,7 @@ INSTALL = "pip install 'fuchsia-pl[worlds]'"
 # Training entries have seeds below 2**30, held-out ones below 2**31, worked examples the rest: no entry is in two splits.
 MAX_ITEMS = 2**20  # of a split
 NUM_SEEDS = FIRST_INDEX["validation"] // MAX_ITEMS
+LEVEL = "level"  # in items of tasks with levels
 CHUNK = 50  # entries of one call
 MAKE_TIMEOUT_S = 120.0
 MAX_WORKERS = 4
@@ -32,11 +33,22 @@ class Task:
         name: Its name in reasoning-gym, such as "chain_sum".
         weight: Its share of the items is this weight divided by the sum of all weights.
         config: Settings of the dataset, without `seed` and `size`.
+        levels: How many of reasoning-gym's levels of the dataset are used, the easiest first; entry i has level i modulo this
+            number. None: `config` alone, without levels.
     """
 
     name: str
     weight: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
+    levels: int | None = None
+
+    def level_of(self, index: int) -> int | None:
+        """The level of an entry, None without levels.
+
+        >>> Task("chain_sum", levels=3).level_of(2**30 + 4), Task("chain_sum").level_of(1)
+        (2, None)
+        """
+        return None if self.levels is None else index % self.levels
 
 
 class QuestionChanged(RuntimeError):
@@ -122,7 +134,8 @@ class Entries:
         return float(score)
 
     def _ask_score(self, item: Item, answer: str | None) -> dict[str, Any]:
-        request = {"seed": seed_of(self.seed, item["index"]), "question": item["question"], "answer": answer}
+        index, level = item["index"], self.tasks[item["task"]].level_of(item["index"])
+        request = {"seed": seed_of(self.seed, index), "level": level, "question": item["question"], "answer": answer}
         said = self._ask("score", item["task"], request, self.score_timeout_s)
         if not isinstance(said, dict):
             raise WorkerDied(f"its reply {said!r:.80} is no score")
@@ -147,7 +160,8 @@ class Entries:
                 raise ConfigError(f"ReasoningGym: task {name!r}: {problem}")
 
     def _chunk(self, name: str, indices: range) -> list[Item]:
-        request = {"seeds": [seed_of(self.seed, index) for index in indices]}
+        level_of = self.tasks[name].level_of
+        request = {"entries": [[seed_of(self.seed, index), level_of(index)] for index in indices]}
         try:
             made = self._ask("make", name, request, MAKE_TIMEOUT_S)
         except WorkerFailure as error:
@@ -161,12 +175,14 @@ class Entries:
                     f"ReasoningGym: task {name!r} gives the answer of its own entry {index} the score {score}, which must "
                     "be 1: leave the task out, or set `allow_unsound: true` of the environment"
                 )
-            items.append({"task": name, "index": index, "question": question, "answer": answer})
+            level = {} if level_of(index) is None else {LEVEL: level_of(index)}
+            items.append({"task": name, "index": index, **level, "question": question, "answer": answer})
         return items
 
     def _ask(self, do: str, name: str, request: dict[str, Any], timeout_s: float) -> Any:
-        config = self.tasks[name].config
-        return self.workers.call({"do": do, "task": name, "config": config, **request}, timeout_s)
+        task = self.tasks[name]
+        settings = {"task": name, "config": task.config, "levels": task.levels}
+        return self.workers.call({"do": do, **settings, **request}, timeout_s)
 
 
 def seed_of(seed: int, index: int) -> int:
@@ -200,6 +216,10 @@ def _check_settings(tasks: Sequence[Task], seed: int, score_timeout_s: float) ->
     for task in tasks:
         if not 0 < task.weight < math.inf:
             raise ConfigError(f"ReasoningGym: the weight of task {task.name!r} must be above 0, got {task.weight}")
+        if task.levels is not None and task.levels < 1:
+            raise ConfigError(
+                f"ReasoningGym: the levels of task {task.name!r} must be 1 or more, or null, got {task.levels}"
+            )
         own = sorted({"seed", "size"} & set(task.config))
         if own:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Procedural datasets of reasoning-gym (arXiv:2505.24760), chosen by name and mixed by weight.
 
-item    {"task": "chain_sum", "index": 3, "question": "State the final answer to …: 57 + 87 + 70 =", "answer": "214"}
+item    {"task": "chain_sum", "index": 3, "question": "State the final answer to …: 57 + 87 + 70 =", "answer": "214"},
+        with "level": 0 if the task has levels
 prompt  a system message that requests <answer>…</answer>, worked examples if there are any, and the question
 gold    <answer>214</answer>
 """
@@ -13,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
-from fuchsia_pl.envs import ConfigError, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
+from fuchsia_pl.envs import ConfigError, Difficulty, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
 from fuchsia_pl.envs.audit import AuditSettings, AuditTask, FindingKind, refuse_unsound
 from fuchsia_pl.envs.bounded import call_in_thread
 from fuchsia_pl.envs.limited import WorkerFailure, WorkerTimeout
 from fuchsia_pl.envs.rewards import last_answer, last_turn
 from fuchsia_pl.library.reasoning_gym.audited import audit_task
-from fuchsia_pl.library.reasoning_gym.entries import INSTALL, MAX_ITEMS, Entries, Split, Task
+from fuchsia_pl.library.reasoning_gym.entries import INSTALL, LEVEL, MAX_ITEMS, Entries, Split, Task
 
 SYSTEM = (
     "Think step by step. Then give the final answer alone between <answer> and </answer>, in the form that the question "
@@ -114,14 +115,21 @@ class ReasoningGym(SingleTurnEnvironment):
     def messages(self, item: Item) -> list[Message]:
         """The instructions, the worked examples and the question."""
         messages: list[Message] = [{"role": "system", "content": self.system_prompt}]
-        for example in self._examples.get(item["task"], ()):
+        for example in self._examples.get(item["task"], ()) if self._num_examples else ():
             if example["question"] != item["question"]:
-                messages += [{"role": "user", "content": example["question"]}, {"role": "assistant", "content": gold(example)}]
+                messages += [
+                    {"role": "user", "content": example["question"]},
+                    {"role": "assistant", "content": gold(example)},
+                ]
         return [*messages, {"role": "user", "content": item["question"]}]
 
     def gold_turns(self, item: Item) -> list[str]:
         """The answer of the entry."""
         return [gold(item)]
+
+    def difficulty(self, item: Item) -> Difficulty | None:
+        """The task and reasoning-gym's own level, if the task has `levels`."""
+        return Difficulty(item["task"], item[LEVEL]) if LEVEL in item else None
 
     def score(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float]:
         """The dataset's own score of the answers."""

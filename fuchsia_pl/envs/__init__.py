@@ -7,6 +7,7 @@ from fuchsia_pl.envs.base import (
     SingleTurnEnvironment,
     reward_name,
 )
+from fuchsia_pl.envs.difficulty import Difficulty
 from fuchsia_pl.envs.tool_environment import ToolEnvironment
 from fuchsia_pl.envs.tools.convention import ToolConvention
 from fuchsia_pl.envs.tools.spec import MCPServer, ToolCall, ToolResult, ToolServerError, ToolSpec, ToolStatus
@@ -14,6 +15,7 @@ from fuchsia_pl.types import ConfigError, Item, Message, Rollout, RolloutStatus
 
 __all__ = [
     "ConfigError",
+    "Difficulty",
     "Environment",
     "Item",
     "MCPServer",

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fuchsia_pl.envs.conversation import prompt_messages
+from fuchsia_pl.envs.difficulty import Difficulty
 from fuchsia_pl.envs.items import ItemSource, load_items
 from fuchsia_pl.envs.table_rows import CSV_TYPES
 from fuchsia_pl.envs.thinking import THINKING_MARKS, check_marks
@@ -141,6 +142,10 @@ class Environment(ABC):
         """
         checks = [getattr(function, CHECK_GOLD) for function in self.reward_functions if hasattr(function, CHECK_GOLD)]
         return next((problem for check in checks if (problem := check(item)) is not None), None)
+
+    def difficulty(self, item: Item) -> Difficulty | None:
+        """Kind and level of an item, for a curriculum by level; None if it has no level."""
+        return None
 
     def audit_tasks(self, all_tasks: bool) -> "Sequence[AuditTask]":
         """The tasks whose rewards `fuchsia check-env` audits one by one; none by default, so that it audits the whole.

@@ -8,23 +8,28 @@ from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.objectives.credit import GROUP_ADVANTAGES
 from fuchsia_pl.types import ConfigError
 
+RECHECK_PHASES = 20
+
 
 @dataclass
 class CurriculumConfig:
     """Settings of drawing items by their success.
 
     Attributes:
-        band: Lowest and highest success rate of the items that are drawn as usual.
-        decay: Weight of an item's earlier rate when it is measured again; the new success has the rest.
-        recheck_phases: Phases after which an item outside of the band is drawn again, so that it can come back. At most a
-            quarter of the drawn items are such, those that wait longest first.
+        band: Lowest and highest success rate: of the items that are drawn as usual, or of a level that stays.
+        by: "item" measures each item, and draws those inside of the band. "level" measures the level of each kind of items, see
+            `Environment.difficulty`: above the band the next level is drawn, below it the one before.
+        decay: Weight of the earlier rate when it is measured again; the new success has the rest.
+        recheck_phases: Phases after which an item outside of the band is drawn again, so that it can come back; null: 20. At
+            most a quarter of the drawn items are such, those that wait longest first. Only with `by: item`.
         success: A rollout is a success if its total reward is at least this, before a length penalty; null: if the environment
             counts it as correct, as in `rollout/accuracy`.
     """
 
     band: tuple[float, float] = (0.2, 0.8)
+    by: Literal["item", "level"] = "item"
     decay: float = 0.5
-    recheck_phases: int = 20
+    recheck_phases: int | None = None
     success: float | None = None
 
     def __post_init__(self) -> None:
@@ -36,8 +41,13 @@ class CurriculumConfig:
             )
         if not 0.0 <= self.decay < 1.0:
             raise ConfigError(f"data.sampling.curriculum.decay must be at least 0 and below 1, got {self.decay}")
-        if self.recheck_phases < 1:
+        if self.recheck_phases is not None and self.recheck_phases < 1:
             raise ConfigError(f"data.sampling.curriculum.recheck_phases must be 1 or more, got {self.recheck_phases}")
+        if self.recheck_phases is not None and self.by == "level":
+            raise ConfigError(
+                f"data.sampling.curriculum.recheck_phases is {self.recheck_phases}, which has no effect with by: level: "
+                "leave it out"
+            )
         if self.success is not None and not math.isfinite(self.success):
             raise ConfigError(f"data.sampling.curriculum.success must be a finite number or null, got {self.success}")
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fuchsia_pl.envs.base import Environment
 from fuchsia_pl.envs.bounded import call_apart
-from fuchsia_pl.rollouts.choice import Choice, Chooser, PhaseSizes, pools_of
-from fuchsia_pl.rollouts.config import CurriculumConfig, SamplingConfig
+from fuchsia_pl.rollouts.choice import Choice, Chooser, PhaseSizes
+from fuchsia_pl.rollouts.config import RECHECK_PHASES, CurriculumConfig
 from fuchsia_pl.rollouts.metrics import are_correct
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.shares import Pool, counts, counts_between, shuffled
 from fuchsia_pl.samples import RolloutGroup
-from fuchsia_pl.types import ConfigError, Item
+from fuchsia_pl.types import ConfigError
 
 RECHECK_SHARE = 4  # one of so many drawn items may be a recheck
 # Of the items inside the band, so many times as many as are needed are considered, those that were drawn least recently. With 1,
@@ -76,6 +76,7 @@ class Curriculum(Chooser):
         super().__init__(pools, sizes)
         self.config = config
         self.environment = environment
+        self.recheck_phases = config.recheck_phases or RECHECK_PHASES
         self.rates = torch.full((num_items,), torch.nan, dtype=torch.float64)
         self.last = torch.full((num_items,), NEVER, dtype=torch.int64)  # the newest phase that drew an item
         self._planned: dict[int, Choice] = {}
@@ -97,7 +98,10 @@ class Curriculum(Chooser):
         for group, num_right in zip(groups, call_apart(self._num_right, groups), strict=True):
             num_scored = sum(rollout.reward is not None for rollout in group.rollouts)
             counted[:, group.rollouts[0].item_index] += torch.tensor([len(group.rollouts), num_scored, num_right])
-        sampled, scored, right = ranks.add_up(counted)
+        self._update(phase, *ranks.add_up(counted))
+
+    def _update(self, phase: int, sampled: Tensor, scored: Tensor, right: Tensor) -> None:
+        """Takes the numbers of sampled, scored and right rollouts of a phase, each [N]."""
         self.rates = updated_rates(self.rates, right / scored, self.config.decay)
         self.last = torch.where(sampled > 0, self.last.clamp(min=phase), self.last)
 
@@ -145,12 +149,7 @@ class Curriculum(Chooser):
         numbers = counts_between(weights, phase * batch_size, batch_size)
         found = [self._drawn(*of_pool, phase) for of_pool in zip(self.pools, before, numbers, strict=True)]
         drawn = shuffled([p for one in found for p in one.positions], self.sizes.run_seed, "curriculum", phase)
-        metrics = {
-            **self._shares(),
-            "curriculum/rechecks": float(sum(one.num_rechecks for one in found)),
-            "curriculum/filled": float(sum(one.num_filled for one in found)),
-            "curriculum/overdue": float(sum(one.num_overdue for one in found)),
-        }
+        metrics = self._figures(found)
         spare = self._spare(phase, drawn) if self.sizes.has_spare else []
         self.last[drawn] = phase
         return Choice(drawn, spare, metrics)
@@ -168,7 +167,7 @@ class Curriculum(Chooser):
         positions = torch.tensor(shuffled(pool.positions, self.sizes.run_seed, "curriculum", pool.name, phase))
         waited = phase - self.last[positions]
         outside = self.distances(positions) > 0.0
-        due = positions[outside & (waited >= self.config.recheck_phases)]
+        due = positions[outside & (waited >= self.recheck_phases)]
         most = (num_before + number) // RECHECK_SHARE - num_before // RECHECK_SHARE
         rechecked = self._longest_ago(due)[:most]
         wanted = number - len(rechecked)
@@ -201,13 +200,16 @@ class Curriculum(Chooser):
         return positions[self.distances(positions).argsort(stable=True)]
 
     def distances(self, positions: Tensor) -> Tensor:
-        """Distance of the rates of some items from the band, 0 inside of it and without a rate; float64."""
+        """Distances of the rates of some items from the band, 0 inside of it and without a rate; float64.
+
+        Items with distance 0 are drawn as usual, the nearest of the others where those are too few.
+        """
         low, high = self.config.band
         rates = self.rates[positions]
         return torch.maximum(low - rates, rates - high).clamp(min=0.0).nan_to_num(nan=0.0)
 
-    def _shares(self) -> dict[str, float]:
-        """Shares of the items inside, below and above the band, and of those without a rate, which count as inside."""
+    def _figures(self, drawn: Sequence[Drawn]) -> dict[str, float]:
+        """Shares of the items inside, below and above the band, of those without a rate, which count as inside; and counts."""
         rates, (low, high) = self.rates[[p for pool in self.pools for p in pool.positions]], self.config.band
         below, above = (rates < low).double().mean().item(), (rates > high).double().mean().item()
         return {
@@ -215,6 +217,9 @@ class Curriculum(Chooser):
             "curriculum/below": below,
             "curriculum/above": above,
             "curriculum/unseen": rates.isnan().double().mean().item(),
+            "curriculum/rechecks": float(sum(one.num_rechecks for one in drawn)),
+            "curriculum/filled": float(sum(one.num_filled for one in drawn)),
+            "curriculum/overdue": float(sum(one.num_overdue for one in drawn)),
         }
 
 
@@ -232,37 +237,3 @@ def updated_rates(rates: Tensor, measured: Tensor, decay: float) -> Tensor:
     """
     moved = torch.where(rates.isnan(), measured, decay * rates + (1.0 - decay) * measured)
     return torch.where(measured.isnan(), rates, moved)
-
-
-def chooser_for(
-    environment: Environment, items: Sequence[Item], fitting: Sequence[int], sampling: SamplingConfig, sizes: PhaseSizes
-) -> Chooser:
-    """Chooses the items of a run's phases.
-
-    Args:
-        environment: The environment.
-        items: Its training items.
-        fitting: Positions of those whose prompts are short enough.
-        sampling: Settings of sampling, with or without a curriculum.
-        sizes: Settings of the run.
-
-    Raises:
-        ConfigError: A part of a mixture has fewer items than a phase may draw of it.
-    """
-    pools = pools_of(environment, items, fitting)
-    if sampling.curriculum is None:
-        return Chooser(pools, sizes)
-    return Curriculum(sampling.curriculum, pools, sizes, len(items), environment)
-
-
-def check_repeats(config: CurriculumConfig | None, num_repeated_phases: int | None) -> None:
-    """Refuses a curriculum in a run that repeats the items of its first phases.
-
-    Raises:
-        ConfigError: There are both.
-    """
-    if config is not None and num_repeated_phases is not None:
-        raise ConfigError(
-            "data.sampling.curriculum chooses items by their success, and trainer.overfit_batches repeats the first ones: leave "
-            "one of them out"
-        )

@@ -61,10 +61,11 @@ FILES = {
 }
 
 
-# Configs that a page shows: page and section.
+# Configs that a page shows: page, section, number of the block in it.
 CONFIGS = {
-    "two_tasks.yaml": ("envs/README.md", "Several environments"),
-    "by_success.yaml": ("envs/README.md", "Items by success"),
+    "two_tasks.yaml": ("envs/README.md", "Several environments", 0),
+    "by_success.yaml": ("envs/README.md", "Items by success", 0),
+    "by_level.yaml": ("envs/README.md", "Items by success", 1),
 }
 
 
@@ -75,8 +76,8 @@ def language_of(name: str) -> str:
 def write_files(folder: Path) -> None:
     for name, (page, title, number, _) in FILES.items():
         (folder / name).write_text(code_block(page, title, language_of(name), number))
-    for name, (page, title) in CONFIGS.items():
-        (folder / name).write_text(code_block(page, title, "yaml"))
+    for name, (page, title, number) in CONFIGS.items():
+        (folder / name).write_text(code_block(page, title, "yaml", number))
     rows = [json.dumps({"question": f"How much is {n} times 6?", "answer": str(6 * n)}) for n in range(1, 11)]
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("\n".join(rows))
@@ -271,8 +272,8 @@ def test_the_files_are_short(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_shown_configs_are_short(name):
-    page, title = CONFIGS[name]
-    assert len(code_block(page, title, "yaml").splitlines()) <= 25
+    page, title, number = CONFIGS[name]
+    assert len(code_block(page, title, "yaml", number).splitlines()) <= 25
 
 
 def test_the_mixture_that_a_page_shows_trains_on_both_of_its_parts(runs):
@@ -288,6 +289,15 @@ def test_the_curriculum_that_a_page_shows_measures_the_items(runs):
     (command,) = [command for command in COMMANDS if "by_success.yaml" in command]
     first, second = (float(row["curriculum/unseen"]) for row in runs.rows(command))
     assert 1.0 == first > second
+
+
+def test_the_curriculum_by_level_begins_with_the_easiest_items(runs):
+    (command,) = [command for command in COMMANDS if "by_level.yaml" in command]
+    rows = runs.rows(command)
+    assert [float(row[f"curriculum/level_{task}"]) for row in rows for task in ("chain_sum", "letter_counting")] == [
+        0.0
+    ] * 4
+    assert all(row["reward/accuracy_chain_sum"] for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +411,7 @@ def generic(metric: str) -> str:
     """A metric as the table names it. The parts are those of `two_tasks.yaml`."""
     metric = re.sub(r"^(sums|guesses)/rollout/groups$", "<part>/rollout/groups", metric)
     metric = re.sub(r"^(sums|guesses)/.*", "<part>/<metric>", metric)
+    metric = re.sub(r"^curriculum/level_.*", "curriculum/level_<kind>", metric)
     return re.sub(r"^count/.*", "count/<name>", re.sub(r"^reward/(?!mean$).*", "reward/<name>", metric))
 
 

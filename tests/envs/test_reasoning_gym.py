@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fuchsia_pl.cli import FuchsiaCLI
-from fuchsia_pl.envs import ConfigError
+from fuchsia_pl.envs import ConfigError, Difficulty
 from fuchsia_pl.envs.limited import WorkerDied
 from fuchsia_pl.library.reasoning_gym import ReasoningGym, Task
 from fuchsia_pl.library.reasoning_gym.entries import QuestionChanged, seed_of
@@ -195,6 +195,10 @@ def test_a_reply_that_depends_on_the_answer_is_an_error_of_the_answer(gym, monke
         ),
         ([Task("chain_sum", config={"max_terms": 0})], "refuses its config .*AssertionError: max_terms must be"),
         ([Task("composite")], "reasoning-gym"),
+        ([Task("chain_sum", levels=12)], "'chain_sum': it has 11 levels, got levels=12"),
+        ([Task("acre", levels=1)], "no levels for this dataset"),
+        ([Task("chain_sum", config={"max_terms": 3}, levels=2)], r"its levels set \['max_terms'\]"),
+        ([Task("knight_swap", levels=1)], "refuses its config {} at level 0: AssertionError"),
         (
             [SUMS, Task("leg_counting", weight=0.001)],
             r"the weights of \['leg_counting'\] give them none of 4 train items",
@@ -213,6 +217,7 @@ def test_tasks_that_the_library_does_not_have_are_refused_before_an_engine_start
         ([], {}, r"one task or more, each name once, got \[\]"),
         ([SUMS, SUMS], {}, "each name once, got"),
         ([Task("chain_sum", weight=0.0)], {}, "weight of task 'chain_sum' must be above 0, got 0.0"),
+        ([Task("chain_sum", levels=0)], {}, "levels of task 'chain_sum' must be 1 or more, or null, got 0"),
         ([Task("chain_sum", weight=float("inf"))], {}, "must be above 0, got inf"),
         ([Task("chain_sum", config={"seed": 1, "size": 2})], {}, r"sets \['seed', 'size'\]"),
         ([Task("chain_sum", config={"max_terms": {1}})], {}, "must be like JSON"),
@@ -266,6 +271,26 @@ def test_a_held_out_question_is_no_worked_example():
         shown = {message["content"] for message in gym.messages(held_out[0])[1:-1]}
         assert len(shown) > 20
         assert not shown & {item["question"] for item in held_out}
+    finally:
+        asyncio.run(gym.close())
+
+
+def test_levels_are_those_of_the_library():
+    """At level n, chain_sum has up to n + 2 terms of up to n + 1 digits."""
+    gym = made(Task("chain_sum", levels=3), LEGS, num_items=24, num_validation=12)
+    try:
+        for item in (*gym.train_items(), *gym.validation_items()):
+            if item["task"] == "leg_counting":
+                assert "level" not in item
+                assert gym.difficulty(item) is None
+                continue
+            level = item["index"] % 3
+            limits = {"min_terms": 2, "max_terms": 2 + level, "min_digits": 1, "max_digits": 1 + level}
+            entry = reasoning_gym.create_dataset("chain_sum", seed=item["index"], size=1, **limits)[0]
+            assert (item["level"], item["question"]) == (level, entry["question"])
+            assert gym.difficulty(item) == Difficulty("chain_sum", level)
+            (rollout,) = scored(gym, item, f"<answer>{item['answer']}</answer>")
+            assert rollout.rewards["score"] == 1.0
     finally:
         asyncio.run(gym.close())
 
