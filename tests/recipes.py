@@ -14,10 +14,12 @@ ROWS = {"gsm8k_qwen2.5_0.5b": GSM8K, "gsm8k_qwen2.5_1.5b": GSM8K, "r1_zero": MAT
 
 
 def local_data(recipe: str, folder: Path) -> list[str]:
-    """Writes rows for a recipe; returns the options with which it reads them. Games are made by the environment itself."""
+    """Writes rows for a recipe; returns the options with which it reads them. Some environments make their items."""
     init = "--data.environment.init_args."
     if recipe == "countdown_3b":
         return [f"{init}num_train", "20", f"{init}num_validation", "5"]
+    if recipe == "reasoning_gym":
+        return [f"{init}num_items", "40", f"{init}num_validation", "12"]
     file = folder / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in ROWS[recipe]))
     held_out = [] if recipe == "reverse_text" else [f"{init}validation_file", str(file)]

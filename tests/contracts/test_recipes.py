@@ -10,6 +10,7 @@ from tests.contracts.test_readme import section
 RECIPES = sorted((CONFIG_FOLDER / "recipes").glob("*.yaml"))
 NAMES = {
     *("countdown_3b.yaml", "gsm8k_qwen2.5_0.5b.yaml", "gsm8k_qwen2.5_1.5b.yaml", "r1_zero.yaml", "reverse_text.yaml"),
+    "reasoning_gym.yaml",
 }
 
 

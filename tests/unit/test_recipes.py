@@ -9,7 +9,7 @@ from fuchsia_pl.cli import FuchsiaCLI
 from tests.contracts.test_recipes import RECIPES
 from tests.recipes import local_data
 
-REWARDS = {"reverse_text": "reversed_text"}
+REWARDS = {"reverse_text": "reversed_text", "reasoning_gym": "score"}
 # What `overlays/cpu.yaml` sets for the real small model, for one of single characters.
 TINY = """
 trainer: {accelerator: cpu, precision: 32-true, max_steps: 3}
