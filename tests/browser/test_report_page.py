@@ -47,6 +47,25 @@ def test_the_header_tells_how_the_run_stands_and_what_is_wrong(opened):
     assert page.evaluate("document.activeElement.textContent").startswith("KL to the reference")
 
 
+def test_a_mixture_and_a_curriculum_have_charts_of_their_own(opened):
+    run = make_run()
+    for part, height in {"sums": 0.5, "words": 0.2}.items():
+        for name in ("reward/mean", "rollout/accuracy"):
+            run["metrics"][f"{part}/{name}"] = [height + 0.01 * step for step in range(25)]
+        for one in run["evaluations"]:
+            one["figures"][f"{part}/rollout/accuracy"] = {"value": height, "low": height - 0.1, "high": height + 0.1}
+    run["metrics"]["curriculum/level_chain_sum"] = [float(step // 8) for step in range(25)]
+    run["metrics"]["curriculum/inside"] = [0.9] * 25
+    page = opened(make_summary(run), FEW)
+    wanted = ["reward by part", "accuracy by part", "held-out accuracy by part", "levels", "items by success"]
+    assert set(wanted) <= set(titles(page))
+    assert all(painted(page, title) > 500 for title in wanted)
+    legend = chart(page, "levels").text_content()
+    assert "chain_sum" in legend
+    assert "curriculum/" not in legend
+    assert all(f"{part}/reward/mean" in chart(page, "reward by part").text_content() for part in ("sums", "words"))
+
+
 def test_curves_are_drawn_and_charts_without_data_are_not_there(opened):
     run = make_run()
     run["metrics"]["train/value_loss"] = [None] * 25

@@ -7,6 +7,11 @@ const CHARTS = [
     { title: "rewards by name", hint: "unweighted means", pattern: /^reward\/(?!mean$)/, strip: "reward/" },
     { title: "accuracy", hint: "held out, with 95 % intervals; training as a thin line", heldOut: /^rollout\/accuracy$/, metrics: ["rollout/accuracy"] },
     { title: "held-out reward", hint: "with 95 % intervals", heldOut: /^reward\// },
+    { title: "reward by part", hint: "of a mixture", pattern: /^[^/]+\/reward\/mean$/ },
+    { title: "accuracy by part", hint: "of a mixture", pattern: /^[^/]+\/rollout\/accuracy$/ },
+    { title: "held-out accuracy by part", hint: "of a mixture, with 95 % intervals", heldOut: /^[^/]+\/rollout\/accuracy$/ },
+    { title: "levels", hint: "drawn now, by kind of item", pattern: /^curriculum\/level_/, strip: "curriculum/level_" },
+    { title: "items by success", hint: "share of the training items", pattern: /^curriculum\/(inside|below|above|unseen)$/, strip: "curriculum/" },
     { title: "pass@k, maj@k, mean@k", hint: "held out, with 95 % intervals", heldOut: /^(pass|maj|mean)@\d+$/ },
   ]],
   ["Policy", [
