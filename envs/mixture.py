@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
-from fuchsia_pl.envs import ConfigError, Difficulty, Environment, Item, Message, Rollout
+from fuchsia_pl.envs import ConfigError, Difficulty, Environment, Item, Message, Rollout, SingleTurnEnvironment
 from fuchsia_pl.envs.audit.task import AuditTask
 from fuchsia_pl.envs.base import check_environment, check_rewards, is_finite_number
 from fuchsia_pl.envs.parts import Part, PartItem, PartItems
+from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 # First words of the names of metrics, which begin with the name of a part where they are about one.
@@ -142,6 +143,19 @@ def _check_name(name: str) -> None:
         )
 
 
+def _check_turns(environment: Environment, max_turns: int) -> None:
+    """Raises ConfigError for a number of turns that is not allowed, or would have no effect."""
+    if max_turns < 1:
+        raise ConfigError(f"max_turns must be 1 or more, got {max_turns}")
+    if isinstance(environment, SelfDrivenEnvironment):
+        raise ConfigError(
+            f"max_turns is {max_turns}, which has no effect on {type(environment).__name__}: its "
+            "own settings limit its turns. Leave it out"
+        )
+    if isinstance(environment, SingleTurnEnvironment) and max_turns > 1:
+        raise ConfigError(f"max_turns is {max_turns}, and {type(environment).__name__} has one turn: leave it out")
+
+
 def _check_part(part: Part) -> None:
     """Raises ConfigError for settings that are not allowed, whatever the run."""
     if part.environment.mixed:
@@ -152,7 +166,7 @@ def _check_part(part: Part) -> None:
         raise ConfigError(
             f"weight must be a finite number above 0, got {part.weight}: leave a part out to draw nothing of it"
         )
-    if part.max_turns is not None and part.max_turns < 1:
-        raise ConfigError(f"max_turns must be 1 or more, got {part.max_turns}")
+    if part.max_turns is not None:
+        _check_turns(part.environment, part.max_turns)
     check_environment(part.environment)
     check_rewards(part.environment)

@@ -78,6 +78,10 @@ def prints(argument):
     return [os.fstat(descriptor).st_rdev for descriptor in (0, 1, 2)] == [os.stat(os.devnull).st_rdev] * 3
 
 
+def forks_or_sleeps(argument):
+    return sleeps(argument) if argument else forks(True)
+
+
 def forks(argument):
     """Returns the id of a process that it leaves behind, in a session of its own if `argument`."""
     pid = os.fork()

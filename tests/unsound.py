@@ -1,5 +1,6 @@
 """Tasks for tests of the audit, most of them with a fault. Limited processes load this file, so it imports no torch."""
 
+import asyncio
 import math
 import os
 import random
@@ -209,6 +210,16 @@ class Sums(SingleTurnEnvironment):
 
     def correct(self, rollouts, *args, **kwargs):
         return [float(last_answer(last_turn(r)) == r.item["sum"]) for r in rollouts]
+
+
+class LoopedSums(Sums):
+    """Its reward is a sync function that runs an event loop, as one around an async client does."""
+
+    def correct(self, rollouts, *args, **kwargs):
+        async def compare():
+            return super(LoopedSums, self).correct(rollouts)
+
+        return asyncio.run(compare())
 
 
 class EvaluatedSums(Sums):

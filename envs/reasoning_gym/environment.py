@@ -17,7 +17,7 @@ from typing import Any
 from fuchsia_pl.envs import ConfigError, Difficulty, Item, Message, RewardFunction, Rollout, SingleTurnEnvironment
 from fuchsia_pl.envs.audit import AuditSettings, AuditTask, FindingKind, refuse_unsound
 from fuchsia_pl.envs.bounded import call_in_thread
-from fuchsia_pl.envs.limited import WorkerFailure, WorkerTimeout
+from fuchsia_pl.envs.limited import QUEUE_TIMEOUT_S, WorkerFailure, WorkerTimeout
 from fuchsia_pl.envs.rewards import last_answer, last_turn
 from fuchsia_pl.library.reasoning_gym.audited import audit_task
 from fuchsia_pl.library.reasoning_gym.entries import INSTALL, LEVEL, MAX_ITEMS, Entries, Split, Task
@@ -28,8 +28,6 @@ SYSTEM = (
 )
 SCORE = "score"  # in the state of a rollout
 SCORE_TIMEOUT, SCORE_ERROR = "score_timeout", "score_error"
-# A call of `score` waits for all siblings, each of which may take its time limit.
-GROUP_TIMEOUT_S = 1800.0
 # Some datasets depend on the hashes of strings. All processes that make and score entries have the same seed of hashes.
 TOLERATED = (FindingKind.NOT_REPEATABLE,)
 MAX_EXAMPLES = 64
@@ -91,7 +89,7 @@ class ReasoningGym(SingleTurnEnvironment):
         self._num_examples = num_examples
         self.system_prompt = system_prompt
         self.counters = [SCORE_TIMEOUT, SCORE_ERROR]
-        self.timeout_s = GROUP_TIMEOUT_S
+        self.timeout_s = QUEUE_TIMEOUT_S
         self.reward_functions = [self.score]
         if len(tasks) > 1:
             accuracies = [accuracy_of(task.name) for task in tasks]

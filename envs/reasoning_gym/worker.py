@@ -61,8 +61,13 @@ def _level_problem(name: str, config: dict[str, Any], levels: int) -> str | None
 
     if name not in CURRICULA:
         return "reasoning-gym has no levels for this dataset: leave `levels` out"
-    attributes = create_curriculum(name).attributes.values()
-    number = max(len(attribute.levels) for attribute in attributes)
+    curriculum = create_curriculum(name)
+    attributes = curriculum.attributes.values()
+    made = []
+    for level in range(max(len(attribute.levels) for attribute in attributes)):
+        curriculum.set_global_level(level)
+        made.append(curriculum.generate_configuration())
+    number = sum(settings not in made[:place] for place, settings in enumerate(made))  # the last two may be the same
     if levels > number:
         return f"it has {number} levels, got levels={levels}"
     set_by_levels = {

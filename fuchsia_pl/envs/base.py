@@ -23,13 +23,15 @@ Rewards = list[float] | list[float | None] | list[list[float]] | list[list[float
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 # Optional attributes of a reward function: the names that it counts under in `Rollout.counts`, a function that loads what it
 # needs before the engine starts, one that closes it, a check of an item's gold answer, a function that reads the answer of a
-# rollout, and one that returns its memory on a GPU in GiB.
+# rollout, one that returns its memory on a GPU in GiB, and the time limit of a call in seconds, if its own limits need more than
+# the environment's `timeout_s`.
 COUNTERS = "counters"
 PREPARE = "prepare"
 CLOSE = "close"
 CHECK_GOLD = "check_gold"
 ANSWER = "answer"
 DEVICE_GB = "device_gb"
+MIN_TIMEOUT_S = "min_timeout_s"
 PREPARE_TIMEOUT_S = 1800.0
 
 

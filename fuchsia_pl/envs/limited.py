@@ -57,6 +57,11 @@ class WorkerError(WorkerFailure):
         self.text = text
 
 
+# Bound of a call of a reward that waits for workers. Many groups share them, so the wait of one depends on the answers of
+# all, and what ends an answer is its own limit.
+QUEUE_TIMEOUT_S = 7200.0
+
+
 class LimitedWorkers:
     """Calls `function(argument)` in a new child process per call, forked from a process that has loaded the function.
 
@@ -303,7 +308,8 @@ def _failure(status: int, timeout_s: float) -> WorkerFailure:
     number = os.WTERMSIG(status)
     if number in TIME_SIGNALS:
         return WorkerTimeout(_too_long(timeout_s))
-    return WorkerDied(f"its process was ended by {signal.Signals(number).name}")
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"  # real-time signals
+    return WorkerDied(f"its process was ended by {name}")
 
 
 def _too_long(timeout_s: float) -> str:

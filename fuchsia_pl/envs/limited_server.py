@@ -18,7 +18,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,8 +102,7 @@ class Server:
                 if lifeline is not None:
                     with lifeline, contextlib.suppress(OSError):  # the run does not wait for it any more
                         lifeline.sendall(STATUS.pack(status))
-            if not self.calls:  # a process remains that has left the group of its call
-                _kill_children()
+            _kill_children(but=self.calls.keys())  # those that have left the group of their call
 
 
 def main() -> None:
@@ -216,11 +215,25 @@ def _kill_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def _kill_children() -> None:
+def _kill_children(but: Collection[int]) -> None:
+    for pid in _children():
+        if pid not in but:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    """The processes whose parent is this one, also those that it has adopted."""
+    own = os.getpid()
+    try:
+        return [int(pid) for pid in (PROC / f"{own}/task/{own}/children").read_text().split()]
+    except OSError:  # a kernel without this file
+        found = []
     for entry in os.listdir(PROC):
         with contextlib.suppress(OSError, ValueError):
-            if int((PROC / entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                os.kill(int(entry), signal.SIGKILL)
+            if int((PROC / entry / "stat").read_text().rpartition(")")[2].split()[1]) == own:
+                found.append(int(entry))
+    return found
 
 
 def _mapped_bytes() -> int:

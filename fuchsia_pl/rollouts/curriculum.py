@@ -128,7 +128,18 @@ class Curriculum(Chooser):
                 f"{len(self.rates)}: use the same items, or resume with data.sampling.curriculum: null"
             )
         self.rates, self.last = state_dict["rates"], state_dict["last"]
-        self._planned = {number: Choice(**parts) for number, parts in state_dict["planned"].items()}
+        planned = {number: Choice(**parts) for number, parts in state_dict["planned"].items()}
+        if all(map(self._fits, planned.values())):
+            self._planned = planned
+        else:  # the run was resumed with other sizes, or other prompts fit
+            logger.warning("the phases that the checkpoint had planned do not fit the settings: they are planned anew")
+
+    def _fits(self, choice: Choice) -> bool:
+        """Whether a choice is one of this run's sizes and items."""
+        positions = {position for pool in self.pools for position in pool.positions}
+        num_spare = len(positions) - self.sizes.batch_size if self.sizes.has_spare else 0
+        has_sizes = (len(choice.drawn), len(choice.spare)) == (self.sizes.batch_size, num_spare)
+        return has_sizes and positions.issuperset([*choice.drawn, *choice.spare])
 
     def _num_right(self, groups: Sequence[RolloutGroup]) -> list[int]:
         """Successful rollouts of each group. Calls the environment."""

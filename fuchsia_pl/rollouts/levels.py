@@ -20,7 +20,8 @@ from fuchsia_pl.envs.difficulty import Difficulty
 from fuchsia_pl.rollouts.choice import Chooser, PhaseSizes, pools_of
 from fuchsia_pl.rollouts.config import CurriculumConfig, SamplingConfig
 from fuchsia_pl.rollouts.curriculum import Curriculum, Drawn
-from fuchsia_pl.rollouts.shares import Pool
+from fuchsia_pl.rollouts.preparation import as_config_error
+from fuchsia_pl.rollouts.shares import Pool, check_pools
 from fuchsia_pl.types import ConfigError, Item
 
 MIN_PHASES = 3  # a level changes after as many measured phases: one lucky group must not raise it
@@ -96,6 +97,8 @@ class LevelCurriculum(Curriculum):
         difficulties: Sequence[Difficulty | None],
         environment: Environment,
     ) -> None:
+        if len(pools) > 1:
+            check_pools(pools, sizes.batch_size)  # a part without items has no kind
         of_items = [found or Difficulty(NO_KIND, 0) for found in difficulties]
         super().__init__(config, by_kind(pools, of_items), sizes, len(of_items), environment)
         self.recheck_phases = NO_RECHECK  # items of other levels do not come back by themselves
@@ -189,7 +192,9 @@ def chooser_for(
         return Chooser(pools, sizes)
     if config.by == "item":
         return Curriculum(config, pools, sizes, len(items), environment)
-    difficulties = call_apart(lambda: [environment.difficulty(item) for item in items])
+    with as_config_error(f"{type(environment).__name__}.difficulty"):
+        difficulties = call_apart(lambda: [environment.difficulty(item) for item in items])
+    _check_difficulties(environment, items, difficulties)
     fits = {(found.kind, found.level) for found in map(difficulties.__getitem__, fitting) if found is not None}
     if len(fits) == len({kind for kind, _ in fits}):
         raise ConfigError(
@@ -197,6 +202,16 @@ def chooser_for(
             "override `difficulty(item)`, give tasks of ReasoningGym `levels`, or set by: item"
         )
     return LevelCurriculum(config, pools, sizes, difficulties, environment)
+
+
+def _check_difficulties(environment: Environment, items: Sequence[Item], found: Sequence[Any]) -> None:
+    for item, one in zip(items, found, strict=True):
+        level = one.level if isinstance(one, Difficulty) else None
+        if one is not None and not (type(level) is int and level >= 0 and isinstance(one.kind, str)):
+            raise ConfigError(
+                f"{type(environment).__name__}.difficulty returned {one!r:.80} for the item {dict(item)!r:.120}: it must return "
+                "a Difficulty with a text as kind and a whole number of 0 or more as level, or None"
+            )
 
 
 def check_repeats(config: CurriculumConfig | None, num_repeated_phases: int | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fuchsia_pl.envs.base import (
+    MIN_TIMEOUT_S,
     Environment,
     RewardFunction,
     is_finite_number,
@@ -54,7 +55,7 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
     errors: list[RewardError] = []
     for function, name in zip(environment.reward_functions, names, strict=True):
         try:
-            scores = await _scores(function, name, scored, environment.timeout_s)
+            scores = await _scores(function, name, scored, _timeout_s(environment, function))
         except RewardError as error:
             errors.append(_passed(environment, error))
             continue
@@ -73,6 +74,12 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
         for rollout in scored:
             rollout.reward = None
             rollout.counts[REWARD_ERRORS] += 1
+
+
+def _timeout_s(environment: Environment, function: RewardFunction) -> float:
+    """Time limit of a call: the environment's, unless the function has limits of its own that may take longer."""
+    own = getattr(function, MIN_TIMEOUT_S) if hasattr(function, MIN_TIMEOUT_S) else 0.0
+    return max(environment.timeout_s, own)
 
 
 def _passed(environment: Environment, error: RewardError) -> RewardError:

@@ -17,6 +17,7 @@ from fuchsia_pl.envs import MCPServer, MultiTurnEnvironment, SingleTurnEnvironme
 from fuchsia_pl.envs.base import weights_at
 from fuchsia_pl.envs.parts import Part, PartItems, by_part
 from fuchsia_pl.envs.rewards import checks_gold
+from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment
 from fuchsia_pl.library.mixture import Mixture
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.policy.sources import resolve_model
@@ -441,6 +442,14 @@ REFUSED = {
     "no turns": (lambda: Mixture({"a": Part(Asked(), max_turns=0)}), "max_turns must be 1 or more, got 0"),
     "a mixture": (lambda: Mixture({"a": Part(mixture())}), "part 'a' .* is a mixture itself"),
     "an agent": (lambda: Mixture({"a": Part(Branching())}), "part 'a' .* rollouts have several rows"),
+    "turns of an agent": (
+        lambda: Mixture({"a": Part(SelfMade(), max_turns=2)}),
+        "2, which has no effect on SelfMade",
+    ),
+    "turns of a single one": (
+        lambda: Mixture({"a": Part(Asked(), max_turns=2)}),
+        "max_turns is 2, and Asked has one turn",
+    ),
     "no rewards": (lambda: Mixture({"a": Part(Talkless())}), "part 'a' .*reward_functions is empty"),
     "one object": (lambda: Mixture({"a": Part(SHARED), "b": Part(SHARED)}), "two parts .* the same object"),
 }
@@ -448,6 +457,16 @@ REFUSED = {
 
 class Branching(Asked):
     max_rows = 2
+
+
+class SelfMade(SelfDrivenEnvironment):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reward_functions = list(Asked().reward_functions)
+
+    rollout_timeout_s = 1.0
+
+    async def run_rollout(self, rollout) -> None: ...
 
 
 class Talkless(Asked):

@@ -196,6 +196,10 @@ def test_a_reply_that_depends_on_the_answer_is_an_error_of_the_answer(gym, monke
         ([Task("chain_sum", config={"max_terms": 0})], "refuses its config .*AssertionError: max_terms must be"),
         ([Task("composite")], "reasoning-gym"),
         ([Task("chain_sum", levels=12)], "'chain_sum': it has 11 levels, got levels=12"),
+        (
+            [Task("letter_counting", levels=8)],
+            "'letter_counting': it has 7 levels, got levels=8",
+        ),  # the last two are the same
         ([Task("acre", levels=1)], "no levels for this dataset"),
         ([Task("chain_sum", config={"max_terms": 3}, levels=2)], r"its levels set \['max_terms'\]"),
         ([Task("knight_swap", levels=1)], "refuses its config {} at level 0: AssertionError"),

@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 
 from fuchsia_pl.envs.audit.task import ANSWER, AuditTask, score_each
 from fuchsia_pl.envs.base import Environment, reward_name, total_reward, weights_at
+from fuchsia_pl.envs.bounded import call_bounded
 from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment
 from fuchsia_pl.envs.thinking import without_thinking
 from fuchsia_pl.envs.tool_environment import ToolEnvironment
@@ -108,8 +108,7 @@ async def _scored(environment: Environment, split: str, index: int, turns: list[
     """The total reward of a rollout with some turns, with the final weights, and whether it is correct."""
     rollout = await _played(environment, split, index, turns)
     for function in environment.reward_functions:
-        values = function([rollout])
-        (value,) = await values if inspect.isawaitable(values) else values
+        (value,) = await call_bounded(function, [rollout], environment.timeout_s)
         rollout.rewards[reward_name(function)] = sum(value) if isinstance(value, list) else value  # one per turn
     rollout.reward = total_reward(rollout.rewards, weights_at(environment, step=None))
     return rollout.reward, environment.is_correct(rollout)
@@ -125,9 +124,7 @@ async def _played(environment: Environment, split: str, index: int, turns: Seque
         text = turns[min(number, len(turns) - 1)]
         answer = without_thinking(text, environment.thinking_marks)
         rollout.append(Turn(SAMPLED, text, text, answer, answer))
-        stepped = environment.step_rollout(rollout)
-        if inspect.isawaitable(stepped):
-            await stepped
+        await call_bounded(environment.step_rollout, rollout, environment.step_timeout_s)
         if rollout.status is not None:
             break
         rollout.take_responses(environment.max_response_chars)

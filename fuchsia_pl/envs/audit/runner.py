@@ -86,6 +86,9 @@ def refuse_unsound(
     """
     results = audit(tasks, settings)
     found = [finding for one in results for finding in one.findings if finding.kind not in tolerated]
+    for one in results:
+        if one.unchecked:
+            logger.warning("%s: the audit did not check: %s", where, "; ".join(one.unchecked))
     if not found:
         return
     faults = "; ".join(map(str, found))

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
-from fuchsia_pl.envs.limited import LimitedWorkers, WorkerFailure
+from fuchsia_pl.envs.limited import QUEUE_TIMEOUT_S, LimitedWorkers, WorkerFailure
 from fuchsia_pl.envs.rewards.matches import Extract, gold_problem, gold_text, last_turn, plain_answer
 from fuchsia_pl.envs.rewards.numbers import Amount, read_number, same_number
 from fuchsia_pl.envs.rewards.wrappers import has_box, last_boxed, last_sentences
@@ -43,6 +43,7 @@ class MathAnswer:
     """
 
     counters = (MATH_TIMEOUT, MATH_TOO_LONG)
+    min_timeout_s = QUEUE_TIMEOUT_S
 
     def __init__(
         self,

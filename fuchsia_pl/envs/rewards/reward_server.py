@@ -45,6 +45,7 @@ class RewardServer(ModelReward):
 
     timeout_s = 30.0
     max_retries = 2
+    min_timeout_s = 600.0  # of a call, which may wait for the requests of other groups
 
     def __init__(
         self,

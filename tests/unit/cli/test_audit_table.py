@@ -37,6 +37,12 @@ def test_a_sound_environment_has_no_findings(run):
     assert "audit: 0 findings in 0 of 1 tasks" in out
 
 
+def test_a_reward_that_runs_an_event_loop_is_called_as_in_training(run):
+    code, out, _ = run("tests.unsound.LoopedSums")
+    assert code == 0, out
+    assert "audit: 0 findings in 0 of 1 tasks" in out
+
+
 def test_faults_of_an_environment_are_a_table_and_exit_code_1(run):
     code, out, _ = run("tests.unsound.EvaluatedSums")
     assert code == 1

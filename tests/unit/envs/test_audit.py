@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fuchsia_pl.envs.audit import AuditItem, AuditSettings, AuditTask, Finding, FindingKind, audit, refuse_unsound
 from fuchsia_pl.envs.audit.findings import Outcome, judge
+from fuchsia_pl.envs.audit.player import Audited
 from fuchsia_pl.envs.audit.probes import CONSTANTS, HEAVY, Probe, ProbeKind, is_gold, probes
 from fuchsia_pl.envs.audit.task import ReplyError, Score, read_items, read_scores, read_survey
 from fuchsia_pl.types import ConfigError
@@ -140,6 +141,14 @@ def test_unsound_tasks_are_refused_with_the_reason(caplog):
     caplog.clear()
     refuse_unsound("ReasoningGym", tasks[:1], allow_unsound=False, settings=LIMITS)
     assert caplog.text == ""
+
+
+def test_what_was_not_checked_is_a_warning(caplog, monkeypatch):
+    incomplete = Audited("sums", (), ("sums: its gold answers: it took more than 20 s",), num_played=3, seconds=1.0)
+    monkeypatch.setattr("fuchsia_pl.envs.audit.runner.audit", lambda tasks, settings: [incomplete])
+    with caplog.at_level(logging.WARNING):
+        refuse_unsound("ReasoningGym", [task("sound")], allow_unsound=False, settings=LIMITS)
+    assert "ReasoningGym: the audit did not check: sums: its gold answers: it took more than 20 s" in caplog.text
 
 
 ITEM = AuditItem(7, "What is 7 plus 1000?", gold="1", forms=(unsound.FORM,))

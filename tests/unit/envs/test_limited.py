@@ -60,6 +60,7 @@ def test_a_call_that_waits_ends_at_a_limit_of_wall_clock_time(monkeypatch):
         ("exits_at_once", 4, WorkerDied, "exit code 4"),
         ("kills_itself", signal.SIGSEGV, WorkerDied, "SIGSEGV"),
         ("kills_itself", signal.SIGKILL, WorkerDied, "SIGKILL"),
+        ("kills_itself", signal.SIGRTMIN + 6, WorkerDied, "ended by signal 40"),
         ("takes_memory", 4096, WorkerError, "MemoryError"),
         ("nests", 0, WorkerError, "RecursionError"),
         ("returns_no_json", 0, WorkerError, "not JSON serializable"),
@@ -112,6 +113,17 @@ def test_processes_that_a_call_leaves_are_killed(has_own_session):
     with closing(LimitedWorkers(FUNCTIONS + "forks")) as workers:
         left = workers.call(has_own_session, 5.0)
         assert ends_soon(left)
+
+
+def test_processes_that_a_call_leaves_are_killed_also_while_others_run():
+    with (
+        closing(LimitedWorkers(FUNCTIONS + "forks_or_sleeps", num_workers=2)) as workers,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        other = threads.submit(workers.call, 5.0, 60.0)
+        left = workers.call(0.0, 5.0)
+        assert ends_soon(left)
+        assert not other.done()
 
 
 def test_calls_run_at_the_same_time_up_to_the_number_of_workers(monkeypatch):

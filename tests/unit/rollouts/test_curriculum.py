@@ -218,6 +218,23 @@ def test_the_state_holds_the_choices_that_were_made_and_not_yet_trained(tmp_path
         assert one.choice(phase) == other.choice(phase)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"batch_size": 8}, {"has_spare": False}, {"pools": [Pool("", 1.0, list(range(11)))]}]
+)
+def test_choices_of_other_sizes_or_items_are_made_anew_with_a_warning(caplog, changed):
+    sizes = {"num_items": 12, "num_ahead": 1, "has_spare": True}
+    one, other = make_curriculum(**sizes), make_curriculum(**{**sizes, **changed})
+    one.plan(0)
+    with caplog.at_level(logging.WARNING):
+        other.load_state_dict(one.state_dict())
+    assert "planned do not fit the settings" in caplog.text
+    other.plan(0)
+    choice = other.choice(1)
+    assert len(choice.drawn) == changed.get("batch_size", 4)
+    assert bool(choice.spare) == changed.get("has_spare", True)
+    assert max([*choice.drawn, *choice.spare]) < (11 if "pools" in changed else 12)
+
+
 def test_a_state_of_other_items_is_refused_and_a_checkpoint_without_one_is_told(caplog):
     with pytest.raises(
         ConfigError, match=r"success rates of 12 training items, and the environment has 20: .*curriculum: null"

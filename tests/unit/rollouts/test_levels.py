@@ -149,6 +149,25 @@ def test_items_without_levels_are_refused_before_the_engine_starts(tiny_model, t
     assert engine.calls == []
 
 
+@pytest.mark.parametrize(
+    "wrong", [("numbers", 1), Difficulty("numbers", 1.5), Difficulty("numbers", -1), Difficulty(3, 1), True]
+)
+def test_a_difficulty_of_another_form_names_the_method(tiny_model, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr(Judged, "difficulty", lambda self, item: wrong)
+    module = make_module(tiny_model)
+    data = make_data(module, TinyEngine(), Judged(), sampling={"curriculum": BY_LEVEL})
+    with pytest.raises(
+        ConfigError, match=r"Judged.difficulty returned .* for the item {'n': 0}: it must return a Difficulty"
+    ):
+        make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+
+
+def test_a_part_without_items_is_refused():
+    pools = [Pool("a", 1.0, list(range(30))), Pool("b", 3.0, [])]
+    with pytest.raises(ConfigError, match="the part 'b' of the mixture has 0 training items"):
+        make_levels(pools=pools)
+
+
 def test_a_setting_without_effect_is_refused():
     with pytest.raises(ConfigError, match="recheck_phases is 5, which has no effect with by: level"):
         CurriculumConfig(by="level", recheck_phases=5)

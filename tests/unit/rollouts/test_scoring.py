@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from fuchsia_pl.envs.bounded import LeftThreadsError
+from fuchsia_pl.envs.rewards import MathAnswer
 from fuchsia_pl.rollouts.scoring import RewardError, score_group
 from fuchsia_pl.types import Rollout
-from tests.doubles import TinyEnvironment
+from tests.doubles import TinyEnvironment, said
 
 
 def score(*functions, weights=None, timeout_s=5.0, item=None, on_error="stop") -> list[Rollout]:
@@ -224,3 +225,33 @@ def test_too_many_threads_that_run_on_end_the_run_whatever_is_done_about_errors(
     monkeypatch.setattr("fuchsia_pl.envs.bounded.MAX_OTHER_THREADS", 0)
     with pytest.raises(LeftThreadsError, match=r"this process has .* threads beside the bounded calls of user code"):
         score(scored, on_error=on_error)
+
+
+def test_a_function_with_limits_of_its_own_may_take_longer_than_the_environment():
+    def slow(rollouts):
+        time.sleep(0.3)
+        return [1.0, 0.0]
+
+    with pytest.raises(RewardError, match=r"'slow' took longer than 0\.05 s"):
+        score(slow, timeout_s=0.05)
+    slow.min_timeout_s = 30.0
+    assert [rollout.reward for rollout in score(slow, timeout_s=0.05)] == [1.0, 0.0]
+
+
+def test_answers_that_use_up_their_time_in_many_groups_at_once_score_0():
+    """Each waits for workers that all groups share: the wait is no fault of a group."""
+    math = MathAnswer(timeout_s=0.1, num_workers=1)
+    environment = TinyEnvironment()
+    environment.reward_functions, environment.reward_weights = [math], {}
+    environment.timeout_s = 0.2
+    groups = [[said(r"\boxed{9^{9^{9^9}}}", {"answer": "7"}) for _ in range(2)] for _ in range(4)]
+
+    async def score_all():
+        await asyncio.gather(*(score_group(environment, group) for group in groups))
+
+    try:
+        asyncio.run(score_all())
+    finally:
+        math.close()
+    assert [rollout.reward for group in groups for rollout in group] == [0.0] * 8
+    assert {rollout.counts["math_timeout"] for group in groups for rollout in group} == {1}
