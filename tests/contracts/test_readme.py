@@ -125,7 +125,11 @@ class Runs:
         command = shortened(command)
         command = re.sub(r"max_length \d+", "max_length 4000", command)
         words = shlex.split(re.sub(r"--model.policy.name \S+", "", command))[1:]
-        if "quickstart.yaml" in words and "--data.environment" not in command and not {"two_tasks.yaml", "overlays/easy_gym.yaml"} & set(words):
+        if (
+            "quickstart.yaml" in words
+            and "--data.environment" not in command
+            and not {"two_tasks.yaml", "overlays/easy_gym.yaml"} & set(words)
+        ):
             words += FEW_ITEMS
         if "countdown.yaml" in words or "function_calling.yaml" in words:
             words += ["--data.environment.init_args.num_train", "20"]
