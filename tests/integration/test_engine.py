@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import time
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ from fuchsia_pl.rollouts.batcher import count_denominators, make_batches, split_
 from fuchsia_pl.rollouts.chat import Chat
 from fuchsia_pl.samples import Sample
 from fuchsia_pl.types import Rollout, ServedModel, Turn
-from tests.machine import DTYPE
+from tests.machine import DTYPE, ROUNDS_BY_BATCH
 
 pytestmark = pytest.mark.engine
 QUESTIONS = ["What is 27 plus 45?", "Name a colour.", "Where is Paris?", "Write a short poem about rain."]
@@ -112,16 +113,30 @@ def pair(request, model_folder, tmp_path_factory):
     made.engine.close()
 
 
+def assert_alike(found, expected) -> None:
+    """Completions are the same, up to rounding where this machine rounds by batch: then ids may differ after a near tie."""
+    if not ROUNDS_BY_BATCH:
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    differences: list[float] = []
+    for one, other in zip(found, expected, strict=True):
+        pairs = zip(one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=False)
+        differences += [abs(own - its) for *ids, own, its in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    assert len(differences) > sum(len(c.token_ids) for c in expected) / 2
+    assert sum(differences) / len(differences) < 0.05  # an adapter moves them by more than 0.1
+
+
 def test_requests_give_the_same_ids_and_logprobs_in_any_order(pair):
     """Also concurrently: vLLM schedules a burst together, so that no batch depends on the arrival time of a request."""
-    if pair.engine.serves_lora:  # vLLM's LoRA kernels round differently with the order of the rows
-        first, turned = pair.sample(), pair.sample(order=-1)
-        assert [c.token_ids for c in first] == [c.token_ids for c in turned]
-        assert turned[0].logprobs == pytest.approx(first[0].logprobs, abs=0.05)
-        return
+    pair.sample()  # the prompts are in the cache from now on
     first = pair.sample()
     for repeat in range(10):
-        assert pair.sample(order=-1 if repeat % 2 else 1) == first
+        order = -1 if repeat % 2 else 1
+        found = pair.sample(order=order)
+        # vLLM's LoRA kernels always round differently with the order of the rows.
+        if not pair.engine.serves_lora and (order == 1 or not ROUNDS_BY_BATCH):
+            assert found == first
+        else:
+            assert_alike(found, first)
 
 
 def test_a_fresh_adapter_serves_the_base(pair, tmp_path):
@@ -131,9 +146,9 @@ def test_a_fresh_adapter_serves_the_base(pair, tmp_path):
     pair.sync(tmp_path / "fresh", 0)
     fresh = pair.sample()
     assert {completion.policy_version for completion in fresh} == {0}
-    assert [c.token_ids for c in fresh] == [c.token_ids for c in base]
-    for one, other in zip(fresh, base, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=0.05 if pair.engine.serves_lora else 0.0)
+    assert_alike(fresh, base)
+    if not (pair.engine.serves_lora or ROUNDS_BY_BATCH):
+        assert [completion.logprobs for completion in fresh] == [completion.logprobs for completion in base]
 
 
 def test_the_logprobs_are_those_of_the_sampling_temperature_and_of_no_generation_config(pair, tmp_path):
@@ -372,7 +387,7 @@ def test_a_dead_engine_is_restarted_once_with_the_newest_weights_and_samples_the
     before = pair.sample(max_tokens=12)
     asyncio.run(pair.engine.restart(kill_and_sample(pair)))
     assert pair.engine.policy_version == 5
-    assert [completion.token_ids for completion in pair.sample(max_tokens=12)] == [c.token_ids for c in before]
+    assert_alike(pair.sample(max_tokens=12), before)
     lost = kill_and_sample(pair)
     with pytest.raises(EngineLostError):
         asyncio.run(pair.engine.restart(lost))

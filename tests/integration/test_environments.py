@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 # Fewer and smaller steps than the configs' own, and one engine for all of them. Nothing of an environment is set here.
 SMALL = [
     *("--data.engine", "tests.integration.kept_engine.KeptEngine", "--data.sampling.max_length", "1024"),
-    *("--data.batch_size", "2", "--data.sampling.group_size", "2", "--trainer.accumulate_grad_batches", "2"),
+    *("--data.batch_size", "2", "--data.sampling.group_size", "2", "--trainer.accumulate_grad_batches", "1"),
     *("--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0", "--model.loss.loss_type", "grpo"),
 ]
 CPU = ["--config", "overlays/cpu.yaml"]
