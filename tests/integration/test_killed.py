@@ -1,6 +1,7 @@
 """Real vLLM beside a trainer that is killed or receives SIGTERM: no process, shared memory or file is left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def files() -> set[Path]:
 
 
 def has_stepped(process: subprocess.Popen, log: Path) -> bool:
-    return "step    2" in log.read_text()
+    return re.search(r"^ +2( +[\d.e-]+){4}", log.read_text(), flags=re.MULTILINE) is not None  # a row of the console
 
 
 def is_starting(process: subprocess.Popen, log: Path) -> bool:
