@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.test_engine import make_policy, perturb
-from tests.machine import DTYPE
+from tests.machine import DTYPE, ROUNDS_BY_BATCH
 
 pytestmark = pytest.mark.engine
 KEY = "a key of this test"
@@ -91,6 +92,11 @@ def expected(run: Path, model_folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def shared(one: str, other: str) -> int:
+    """Characters that two texts have in common at their beginnings."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def test_the_openai_client_gets_the_trained_answers_beside_those_of_the_base(client, run, model_folder):
     assert {model.id for model in client.models.list()} == {"someone/smollm2", "story-0"}
     wanted = expected(run, model_folder)
@@ -106,8 +112,14 @@ def test_the_openai_client_gets_the_trained_answers_beside_those_of_the_base(cli
     found = dict(zip(pairs, answers, strict=True))
     for name, texts in wanted.items():
         same = [found[name, question] == text for question, text in zip(QUESTIONS, texts, strict=True)]
-        # Two implementations round differently in bfloat16; in float32 no answer differs.
-        assert sum(same) >= (len(same) if DTYPE == "float32" else len(same) - 1), (name, texts, found)
+        # Two implementations round differently in bfloat16, also by batch with AMX; in float32 no answer differs.
+        num_other = 0 if DTYPE == "float32" else 2 if ROUNDS_BY_BATCH else 1
+        assert sum(same) >= len(same) - num_other, (name, texts, found)
+        others = next(texts for other, texts in wanted.items() if other != name)
+        for question, own, other in zip(
+            QUESTIONS, texts, others, strict=True
+        ):  # after a near tie, it is still nearer to its own
+            assert shared(found[name, question], own) >= shared(found[name, question], other), (name, question, found)
     assert sum(found["someone/smollm2", q] != found["story-0", q] for q in QUESTIONS) >= 2  # most answers are changed
 
 
