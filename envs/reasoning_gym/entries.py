@@ -106,11 +106,17 @@ class Entries:
             number: How many of each task.
 
         Raises:
-            ConfigError: As for `make`.
+            ConfigError: As for `make`, or a task stores no answer, as some do that accept any solution.
         """
         self.check_tasks()
         first = FIRST_INDEX["example"]
-        return {name: self._chunk(name, range(first, first + number)) for name in self.tasks}
+        made = {name: self._chunk(name, range(first, first + number)) for name in self.tasks}
+        without = [name for name, items in made.items() if any(not isinstance(item["answer"], str) for item in items)]
+        if without:
+            raise ConfigError(
+                f"ReasoningGym: {without} store no answers to show: leave these tasks out, or set num_examples: 0"
+            )
+        return made
 
     def score(self, item: Item, answer: str) -> float:
         """The score of an answer.

@@ -207,7 +207,7 @@ def chooser_for(
 def _check_difficulties(environment: Environment, items: Sequence[Item], found: Sequence[Any]) -> None:
     for item, one in zip(items, found, strict=True):
         level = one.level if isinstance(one, Difficulty) else None
-        if one is not None and not (type(level) is int and level >= 0 and isinstance(one.kind, str)):
+        if one is not None and not (type(level) is int and level >= 0 and isinstance(one.kind, str) and one.kind):
             raise ConfigError(
                 f"{type(environment).__name__}.difficulty returned {one!r:.80} for the item {dict(item)!r:.120}: it must return "
                 "a Difficulty with a text as kind and a whole number of 0 or more as level, or None"

@@ -267,6 +267,12 @@ def test_worked_examples_are_entries_of_the_same_task_and_of_no_split():
         asyncio.run(plain.close())
 
 
+def test_a_task_that_stores_no_answers_has_no_worked_examples():
+    gym = made(Task("rush_hour"), num_examples=1, allow_unsound=True)
+    with pytest.raises(ConfigError, match=r"\['rush_hour'\] store no answers to show: .* num_examples: 0"):
+        closed(gym)
+
+
 def test_a_held_out_question_is_no_worked_example():
     easy = Task("chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
     gym = made(easy, num_items=1, num_validation=60, num_examples=40)

@@ -150,7 +150,8 @@ def test_items_without_levels_are_refused_before_the_engine_starts(tiny_model, t
 
 
 @pytest.mark.parametrize(
-    "wrong", [("numbers", 1), Difficulty("numbers", 1.5), Difficulty("numbers", -1), Difficulty(3, 1), True]
+    "wrong",
+    [("numbers", 1), Difficulty("numbers", 1.5), Difficulty("numbers", -1), Difficulty(3, 1), Difficulty("", 1), True],
 )
 def test_a_difficulty_of_another_form_names_the_method(tiny_model, tmp_path, monkeypatch, wrong):
     monkeypatch.setattr(Judged, "difficulty", lambda self, item: wrong)
