@@ -79,7 +79,7 @@ class Mixture(Environment):
         """The difficulty that its own environment gives an item; its kind begins with the name of the part."""
         own = self._of_part(item)
         found = self.mixed[own.part].environment.difficulty(own.row)
-        return None if found is None else Difficulty(f"{own.part}_{found.kind}", found.level)
+        return None if found is None else Difficulty(f"{own.part}/{found.kind}", found.level)
 
     def step_rollout(self, rollout: Rollout) -> None:
         """Never called: the environment of its part runs a rollout.

@@ -1,5 +1,6 @@
 """Which items a phase draws, and which may replace groups without spread."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.shares import Pool, check_pools, drawn_items, spare_items
 from fuchsia_pl.samples import RolloutGroup
 from fuchsia_pl.types import Item
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Chooser:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores it."""
+        if state_dict:
+            logger.warning("the checkpoint's curriculum is not used: data.sampling.curriculum is null")
 
 
 def pools_of(environment: Environment, items: Sequence[Item], fitting: Sequence[int]) -> list[Pool]:

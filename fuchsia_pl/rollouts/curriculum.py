@@ -117,11 +117,17 @@ class Curriculum(Chooser):
         """Restores them.
 
         Raises:
-            ConfigError: The training split has another number of items.
+            ConfigError: The training split has another number of items, or the checkpoint's curriculum draws by another measure.
         """
         if not state_dict:
             logger.warning("the checkpoint has no success rates: data.sampling.curriculum begins with unseen items")
             return
+        saved = "level" if "ladders" in state_dict else "item"
+        if saved != self.config.by:
+            raise ConfigError(
+                f"the checkpoint has a curriculum by: {saved}, and data.sampling.curriculum.by is {self.config.by}: use the "
+                "same, or resume with data.sampling.curriculum: null"
+            )
         if len(state_dict["rates"]) != len(self.rates):
             raise ConfigError(
                 f"the checkpoint has success rates of {len(state_dict['rates'])} training items, and the environment has "

@@ -129,12 +129,12 @@ class LevelCurriculum(Curriculum):
         super().load_state_dict(state_dict)
         if not state_dict:
             return
-        saved = {kind: Ladder(**parts) for kind, parts in state_dict.get("ladders", {}).items()}
+        saved = {kind: Ladder(**parts) for kind, parts in state_dict["ladders"].items()}
         levels, own = ({kind: one.levels for kind, one in some.items()} for some in (saved, self.ladders))
         if levels != own:
             raise ConfigError(
                 f"the checkpoint has a curriculum with the levels {levels}, and the training items have {own}: use the same "
-                "items and the same `by`, or resume with data.sampling.curriculum: null"
+                "items, or resume with data.sampling.curriculum: null"
             )
         self.ladders = saved
 

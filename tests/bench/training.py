@@ -65,15 +65,17 @@ def run(policy: Policy, batches: list[Batch], precision: torch.dtype = torch.bfl
     return found
 
 
-def seconds(num_prompts: int, prompt_tokens: int, own_tokens: int, num_micro_batches: int) -> tuple[float, float]:
+def seconds(
+    num_prompts: int, prompt_tokens: int, own_tokens: int, num_micro_batches: int, dtype: torch.dtype
+) -> tuple[float, float]:
     """Median seconds with shared prefixes and with plain rows, measured alternately."""
     samples = rows(num_prompts, prompt_tokens, own_tokens)
     found: dict[bool, list[float]] = {True: [], False: []}
-    policies = {shares: make_policy(shares) for shares in (True, False)}
+    policies = {shares: make_policy(shares, str(dtype).removeprefix("torch.")) for shares in (True, False)}
     for _ in range(NUM_ROUNDS + 1):
         for shares, policy in policies.items():
             batches, start = batches_of(policy, samples, num_micro_batches), time.perf_counter()
-            run(policy, batches)
+            run(policy, batches, dtype)
             found[shares].append(time.perf_counter() - start)
     return median(found[True][1:]), median(found[False][1:])
 
@@ -128,13 +130,13 @@ def main() -> None:
     if len(sys.argv) > 1:
         train_with_large_vocabulary(int(sys.argv[1]))
         return
-    short, long = seconds(8, 40, 24, 2), seconds(1, 150, 200, 1)
+    figures: dict[str, float] = {}
+    for name, dtype in (("", torch.bfloat16), ("_float32", torch.float32)):
+        figures[f"shared_short{name}"], figures[f"plain_short{name}"] = seconds(8, 40, 24, 2, dtype)
+        figures[f"shared_long{name}"], figures[f"plain_long{name}"] = seconds(1, 150, 200, 1, dtype)
     logprob_difference, gradient_difference = differences()
     report(
-        shared_short=short[0],
-        plain_short=short[1],
-        shared_long=long[0],
-        plain_long=long[1],
+        **figures,
         logprob_difference=logprob_difference,
         gradient_difference=gradient_difference,
         kept_gb=kept_bytes(False) / 2**30,

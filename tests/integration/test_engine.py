@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from statistics import median
 
 import psutil
 import pytest
@@ -122,7 +123,7 @@ def assert_alike(found, expected) -> None:
         pairs = zip(one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=False)
         differences += [abs(own - its) for *ids, own, its in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     assert len(differences) > sum(len(c.token_ids) for c in expected) / 2
-    assert sum(differences) / len(differences) < 0.05  # an adapter moves them by more than 0.1
+    assert median(differences) < 0.05  # a single token may differ by 0.3; other weights move most by more than 0.1
 
 
 def test_requests_give_the_same_ids_and_logprobs_in_any_order(pair):

@@ -97,6 +97,7 @@ def test_an_environment_in_the_originals_shape_trains(fit):
         assert rollout["rewards"].keys() == {"custom_reward_function"}
 
 
+@pytest.mark.may_warn("all siblings have the same reward")  # two siblings of a model that solves few of these questions
 @pytest.mark.skipif(not DATA.exists(), reason="the official files of GSM8K do not lie beside the checkout")
 def test_gsm8k_trains_on_the_official_data(fit):
     files = ["--data.environment.init_args.train_file", str(DATA / "train.jsonl")]
@@ -106,6 +107,7 @@ def test_gsm8k_trains_on_the_official_data(fit):
     assert {rollout["item"].keys() == {"question", "answer"} for rollout in rollouts} == {True}
 
 
+@pytest.mark.may_warn("all siblings have the same reward")
 def test_function_calling_calls_its_interpreter(fit):
     """At least half of the rollouts call the tool: four worked examples before each question help the small model."""
     overlays = [*CPU, "--config", "overlays/examples.yaml"]

@@ -10,8 +10,9 @@ from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.envs import Difficulty
 from fuchsia_pl.envs.parts import Part
 from fuchsia_pl.library.mixture import Mixture
-from fuchsia_pl.rollouts.choice import Choice, PhaseSizes
+from fuchsia_pl.rollouts.choice import Choice, Chooser, PhaseSizes
 from fuchsia_pl.rollouts.config import CurriculumConfig
+from fuchsia_pl.rollouts.curriculum import Curriculum
 from fuchsia_pl.rollouts.levels import Ladder, LevelCurriculum
 from fuchsia_pl.rollouts.ranks import Ranks
 from fuchsia_pl.rollouts.shares import Pool
@@ -129,7 +130,7 @@ def test_any_history_gives_phases_of_different_items_that_repeat(kinds, data):
 def test_parts_of_a_mixture_have_levels_of_their_own():
     mixture = Mixture({"one": Part(Judged()), "two": Part(TinyEnvironment())})
     found = [mixture.difficulty(item) for item in mixture.train_items()]
-    assert set(found) == {None, *(Difficulty("one_numbers", level) for level in range(3))}
+    assert set(found) == {None, *(Difficulty("one/numbers", level) for level in range(3))}
 
 
 def test_a_checkpoint_with_other_levels_is_refused():
@@ -139,6 +140,22 @@ def test_a_checkpoint_with_other_levels_is_refused():
         levels.load_state_dict(other.state_dict())
     levels.load_state_dict({})  # a warning, as with a curriculum by item
     assert levels.ladders["sums"].place == 0
+
+
+def test_a_checkpoint_by_another_measure_is_refused_and_one_that_is_not_used_is_a_warning(caplog):
+    levels = make_levels()
+    by_item = Curriculum(CurriculumConfig(), levels.pools, levels.sizes, len(ITEMS), Judged())
+    with pytest.raises(ConfigError, match=r"has a curriculum by: item, and data.sampling.curriculum.by is level: use"):
+        levels.load_state_dict(by_item.state_dict())
+    with pytest.raises(ConfigError, match=r"has a curriculum by: level, and data.sampling.curriculum.by is item: use"):
+        by_item.load_state_dict(levels.state_dict())
+    chooser = Chooser(levels.pools, levels.sizes)
+    chooser.load_state_dict(chooser.state_dict())
+    assert not caplog.records
+    chooser.load_state_dict(levels.state_dict())
+    assert [record.message for record in caplog.records] == [
+        "the checkpoint's curriculum is not used: data.sampling.curriculum is null"
+    ]
 
 
 def test_items_without_levels_are_refused_before_the_engine_starts(tiny_model, tmp_path):
