@@ -25,7 +25,7 @@ setup: $(READY)
 test: $(READY_DEV) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/browser
 	$(BIN)/python -m pytest tests/browser
-	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -m engine tests/integration --durations 20
 
 fast: $(READY_DEV) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not engine and not slow" -n 2 tests/unit tests/contracts/test_structure.py

@@ -25,6 +25,7 @@ def test_a_recipe_trains_three_steps_with_the_real_engine(recipe, command_folder
     else:
         words += KEPT
     sizes = ["--trainer.max_steps", "3", "--data.batch_size", "2", "--data.sampling.group_size", "2"]
+    sizes += ["--data.sampling.max_completion_tokens", "32"]
     cli = FuchsiaCLI(["fit", *words, *sizes, *local_data(recipe.stem, command_folder)])
     with (cli.run_folder / "metrics.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["train/loss"]]

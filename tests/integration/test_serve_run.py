@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.test_engine import make_policy, perturb
-from tests.machine import DTYPE, ROUNDS_BY_BATCH
+from tests.machine import DTYPE
 
 pytestmark = pytest.mark.engine
 KEY = "a key of this test"
@@ -92,9 +92,11 @@ def expected(run: Path, model_folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def shared(one: str, other: str) -> int:
-    """Characters that two texts have in common at their beginnings."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def shared(texts: list[str], others: list[str]) -> float:
+    """Share of the words of some texts that the others have too, up to the first difference in each."""
+    pairs = [(one.split(" "), other.split(" ")) for one, other in zip(texts, others, strict=True)]
+    same = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*pair, strict=False))) for pair in pairs]
+    return sum(same) / sum(len(words) for words, _ in pairs)
 
 
 def test_the_openai_client_gets_the_trained_answers_beside_those_of_the_base(client, run, model_folder):
@@ -111,15 +113,13 @@ def test_the_openai_client_gets_the_trained_answers_beside_those_of_the_base(cli
         answers = list(pool.map(lambda pair: ask(*pair), pairs))
     found = dict(zip(pairs, answers, strict=True))
     for name, texts in wanted.items():
-        same = [found[name, question] == text for question, text in zip(QUESTIONS, texts, strict=True)]
-        # Two implementations round differently in bfloat16, also by batch with AMX; in float32 no answer differs.
-        num_other = 0 if DTYPE == "float32" else 2 if ROUNDS_BY_BATCH else 1
-        assert sum(same) >= len(same) - num_other, (name, texts, found)
+        answers = [found[name, question] for question in QUESTIONS]
         others = next(texts for other, texts in wanted.items() if other != name)
-        for question, own, other in zip(
-            QUESTIONS, texts, others, strict=True
-        ):  # after a near tie, it is still nearer to its own
-            assert shared(found[name, question], own) >= shared(found[name, question], other), (name, question, found)
+        # Two implementations round differently in bfloat16, also by batch with AMX, and a text goes on differently after a near
+        # tie. In float32 no answer differs.
+        assert answers == texts or DTYPE != "float32", (answers, texts)
+        assert shared(texts, answers) >= 0.5, (name, texts, answers)
+        assert shared(others, answers) < 0.5, (name, others, answers)
     assert sum(found["someone/smollm2", q] != found["story-0", q] for q in QUESTIONS) >= 2  # most answers are changed
 
 

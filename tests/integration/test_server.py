@@ -176,9 +176,9 @@ def test_no_path_that_a_server_lists_answers_without_the_key(servers):
         assert client.get("/metrics", headers=right, follow_redirects=True).status_code == 200
 
 
-def test_ten_steps_of_the_quickstart_on_one_server(servers, fit):
-    run = fit(servers[:1], 10)
-    run.check_all_steps(10)
+def test_five_steps_of_the_quickstart_on_one_server(servers, fit):
+    run = fit(servers[:1], 5)
+    run.check_all_steps(5)
     assert adapters_of(servers[0]) == []
 
 
@@ -216,14 +216,14 @@ def test_logprobs_follow_each_load_and_no_older_keys_and_values_are_used(servers
 
 
 def test_one_of_two_servers_dies_and_no_step_is_lost(servers, fit):
-    run = fit(servers, 10)
+    run = fit(servers, 6)
     run.wait_for_step(2)
     while not any(name.startswith("policy-2-") for name in adapters_of(servers[0])):
         assert run.process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)  # now it samples the third step, which takes some seconds
     servers[0].kill()
-    run.check_all_steps(10)
+    run.check_all_steps(6)
     assert f"{servers[0].url} is dropped (drop 1): /v1/completions failed" in run.log.read_text()
 
 
