@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """An invalid setting. The message states the problem, the value, the allowed values, and the remedy, without a traceback."""
 
 
+class RunEndingConfigError(ConfigError):
+    """A setting of an environment that is wrong, which only a rollout shows: it ends the run, whatever `on_error` is."""
+
+
 def shortened(text: str, limit: int) -> str:
     """Returns a text, or only its two ends if it has more than `limit` characters.
 

@@ -7,7 +7,8 @@ rewards the functions that the task's class marks by `@vf.reward` and, with the 
 
 import importlib.metadata
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from fuchsia_pl.envs import ConfigError, Item, Message, Rollout, RolloutStatus, ToolCall, ToolEnvironment, ToolResult
@@ -38,8 +39,8 @@ class VerifiersEnvironment(ToolEnvironment):
         taskset: Name of an importable package with a taskset, such as "reverse-text".
         taskset_config: Fields of the taskset's config.
         environment: Fields of the environment's config; `id` names a package other than the taskset's.
-        validation_config: Fields of the taskset's config that differ for the held-out tasks, such as its split. None: the first
-            `num_validation` tasks are held out.
+        validation_config: Fields of the taskset's config that differ for the held-out tasks, such as its split; nested ones are
+            merged. None: the first `num_validation` tasks are held out.
         num_tasks: Number of tasks that are read, held-out ones included unless they have a config. None: all of them.
         num_validation: Number of held-out tasks.
         max_turns: Maximum number of turns of a rollout. None: the limit of the environment's agent, else 8, and 1 for tasks with
@@ -67,7 +68,7 @@ class VerifiersEnvironment(ToolEnvironment):
         self._world: World = world(taskset, config, settings)
         self._held_out: World | None = None
         if validation_config is not None:
-            self._held_out = world(taskset, {**config, **validation_config}, settings)
+            self._held_out = world(taskset, merged(config, validation_config), settings)
         self._num_tasks, self._num_validation = num_tasks, num_validation
         self._check_numbers()
         self._signals: Signals = self._world.signals(recorded or [])
@@ -75,6 +76,7 @@ class VerifiersEnvironment(ToolEnvironment):
         self.reward_functions = [reward_function(name) for name in self.reward_weights]
         self.on_error = "unscored"
         self.servers = self._world.servers()
+        self._check_servers()
         self.max_steps = self._max_turns(max_turns)
         self._tasks: dict[str, dict[int, vf.Task]] = {}
         self._unlogged: set[str] = set()
@@ -97,7 +99,7 @@ class VerifiersEnvironment(ToolEnvironment):
         """What the policy reads before its first turn. It is found once for each item."""
         key = (item["split"], item["idx"])
         if key not in self._prompts:
-            self._prompts[key] = self._world.prompt(self._task(item), self.timeout_s)
+            self._prompts[key] = self._world_of(item).prompt(self._task(item), self.timeout_s)
         return self._prompts[key]
 
     def counter_names(self) -> list[str]:
@@ -106,7 +108,8 @@ class VerifiersEnvironment(ToolEnvironment):
 
     async def prepare(self) -> None:
         """Starts what the environment of verifiers and the tools need."""
-        await self._world.start()
+        for world in self._worlds:
+            await world.start()
         if self.servers:
             await super().prepare()
 
@@ -115,12 +118,14 @@ class VerifiersEnvironment(ToolEnvironment):
         try:
             await super().close()
         finally:
-            await self._world.stop()
+            async with AsyncExitStack() as stack:
+                for world in self._worlds:
+                    stack.push_async_callback(world.stop)
 
     async def open_rollout(self, rollout: Rollout) -> None:
         """Starts the episode, up to its first turn."""
         await super().open_rollout(rollout)
-        play = self._world.play(self._task(rollout.item), self.max_response_chars)
+        play = self._world_of(rollout.item).play(self._task(rollout.item), self.max_response_chars)
         rollout.state[PLAY] = play
         if await play.start() != [
             {name: message[name] for name in ("role", "content")} for message in rollout.messages
@@ -201,6 +206,20 @@ class VerifiersEnvironment(ToolEnvironment):
             held_out, tasks = tasks[: self._num_validation], tasks[self._num_validation :]
         return {TRAIN: {task.data.idx: task for task in tasks}, VALIDATION: {task.data.idx: task for task in held_out}}
 
+    @property
+    def _worlds(self) -> "list[World]":
+        return [self._world] if self._held_out is None else [self._world, self._held_out]
+
+    def _world_of(self, item: Item) -> "World":
+        """The taskset and environment of an item: held-out tasks may have a config of their own."""
+        return self._held_out if self._held_out is not None and item["split"] == VALIDATION else self._world
+
+    def _check_servers(self) -> None:
+        if self._held_out is not None and self._held_out.servers() != self.servers:
+            raise ConfigError(
+                "validation_config changes the tools, and all rollouts of a run share them: leave the fields of tools out of it"
+            )
+
     def _check_rest(self, number: int) -> None:
         if number <= self._num_validation:
             raise ConfigError(
@@ -225,6 +244,16 @@ class VerifiersEnvironment(ToolEnvironment):
                 f"max_turns={given} has no effect: tasks of {self._world.name!r} are one question without tools: leave it out"
             )
         return 1
+
+
+def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with some fields changed.
+
+    >>> merged({"task": {"a": 1, "b": 2}, "seed": 0}, {"task": {"b": 3}})
+    {'task': {'a': 1, 'b': 3}, 'seed': 0}
+    """
+    both = {key for key in changes if isinstance(changes[key], Mapping) and isinstance(config.get(key), Mapping)}
+    return {**config, **changes, **{key: merged(config[key], changes[key]) for key in both}}
 
 
 def _item(split: str, task: "vf.Task") -> Item:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fuchsia_pl.envs import ConfigError, RewardFunction, Rollout
+from fuchsia_pl.envs import ConfigError, RewardFunction, Rollout, RunEndingConfigError
 
 SCORES = "verifiers_scores"  # key in `Rollout.state`
 
@@ -50,14 +50,15 @@ class Signals:
             metrics: Recorded metrics, by name.
 
         Raises:
-            ConfigError: A recorded reward has no reward function.
+            RunEndingConfigError: A recorded reward has no reward function. Were its episodes only unscored, an environment that
+                records a reward for success alone would lose its successes.
 
         >>> Signals({"lcs": 0.5}, ["length"], ["won"]).values({"lcs": (0.8, 0.5), "won": (1.0, 2.0)}, {"length": 7.0})
         {'lcs': 0.8, 'won': 2.0, 'length': 7.0}
         """
         unknown = sorted(set(rewards) - {*self.rewards, *self.recorded})
         if unknown:
-            raise ConfigError(
+            raise RunEndingConfigError(
                 f"the episode has the rewards {unknown} beside those of the task's class: name them in "
                 "data.environment.init_args.recorded"
             )

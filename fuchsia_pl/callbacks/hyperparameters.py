@@ -105,6 +105,7 @@ def hyperparameters(trainer: Trainer) -> dict[str, Any]:
             "steps_per_epoch": data.steps_per_epoch,
             "seed": data.seed,
             "sampling": asdict(data.sampling),
+            "teacher": None if data.teacher is None else public_settings(asdict(data.teacher)),
         },
         "trainer": {
             "max_steps": trainer.max_steps,

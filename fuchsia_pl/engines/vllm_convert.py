@@ -25,6 +25,7 @@ NEUTRAL: dict[str, Any] = {
 }
 # JSON has no infinity: vLLM's OpenAI server raises every lower logprob to this value.
 JSON_FLOOR = -9999.0
+MAX_LOGPROB = 1e-3  # rounding may raise the logprob of a certain token above 0
 # Prefix of the keys of `top_logprobs` where `return_tokens_as_token_ids` is set.
 TOKEN_KEY = "token_id:"
 
@@ -232,6 +233,11 @@ def _checked_logprobs(logprobs: Sequence[Any] | None, number: int, of: str) -> t
         raise EngineError(f"vLLM returned {len(logprobs or ())} logprobs for {number} {of}")
     if not all(isinstance(value, int | float) and math.isfinite(value) and value > JSON_FLOOR for value in logprobs):
         raise EngineError(f"vLLM returned logprobs for {of} that are not finite numbers: {tuple(logprobs)}")
+    if max(logprobs, default=0.0) > MAX_LOGPROB:
+        raise EngineError(
+            f"vLLM returned {max(logprobs):g} as the logprob of one of the {of}, which cannot be above 0: it must run with "
+            "--logprobs-mode raw_logprobs, its default"
+        )
     return tuple(cast(Sequence[float], logprobs))
 
 

@@ -100,6 +100,11 @@ class TeacherServer:
                 raise EngineError(
                     f"the server {self.url} of data.teacher has no model {self.name!r} any more: {error}"
                 ) from error
+            except ConfigError as error:  # its advice is for the policy's engine
+                raise ConfigError(
+                    f"the server {self.url} of data.teacher refused the API key: set the environment variable "
+                    f"{API_KEY_VARIABLE} to that of the server"
+                ) from error
             except ServerGoneError as error:
                 reason = str(error)
             await asyncio.sleep(BACKOFF_S * 2**attempt)

@@ -11,7 +11,7 @@ from fuchsia_pl.envs.difficulty import Difficulty
 from fuchsia_pl.envs.tool_environment import ToolEnvironment
 from fuchsia_pl.envs.tools.convention import ToolConvention
 from fuchsia_pl.envs.tools.spec import MCPServer, ToolCall, ToolResult, ToolServerError, ToolSpec, ToolStatus
-from fuchsia_pl.types import ConfigError, Item, Message, Rollout, RolloutStatus
+from fuchsia_pl.types import ConfigError, Item, Message, Rollout, RolloutStatus, RunEndingConfigError
 
 __all__ = [
     "ConfigError",
@@ -24,6 +24,7 @@ __all__ = [
     "RewardFunction",
     "Rollout",
     "RolloutStatus",
+    "RunEndingConfigError",
     "SingleTurnEnvironment",
     "ToolCall",
     "ToolConvention",

@@ -32,6 +32,7 @@ CHECK_GOLD = "check_gold"
 ANSWER = "answer"
 DEVICE_GB = "device_gb"
 MIN_TIMEOUT_S = "min_timeout_s"
+NONE_UNSCORES = "none_unscores"
 PREPARE_TIMEOUT_S = 1800.0
 
 
@@ -50,8 +51,10 @@ class Environment(ABC):
 
     Attributes:
         reward_functions: Each is `f(rollouts, *args, **kwargs) -> list[float]`, sync or async, called once per group of
-            siblings. None instead of a number leaves that rollout unscored. A list instead of a number scores the turns of the
-            policy, one number per turn; the rollout's reward is their sum. Its name in logs is its `__name__`.
+            siblings. None instead of a number leaves that rollout without a score by this function; one without any score, or
+            without that of a function whose attribute `none_unscores` is True, is not trained on. A list instead of a number
+            scores the turns of the policy, one number per turn; the rollout's reward is their sum. Its name in logs is its
+            `__name__`.
         reward_weights: Weight of each reward function in the total, by name; 1.0 by default.
         initial_reward_weights: Weights at step 0, by name; they change linearly to `reward_weights`.
         ramp_steps: Optimizer step at which `reward_weights` are reached.

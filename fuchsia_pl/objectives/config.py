@@ -27,6 +27,11 @@ from fuchsia_pl.objectives.surrogates import (
 )
 from fuchsia_pl.types import ConfigError, ServedModel
 
+OVERLONG_BUFFER = 0.2
+# Surrogates that multiply the advantage by the ratio, and advantages that differ from token to token.
+OF_RATIO = ("clip", "sapo")
+OF_TOKENS = ("turn_group", "gae", "teacher")
+
 
 @dataclass
 class LossConfig:
@@ -90,7 +95,7 @@ class LossConfig:
     old_logprobs: Literal["trainer", "sampler"] = "trainer"
     sampler_correction: SamplerCorrection = field(default_factory=SamplerCorrection)
     critic: CriticSettings = field(default_factory=CriticSettings)
-    overlong_buffer: float = 0.2
+    overlong_buffer: float = OVERLONG_BUFFER
     sapo: SAPOSettings = field(default_factory=SAPOSettings)
 
     def __post_init__(self) -> None:
@@ -150,6 +155,18 @@ class LossConfig:
         (True, False)
         """
         return self.parts.advantage == "turn_group" or is_own(self.parts.advantage)
+
+    @property
+    def shares_credit(self) -> bool:
+        """Whether the gradient of each token's loss spreads over its row, so that all tokens of a row need the same advantage.
+
+        A surrogate that multiplies the advantage by the ratio of the whole row has one gradient for the row.
+
+        >>> LossConfig("gspo").shares_credit, LossConfig("gspo", ratio_level="sequence_token").shares_credit
+        (True, False)
+        """
+        surrogate = self.parts.surrogate
+        return surrogate == "gmpo" or (surrogate in OF_RATIO and self.parts.ratio_level == "sequence")
 
     @property
     def kl_in_reward(self) -> bool:
@@ -271,6 +288,8 @@ def _check_combinations(config: LossConfig) -> None:
             f'with advantage "{parts.advantage}": set it to 0'
         )
     _check_teacher_alone(config)
+    _check_shared_credit(config)
+    _check_idle_settings(config)
     if parts.reward_aggregation == "normalize_then_sum" and parts.advantage != "group_norm":
         raise ConfigError(
             'model.loss.reward_aggregation "normalize_then_sum" normalises each reward function in its group: it needs '
@@ -279,6 +298,36 @@ def _check_combinations(config: LossConfig) -> None:
     if parts.reward_aggregation == "normalize_then_sum" and config.kl_in_reward:
         raise ConfigError(
             'model.loss.reward_aggregation "normalize_then_sum" has no total reward to subtract a KL from: set kl_in: loss'
+        )
+
+
+def _check_shared_credit(config: LossConfig) -> None:
+    """Refuses advantages of single tokens where all tokens of a row share one."""
+    advantage = config.parts.advantage
+    is_of_tokens = advantage in OF_TOKENS or (advantage in ("reward", "batch_norm") and config.kl_in_reward)
+    if config.shares_credit and is_of_tokens:
+        raise ConfigError(
+            f'model.loss.advantage "{advantage}" differs from token to token of a row, and {shared_credit_words(config)}'
+        )
+
+
+def shared_credit_words(config: LossConfig) -> str:
+    """Why the tokens of a row must have the same advantage, and what to change."""
+    if config.parts.surrogate == "gmpo":
+        return 'surrogate "gmpo" gives all of them the same credit: set surrogate: clip'
+    return 'ratio_level "sequence" gives all of them the same credit: set ratio_level: sequence_token'
+
+
+def _check_idle_settings(config: LossConfig) -> None:
+    """Refuses settings of parts that are not used."""
+    if config.critic != CriticSettings() and config.parts.advantage != "gae":
+        raise ConfigError(
+            f'model.loss.critic has no effect with advantage "{config.parts.advantage}": leave it out, or set advantage: gae'
+        )
+    if config.overlong_buffer != OVERLONG_BUFFER and config.parts.truncated != "penalise":
+        raise ConfigError(
+            f'model.loss.overlong_buffer has no effect with truncated "{config.parts.truncated}": leave it out, or set '
+            "truncated: penalise"
         )
 
 

@@ -150,7 +150,7 @@ def varlen_attention(
 
 
 def pick_rows(states: Tensor, places: Tensor) -> Tensor:
-    """`states[places]` for states [S, A, D], as an embedding: its backward sums rows much faster than that of indexing."""
+    """`states[places]` for states [S, …], as an embedding: its backward sums rows much faster than that of indexing."""
     picked = nn.functional.embedding(places, states.flatten(1))
     return picked.unflatten(-1, states.shape[1:])
 

@@ -112,7 +112,7 @@ def _masked_attention(
     if len(padded.branch_groups):
         of_branch = [_pick(each, padded.branch_places) for each in states]
         keys, values = (
-            torch.cat([prefix[padded.branch_groups], branch], dim=2)
+            torch.cat([pick_rows(prefix, padded.branch_groups), branch], dim=2)
             for prefix, branch in zip(of_prefix[1:], of_branch[1:], strict=True)
         )
         visible = padded.mask(window, states[0].dtype)

@@ -9,7 +9,7 @@ from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason
 from fuchsia_pl.loop import cancel_others
 from fuchsia_pl.rollouts.ahead import PhasesAhead
-from fuchsia_pl.types import Rollout
+from fuchsia_pl.types import Rollout, RunEndingConfigError
 
 
 class EnvironmentStepError(RuntimeError):
@@ -85,13 +85,14 @@ async def call_method(
         EnvironmentStepError: It raised or took longer. The message names the item.
         ToolServerError: A tool server cannot be started again.
         LeftThreadsError: User code leaves too many threads behind.
+        RunEndingConfigError: The method raised it.
     """
     where = f"{type(environment).__name__}.{method.__name__} on item {rollout.item_index}"
     try:
         await call_bounded(method, rollout, timeout_s)
     except TimeoutError as error:
         raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s") from error
-    except (ToolServerError, LeftThreadsError):
+    except (ToolServerError, LeftThreadsError, RunEndingConfigError):
         raise
     except Exception as error:  # user code may raise anything
         raise EnvironmentStepError(f"{where} raised {reason(error)}") from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuchsia_pl.batch import Batch, TrainerSignals
 from fuchsia_pl.objectives.advantages import has_spread
-from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.objectives.config import LossConfig, shared_credit_words
 from fuchsia_pl.objectives.credit import CreditInputs, OverRanks, assign_credit
 from fuchsia_pl.objectives.rewards import overlong_penalty
 from fuchsia_pl.objectives.teacher import with_teacher
@@ -22,9 +22,10 @@ from fuchsia_pl.objectives.turns import differ_by_turn
 from fuchsia_pl.rollouts.scoring import LARGEST, RewardError
 from fuchsia_pl.rollouts.turn_credit import add_turn_rewards, group_returns, turn_end_positions
 from fuchsia_pl.samples import RolloutGroup, Sample
-from fuchsia_pl.types import Rollout, RolloutStatus
+from fuchsia_pl.types import ConfigError, Rollout, RolloutStatus
 
 OVERLONG = "overlong"
+SAME_CREDIT = 1e-6  # largest relative difference of advantages that count as equal
 
 
 def group_rewards(groups: Sequence[Sequence[Rollout]]) -> Tensor:
@@ -124,6 +125,7 @@ def make_samples(
 
     Raises:
         RewardError: An advantage, or the target of a value, is not finite or too large for a batch.
+        ConfigError: The tokens of a row have different advantages, and the objective gives a row one credit.
     """
     groups = even_groups(groups)
     inputs = credit_inputs(config, groups, weights, signals)
@@ -139,11 +141,28 @@ def make_samples(
         own = TrainerSignals(*(None if of is None else of[row, :length] for of in vars(signals).values()))
         credit = advantages[row, :length].tolist()
         _check_bounds(rollout, credit, own)
+        if config.shares_credit:
+            _check_shared(config, rollout, credit)
         wanted = None if targets is None else targets[row, :length].tolist()
         if wanted is not None:
             _check_bounds(rollout, wanted, own)
         samples += _samples(rollout, credit, None if wanted is None else own.values, wanted)
     return samples
+
+
+def _check_shared(config: LossConfig, rollout: Rollout, credit: list[float]) -> None:
+    """Refuses advantages of single tokens, such as by rewards of turns or a user's function, where a row has one credit.
+
+    Raises:
+        ConfigError: The tokens of a row have different advantages.
+    """
+    for place in places_of_rows(rollout):
+        values = credit[place]
+        if values and max(values) - min(values) > SAME_CREDIT * max(map(abs, values)):
+            raise ConfigError(
+                f"the tokens of item {rollout.item_index} have advantages from {min(values):g} to {max(values):g} by "
+                f"model.loss.advantage {config.parts.advantage!r}, and {shared_credit_words(config)}"
+            )
 
 
 def _samples(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fuchsia_pl.envs.base import (
     MIN_TIMEOUT_S,
+    NONE_UNSCORES,
     Environment,
     RewardFunction,
     is_finite_number,
@@ -53,20 +54,24 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
     if not scored:
         return
     errors: list[RewardError] = []
+    unread: set[int] = set()  # positions of those whose total would lack a part that may be negative
     for function, name in zip(environment.reward_functions, names, strict=True):
         try:
             scores = await _scores(function, name, scored, _timeout_s(environment, function))
         except RewardError as error:
             errors.append(_passed(environment, error))
             continue
-        for rollout, score in zip(scored, scores, strict=True):
+        for position, (rollout, score) in enumerate(zip(scored, scores, strict=True)):
             if isinstance(score, list):
                 rollout.turn_rewards[name] = score
             rollout.rewards[name] = float(sum(score)) if isinstance(score, list) else score
+            if score is None and hasattr(function, NONE_UNSCORES) and getattr(function, NONE_UNSCORES):
+                unread.add(position)
     weights = weights_at(environment, rollouts[0].step)
-    for rollout in scored:
+    for position, rollout in enumerate(scored):
         # Without the failed function, the total would rank the siblings by the other functions alone.
-        rollout.reward = None if errors else total_reward(rollout.rewards, weights)
+        is_whole = not errors and position not in unread
+        rollout.reward = total_reward(rollout.rewards, weights) if is_whole else None
         rollout.weighted_turn_rewards = _weighted(rollout, weights)
         if rollout.reward is not None and not _fits(rollout, weights):
             errors.append(_passed(environment, RewardError(_endless(rollout, weights))))

@@ -16,6 +16,7 @@ from torch import Tensor
 from fuchsia_pl.batch import TrainerSignals
 from fuchsia_pl.envs.conversation import checked_messages
 from fuchsia_pl.objectives.teacher import teacher_advantages
+from fuchsia_pl.rollouts.batcher import num_used_tokens
 from fuchsia_pl.rollouts.credit import even_groups, places_of_rows
 from fuchsia_pl.samples import RolloutGroup
 from fuchsia_pl.types import ConfigError, Message, Rollout
@@ -128,9 +129,11 @@ class Teacher:
             for number, row in enumerate(rollout.rows)
             if row.num_sampled_tokens
         ]
-        scored = self.score([row.token_ids for _, _, row in asked])
-        for (place, number, row), logprobs in zip(asked, scored, strict=True):
-            sampled = torch.tensor(row.loss_mask[1:])
+        # What an environment wrote after the last sampled token may exceed every limit, and no token depends on it.
+        used = [num_used_tokens(row) for _, _, row in asked]
+        scored = self.score([row.token_ids[:end] for (_, _, row), end in zip(asked, used, strict=True)])
+        for (place, number, row), end, logprobs in zip(asked, used, scored, strict=True):
+            sampled = torch.tensor(row.loss_mask[1:end])
             tokens = places_of_rows(rollouts[place])[number]
             found[place, tokens] = torch.tensor(logprobs, dtype=torch.float32)[sampled]
         return found

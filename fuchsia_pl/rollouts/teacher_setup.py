@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from fuchsia_pl.envs.bounded import call_apart
 from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment
-from fuchsia_pl.objectives.config import LossConfig
+from fuchsia_pl.objectives.config import LossConfig, shared_credit_words
 from fuchsia_pl.progress import progress
 from fuchsia_pl.rollouts.budget import longest_row
 from fuchsia_pl.rollouts.collector import Collector
@@ -57,6 +57,10 @@ def check_teacher(
         raise ConfigError(
             f"model.loss.max_refills={loss.parts.max_refills} replaces groups without spread, and with data.teacher they have "
             "advantages too: set it to 0"
+        )
+    if loss.shares_credit:
+        raise ConfigError(
+            f"the advantages of data.teacher differ from token to token of a row, and model.loss.{shared_credit_words(loss)}"
         )
     if config.prompt is not None:
         environment = collector.environment

@@ -65,19 +65,29 @@ def run(policy: Policy, batches: list[Batch], precision: torch.dtype = torch.bfl
     return found
 
 
-def seconds(
-    num_prompts: int, prompt_tokens: int, own_tokens: int, num_micro_batches: int, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Median seconds with shared prefixes and with plain rows, measured alternately."""
-    samples = rows(num_prompts, prompt_tokens, own_tokens)
-    found: dict[bool, list[float]] = {True: [], False: []}
+def seconds(rows_by_name: dict[str, list[Sample]], num_micro_batches: int, dtype: torch.dtype) -> dict[str, float]:
+    """Median seconds for some rows, measured alternately: with shared prefixes under the name "shared", else as plain rows."""
+    found: dict[str, list[float]] = {name: [] for name in rows_by_name}
     policies = {shares: make_policy(shares, str(dtype).removeprefix("torch.")) for shares in (True, False)}
     for _ in range(NUM_ROUNDS + 1):
-        for shares, policy in policies.items():
+        for name, samples in rows_by_name.items():
+            policy = policies[name == "shared"]
             batches, start = batches_of(policy, samples, num_micro_batches), time.perf_counter()
             run(policy, batches, dtype)
-            found[shares].append(time.perf_counter() - start)
-    return median(found[True][1:]), median(found[False][1:])
+            found[name].append(time.perf_counter() - start)
+    return {name: median(each[1:]) for name, each in found.items()}
+
+
+def prefix_figures(dtype: torch.dtype, ending: str) -> dict[str, float]:
+    """Seconds for short and long completions, and for plain rows of as many tokens as the short ones have with shared prefixes.
+
+    Products are slower per token the fewer tokens there are: the last rows show what this machine allows.
+    """
+    short, long = rows(8, 40, 24), rows(1, 150, 200)
+    of_short = seconds({"shared": short, "plain": short, "as_many": rows(8, 40 // GROUP, 24)}, 2, dtype)
+    of_long = seconds({"shared": long, "plain": long}, 1, dtype)
+    parts = {"short": of_short, "long": of_long}
+    return {f"{name}_{size}{ending}": value for size, found in parts.items() for name, value in found.items()}
 
 
 def differences() -> tuple[float, float]:
@@ -130,10 +140,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         train_with_large_vocabulary(int(sys.argv[1]))
         return
-    figures: dict[str, float] = {}
-    for name, dtype in (("", torch.bfloat16), ("_float32", torch.float32)):
-        figures[f"shared_short{name}"], figures[f"plain_short{name}"] = seconds(8, 40, 24, 2, dtype)
-        figures[f"shared_long{name}"], figures[f"plain_long{name}"] = seconds(1, 150, 200, 1, dtype)
+    figures = prefix_figures(torch.bfloat16, "") | prefix_figures(torch.float32, "_float32")
     logprob_difference, gradient_difference = differences()
     report(
         **figures,

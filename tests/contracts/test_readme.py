@@ -85,8 +85,8 @@ def write_files(folder: Path) -> None:
 
 
 def shortened(command: str) -> str:
-    """The command with 4 steps in place of 50 or 10; from five steps on, a run of the tiny model is warned about."""
-    return command.replace(" 50 ", " 4 ").replace("max_steps 10", "max_steps 4")
+    """The command with 4 steps in place of ten or more: from five steps on, a run of the tiny model is warned about."""
+    return re.sub(r"max_steps \d\d\b", "max_steps 4", command.replace(" 50 ", " 4 "))
 
 
 class Runs:

@@ -12,7 +12,7 @@ import verifiers.v1 as vf
 import yaml
 
 from fuchsia_pl.cli import FuchsiaCLI
-from fuchsia_pl.envs import ConfigError, MultiTurnEnvironment
+from fuchsia_pl.envs import ConfigError, MultiTurnEnvironment, RunEndingConfigError
 from fuchsia_pl.envs.base import check_environment, check_rewards
 from fuchsia_pl.library.verifiers import VerifiersEnvironment
 from fuchsia_pl.library.verifiers.exchange import Exchange, Reply
@@ -411,8 +411,8 @@ def test_a_run_may_take_the_first_reply_to_a_prompt_and_read_the_trace(monkeypat
     assert rollout.reward == 2.0
     assert "the metric 'unlisted' of 'made-taskset' is not logged" in caplog.text
     unnamed = VerifiersEnvironment(name, num_validation=0)
-    (rollout,) = collect(tiny_model, unnamed, saying(tiny_model, "yes", "no"), siblings=1, items=[0])
-    assert rollout.status is RolloutStatus.ENV_ERROR
+    with pytest.raises(RunEndingConfigError, match=r"the rewards \['won'\] beside those .*init_args.recorded"):
+        collect(tiny_model, unnamed, saying(tiny_model, "yes", "no"), siblings=1, items=[0])
 
 
 def test_a_long_message_is_cut_for_the_policy_and_in_the_trace(monkeypatch, tiny_model):
@@ -641,6 +641,30 @@ def test_a_toolset_without_a_prefix_may_be_a_running_server(monkeypatch):
     made = classmethod(lambda cls, _: [bare(vf.ToolsetConfig(url="http://127.0.0.1:1/mcp"))])
     (server,) = VerifiersEnvironment(module_of(monkeypatch, Made=taskset_of(class_of(Plain, toolsets=made)))).servers
     assert (server.url, server.command) == ("http://127.0.0.1:1/mcp", None)
+
+
+def test_held_out_tasks_share_the_tools(monkeypatch):
+    bare, numbers = class_of(Tool, TOOL_PREFIX=None), iter([1, 1, 1, 2])
+    made = classmethod(lambda cls, _: [bare(vf.ToolsetConfig(url=f"http://127.0.0.1:{next(numbers)}/mcp"))])
+    name = module_of(monkeypatch, Made=taskset_of(class_of(Plain, toolsets=made)))
+    assert len(VerifiersEnvironment(name, validation_config={}).servers) == 1
+    with pytest.raises(ConfigError, match="validation_config changes the tools"):
+        VerifiersEnvironment(name, validation_config={})
+
+
+class Worded(vf.TasksetConfig):
+    word: str = "train"
+
+
+def test_held_out_tasks_are_played_with_their_own_config(monkeypatch):
+    async def play(self, task, agent):
+        async with agent.interaction(task.with_data(prompt=None)) as interaction:
+            await interaction.turn([{"role": "user", "content": self.taskset.config.word}])
+
+    name = module_of(monkeypatch, Made=taskset_of(Plain, config=Worded), Env=class_of(Odd, play=play))
+    environment = VerifiersEnvironment(name, validation_config={"word": "held out"}, num_validation=1)
+    items = environment.train_items()[0], environment.validation_items()[0]
+    assert [environment.messages(item)[0]["content"] for item in items] == ["train", "held out"]
 
 
 @pytest.mark.parametrize("taskset", ["reverse-text", "alphabet-sort"])

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from fuchsia_pl.callbacks.finite import FiniteGuard
 from fuchsia_pl.callbacks.hotswap import HotSwap
+from fuchsia_pl.callbacks.hyperparameters import hyperparameters
 from fuchsia_pl.callbacks.recorded_step import read_step
 from fuchsia_pl.callbacks.run_checkpoint import RunCheckpoint
 from fuchsia_pl.cli import FuchsiaCLI
@@ -20,8 +21,9 @@ from fuchsia_pl.envs.parts import Part
 from fuchsia_pl.library.mixture import Mixture
 from fuchsia_pl.objectives.config import LossConfig
 from fuchsia_pl.rollouts.chat import Chat
-from fuchsia_pl.rollouts.teacher import TeacherConfig
-from fuchsia_pl.types import ConfigError, Rollout
+from fuchsia_pl.rollouts.teacher import Teacher, TeacherConfig
+from fuchsia_pl.samples import RolloutGroup
+from fuchsia_pl.types import Completion, ConfigError, Rollout, Turn
 from tests.doubles import TinyEngine, TinyEnvironment, make_data, make_module, make_trainer
 from tests.unit.engines.test_vllm_teacher import served
 from tests.unit.policy.test_teacher_adapter import save_adapter
@@ -124,6 +126,11 @@ def test_a_teacher_equal_to_the_policy_changes_nothing(tiny_model, tmp_path):
     start.configure_model()
     module, watch, trainer = fit(tiny_model, tmp_path, TeacherConfig(adapter=folder), lora={"init_from": folder})
     assert trainer.global_step == 2
+    assert hyperparameters(trainer)["data"]["teacher"] == {
+        **dict.fromkeys(("name", "url", "prompt")),
+        "adapter": folder,
+        "weight": 1.0,
+    }
     assert torch.equal(final(module), final(start))
     assert all(not any(sample.advantages) for step in range(2) for sample in watch.rows(step))
     assert all(batches[0].step.metrics["teacher/kl"] == 0.0 for batches in watch.batches)
@@ -141,6 +148,23 @@ def test_a_teacher_on_a_server_scores_the_rows_that_were_sampled(tiny_model, tmp
         return -torch.tensor(sampled) / 100
 
     check_advantages(module, watch, score)
+
+
+def test_what_an_environment_writes_after_the_last_token_is_not_sent():
+    """It may be longer than the server's rows."""
+    rollout = Rollout({}, item_index=0, sibling=0, temperature=1.0, prompt="")
+    rollout.start([1, 2])
+    rollout.append(Turn(Completion((7, 8), (-0.5, -0.5), "stop", None, policy_version=0), "", "", "", ""))
+    rollout.append_environment([9] * 1000)
+    sent = []
+
+    def score(rows):
+        sent.extend(rows)
+        return [[-token / 100 for token in row[1:]] for row in rows]
+
+    found = Teacher(1.0, score=score).scores([RolloutGroup((rollout,), has_spread=False)])
+    assert sent == [[1, 2, 7, 8]]
+    torch.testing.assert_close(found, torch.tensor([[-0.07, -0.08]]))
 
 
 def test_the_weight_and_the_kind_of_the_teacher_change_what_is_learned(tiny_model, tmp_path):
@@ -207,6 +231,11 @@ class Forgetful(TinyEnvironment):
             TeacherConfig(name="big", url="http://127.0.0.1:9"),
             {"sampling": {"temperature": 0.7}},
             "a server scores at temperature 1, and data.sampling.temperature is 0.7",
+        ),
+        (
+            PROMPT,
+            {"loss": LossConfig("gspo")},
+            'of data.teacher differ from token to token of a row, and model.loss.ratio_level "sequence" gives all',
         ),
         (PROMPT, {"loss": LossConfig("dapo")}, "model.loss.max_refills=3 replaces groups without spread"),
         (

@@ -25,6 +25,8 @@ BEGINS = re.compile(
 )
 QUOTES = re.compile(r"(?:['\"`\u2018\u201c\u00ab][\s*_]{0,5}|^\s*>.*)$")
 JUDGE_UNREADABLE = "judge_unreadable"
+JUDGE_REFUSED = "judge_refused"
+REFUSED = (400, 413, 422)  # answers to a request that is too long, or whose content is not allowed
 MAX_SCORE = 10
 MAX_CONCURRENT = 8
 MAX_ROUNDS = 8  # of concurrent requests, for the siblings of an item
@@ -42,9 +44,10 @@ class Judge:
     """Scores each answer between 0 and 1 with a judge model.
 
     The judge reads the conversation without the policy's thinking; override `describe` to change this. An empty answer scores
-    0 without a request. A reply without a readable score gives None (not scored) and is counted as `judge_unreadable`.
-    `Score: 7` and `Score: 7/10` are 0.7, `**Score:** 1/5` is 0.2. If the endpoint fails after `max_retries`, the call raises
-    and the environment's `on_error` applies.
+    0 without a request. A reply without a readable score gives None (the rollout is not scored, whatever other functions give)
+    and is counted as `judge_unreadable`; so does a request that the endpoint refuses for its content, such as its length,
+    counted as `judge_refused`. `Score: 7` and `Score: 7/10` are 0.7, `**Score:** 1/5` is 0.2. If the endpoint fails after
+    `max_retries`, or refuses the first requests of all, the call raises and the environment's `on_error` applies.
 
     Args:
         model: Name of the model at the endpoint.
@@ -59,7 +62,8 @@ class Judge:
         ConfigError: A setting is out of range.
     """
 
-    counters = (JUDGE_UNREADABLE,)
+    counters = (JUDGE_UNREADABLE, JUDGE_REFUSED)
+    none_unscores = True  # what the judge cannot read must not be worth more than what it has read
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class Judge:
         self.instructions = INSTRUCTIONS.format(max_score=MAX_SCORE, criteria=criteria)
         self.timeout_s = timeout_s
         self.max_retries = max_retries
+        self._has_answered = False
         self.min_timeout_s = MAX_ROUNDS * (max_retries + 1) * (timeout_s + MAX_WAIT_S)
 
     def describe(self, rollout: Rollout) -> str:
@@ -97,7 +102,7 @@ class Judge:
 
     async def __call__(self, rollouts: list[Rollout], *args: Any, **kwargs: Any) -> list[float | None]:
         """Scores some rollouts."""
-        from openai import AsyncOpenAI
+        from openai import APIStatusError, AsyncOpenAI
 
         key = os.environ.get(self.api_key_variable) or "none"
         slots = asyncio.Semaphore(MAX_CONCURRENT)
@@ -109,7 +114,17 @@ class Judge:
                 async with slots:
                     return await self._score(client, rollout)
 
-            return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
+            scores = await asyncio.gather(*(score(rollout) for rollout in rollouts), return_exceptions=True)
+        found: list[float | None] = []
+        for rollout, value in zip(rollouts, scores, strict=True):
+            # Before the first answer, the settings of the judge are the likelier cause.
+            if isinstance(value, APIStatusError) and value.status_code in REFUSED and self._has_answered:
+                rollout.counts[JUDGE_REFUSED] += 1
+                value = None
+            if isinstance(value, BaseException):
+                raise value
+            found.append(value)
+        return found
 
     async def _score(self, client: Any, rollout: Rollout) -> float | None:
         if not last_turn(rollout).strip():  # no answer, or unfinished thinking
@@ -122,6 +137,7 @@ class Judge:
             temperature=0.0,
             messages=[{"role": "system", "content": self.instructions}, {"role": "user", "content": marked}],
         )
+        self._has_answered = True
         score = read_score(reply.choices[0].message.content or "")
         if score is None:
             rollout.counts[JUDGE_UNREADABLE] += 1

@@ -65,6 +65,8 @@ class ModelReward(ABC):
         ConfigError: A setting is out of range.
     """
 
+    none_unscores = True  # else a text that the model cannot read would be worth more than one with a negative score
+
     def __init__(
         self,
         name: str,

@@ -52,6 +52,16 @@ def test_a_logprob_that_is_no_number_is_an_error():
         to_completion(output(logprobs=unknown))
 
 
+def test_a_logprob_above_zero_is_an_error():
+    logits = [{5: SimpleNamespace(logprob=17.5)}, {2: SimpleNamespace(logprob=-0.1)}]
+    with pytest.raises(
+        EngineError, match=r"17.5 as the logprob of one of the sampled ids.*--logprobs-mode raw_logprobs"
+    ):
+        to_completion(output(logprobs=logits))
+    certain = [{5: SimpleNamespace(logprob=1e-7)}, {2: SimpleNamespace(logprob=0.0)}]
+    assert to_completion(output(logprobs=certain)).logprobs == (1e-7, 0.0)
+
+
 def test_an_aborted_completion_is_an_error():
     with pytest.raises(EngineError, match="ended a request with 'abort'"):
         to_completion(output(finish_reason="abort"))

@@ -108,7 +108,8 @@ def test_every_mismatch_of_a_server_is_one_line(tokenizer, tmp_path):
     with served(model="big", tokenizer=moved) as server:
         assert "has another tokenizer than the policy" in refusal(server, "big")
     with served(model="big", api_key="secret") as server:
-        assert "refused the API key" in refusal(server, "big")
+        words = "of data.teacher refused the API key: set the environment variable VLLM_API_KEY to that of the server"
+        assert refusal(server, "big").endswith(words)
 
 
 def test_a_text_of_the_whole_vocabulary_is_compared(tokenizer):

@@ -480,6 +480,21 @@ def test_a_judge_does_not_read_thinking_and_is_not_called_for_an_empty_answer(en
     assert judge.describe(rollout) == "[user]\n<think>mine</think>?\n\n[assistant]\nthe answer"
 
 
+def test_an_answer_that_the_judges_endpoint_refuses_is_counted_once_it_has_answered_others(endpoint, monkeypatch):
+    Endpoint.replies = [(400, "")]
+    judge, rollouts = Judge("judge", "x", endpoint), [said("a"), said("b")]
+    with pytest.raises(Exception, match="400"):  # nothing was ever answered: the settings may be wrong
+        asyncio.run(judge(rollouts))
+    Endpoint.asked, Endpoint.replies = [], [(200, "Score: 1"), (413, "")]
+    assert sorted(asyncio.run(judge(rollouts)), key=str) == [0.1, None]
+    assert sorted(rollout.counts["judge_refused"] for rollout in rollouts) == [0, 1]
+    Endpoint.replies = [(400, "")]
+    assert asyncio.run(judge([said("c")])) == [None]
+    Endpoint.replies = [(404, "")]
+    with pytest.raises(Exception, match="404"):
+        asyncio.run(judge([said("c")]))
+
+
 def test_a_failed_judge_request_is_retried_at_most_max_retries_times(endpoint):
     Endpoint.replies = [(500, ""), (200, "Score: 1")]
     assert asyncio.run(Judge("judge", "x", endpoint, max_retries=1)([said("a")])) == [0.1]

@@ -147,13 +147,32 @@ def test_where_the_kl_goes():
             'needs advantage "group_norm", got "turn_group"',
         ),
         ({"reward_aggregation": "normalize_then_sum", "kl_in": "reward", "beta": 0.1}, "set kl_in: loss"),
+        (
+            {"loss_type": "gspo", "advantage": "turn_group"},
+            'and ratio_level "sequence" gives all of them the same credit',
+        ),
+        (
+            {"loss_type": "gspo", "advantage": "gae"},
+            '"gae" differs from token to token of a row, and ratio_level "sequence"',
+        ),
+        ({"loss_type": "gspo", "advantage": "teacher"}, "set ratio_level: sequence_token"),
+        (
+            {"loss_type": "gmpo", "advantage": "gae"},
+            'surrogate "gmpo" gives all of them the same credit: set surrogate: clip',
+        ),
+        (
+            {"loss_type": "sapo", "ratio_level": "sequence", "advantage": "reward", "kl_in": "reward", "beta": 0.1},
+            '"reward" differs from token to token of a row',
+        ),
+        ({"critic": CriticSettings(gamma=0.9)}, 'critic has no effect with advantage "group_norm": leave it out'),
+        ({"overlong_buffer": 0.5}, 'overlong_buffer has no effect with truncated "keep": leave it out'),
         ({"beta": float("nan")}, "has beta=nan: it must be finite"),
         ({"clip_high": float("inf")}, "has clip_high=inf: it must be finite"),
     ],
 )
 def test_settings_that_turn_the_objective_around_or_do_nothing_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        LossConfig("grpo", **settings)
+        LossConfig(**{"loss_type": "grpo", **settings})
 
 
 @pytest.mark.parametrize(

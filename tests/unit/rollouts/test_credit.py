@@ -17,7 +17,7 @@ from fuchsia_pl.rollouts.credit import (
 )
 from fuchsia_pl.rollouts.scoring import RewardError
 from fuchsia_pl.samples import RolloutGroup
-from fuchsia_pl.types import Completion, Rollout, RolloutStatus, Turn
+from fuchsia_pl.types import Completion, ConfigError, Rollout, RolloutStatus, Turn
 
 NO_SIGNALS = TrainerSignals(None, None)
 
@@ -57,6 +57,29 @@ def pair(first: float | None = 0.0, second: float | None = 1.0) -> list[Rollout]
 )
 def test_each_advantage_of_a_pair_by_hand(advantage, expected):
     assert credit(LossConfig("ppo", advantage=advantage), pair()) == expected
+
+
+def with_turns(*rewards: float) -> Rollout:
+    """A rollout of turns with one token and a reward each."""
+    made = Rollout({}, 3, 0, 1.0, "", rewards={"right": sum(rewards)}, reward=sum(rewards))
+    made.start([1])
+    for _ in rewards:
+        made.append(Turn(Completion((5,), (-1.0,), "stop", None, policy_version=0), "", "", "", ""))
+    made.turn_rewards = {"right": list(rewards)}
+    made.weighted_turn_rewards = list(rewards)
+    made.finish(RolloutStatus.COMPLETED)
+    return made
+
+
+def test_rewards_of_turns_need_a_credit_of_tokens():
+    turns = [with_turns(1.0, 0.0), with_turns(0.0, 0.0)]
+    by_token = LossConfig("gspo", advantage="reward", ratio_level="sequence_token")
+    assert credit(by_token, turns) == [(1.0, 0.0), (0.0, 0.0)]
+    with pytest.raises(
+        ConfigError, match=r"tokens of item 3 have advantages from 0 to 1 .* and ratio_level \"sequence\""
+    ):
+        credit(LossConfig("gspo", advantage="reward"), turns)
+    assert credit(LossConfig("gspo", advantage="reward"), pair()) == [(0.0,), (1.0, 1.0)]
 
 
 def test_every_group_is_on_its_own():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fuchsia_pl.envs.bounded import LeftThreadsError
-from fuchsia_pl.envs.rewards import MathAnswer
+from fuchsia_pl.envs.rewards import Judge, MathAnswer
+from fuchsia_pl.envs.rewards.model_reward import ModelReward
 from fuchsia_pl.rollouts.scoring import RewardError, score_group
 from fuchsia_pl.types import Rollout
 from tests.doubles import TinyEnvironment, said
@@ -86,6 +87,19 @@ def test_none_is_not_scored_and_counts_for_nothing():
     assert [rollout.reward for rollout in rollouts] == [2.0, 0.0]  # 0.5 * 2 + 1, and the other function's 0 alone
     assert [rollout.reward for rollout in score(sometimes)] == [2.0, None]
     assert [rollout.reward for rollout in score(never)] == [None, None]
+
+
+def test_none_of_a_function_that_asks_for_it_unscores_the_rollout():
+    def model(rollouts):
+        return [-4.0, None]
+
+    assert [rollout.reward for rollout in score(model, first)] == [-3.0, 0.0]  # the text that was not read wins
+    model.none_unscores = True
+    rollouts = score(model, first)
+    assert [rollout.reward for rollout in rollouts] == [-3.0, None]
+    assert [rollout.rewards["first"] for rollout in rollouts] == [1.0, 0.0]
+    assert Judge("m", "x", "http://127.0.0.1:9/v1").none_unscores
+    assert ModelReward.none_unscores
 
 
 def test_each_function_gets_a_list_of_its_own():
