@@ -53,6 +53,7 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
         rollout.rewards.update(dict.fromkeys(names))
     if not scored:
         return
+    weights = weights_at(environment, rollouts[0].step)
     errors: list[RewardError] = []
     unread: set[int] = set()  # positions of those whose total would lack a part that may be negative
     for function, name in zip(environment.reward_functions, names, strict=True):
@@ -65,9 +66,8 @@ async def score_group(environment: Environment, rollouts: list[Rollout]) -> None
             if isinstance(score, list):
                 rollout.turn_rewards[name] = score
             rollout.rewards[name] = float(sum(score)) if isinstance(score, list) else score
-            if score is None and hasattr(function, NONE_UNSCORES) and getattr(function, NONE_UNSCORES):
+            if score is None and weights[name] != 0.0 and _none_unscores(function):
                 unread.add(position)
-    weights = weights_at(environment, rollouts[0].step)
     for position, rollout in enumerate(scored):
         # Without the failed function, the total would rank the siblings by the other functions alone.
         is_whole = not errors and position not in unread
@@ -85,6 +85,10 @@ def _timeout_s(environment: Environment, function: RewardFunction) -> float:
     """Time limit of a call: the environment's, unless the function has limits of its own that may take longer."""
     own = getattr(function, MIN_TIMEOUT_S) if hasattr(function, MIN_TIMEOUT_S) else 0.0
     return max(environment.timeout_s, own)
+
+
+def _none_unscores(function: RewardFunction) -> bool:
+    return hasattr(function, NONE_UNSCORES) and bool(getattr(function, NONE_UNSCORES))
 
 
 def _passed(environment: Environment, error: RewardError) -> RewardError:

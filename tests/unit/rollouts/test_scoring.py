@@ -98,6 +98,7 @@ def test_none_of_a_function_that_asks_for_it_unscores_the_rollout():
     rollouts = score(model, first)
     assert [rollout.reward for rollout in rollouts] == [-3.0, None]
     assert [rollout.rewards["first"] for rollout in rollouts] == [1.0, 0.0]
+    assert [rollout.reward for rollout in score(model, first, weights={"model": 0.0})] == [1.0, 0.0]  # a mere metric
     assert Judge("m", "x", "http://127.0.0.1:9/v1").none_unscores
     assert ModelReward.none_unscores
 
