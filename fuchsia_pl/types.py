@@ -25,7 +25,11 @@ class ConfigError(ValueError):
 
 
 class RunEndingConfigError(ConfigError):
-    """A setting of an environment that is wrong, which only a rollout shows: it ends the run, whatever `on_error` is."""
+    """A wrong setting that only a rollout shows.
+
+    Raised by an environment, a reward function or an agent, it ends the run, whatever `on_error` is. Another exception may only
+    leave its rollout unscored.
+    """
 
 
 def shortened(text: str, limit: int) -> str:

@@ -235,8 +235,8 @@ def _checked_logprobs(logprobs: Sequence[Any] | None, number: int, of: str) -> t
         raise EngineError(f"vLLM returned logprobs for {of} that are not finite numbers: {tuple(logprobs)}")
     if max(logprobs, default=0.0) > MAX_LOGPROB:
         raise EngineError(
-            f"vLLM returned {max(logprobs):g} as the logprob of one of the {of}, which cannot be above 0: it must run with "
-            "--logprobs-mode raw_logprobs, its default"
+            f"vLLM returned {max(logprobs):g} as the logprob of one of the {of}, which cannot be above 0: run it with "
+            "--logprobs-mode raw_logprobs (its default) or processed_logprobs"
         )
     return tuple(cast(Sequence[float], logprobs))
 

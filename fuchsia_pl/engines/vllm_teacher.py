@@ -23,6 +23,7 @@ BACKOFF_S = 0.5
 MAX_IN_FLIGHT = 64
 # Entries of the vocabulary that the tokenizers are compared on: this many from all of it, and the last ones.
 NUM_PROBES, NUM_LAST = 1024, 64
+PROBE_ROW = 16  # tokens of a row that is scored at the start
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class TeacherServer:
             max_length: Longest row in tokens.
 
         Raises:
-            ConfigError: The server does not list the model, has shorter rows, or another tokenizer.
+            ConfigError: The server does not list the model, has shorter rows or another tokenizer, or does not score a row.
             EngineError: It does not answer.
         """
         names = await self._answered(self._client.names, "the list of its models")
@@ -70,6 +71,10 @@ class TeacherServer:
                 f"the teacher {self.name!r} on {self.url} has another tokenizer than the policy, so it would read other text: "
                 "use a teacher of the policy's model family"
             )
+        try:
+            await self.score([theirs[:PROBE_ROW]])
+        except EngineError as error:
+            raise ConfigError(f"the server {self.url} of data.teacher does not score rows: {error}") from error
 
     async def score(self, rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """Logprobs of the ids of rows but their first one, see `Engine.score`.

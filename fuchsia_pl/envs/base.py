@@ -64,7 +64,8 @@ class Environment(ABC):
         max_rows: Maximum number of rows of one rollout, see `Rollout.branch`. The memory of a step is planned for it.
         timeout_s: Time limit in seconds of each call of a reward function or of a method of the environment.
         on_error: Effect of an exception in a reward function or in `step_rollout`. "stop" ends the run and names the item and
-            the cause. "unscored" counts it and excludes the rollout (for a reward function: the group) from training.
+            the cause. "unscored" counts it and excludes the rollout (for a reward function: the group) from training. A
+            `RunEndingConfigError` ends the run in either case.
         max_response_chars: Maximum number of characters of one `rollout.respond`. The middle of a longer text is replaced by a
             note with the number of omitted characters, before the text is encoded (encoding megabytes takes seconds).
         counters: Names of the environment's counters, see `Rollout.counts`.

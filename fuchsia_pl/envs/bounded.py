@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fuchsia_pl.envs.user_code import StrayError, contained, reason, user_code
+from fuchsia_pl.types import RunEndingConfigError
 
 T = TypeVar("T")
 # Limit of threads and coroutines that still run although their call was abandoned after its time limit.
@@ -27,6 +28,10 @@ _left_tasks: dict[asyncio.Future[Any], str] = {}  # cancelled tasks that still r
 
 class LeftThreadsError(RuntimeError):
     """Too many abandoned calls of user code still run. Ends the run, with any value of `on_error`."""
+
+
+# Errors of user code that end a run whatever `on_error` is.
+ENDS_RUN = (LeftThreadsError, RunEndingConfigError)
 
 
 async def call_bounded(function: Callable[..., Any], argument: Any, timeout_s: float) -> Any:

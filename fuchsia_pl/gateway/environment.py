@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuchsia_pl.envs.bounded import LeftThreadsError
+from fuchsia_pl.envs.bounded import ENDS_RUN
 from fuchsia_pl.envs.self_driven import SelfDrivenEnvironment, TurnSource
 from fuchsia_pl.envs.user_code import reason
 from fuchsia_pl.gateway.agents import Access, Agent, CommandAgent, EntryAgent, imported
@@ -134,6 +134,7 @@ class AgentEnvironment(SelfDrivenEnvironment):
 
         Raises:
             LeftThreadsError: Agents leave too many threads behind.
+            RunEndingConfigError: The code of the agent raised it.
         """
         assert self._server is not None, "prepare comes first"
         session = Session(policy, rollout.temperature, rollout.counts)
@@ -143,7 +144,7 @@ class AgentEnvironment(SelfDrivenEnvironment):
         try:
             access = Access(self._server.base_url, session.key, self.settings.timeout_s)
             rollout.state[RESULT] = await self._result(rollout, session, access)
-        except LeftThreadsError:
+        except ENDS_RUN:
             raise
         except Exception as error:  # the code of the agent may raise anything
             failure = error

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fuchsia_pl.envs.base import Environment
-from fuchsia_pl.envs.bounded import LeftThreadsError, await_bounded, call_bounded, call_in_thread
+from fuchsia_pl.envs.bounded import ENDS_RUN, await_bounded, call_bounded, call_in_thread
 from fuchsia_pl.envs.tools.spec import ToolServerError
 from fuchsia_pl.envs.user_code import StrayError, reason
 from fuchsia_pl.loop import cancel_others
 from fuchsia_pl.rollouts.ahead import PhasesAhead
-from fuchsia_pl.types import Rollout, RunEndingConfigError
+from fuchsia_pl.types import Rollout
 
 
 class EnvironmentStepError(RuntimeError):
@@ -92,7 +92,7 @@ async def call_method(
         await call_bounded(method, rollout, timeout_s)
     except TimeoutError as error:
         raise EnvironmentStepError(f"{where} took longer than {timeout_s:g} s") from error
-    except (ToolServerError, LeftThreadsError, RunEndingConfigError):
+    except (ToolServerError, *ENDS_RUN):
         raise
     except Exception as error:  # user code may raise anything
         raise EnvironmentStepError(f"{where} raised {reason(error)}") from error

@@ -16,7 +16,7 @@ from fuchsia_pl.envs.base import (
     total_reward,
     weights_at,
 )
-from fuchsia_pl.envs.bounded import LeftThreadsError, call_bounded
+from fuchsia_pl.envs.bounded import ENDS_RUN, call_bounded
 from fuchsia_pl.envs.user_code import reason
 from fuchsia_pl.types import Rollout, RolloutStatus
 
@@ -113,7 +113,7 @@ async def _scores(function: RewardFunction, name: str, rollouts: list[Rollout], 
         raise RewardError(
             f"the reward function {name!r} took longer than {timeout_s} s {_where(rollouts[0])}"
         ) from error
-    except LeftThreadsError:
+    except ENDS_RUN:
         raise
     except Exception as error:  # user code may raise anything
         raise RewardError(f"the reward function {name!r} raised {reason(error)} {_where(rollouts[0])}") from error

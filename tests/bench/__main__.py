@@ -137,13 +137,13 @@ def prefix_ratios(f: dict[str, float]) -> list[Ratio]:
             Ratio(f"plain rows / shared prefix, prompt 150, completion 200, {words}", long, ">=", 1.3),
             Ratio(name, short / allowed, ">=", 0.95),
             Ratio(
-                f"plain rows with as many tokens / the same, {words}",
+                f"plain rows with as many tokens / shared prefix, prompt 40, completion 24, {words}",
                 f[f"as_many_short{key}"] / f[f"shared_short{key}"],
                 ">=",
                 0.95,
             ),
         ]
-    name = "the same, prompt 2,000, completion 500, float32, 2 of 30 layers"
+    name = "plain rows / shared prefix, prompt 2,000, completion 500, float32, 2 of 30 layers"
     return [*found, Ratio(name, f["plain_2000"] / f["shared_2000"], ">=", 2.2)]
 
 

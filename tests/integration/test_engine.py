@@ -123,7 +123,8 @@ def assert_alike(found, expected) -> None:
         pairs = zip(one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=False)
         differences += [abs(own - its) for *ids, own, its in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     assert len(differences) > sum(len(c.token_ids) for c in expected) / 2
-    assert median(differences) < 0.05  # a single token may differ by 0.3; other weights move most by more than 0.1
+    # A single token may differ by 0.3. Measured medians: 0.01 to 0.03; of other weights 0.05 to 0.12, with fewer equal ids.
+    assert median(differences) < 0.05
 
 
 def test_requests_give_the_same_ids_and_logprobs_in_any_order(pair):

@@ -16,11 +16,12 @@ from tests.server_double import FakeServer
 
 
 class TeacherDouble(FakeServer):
-    """Serves a model without adapters. Each id's logprob is -id / 100; `tokenizer` tokenizes."""
+    """Serves a model without adapters. Each id's logprob is id x `scale`; `tokenizer` tokenizes."""
 
     def __init__(self, tokenizer=None, **settings) -> None:
         super().__init__(**settings)
         self.tokenizer = tokenizer
+        self.scale = -0.01  # of an id's logprob
         self.failures = 0  # requests that get a server error first
 
     def respond(self, method, path, body, key):
@@ -33,11 +34,11 @@ class TeacherDouble(FakeServer):
                 self.failures -= 1
                 return 503, {"error": "busy"}
             (last,) = body["logprob_token_ids"]
-            entries = [None, *({str(token): {"logprob": -token / 100}} for token in body["prompt"][1:])]
+            entries = [None, *({str(token): {"logprob": token * self.scale}} for token in body["prompt"][1:])]
             choice = {
                 "finish_reason": "length",
                 "prompt_logprobs": entries,
-                "logprobs": {"top_logprobs": [{f"token_id:{last}": -last / 100}]},
+                "logprobs": {"top_logprobs": [{f"token_id:{last}": last * self.scale}]},
             }
             return 200, {"model": self.model, "choices": [choice]}
         return super().respond(method, path, body, key)
@@ -107,6 +108,9 @@ def test_every_mismatch_of_a_server_is_one_line(tokenizer, tmp_path):
     moved = load_tokenizer(file.parent)
     with served(model="big", tokenizer=moved) as server:
         assert "has another tokenizer than the policy" in refusal(server, "big")
+    with served(model="big", tokenizer=tokenizer) as server:
+        server.scale = 1.0  # logits
+        assert "does not score rows: vLLM returned " in refusal(server, "big")
     with served(model="big", api_key="secret") as server:
         words = "of data.teacher refused the API key: set the environment variable VLLM_API_KEY to that of the server"
         assert refusal(server, "big").endswith(words)

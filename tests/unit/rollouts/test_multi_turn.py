@@ -17,7 +17,7 @@ from fuchsia_pl.rollouts.collector import Collector, Draw, EnvironmentStepError,
 from fuchsia_pl.rollouts.config import SamplingConfig
 from fuchsia_pl.rollouts.metrics import reward_fractions
 from fuchsia_pl.samples import Sample
-from fuchsia_pl.types import RolloutStatus
+from fuchsia_pl.types import RolloutStatus, RunEndingConfigError
 from tests.doubles import EOS, SayingEngine, TinyEnvironment, constant
 
 
@@ -215,6 +215,22 @@ def test_a_step_that_raises_stops_the_run_or_leaves_its_rollouts_unscored_and_co
     assert [r.status for r in rollouts] == [RolloutStatus.COMPLETED] * 2 + [RolloutStatus.ENV_ERROR] * 2
     assert [r.reward for r in rollouts] == [0.3, 0.3, None, None]
     assert reward_fractions(rollouts, environment, world_size=1)["rollout/env_error_fraction"] == (2, 4.0)
+
+
+def test_a_wrong_setting_that_only_a_rollout_shows_ends_the_run_whatever_on_error_is(tiny_model):
+    class Wrong(Faulty):
+        def step_rollout(self, rollout):
+            raise RunEndingConfigError("set x")
+
+    def wrong(rollouts):
+        raise RunEndingConfigError("set y")
+
+    for environment, words in ((Wrong(), "set x"), (Talk(), "set y")):
+        environment.on_error = "unscored"
+        if words == "set y":
+            environment.reward_functions = [wrong]
+        with pytest.raises(RunEndingConfigError, match=words):
+            collect(tiny_model, environment)
 
 
 @pytest.mark.parametrize("environment", [Talk(), Faulty()], ids=["ends", "raises"])

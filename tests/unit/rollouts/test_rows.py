@@ -204,7 +204,8 @@ def test_a_rollout_cut_into_rows_has_the_loss_and_the_gradient_of_one_row(length
         packed = loss_by_token(config, samples, lambda rows: split_balanced(rows, number, shares_prefix=True))
         found += [packed, loss_by_token(config, samples, lambda rows: split_filled(rows, 6, shares_prefix=False))]
     for loss, gradient in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-6, abs=1e-6)
+        # rloo adds up tokens of both signs in float32: a sum of 1.3 has differed by 1.3e-6
+        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-5)
         torch.testing.assert_close(gradient, found[0][1], atol=1e-6, rtol=1e-5)
 
 
